@@ -1,0 +1,78 @@
+"""Digests: of blobs, of unpacked layers, of stacks of layers.
+
+A *digest* names a blob, as ``sha256:`` and 64 lower-case hex digits. A *diff ID* is the digest
+of a layer's tar, decompressed. A *chain ID* names a layer together with all that is below it.
+The rules are those of the OCI image specification, ``descriptor.md`` (digests) and ``config.md``
+(layer DiffID, layer ChainID).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import NewType
+
+from ._errors import InvalidDigest
+
+__all__ = ["ChainID", "Digest", "DiffID", "Verifier", "chain_id", "extend_chain", "parse_digest"]
+
+Digest = NewType("Digest", str)
+DiffID = NewType("DiffID", Digest)
+ChainID = NewType("ChainID", Digest)
+
+_SHA256 = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+def parse_digest(text: str) -> Digest:
+    """Check that ``text`` is a digest we can verify, and return it.
+
+    Only SHA-256 is: it is the one algorithm every registry and every tool speaks.
+
+    Raises:
+        InvalidDigest: if it is not ``sha256:`` followed by 64 lower-case hex digits.
+    """
+    if not _SHA256.match(text):
+        raise InvalidDigest(text)
+    return Digest(text)
+
+
+def extend_chain(parent: ChainID | None, diff_id: DiffID) -> ChainID:
+    """The chain ID of the layer ``diff_id`` on top of ``parent`` (``None``: on nothing)."""
+    if parent is None:
+        return ChainID(diff_id)
+    digest = hashlib.sha256(f"{parent} {diff_id}".encode()).hexdigest()
+    return ChainID(Digest(f"sha256:{digest}"))
+
+
+def chain_id(diff_ids: Iterable[DiffID]) -> ChainID | None:
+    """The chain ID of a stack of layers, bottom first; ``None`` for an empty one."""
+    chain: ChainID | None = None
+    for diff_id in diff_ids:
+        chain = extend_chain(chain, diff_id)
+    return chain
+
+
+class Verifier:
+    """Counts and hashes bytes as they come by, and compares at the end.
+
+    Attributes:
+        size: How many bytes came by so far.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._hash = hashlib.sha256()
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        self.size += len(data)
+        self._hash.update(data)
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of all that came by so far."""
+        return Digest(f"sha256:{self._hash.hexdigest()}")
+
+    def matches(self, digest: Digest, size: int | None = None) -> bool:
+        """Whether what came by is what ``digest`` (and ``size``, in bytes, if given) names."""
+        return (size is None or size == self.size) and self.digest == digest

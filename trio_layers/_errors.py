@@ -1,0 +1,198 @@
+"""The exception tree: one root, split by what the one who reads it can do.
+
+Each class composes its message from its fields, and keeps the fields. Errors of shared transfers
+are copied for each pull that waits for them (see `LayersError._again`), so a class under
+`LayersError` must keep all it has in ``args`` and plain attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+__all__ = [
+    "AuthenticationError",
+    "DecompressionError",
+    "DoNotRetry",
+    "InvalidDigest",
+    "InvalidReference",
+    "LayersError",
+    "LimitExceeded",
+    "ManagerClosed",
+    "ManifestError",
+    "NotFound",
+    "PlatformError",
+    "RateLimited",
+    "RegistrationError",
+    "RegistryError",
+    "StoreError",
+    "StoreFull",
+    "StoreReadOnly",
+    "TransferCancelled",
+    "TransferError",
+    "UnpackError",
+    "UnsupportedStore",
+    "VerificationError",
+]
+
+
+class LayersError(Exception):
+    """The root of all errors that trio_layers raises on its own account."""
+
+    def _again(self) -> Self:
+        """A new object of the same type and fields: a traceback of its own for each who waits."""
+        again = type(self).__new__(type(self), *self.args)
+        again.__dict__.update(self.__dict__)
+        return again
+
+
+# Mend what you asked for.
+
+
+class InvalidReference(LayersError, ValueError):
+    """An image reference does not follow the grammar.
+
+    Attributes:
+        reference: The text that was given.
+        reason: Which rule it breaks, a word of the case tables such as ``uppercase``.
+    """
+
+    def __init__(self, reference: str, reason: str, message: str) -> None:
+        super().__init__(f"invalid image reference {reference!r}: {message}")
+        self.reference = reference
+        self.reason = reason
+
+
+class InvalidDigest(LayersError, ValueError):
+    """A digest is not ``sha256:`` and 64 lower-case hex digits."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(
+            f"invalid digest {digest[:128]!r}: expected sha256: and 64 lower-case hex digits"
+        )
+        self.digest = digest
+
+
+class PlatformError(LayersError, ValueError):
+    """A platform specifier is malformed, or an image has nothing for the platform wanted."""
+
+
+class ManifestError(LayersError):
+    """A manifest, an index or an image config is not what the specification allows, or is not
+    one of an image. The image's publisher has to mend it."""
+
+
+# The registry.
+
+
+class RegistryError(LayersError):
+    """A registry could not be reached, or did not answer as it should.
+
+    Attributes:
+        host: The host (and port) that was asked.
+        status: The HTTP status it answered with, ``None`` if there was no answer.
+    """
+
+    def __init__(self, message: str, *, host: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.host = host
+        self.status = status
+
+
+class AuthenticationError(RegistryError):
+    """The registry wants other credentials, or grants these no access. Log in."""
+
+
+class NotFound(RegistryError):
+    """The registry does not have it, or does not tell this user that it does."""
+
+
+class RateLimited(RegistryError):
+    """The registry asks for patience.
+
+    Attributes:
+        retry_after: Seconds to wait, counted from the answer; ``None`` if it did not say.
+    """
+
+    def __init__(
+        self, message: str, *, host: str, status: int | None = None, retry_after: float | None
+    ) -> None:
+        super().__init__(message, host=host, status=status)
+        self.retry_after = retry_after
+
+
+class VerificationError(LayersError):
+    """What came is not what was asked for: its digest or its size differs.
+
+    Attributes:
+        digest: The digest that was wanted.
+    """
+
+    def __init__(self, message: str, *, digest: str) -> None:
+        super().__init__(message)
+        self.digest = digest
+
+
+# The engine.
+
+
+class DoNotRetry(LayersError):
+    """Raised by a layer source, as itself or as the cause of what it raises: another attempt
+    would end the same way (moby ``distribution/xfer/transfer.go``, ``DoNotRetry``)."""
+
+
+class TransferError(LayersError):
+    """A transfer failed with an error that is not ours: its text; ``__cause__`` has the original."""
+
+
+class TransferCancelled(LayersError):
+    """A transfer was cancelled, since nobody wanted it any more."""
+
+
+class RegistrationError(LayersError):
+    """A layer arrived, and could not be decompressed or was refused by the store.
+
+    Attributes:
+        reason: What the decompressor or the store raised.
+    """
+
+    def __init__(self, message: str, *, reason: Exception) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ManagerClosed(LayersError):
+    """The download manager was left while a pull waited for it, or before."""
+
+
+# What a layer holds.
+
+
+class DecompressionError(LayersError):
+    """The beginning of a layer could not be read or is no valid compressed stream."""
+
+
+class UnpackError(LayersError):
+    """A layer's tar is damaged, or holds something that must not be unpacked. Names the path."""
+
+
+class LimitExceeded(UnpackError):
+    """A layer holds more than its limits allow. The limit is named; it can be raised."""
+
+
+# The disk.
+
+
+class StoreError(LayersError):
+    """The store's directory cannot do what is asked of it; the message says what to do."""
+
+
+class StoreFull(StoreError):
+    """No space, or no quota, is left. Free some; what is stored is intact."""
+
+
+class StoreReadOnly(StoreError):
+    """The store's file system, or its directory, cannot be written."""
+
+
+class UnsupportedStore(StoreError):
+    """The directory is not a store, is one of a newer version, or was made by another user."""

@@ -1,0 +1,53 @@
+"""What a pull reports: one value for each change, addressed by layer."""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import attrs
+
+__all__ = ["Progress", "Status", "retrying"]
+
+
+class Status(enum.StrEnum):
+    """Every action the engine and the registry client report; a countdown is `retrying`'s.
+
+    The words are those of docker's client, since people and scripts read them.
+    """
+
+    PULLING = "Pulling fs layer"
+    ALREADY_EXISTS = "Already exists"
+    WAITING = "Waiting"
+    DOWNLOADING = "Downloading"
+    VERIFYING = "Verifying Checksum"
+    DOWNLOAD_COMPLETE = "Download complete"
+    EXTRACTING = "Extracting"
+    PULL_COMPLETE = "Pull complete"
+
+
+RETRYING_PREFIX: Final = "Retrying in "
+
+
+def retrying(seconds: int) -> str:
+    """The action that stands for ``seconds`` ticks left before the next attempt."""
+    return f"{RETRYING_PREFIX}{seconds} second{'' if seconds == 1 else 's'}"
+
+
+@attrs.frozen
+class Progress:
+    """One event.
+
+    Attributes:
+        id: The layer's display ID, or the image's reference for what concerns the whole pull.
+        action: What goes on: a `Status`, a `retrying` text, or a layer source's own word.
+        current: How far it is, in bytes of the layer as downloaded; 0 where nothing is counted.
+        total: Where it ends, in the same unit; 0 if that is not known.
+        last: Whether a stream being counted has ended with this (docker's ``LastUpdate``).
+    """
+
+    id: str
+    action: str
+    current: int = 0
+    total: int = 0
+    last: bool = False

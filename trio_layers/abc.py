@@ -1,0 +1,132 @@
+"""The protocols between the rooms, and between us and our users.
+
+Each is small and written for the one who calls it. An extra ability is a protocol of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import trio
+
+from ._digest import ChainID, DiffID
+from ._manifest import Descriptor
+from ._progress import Progress
+
+__all__ = [
+    "DescribedSource",
+    "DigestRegisterer",
+    "Layer",
+    "LayerSource",
+    "LayerStore",
+    "ProgressSink",
+    "ReportProgress",
+]
+
+ProgressSink: TypeAlias = Callable[[Progress], Awaitable[object]]
+"""Takes a pull's events, one at a time for each layer, from several tasks. Often
+``send_channel.send``. What it raises ends the pull, with that very exception."""
+
+
+class ReportProgress(Protocol):
+    """What a layer source's `~LayerSource.download` reports with. It never waits."""
+
+    def __call__(self, action: str, current: int = 0, total: int = 0) -> None: ...
+
+
+class LayerSource(Protocol):
+    """A layer that can be had (moby ``distribution/xfer/download.go``, ``DownloadDescriptor``).
+
+    Others may share the download that this source started, so what it needs must live as long
+    as the manager does. `close` is called exactly once, and is the last call.
+    """
+
+    @property
+    def key(self) -> str:
+        """Sources with equal keys, on equal parents, give the same layer."""
+        ...
+
+    @property
+    def id(self) -> str:
+        """What progress is reported under: short, for people."""
+        ...
+
+    def diff_id(self) -> DiffID | None:
+        """The layer's diff ID, if it is known before the download."""
+        ...
+
+    async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
+        """One attempt: fetch the layer and return a stream of it, and its size in bytes (0 if
+        not known). The stream is as downloaded: the store decompresses.
+
+        Called again after an `Exception`, unless it is, or was caused by, `DoNotRetry`.
+        It runs in the transfer's own cancel scope, and should give way within 100 ms.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of whatever the source holds. What it raises is logged."""
+        ...
+
+
+@runtime_checkable
+class DigestRegisterer(Protocol):
+    """A source that wants to know the diff ID its layer turned out to have."""
+
+    def registered(self, diff_id: DiffID) -> None: ...
+
+
+@runtime_checkable
+class DescribedSource(Protocol):
+    """A source that knows its blob's descriptor, which the store is handed."""
+
+    @property
+    def descriptor(self) -> Descriptor: ...
+
+
+class Layer(Protocol):
+    """A layer in a store, with all that is below it."""
+
+    @property
+    def diff_id(self) -> DiffID: ...
+
+    @property
+    def chain_id(self) -> ChainID: ...
+
+    @property
+    def parent(self) -> Layer | None: ...
+
+    async def tar_stream(self) -> trio.abc.ReceiveStream:
+        """The layer's data once more, as `LayerStore.register` would take it."""
+        ...
+
+
+class LayerStore(Protocol):
+    """Where layers go. Each `get` and `register` takes a reference; `release` gives it back."""
+
+    async def get(self, chain_id: ChainID) -> Layer | None:
+        """The layer of this chain ID, or ``None`` if it is not there."""
+        ...
+
+    async def register(
+        self,
+        stream: trio.abc.ReceiveStream,
+        parent: ChainID | None,
+        descriptor: Descriptor | None = None,
+    ) -> Layer:
+        """Decompress the stream (by its magic bytes) and store the layer on top of ``parent``.
+
+        The stream is the caller's, and so is closing it. A layer that is there already is
+        returned as it is. If the call is cancelled nothing is stored, or the layer is returned
+        all the same: then its caller releases it.
+
+        Raises:
+            DecompressionError: if reading fails, or no valid stream begins, within the first
+                10 bytes, or within the header of gzip.
+        """
+        ...
+
+    def release(self, layer: Layer) -> None:
+        """Give one reference back. Does not wait and does not fail."""
+        ...
