@@ -13,9 +13,20 @@ import re
 from collections.abc import Iterable
 from typing import NewType
 
+import attrs
+
 from ._errors import InvalidDigest
 
-__all__ = ["ChainID", "Digest", "DiffID", "Verifier", "chain_id", "extend_chain", "parse_digest"]
+__all__ = [
+    "ChainID",
+    "DiffID",
+    "Digest",
+    "RootFS",
+    "Verifier",
+    "chain_id",
+    "extend_chain",
+    "parse_digest",
+]
 
 Digest = NewType("Digest", str)
 DiffID = NewType("DiffID", Digest)
@@ -51,6 +62,18 @@ def chain_id(diff_ids: Iterable[DiffID]) -> ChainID | None:
     for diff_id in diff_ids:
         chain = extend_chain(chain, diff_id)
     return chain
+
+
+@attrs.frozen
+class RootFS:
+    """A stack of layers, by their diff IDs, bottom first (OCI ``config.md``, ``rootfs``)."""
+
+    diff_ids: tuple[DiffID, ...] = attrs.field(default=(), converter=tuple[DiffID, ...])
+
+    @property
+    def chain_id(self) -> ChainID | None:
+        """The chain ID of the top layer; ``None`` if there is no layer."""
+        return chain_id(self.diff_ids)
 
 
 class Verifier:

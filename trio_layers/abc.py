@@ -10,11 +10,12 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import trio
 
-from ._digest import ChainID, DiffID
+from ._digest import ChainID, DiffID, Digest
 from ._manifest import Descriptor
 from ._progress import Progress
 
 __all__ = [
+    "BlobSink",
     "DescribedSource",
     "DigestRegisterer",
     "Layer",
@@ -39,7 +40,9 @@ class LayerSource(Protocol):
     """A layer that can be had (moby ``distribution/xfer/download.go``, ``DownloadDescriptor``).
 
     Others may share the download that this source started, so what it needs must live as long
-    as the manager does. `close` is called exactly once, and is the last call.
+    as the manager does. `close` is called exactly once: when the download that the source
+    started has ended, or, if it started none, at the end of its pull. Only `registered` may
+    come after it, for a layer that is in its image twice and is still wanted by others.
     """
 
     @property
@@ -129,4 +132,26 @@ class LayerStore(Protocol):
 
     def release(self, layer: Layer) -> None:
         """Give one reference back. Does not wait and does not fail."""
+        ...
+
+
+class BlobSink(Protocol):
+    """Where a blob goes while it arrives. What is there outlives the attempt that wrote it."""
+
+    @property
+    def offset(self) -> int:
+        """How many bytes are there, from this attempt and those before it."""
+        ...
+
+    @property
+    def digest(self) -> Digest:
+        """What the bytes that are there hash to."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Append. Cancelled, it has appended all of ``data`` or nothing."""
+        ...
+
+    async def restart(self) -> None:
+        """Drop all that is there."""
         ...

@@ -1,0 +1,513 @@
+"""Pulls: which layers are there, which are on their way, and in which order they are stored.
+
+After moby's ``distribution/xfer/download.go``. A pull asks for its layers bottom first. Those at
+the bottom that the store has are taken from there; each other one becomes a transfer, or joins
+the transfer of another pull. Downloads run side by side; each layer is registered once the one
+below it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final, final
+
+import attrs
+import trio
+
+from .._digest import ChainID, DiffID, RootFS, extend_chain
+from .._errors import (
+    DecompressionError,
+    LayersError,
+    RegistrationError,
+    TransferCancelled,
+)
+from .._manifest import Descriptor
+from .._nursery import open_hidden_nursery
+from .._progress import Progress, Status
+from ..abc import (
+    DescribedSource,
+    DigestRegisterer,
+    Layer,
+    LayerSource,
+    LayerStore,
+    ProgressSink,
+)
+from .reader import LayerReader
+from .retry import RetryPolicy
+from .slots import Slots
+from .transfer import Transfer, Transfers, text_of
+
+__all__ = ["DownloadManager", "DownloadStatistics", "open_download_manager"]
+
+logger = logging.getLogger("trio_layers.engine")
+
+REGISTRATION_CANCELLED: Final = "layer registration cancelled"
+
+
+@asynccontextmanager
+async def open_download_manager(
+    store: LayerStore,
+    *,
+    max_concurrent_downloads: int = 3,
+    max_download_attempts: int = 5,
+    retry_tick: float = 1.0,
+) -> AsyncIterator[DownloadManager]:
+    """Open a manager, in whose block layers are downloaded into ``store``.
+
+    The manager's nursery is where the downloads run that pulls share. Leaving the block cancels
+    what still runs, and waits until it has stopped; pulls that waited for it get
+    `ManagerClosed`. What the block raises comes out as it is.
+
+    Args:
+        store: Where layers go.
+        max_concurrent_downloads: How many layers move data at once; 0 means no limit.
+        max_download_attempts: How often a layer is tried before its pulls fail.
+        retry_tick: Seconds between two steps of the countdown to another attempt, which has 5
+            steps after the first failure, 10 after the second, and so on.
+
+    Raises:
+        ValueError: for less than 1 attempt, a negative limit, or a tick that is not positive.
+    """
+    slots = Slots(max_concurrent_downloads)
+    retry = RetryPolicy(max_download_attempts, retry_tick)
+    async with open_hidden_nursery() as nursery:
+        transfers = Transfers(nursery, store, slots)
+        try:
+            yield DownloadManager(transfers, retry)
+        finally:
+            transfers.close()
+
+
+@attrs.frozen
+class DownloadStatistics:
+    """What a `DownloadManager` is doing.
+
+    Attributes:
+        transfers: Transfers that have not ended.
+        downloading: Those that hold a slot.
+        queued: Those that wait for one.
+        pulls: Pulls that wait for their result.
+    """
+
+    transfers: int
+    downloading: int
+    queued: int
+    pulls: int
+
+
+@final
+class DownloadManager:
+    """Downloads layers into a store, sharing what several pulls want. It comes from
+    `open_download_manager`."""
+
+    def __init__(self, transfers: Transfers, retry: RetryPolicy) -> None:
+        self._transfers = transfers
+        self._retry = retry
+        self._pulls = 0
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return (
+            f"<DownloadManager: {now.pulls} pulls, {now.transfers} transfers, "
+            f"{now.downloading} downloading, {now.queued} queued>"
+        )
+
+    @property
+    def max_concurrent_downloads(self) -> int:
+        """How many layers move data at once; 0 means no limit.
+
+        Assigning takes effect at once: a higher limit wakes those who wait, in the order in
+        which they asked; a lower one lets those that run finish and starts none above it. A
+        negative one is a `ValueError`.
+        """
+        return self._transfers.slots.limit
+
+    @max_concurrent_downloads.setter
+    def max_concurrent_downloads(self, limit: int) -> None:
+        self._transfers.slots.limit = limit
+
+    def statistics(self) -> DownloadStatistics:
+        slots = self._transfers.slots
+        return DownloadStatistics(len(self._transfers), slots.borrowed, slots.queued, self._pulls)
+
+    @asynccontextmanager
+    async def download(
+        self,
+        sources: Iterable[LayerSource],
+        *,
+        base: RootFS = RootFS(),  # noqa: B008 (frozen)
+        progress: ProgressSink | None = None,
+    ) -> AsyncIterator[RootFS]:
+        """Get a stack of layers into the store, and keep it there while the block runs.
+
+        Entering waits until all layers are registered. The block runs with no nursery around
+        it. Leaving it gives the layers back to the store, without waiting, and may happen
+        after the manager has been left.
+
+        If entering is cancelled or fails, the pull lets go of all its layers at once, and then
+        waits until those that nobody else wants have stopped. Whatever happens, each source is
+        closed exactly once; one whose download others share, when that has ended.
+
+        Args:
+            sources: The layers, bottom first.
+            base: What they stand on, which must be in the store.
+            progress: Takes the pull's events, from several tasks, in order for each layer.
+                Events it is too slow for are left out; the newest always arrives.
+
+        Raises:
+            LayersError: what the first layer to fail failed with: an error of its own for each
+                pull, whose ``__cause__`` is the original.
+            TransferError: likewise, for an original that is no `LayersError`.
+            ManagerClosed: if the manager has been left.
+            Exception: what a source's ``diff_id``, the store's ``get`` or the progress sink
+                raised, as it is.
+        """
+        pull = _Pull(self._transfers, self._retry, tuple(sources), base, progress)
+        self._pulls += 1
+        try:
+            rootfs = await pull.run()
+        finally:
+            self._pulls -= 1
+        try:
+            yield rootfs
+        finally:
+            pull.release()
+
+
+@final
+class _Pull:
+    """One call of `DownloadManager.download`, and the watcher of its transfers."""
+
+    def __init__(
+        self,
+        transfers: Transfers,
+        retry: RetryPolicy,
+        sources: tuple[LayerSource, ...],
+        base: RootFS,
+        sink: ProgressSink | None,
+    ) -> None:
+        self._transfers = transfers
+        self._store = transfers.store
+        self._retry = retry
+        self._sources = sources
+        self._base = base
+        self._sink = sink
+        self._nursery: trio.Nursery | None = None
+        self._error: Exception | None = None
+        self._result = base
+        # The topmost layer that was there, while the pull has a reference to it.
+        self._existing: Layer | None = None
+        # Those it watches, bottom first; those it was the last to watch and that have to stop.
+        self._watched: list[Transfer] = []
+        self._stopping: list[Transfer] = []
+        # Those that started no transfer of their own, by index: the pull closes them.
+        self._unused = dict(enumerate(sources))
+
+    async def run(self) -> RootFS:
+        try:
+            await trio.lowlevel.checkpoint()  # a pull that is cancelled already starts nothing
+            async with open_hidden_nursery() as self._nursery:
+                try:
+                    await self._get_all_layers()
+                except Exception as error:
+                    self._fail(error)
+                except BaseException:
+                    self._let_go()
+                    raise
+            if self._error is not None:
+                raise self._error
+            if self._watched:
+                self._release_existing()  # the layers above hold it now
+            return self._result
+        except BaseException:
+            self._let_go()
+            await self._wait_until_stopped()
+            self._release_existing()
+            raise
+        finally:
+            for source in self._unused.values():
+                _close(source)
+
+    def release(self) -> None:
+        self._let_go()
+        self._release_existing()
+
+    # How it ends.
+
+    def transfer_ended(self, transfer: Transfer) -> None:
+        if transfer.error is not None:
+            self._fail(transfer.own_error())
+
+    def _fail(self, error: Exception) -> None:
+        """End the pull with ``error``, unless something else has ended it."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._let_go()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._wind_up, self._nursery.cancel_scope)
+
+    async def _wind_up(self, scope: trio.CancelScope) -> None:
+        # The tasks that deliver progress have been woken by now, and run in this step of the
+        # scheduler or have run: whoever is idle still gets the last event.
+        await trio.lowlevel.checkpoint()
+        scope.cancel()
+
+    def _let_go(self) -> None:
+        """Stop watching, from the top layer down: so a layer is never cancelled below one that
+        is still wanted."""
+        watched, self._watched = self._watched, []
+        for transfer in reversed(watched):
+            transfer.let_go(self)
+            if transfer.scope.cancel_called and not transfer.done.is_set():
+                self._stopping.append(transfer)
+
+    async def _wait_until_stopped(self) -> None:
+        # No timer: a layer that went on writing behind its pull's back would be worse.
+        with trio.CancelScope(shield=True):
+            for transfer in self._stopping:
+                if not transfer.done.is_set():
+                    await transfer.done.wait()
+
+    def _release_existing(self) -> None:
+        layer, self._existing = self._existing, None
+        if layer is not None:
+            self._store.release(layer)
+
+    # How it gets there.
+
+    async def _get_all_layers(self) -> None:
+        known = await self._take_existing()
+        missing = self._sources[len(known.diff_ids) - len(self._base.diff_ids) :]
+        if not missing:
+            self._result = known
+            return
+        top = await self._ask_for(missing, known.chain_id)
+        if top is None:
+            return  # failed meanwhile
+        await top.done.wait()
+        if top.layer is None:
+            return  # failed: transfer_ended was told
+        self._result = RootFS(self._base.diff_ids + self._diff_ids_down_from(top.layer))
+        # What is below stays because of the top one.
+        self._watched.pop()
+        self._let_go()
+        self._watched.append(top)
+
+    async def _take_existing(self) -> RootFS:
+        """Pass over the layers at the bottom that the store has."""
+        diff_ids, chain = list(self._base.diff_ids), self._base.chain_id
+        for source in self._sources:
+            diff_id = source.diff_id()
+            if diff_id is None:
+                break
+            chain = extend_chain(chain, diff_id)
+            layer = await self._store.get(chain)
+            if layer is None:
+                break
+            self._release_existing()
+            self._existing = layer
+            diff_ids.append(diff_id)
+            await self._tell(source, Status.ALREADY_EXISTS)
+            if isinstance(source, DigestRegisterer):
+                source.registered(diff_id)
+        return RootFS(diff_ids)
+
+    async def _ask_for(
+        self, sources: tuple[LayerSource, ...], base: ChainID | None
+    ) -> Transfer | None:
+        """Start or join a transfer for each layer; the top one, or ``None`` if the pull has
+        failed before."""
+        first = len(self._sources) - len(sources)
+        key = _key_of_base(base)
+        parent: Transfer | None = None
+        by_source_key: dict[str, tuple[Transfer, LayerSource]] = {}
+        for index, source in enumerate(sources, first):
+            key = _key_on(key, source.key)
+            repeated = by_source_key.get(source.key)
+            if repeated is None:
+                await self._tell(source, Status.PULLING)
+            while (transfer := self._transfers.get(key)) and transfer.scope.cancel_called:
+                await transfer.done.wait()
+            # From here to the end of the round there is no checkpoint.
+            if self._error is not None:
+                return None
+            if transfer is None:
+                transfer = self._start(key, index, base, parent, repeated)
+            transfer.watch(self)
+            self._watched.append(transfer)
+            if repeated is None:
+                by_source_key[source.key] = transfer, source
+                if self._sink is not None:
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._deliver, transfer, source.id, self._sink)
+            parent = transfer
+        return parent
+
+    def _start(
+        self,
+        key: bytes,
+        index: int,
+        base: ChainID | None,
+        parent: Transfer | None,
+        repeated: tuple[Transfer, LayerSource] | None,
+    ) -> Transfer:
+        source = self._sources[index]
+        job = _Job(self._store, self._retry, source, base, parent)
+        if repeated is not None:
+            assert parent is not None
+            original, its_source = repeated
+            return self._transfers.start(
+                key,
+                partial(job.copy, original, _descriptor_of(its_source)),
+                builds_on=(parent, original),
+                close=_nothing,
+                needs_slot=False,
+            )
+        transfer = self._transfers.start(
+            key,
+            job.fetch,
+            builds_on=() if parent is None else (parent,),
+            close=partial(_close, source),
+            needs_slot=True,
+        )
+        del self._unused[index]
+        return transfer
+
+    def _diff_ids_down_from(self, top: Layer) -> tuple[DiffID, ...]:
+        diff_ids: list[DiffID] = []
+        layer: Layer | None = top
+        # Exactly as many as were asked for: what is below them is the base.
+        for _ in self._sources:
+            if layer is None:
+                raise LayersError("internal error: too few parent layers")
+            diff_ids.append(layer.diff_id)
+            layer = layer.parent
+        return tuple(reversed(diff_ids))
+
+    # What it tells.
+
+    async def _tell(self, source: LayerSource, action: str) -> None:
+        if self._sink is not None:
+            await self._sink(Progress(source.id, action))
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def _deliver(self, transfer: Transfer, id: str, sink: ProgressSink) -> None:
+        try:
+            await transfer.deliver(id, sink)
+        except Exception as error:
+            self._fail(error)
+
+
+@attrs.frozen
+class _Job:
+    """What the transfer of one layer does, once as a download, once for a repeated layer."""
+
+    store: LayerStore
+    retry: RetryPolicy
+    source: LayerSource
+    base: ChainID | None
+    parent: Transfer | None
+
+    async def fetch(self, transfer: Transfer) -> Layer | Exception:
+        """Download the layer and register it on its parent."""
+        await transfer.slot.wait()
+        if self.parent is not None and self.parent.error is not None:
+            return self.parent.error
+        stream, size = await self.retry.download(self.source, transfer)
+        transfer.if_cancelled = REGISTRATION_CANCELLED
+        transfer.now_inactive()
+        reader = LayerReader(stream, size, transfer.report)
+        try:
+            if self.parent is not None:
+                await self.parent.done.wait()
+                if self.parent.error is not None:
+                    return self.parent.error
+            layer = await self._register(transfer, reader, _descriptor_of(self.source))
+        finally:
+            await reader.aclose()
+        return self._hand_over(transfer, layer, Status.PULL_COMPLETE)
+
+    async def copy(
+        self, original: Transfer, descriptor: Descriptor | None, transfer: Transfer
+    ) -> Layer | Exception:
+        """Register the data of ``original``, a layer further down, once more."""
+        transfer.if_cancelled = REGISTRATION_CANCELLED
+        assert self.parent is not None
+        for other in (self.parent, original):
+            await other.done.wait()
+            if other.error is not None:
+                return other.error
+        assert original.layer is not None
+        reader = LayerReader(await original.layer.tar_stream())
+        try:
+            layer = await self._register(transfer, reader, descriptor)
+        finally:
+            await reader.aclose()
+        return self._hand_over(transfer, layer, None)
+
+    async def _register(
+        self, transfer: Transfer, reader: LayerReader, descriptor: Descriptor | None
+    ) -> Layer:
+        below = self.base
+        if self.parent is not None:
+            assert self.parent.layer is not None
+            below = self.parent.layer.chain_id
+        try:
+            return await self.store.register(reader, below, descriptor)
+        except Exception as error:
+            if transfer.scope.cancel_called:
+                raise TransferCancelled(REGISTRATION_CANCELLED) from error
+            if isinstance(error, DecompressionError):
+                problem = "could not get decompression stream"
+            else:
+                problem = "failed to register layer"
+            raise RegistrationError(f"{problem}: {text_of(error)}", reason=error) from error
+
+    def _hand_over(self, transfer: Transfer, layer: Layer, action: str | None) -> Layer:
+        """The last step, without a checkpoint: from here the layer is the transfer's."""
+        try:
+            # A store may finish although it was cancelled: nobody wants the layer then.
+            if transfer.scope.cancel_called:
+                raise TransferCancelled(REGISTRATION_CANCELLED)
+            if action is not None:
+                transfer.report(action)
+            if isinstance(self.source, DigestRegisterer):
+                self.source.registered(layer.diff_id)
+        except BaseException:
+            self.store.release(layer)
+            raise
+        return layer
+
+
+def _key_of_base(base: ChainID | None) -> bytes:
+    """What a pull's first missing layer stands on, as the beginning of a chain of keys."""
+    return hashlib.sha256(b"base " + (base or "").encode()).digest()
+
+
+def _key_on(below: bytes, key: str) -> bytes:
+    """The key of a transfer: what it stands on, and its source's key.
+
+    Hashed, as chain IDs are, so that a key among 10,000 layers costs what the first one does.
+    """
+    return hashlib.sha256(b"on " + below + key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _descriptor_of(source: LayerSource) -> Descriptor | None:
+    return source.descriptor if isinstance(source, DescribedSource) else None
+
+
+def _close(source: LayerSource) -> None:
+    try:
+        source.close()
+    except Exception:
+        logger.exception("closing the source of layer %s failed", source.id)
+
+
+def _nothing() -> None:
+    pass

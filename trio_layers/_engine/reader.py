@@ -1,0 +1,100 @@
+"""The stream a store reads a layer from: counted, and closed exactly once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TypeAlias, final
+
+import trio
+
+from .._progress import Status
+
+__all__ = ["LayerReader"]
+
+logger = logging.getLogger("trio_layers.engine")
+
+Report: TypeAlias = Callable[[str, int, int, bool], None]
+
+STEP = 512 * 1024
+INTERVAL = 0.1
+# On a virtual clock two sleeps that should end together may be an ulp apart.
+SLACK = 1e-6
+
+
+@final
+class LayerReader(trio.abc.ReceiveStream):
+    """Passes a layer's bytes on as they are.
+
+    It closes the stream it reads from as soon as that has ended, has failed, or a read of it
+    was cancelled; `aclose` does it otherwise. What is reported, and when, follows moby's
+    ``pkg/progress/progressreader.go``.
+
+    Args:
+        stream: The layer as it was downloaded.
+        size: How long it is, in bytes; 0 if not known.
+        report: Takes the progress; ``None`` to report none.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.ReceiveStream,
+        size: int = 0,
+        report: Report | None = None,
+    ) -> None:
+        self._stream = stream
+        self._size = size
+        self._report_to = report
+        self._step = min(STEP, size // 100) if size > 0 else STEP
+        self._count = 0
+        self._count_at_step = 0
+        self._reported_at = -math.inf
+        self._closed = False
+        self._at_end = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            if self._at_end:
+                return b""
+            raise trio.ClosedResourceError("the layer's stream was closed")
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._report(last=True)
+            await self.aclose()
+            raise
+        if data:
+            self._count += len(data)
+            if self._count - self._count_at_step > self._step:
+                self._count_at_step = self._count
+                self._report(last=False)
+        else:
+            self._at_end = True
+            self._report(last=True)
+            await self.aclose()
+        return data
+
+    async def aclose(self) -> None:
+        """Close the stream that is read from, unless that is done. Not cancellable; never
+        raises: whether the layer is good was decided by what could be read."""
+        if self._closed:
+            return
+        self._closed = True
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.aclose_forcefully(self._stream)
+            except Exception:
+                logger.exception("closing a layer's stream failed")
+
+    def _report(self, *, last: bool) -> None:
+        if self._report_to is None:
+            return
+        if not (last or self._count == self._size):
+            now = trio.current_time()
+            if now - self._reported_at < INTERVAL - SLACK:
+                return
+            self._reported_at = now
+        self._report_to(Status.EXTRACTING, self._count, self._size, last)

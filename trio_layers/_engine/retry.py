@@ -1,0 +1,86 @@
+"""Attempts: which errors deserve another, after how long, and the countdown people see."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import attrs
+import trio
+
+from .._errors import DoNotRetry
+from .._progress import retrying
+from ..abc import LayerSource
+from .transfer import CONTEXT_CANCELED, Transfer, text_of
+
+__all__ = ["RetryPolicy", "is_final"]
+
+logger = logging.getLogger("trio_layers.engine")
+
+
+@attrs.frozen
+class RetryPolicy:
+    """How a failing download is tried again.
+
+    Attributes:
+        max_attempts: How often `LayerSource.download` is called at most.
+        tick: Seconds between two steps of the countdown.
+    """
+
+    max_attempts: int
+    tick: float
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_download_attempts must be at least 1, not {self.max_attempts}")
+        if not self.tick > 0:
+            raise ValueError(f"retry_tick must be more than 0 seconds, not {self.tick}")
+
+    async def download(
+        self, source: LayerSource, transfer: Transfer
+    ) -> tuple[trio.abc.ReceiveStream, int]:
+        """Call ``source.download`` until it succeeds. The slot is kept meanwhile: it is the
+        back-pressure on a registry in trouble."""
+        attempt = 1
+        while True:
+            transfer.if_cancelled = CONTEXT_CANCELED
+            # A slot may come in the very tick of a cancellation: then nothing starts.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            try:
+                return await source.download(transfer.report)
+            except Exception as error:
+                if transfer.scope.cancel_called:
+                    raise
+                if attempt >= self.max_attempts or is_final(error):
+                    logger.info("download failed after %d attempts: %s", attempt, text_of(error))
+                    raise
+                logger.info(
+                    "download failed, retrying (%d/%d): %s",
+                    attempt,
+                    self.max_attempts,
+                    text_of(error),
+                )
+            transfer.if_cancelled = "download cancelled during retry delay"
+            for ticks_left in range(attempt * 5, 0, -1):
+                transfer.report(retrying(ticks_left))
+                await trio.sleep(self.tick)
+            attempt += 1
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error is, holds, or was caused by, a `DoNotRetry`."""
+    return any(isinstance(each, DoNotRetry) for each in _all_behind(error))
+
+
+def _all_behind(error: BaseException) -> Iterator[BaseException]:
+    todo, seen = [error], {id(error)}
+    while todo:
+        this = todo.pop()
+        yield this
+        behind = [this.__cause__ or (None if this.__suppress_context__ else this.__context__)]
+        if isinstance(this, BaseExceptionGroup):
+            behind += this.exceptions
+        for other in behind:
+            if other is not None and id(other) not in seen:
+                seen.add(id(other))
+                todo.append(other)

@@ -1,0 +1,85 @@
+"""Who may move data now."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Protocol, final
+
+import trio
+
+__all__ = ["SlotHolder", "Slots"]
+
+
+class SlotHolder(Protocol):
+    @property
+    def slot(self) -> trio.Event:
+        """Set once the slot is granted."""
+        ...
+
+
+@final
+class Slots:
+    """A `trio.CapacityLimiter` that serves in the order of asking.
+
+    The limiter's own queue has the order in which tasks came to wait, and trio shuffles those.
+    Here a slot is asked for synchronously, on behalf of whoever shall have it, so the order is
+    that of the decisions. Whoever asked gives the slot back, or leaves the queue, exactly when
+    it says so: nothing here waits.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limiter = trio.CapacityLimiter(_tokens(limit))
+        # A dict that is cheap to take from the front of.
+        self._queue: OrderedDict[SlotHolder, None] = OrderedDict()
+
+    @property
+    def limit(self) -> int:
+        """How many may hold a slot at once; 0 means no limit. A new limit holds at once: a
+        higher one serves those who wait, a lower one takes nothing from those who have."""
+        tokens = self._limiter.total_tokens
+        return 0 if math.isinf(tokens) else int(tokens)
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limiter.total_tokens = _tokens(limit)
+        self._serve()
+
+    @property
+    def borrowed(self) -> int:
+        return self._limiter.borrowed_tokens
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def ask(self, holder: SlotHolder) -> bool:
+        """Grant ``holder`` a slot, now or later; tell whether it was now."""
+        self._queue[holder] = None
+        self._serve()
+        return holder.slot.is_set()
+
+    def give_back(self, holder: SlotHolder) -> None:
+        """Take the slot from ``holder``, which asked for one, or its place in the queue."""
+        if holder.slot.is_set():
+            self._limiter.release_on_behalf_of(holder)
+            self._serve()
+        else:
+            self._queue.pop(holder, None)
+
+    def _serve(self) -> None:
+        while self._queue:
+            holder = next(iter(self._queue))
+            try:
+                self._limiter.acquire_on_behalf_of_nowait(holder)
+            except trio.WouldBlock:
+                return
+            del self._queue[holder]
+            holder.slot.set()
+
+
+def _tokens(limit: int) -> int | float:
+    # Zero tokens would be legal for trio, and never serve anyone.
+    if limit < 0:
+        raise ValueError(f"max_concurrent_downloads must be at least 0, not {limit}")
+    return limit or math.inf

@@ -1,0 +1,265 @@
+"""One keyed, shared, cancellable job, and the table of those that run.
+
+A transfer belongs to nobody who wants it: its task lives in the manager's nursery, its cancel
+scope is its own, and it goes on as long as somebody watches. After moby's
+``distribution/xfer/transfer.go``, with these words:
+
+watcher
+    Whoever wants a transfer to go on: a pull, or another transfer that builds on its layer. It
+    comes by `Transfer.watch` and goes by `Transfer.let_go`. The last one to go cancels the
+    transfer, or, if that has ended, releases the layer.
+inactive
+    The data is here: the slot goes to the next transfer.
+done
+    The task has ended and the outcome stands. A transfer that was merely asked to stop is not
+    done yet.
+
+Everything that decides (who starts, who shares, who is cancelled, how a transfer ends) happens
+in synchronous functions. No task runs between looking and acting, so there are no locks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol, TypeAlias, final
+
+import trio
+
+from .._errors import LayersError, ManagerClosed, TransferCancelled, TransferError
+from .._progress import Progress, Status
+from ..abc import Layer, LayerStore, ProgressSink
+from .slots import Slots
+
+__all__ = ["Transfer", "Transfers", "Watcher", "Work", "text_of"]
+
+logger = logging.getLogger("trio_layers.engine")
+
+CONTEXT_CANCELED: Final = "context canceled"
+
+Work: TypeAlias = Callable[["Transfer"], Awaitable["Layer | Exception"]]
+"""What a transfer does, inside its cancel scope. It returns the layer, a reference to which it
+hands over, or an error that another transfer ended with (raised again, that one object would
+gather the tracebacks of all who share it)."""
+
+
+class Watcher(Protocol):
+    def transfer_ended(self, transfer: Transfer) -> None:
+        """Told once, in the step in which the transfer ends. Must not fail."""
+        ...
+
+
+@final
+class Transfer:
+    """One job of the table.
+
+    Attributes:
+        scope: Cancels this transfer and nothing else.
+        slot: Set once it may move data; never, for one that needs no slot.
+        inactive: Set once it moves no more data.
+        done: Set once it has ended: `layer` or `error` is there.
+        layer: What it registered, if it succeeded.
+        error: What it failed with. One object, shared: see `own_error`.
+        if_cancelled: What a cancellation means at this point: the text of the error.
+    """
+
+    def __init__(
+        self, table: Transfers, key: bytes, builds_on: Sequence[Transfer], close: Callable[[], None]
+    ) -> None:
+        self.scope = trio.CancelScope()
+        self.slot = trio.Event()
+        self.inactive = trio.Event()
+        self.done = trio.Event()
+        self.layer: Layer | None = None
+        self.error: Exception | None = None
+        self.if_cancelled = CONTEXT_CANCELED
+        self._table = table
+        self._key = key
+        self._close = close
+        self._watchers: dict[Watcher, None] = {}
+        self._builds_on = builds_on
+        for other in builds_on:
+            other.watch(self)
+        # The latest publication, and its number: two equal ones are two.
+        self._latest = ("", 0, 0, False)
+        self._published = 0
+        self._news = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        if self.done.is_set():
+            state = "done" if self.error is None else "failed"
+        elif self.scope.cancel_called:
+            state = "stopping"
+        elif self.inactive.is_set():
+            state = "inactive"
+        else:
+            state = "active" if self.slot.is_set() else "queued"
+        return f"<Transfer {self._key.hex()[:12]}: {state}, {len(self._watchers)} watchers>"
+
+    # Who wants it.
+
+    def watch(self, watcher: Watcher) -> None:
+        self._watchers[watcher] = None
+
+    def let_go(self, watcher: Watcher) -> None:
+        """No longer watch; the last one to say so cancels the transfer or releases its layer."""
+        self._watchers.pop(watcher, None)
+        if self._watchers:
+            return
+        if self.done.is_set():
+            self._release()
+        elif not self.scope.cancel_called:
+            self.scope.cancel()
+            if not self.slot.is_set():
+                self._table.slots.give_back(self)
+            self._let_go_of_others()
+
+    def transfer_ended(self, transfer: Transfer) -> None:
+        """As a watcher of others it waits for their `done` in its task."""
+
+    def own_error(self) -> LayersError:
+        """What the transfer failed with, as a new object for one who waits for it."""
+        assert self.error is not None
+        if isinstance(self.error, LayersError):
+            mine = self.error._again()
+        else:
+            mine = TransferError(text_of(self.error))
+        mine.__cause__ = self.error
+        return mine
+
+    # What it reports.
+
+    def report(self, action: str, current: int = 0, total: int = 0, last: bool = False) -> None:
+        """Publish progress. Never waits. Watchers that are slow see the newest only."""
+        if self.done.is_set():
+            return
+        self._latest = (action, current, total, last)
+        self._published += 1
+        self._news.unpark_all()
+
+    async def deliver(self, id: str, sink: ProgressSink) -> None:
+        """Hand the latest publication to ``sink``, then each later one it is fast enough for,
+        until the transfer is done and its last one handed over."""
+        seen = 0
+        while True:
+            if seen < self._published:
+                seen = self._published
+                await sink(Progress(id, *self._latest))
+            elif self.done.is_set():
+                return
+            else:
+                await self._news.park()
+
+    # What it does.
+
+    def now_inactive(self) -> None:
+        """The data is here: give the slot to the next."""
+        self.inactive.set()
+        self._table.slots.give_back(self)
+
+    async def _run(self, work: Work) -> None:
+        # This stands if the cancellation comes from outside, which only the manager's end does.
+        outcome: Layer | Exception = ManagerClosed("the download manager was closed")
+        try:
+            with self.scope:
+                outcome = await work(self)
+            if self.scope.cancelled_caught:
+                outcome = TransferCancelled(self.if_cancelled)
+        except Exception as error:
+            outcome = error
+        finally:
+            self._end(outcome)
+
+    def _end(self, outcome: Layer | Exception) -> None:
+        """The one step in which a transfer ends. There is no checkpoint in it, and the slot
+        goes last: a pull that fails lets go of its other layers before one of them could have
+        it."""
+        self._table.drop(self._key)
+        if isinstance(outcome, Exception):
+            self.error = outcome
+            logger.debug("transfer %s: %s", self._key.hex()[:12], text_of(outcome))
+        else:
+            self.layer = outcome
+        self.done.set()
+        self._close()
+        self._let_go_of_others()
+        self._news.unpark_all()
+        for watcher in tuple(self._watchers):
+            watcher.transfer_ended(self)
+        if not self.inactive.is_set():
+            self.now_inactive()
+        if not self._watchers:
+            self._release()
+
+    def _let_go_of_others(self) -> None:
+        others, self._builds_on = self._builds_on, ()
+        for other in others:
+            other.let_go(self)
+
+    def _release(self) -> None:
+        layer, self.layer = self.layer, None
+        if layer is not None:
+            self._table.store.release(layer)
+
+
+@final
+class Transfers:
+    """Those that run, by key, and the nursery they run in."""
+
+    def __init__(self, nursery: trio.Nursery, store: LayerStore, slots: Slots) -> None:
+        self.store = store
+        self.slots = slots
+        self._nursery: trio.Nursery | None = nursery
+        self._running: dict[bytes, Transfer] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def get(self, key: bytes) -> Transfer | None:
+        return self._running.get(key)
+
+    def start(
+        self,
+        key: bytes,
+        work: Work,
+        *,
+        builds_on: Sequence[Transfer],
+        close: Callable[[], None],
+        needs_slot: bool,
+    ) -> Transfer:
+        """Start a transfer; the caller must `~Transfer.watch` it before the next checkpoint.
+
+        Args:
+            key: Under which others find it, until it has ended.
+            work: What it does.
+            builds_on: The transfers it watches until it has ended or been cancelled.
+            close: Called in the step in which it ends.
+            needs_slot: Whether it moves data.
+
+        Raises:
+            ManagerClosed: if the manager has been left.
+        """
+        if self._nursery is None:
+            raise ManagerClosed("the download manager was closed")
+        transfer = Transfer(self, key, builds_on, close)
+        self._running[key] = transfer
+        if not needs_slot:
+            transfer.inactive.set()
+        elif not self.slots.ask(transfer):
+            transfer.report(Status.WAITING)
+        self._nursery.start_soon(transfer._run, work, name=f"transfer {key.hex()[:12]}")
+        return transfer
+
+    def drop(self, key: bytes) -> None:
+        del self._running[key]
+
+    def close(self) -> None:
+        """Cancel all that run; nothing starts any more."""
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+            self._nursery = None
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing."""
+    return str(error) or type(error).__name__
