@@ -150,7 +150,7 @@ async def decompressed(stream: trio.abc.ReceiveStream) -> bytes:
             raise DecompressionError(str(error) or type(error).__name__) from error
         if not data:
             break
-        for piece in decompressor.feed(data):
+        for piece in decompressor.feed(bytes(data)):
             pieces.append(piece)
             await trio.lowlevel.checkpoint()
     pieces.extend(decompressor.finish())

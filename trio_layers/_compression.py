@@ -1,0 +1,245 @@
+"""Recognise and undo a layer's compression, whatever its media type says.
+
+moby's ``DecompressStream`` (go-archive ``compression/compression.go``) is the model: the magic
+bytes decide, and what is not recognised is a plain tar. Nothing here reads or waits: bytes are
+pushed in and come out, in a task or in a worker thread alike.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol, final
+
+from isal import igzip_lib
+
+from ._errors import DecompressionError, UnpackError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+__all__ = ["PIECE", "Decompressor"]
+
+PIECE: Final = 256 * 1024
+"""The most bytes that come out at once."""
+
+# moby peeks at this many bytes; what fails within them has not been opened.
+_BEGINNING: Final = 10
+
+# xz and zstd name the memory they need. These cover `xz -9` and `zstd --long`.
+_XZ_MEMORY: Final = 192 * 1024 * 1024
+_ZSTD_WINDOW_LOG: Final = 27
+
+# Go's gzip reader, and so every registry client in Go, refuses longer names and comments.
+_GZIP_TEXT: Final = 512
+
+
+class _Codec(Protocol):
+    """What bz2, lzma, zstd and isal have in common: one member, undone piece by piece."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /, max_length: int = -1) -> bytes: ...
+
+
+# Headers are parsed here: igzip gets a header checksum wrong whose bytes come in two parts,
+# and we want to know where the header ends.
+def _gzip() -> _Codec:
+    return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)
+
+
+def _zstd() -> _Codec:
+    window: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
+    return zstd.ZstdDecompressor(options=window)
+
+
+def _xz() -> _Codec:
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+
+
+_CODECS: Final[dict[str, Callable[[], _Codec]]] = {
+    "gzip": _gzip,
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": _xz,
+    "zstd": _zstd,
+}
+
+
+def _recognise(head: bytes) -> str | None:
+    """The compression that ``head`` begins, ``None`` for none."""
+    if head.startswith(b"\x1f\x8b\x08"):
+        return "gzip"
+    if head.startswith(b"BZh"):
+        return "bzip2"
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return "xz"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "zstd"
+    # A zstd stream may start with a frame to be skipped (RFC 8878, 3.1.2).
+    if len(head) >= 8 and 0x50 <= head[0] <= 0x5F and head[1:4] == b"\x2a\x4d\x18":
+        return "zstd"
+    return None
+
+
+def _gzip_header(data: bytes) -> int | None:
+    """How long the gzip header is that ``data`` begins with (RFC 1952, 2.3); ``None`` if it
+    goes on behind what is there. Raises `ValueError` if it is none."""
+    if not b"\x1f\x8b\x08".startswith(data[:3]):
+        raise ValueError("invalid gzip header")
+    if len(data) < 10:
+        return None
+    flags = data[3]
+    end = 10
+    if flags & 0x04:
+        if len(data) < end + 2:
+            return None
+        end += 2 + int.from_bytes(data[end : end + 2], "little")
+    for text in (0x08, 0x10):
+        if flags & text:
+            found = data.find(b"\0", end, end + _GZIP_TEXT)
+            if found < 0:
+                if len(data) >= end + _GZIP_TEXT:
+                    raise ValueError("a gzip header with a name that is too long")
+                return None
+            end = found + 1
+    if flags & 0x02:
+        if len(data) < end + 2:
+            return None
+        if zlib.crc32(data[:end]) & 0xFFFF != int.from_bytes(data[end : end + 2], "little"):
+            raise ValueError("a gzip header with a wrong checksum")
+        end += 2
+    return end if len(data) >= end else None
+
+
+@final
+class Decompressor:
+    """Undoes gzip, zstd, bzip2, xz or nothing, by the first bytes that come.
+
+    Push compressed bytes through `feed` and end with `finish`; exhaust each iterator before the
+    next call. Memory stays bounded whatever the input expands to, apart from the window that
+    zstd (128 MiB) and xz ask for. Several members or frames in a row are one stream, and zeros
+    behind the last are ignored. No bytes at all are valid, and give none. Checksums are checked.
+
+    Attributes:
+        opened: Whether the beginning is behind us: 10 bytes or the end of the input were seen
+            and, for gzip, the whole first header. What fails before is a `DecompressionError`,
+            what fails later an `UnpackError`, as moby tells them apart.
+        compression: ``gzip``, ``zstd``, ``bzip2``, ``xz``; ``None`` for none, or not yet known.
+    """
+
+    def __init__(self) -> None:
+        self.opened = False
+        self.compression: str | None = None
+        self._recognised = False
+        self._codec: _Codec | None = None
+        self._members = 0
+        # How much the next call hands to the codec. What follows a member comes back as a copy,
+        # so a small start keeps a stream of many tiny members linear.
+        self._step = _BEGINNING
+        self._held = b""
+        self._position = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The plain bytes that ``data`` completes, in pieces of at most `PIECE` bytes.
+
+        ``data`` is kept until the iterator is exhausted: give a large input in slices.
+
+        Raises:
+            DecompressionError: if the input's beginning is not valid.
+            UnpackError: if it is damaged later.
+        """
+        return self._run(data, end=False)
+
+    def finish(self) -> Iterator[bytes]:
+        """The input has ended: what is left of the plain bytes.
+
+        Raises:
+            DecompressionError: if the input ends in its beginning.
+            UnpackError: if it ends in the midst of a member.
+        """
+        yield from self._run(b"", end=True)
+        if self._codec is not None or self._held:
+            raise self._error("the data ends too early")
+        self.opened = True
+
+    def _run(self, data: bytes, *, end: bool) -> Iterator[bytes]:
+        data, self._held = self._held + data, b""
+        if not self._recognised:
+            if len(data) < _BEGINNING and not end:
+                self._held = data
+                return
+            self.compression = _recognise(data)
+            self._recognised = True
+            self.opened = self.compression is None
+        if self.compression is None:
+            for start in range(0, len(data), PIECE):
+                yield data[start : start + PIECE]
+            return
+        start = 0
+        while start < len(data):
+            if self._codec is None:
+                body = self._begin(data, start)
+                self._position += body - start
+                start = body
+                if self._codec is None:
+                    self._held = data[start:]
+                    return
+            part = data[start : start + self._step]
+            self._step = min(self._step * 8, PIECE)
+            yield from self._decode(self._codec, part)
+            start += len(part)
+            self._position += len(part)
+            if self._codec.eof:
+                rest = len(self._codec.unused_data)
+                start -= rest
+                self._position -= rest
+                self._codec = None
+            # For gzip, the end of the first header decided.
+            self.opened = self.opened or self._position >= _BEGINNING
+
+    def _begin(self, data: bytes, start: int) -> int:
+        """Set up the codec for the member that begins at ``start``, behind zeros if it is not
+        the first. Returns where its body begins, or where to go on when more is there."""
+        if self._members and data[start] == 0:
+            start = len(data) - len(data[start:].lstrip(b"\0"))
+            if start == len(data):
+                return start
+        assert self.compression is not None
+        if self.compression == "gzip":
+            try:
+                length = _gzip_header(data[start : start + 2**16 + 2 * _GZIP_TEXT + 16])
+            except ValueError as error:
+                raise self._error(str(error)) from None
+            if length is None:
+                return start
+            start += length
+            self.opened = True
+        self._codec = _CODECS[self.compression]()
+        self._members += 1
+        self._step = _BEGINNING
+        return start
+
+    def _decode(self, codec: _Codec, part: bytes) -> Iterator[bytes]:
+        while True:
+            try:
+                plain = codec.decompress(part, PIECE)
+            except Exception as error:  # each library raises a class of its own
+                raise self._error(str(error)) from error
+            if plain:
+                yield plain
+            if codec.eof or codec.needs_input:
+                return
+            part = b""
+
+    def _error(self, text: str) -> DecompressionError | UnpackError:
+        where = f"{self.compression} data, near byte {self._position}: {text}"
+        return UnpackError(where) if self.opened else DecompressionError(where)
