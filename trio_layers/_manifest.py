@@ -1,14 +1,67 @@
-"""Descriptors, manifests, indexes and image configs: plain values and their decoders."""
+"""Descriptors, manifests, indexes and image configs: plain values and their decoders.
+
+What arrives is checked against the OCI image specification (``manifest.md``, ``image-index.md``,
+``config.md``), and Docker's schema 2, whose documents have the same shape. A document that two
+readers could take for two different things is refused (CVE-2021-41190).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Final, NoReturn
 
 import attrs
 
-from ._digest import Digest
+from ._digest import DiffID, Digest, parse_digest
+from ._errors import InvalidDigest, ManifestError
+from ._platform import Platform
 
-__all__ = ["Descriptor"]
+__all__ = [
+    "INDEX_TYPES",
+    "MANIFEST_TYPES",
+    "MAX_DOCUMENT_SIZE",
+    "Descriptor",
+    "ImageConfig",
+    "Index",
+    "Manifest",
+    "check_image",
+    "check_layer_count",
+    "decode_config",
+    "decode_manifest",
+]
+
+MAX_DOCUMENT_SIZE: Final = 4 * 1024 * 1024
+"""The largest manifest, index or config that is read, in bytes. The distribution specification
+asks registries to take manifests of at least this size, and some take no larger ones."""
+
+MANIFEST_TYPES: Final = (
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
+INDEX_TYPES: Final = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+_SCHEMA_1: Final = "application/vnd.docker.distribution.manifest.v1+"
+
+_CONFIG_TYPES: Final = frozenset(
+    {
+        "application/vnd.oci.image.config.v1+json",
+        "application/vnd.docker.container.image.v1+json",
+        "application/octet-stream",  # early pushes through distribution, its issue 1621
+    }
+)
+_LAYER_TYPES: Final = frozenset(
+    f"application/vnd.oci.image.layer.{kind}v1.tar{compression}"
+    for kind in ("", "nondistributable.")
+    for compression in ("", "+gzip", "+zstd")
+) | frozenset(
+    f"application/vnd.docker.image.rootfs.{kind}diff.tar{compression}"
+    for kind in ("", "foreign.")
+    for compression in ("", ".gzip", ".zstd")
+)
+_IN_TOTO: Final = "application/vnd.in-toto"
 
 
 @attrs.frozen
@@ -21,6 +74,7 @@ class Descriptor:
         size: Its length in bytes.
         urls: Where else it may be had.
         annotations: What the publisher says of it.
+        platform: In an index, what the manifest is for; ``None`` if it does not say.
     """
 
     media_type: str
@@ -28,3 +82,308 @@ class Descriptor:
     size: int
     urls: tuple[str, ...] = ()
     annotations: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    platform: Platform | None = None
+
+    @property
+    def is_attestation(self) -> bool:
+        """Whether it stands beside an image in an index and says something of it, as BuildKit's
+        provenance does (BuildKit, ``attestation-storage.md``)."""
+        return self.annotations.get("vnd.docker.reference.type") == "attestation-manifest"
+
+
+@attrs.frozen
+class Manifest:
+    """One image, or an artifact of the same shape (OCI ``manifest.md``).
+
+    Attributes:
+        media_type: Which of `MANIFEST_TYPES` it is.
+        config: Where its config is.
+        layers: Where its layers are, bottom first.
+        artifact_type: What it is, if it says so and is no image.
+        annotations: What the publisher says of it.
+    """
+
+    media_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    artifact_type: str | None = None
+    annotations: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+
+
+@attrs.frozen
+class Index:
+    """Images for several platforms under one name (OCI ``image-index.md``).
+
+    Attributes:
+        media_type: Which of `INDEX_TYPES` it is.
+        manifests: Where they are, with their platforms.
+        annotations: What the publisher says of it.
+    """
+
+    media_type: str
+    manifests: tuple[Descriptor, ...]
+    annotations: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+
+    @property
+    def images(self) -> tuple[Descriptor, ...]:
+        """Those of `manifests` that may lead to an image: no attestation, and of a known type."""
+        known = MANIFEST_TYPES + INDEX_TYPES
+        return tuple(
+            entry
+            for entry in self.manifests
+            if entry.media_type in known and not entry.is_attestation
+        )
+
+
+@attrs.frozen
+class ImageConfig:
+    """What an image is for, and how it wants to be run (OCI ``config.md``).
+
+    Attributes:
+        platform: What it is for.
+        diff_ids: What its layers hash to once decompressed, bottom first.
+        created: When it was built, as it was written (RFC 3339).
+        env: The environment, as ``NAME=value``.
+        entrypoint: The command, to which ``cmd`` is appended.
+        cmd: The command's default arguments, or the command itself.
+        working_dir: Where the command starts.
+        user: Who runs it, as ``user[:group]``, names or numbers.
+        labels: What the publisher says of it.
+        exposed_ports: What it listens on, as ``port/protocol``.
+        volumes: Directories that hold data of each container's own.
+        stop_signal: What asks it to end, as ``SIGTERM`` or a number.
+        raw: The document itself, which has all the rest.
+    """
+
+    platform: Platform
+    diff_ids: tuple[DiffID, ...]
+    created: str = ""
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    exposed_ports: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    stop_signal: str = ""
+    raw: bytes = attrs.field(default=b"", repr=False)
+
+
+def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
+    """Decode a manifest or an index.
+
+    Args:
+        data: The document as it was served.
+        media_type: What it was served as, without parameters: this decides what it is.
+
+    Raises:
+        ManifestError: if it is of another type, larger than `MAX_DOCUMENT_SIZE`, not valid, or
+            says of itself that it is something else.
+    """
+    if media_type.startswith(_SCHEMA_1):
+        raise ManifestError(
+            "the image is in Docker's schema 1 format, which is no longer supported: "
+            "pull it with an old Docker and push it again, or ask for a newer tag"
+        )
+    if media_type not in MANIFEST_TYPES + INDEX_TYPES:
+        raise ManifestError(
+            f"media type {_show(media_type)} is neither that of an image manifest nor of an index"
+        )
+    kind = "manifest" if media_type in MANIFEST_TYPES else "index"
+    document = _decode(data, kind)
+    if document.get("schemaVersion") != 2:
+        _refuse(f"{kind}: schemaVersion is {_show(document.get('schemaVersion'))}, not 2")
+    claimed = document.get("mediaType", media_type)
+    if claimed != media_type:
+        _refuse(f"{kind}: served as {media_type}, but its mediaType is {_show(claimed)}")
+    foreign = ("manifests", "fsLayers") if kind == "manifest" else ("layers", "config", "fsLayers")
+    for member in foreign:
+        if member in document:
+            _refuse(f"{kind}: ambiguous, since it has {member!r} as well")
+    annotations = _text_map(document.get("annotations"), f"{kind}: annotations")
+    if kind == "index":
+        return Index(media_type, _descriptors(document, "manifests"), annotations)
+    return Manifest(
+        media_type,
+        _descriptor(document.get("config"), "config"),
+        _descriptors(document, "layers"),
+        _text(document.get("artifactType"), "artifactType") or None,
+        annotations,
+    )
+
+
+def check_image(manifest: Manifest) -> None:
+    """Check that a manifest is that of an image whose layers we can unpack.
+
+    Raises:
+        ManifestError: if it is an artifact, an attestation, or has a layer of unknown type.
+    """
+    config_type = manifest.config.media_type
+    if config_type not in _CONFIG_TYPES:
+        _refuse(
+            f"not an image but an artifact of type {_show(manifest.artifact_type or config_type)}: "
+            "use the tool it was made for"
+        )
+    for layer in manifest.layers:
+        if layer.media_type.startswith(_IN_TOTO):
+            _refuse("not an image but an attestation, which says how an image was built")
+        if layer.media_type.endswith("+encrypted"):
+            _refuse(f"layer {layer.digest} is encrypted: decrypt the image first")
+        if layer.media_type not in _LAYER_TYPES:
+            _refuse(f"layer {layer.digest} has an unsupported type, {_show(layer.media_type)}")
+
+
+def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
+    """Check that manifest and config speak of the same layers, as far as numbers tell.
+
+    Raises:
+        ManifestError: if not. It names both numbers.
+    """
+    layers, diff_ids = len(manifest.layers), len(config.diff_ids)
+    if layers != diff_ids:
+        _refuse(f"the manifest has {layers} layers, but the image config has {diff_ids} diff IDs")
+
+
+def decode_config(data: bytes) -> ImageConfig:
+    """Decode an image config.
+
+    Raises:
+        ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
+    """
+    document = _decode(data, "image config")
+    rootfs = _object(document.get("rootfs"), "image config: rootfs")
+    if rootfs.get("type") != "layers":
+        _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
+    diff_ids = _list(rootfs.get("diff_ids"), "image config: rootfs.diff_ids")
+    platform = _platform(document, "image config")
+    for member in ("os", "architecture"):
+        if not document.get(member):
+            _refuse(f"image config: {member} is missing")
+    run = _optional_object(document.get("config"), "image config: config")
+    return ImageConfig(
+        platform,
+        tuple(DiffID(_digest(each, "image config: rootfs.diff_ids")) for each in diff_ids),
+        _text(document.get("created"), "image config: created"),
+        env=_texts(run.get("Env"), "image config: Env"),
+        entrypoint=_texts(run.get("Entrypoint"), "image config: Entrypoint"),
+        cmd=_texts(run.get("Cmd"), "image config: Cmd"),
+        working_dir=_text(run.get("WorkingDir"), "image config: WorkingDir"),
+        user=_text(run.get("User"), "image config: User"),
+        labels=_text_map(run.get("Labels"), "image config: Labels"),
+        exposed_ports=tuple(
+            _optional_object(run.get("ExposedPorts"), "image config: ExposedPorts")
+        ),
+        volumes=_keys(run.get("Volumes"), "image config: Volumes"),
+        stop_signal=_text(run.get("StopSignal"), "image config: StopSignal"),
+        raw=data,
+    )
+
+
+def _descriptors(document: Mapping[str, object], member: str) -> tuple[Descriptor, ...]:
+    return tuple(
+        _descriptor(value, f"{member}[{index}]")
+        for index, value in enumerate(_list(document.get(member), member))
+    )
+
+
+def _descriptor(value: object, where: str) -> Descriptor:
+    members = _object(value, where)
+    media_type = _text(members.get("mediaType"), f"{where}.mediaType")
+    if not media_type:
+        _refuse(f"{where}.mediaType is missing")
+    size = members.get("size")
+    # Go's readers keep it in an int64. A bool is an int to Python, but not to JSON.
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
+        _refuse(f"{where}.size is {_show(size)}, not a number of bytes")
+    platform = members.get("platform")
+    return Descriptor(
+        media_type,
+        _digest(members.get("digest"), f"{where}.digest"),
+        size,
+        _texts(members.get("urls"), f"{where}.urls"),
+        _text_map(members.get("annotations"), f"{where}.annotations"),
+        None if platform is None else _platform(platform, f"{where}.platform"),
+    )
+
+
+def _platform(value: object, where: str) -> Platform:
+    members = _object(value, where)
+    return Platform(
+        _text(members.get("os"), f"{where}.os"),
+        _text(members.get("architecture"), f"{where}.architecture"),
+        _text(members.get("variant"), f"{where}.variant"),
+        _text(members.get("os.version"), f"{where}.os.version"),
+        _texts(members.get("os.features"), f"{where}.os.features"),
+    )
+
+
+def _decode(data: bytes, kind: str) -> Mapping[str, object]:
+    if len(data) > MAX_DOCUMENT_SIZE:
+        _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
+    try:
+        value: object = json.loads(data.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{kind}: not JSON ({error})") from error
+    return _object(value, kind)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _object(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        _refuse(f"{where} is {_show(value)}, not an object")
+    return value
+
+
+def _optional_object(value: object, where: str) -> Mapping[str, object]:
+    return {} if value is None else _object(value, where)
+
+
+def _keys(value: object, where: str) -> tuple[str, ...]:
+    """The members of an object that stands for a set, as Go writes them."""
+    return tuple(_optional_object(value, where))
+
+
+def _list(value: object, where: str) -> list[object]:
+    if not isinstance(value, list):
+        _refuse(f"{where} is {_show(value)}, not an array")
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    """A string; empty if it is missing or null, as Go's readers have it."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        _refuse(f"{where} is {_show(value)}, not a string")
+    return value
+
+
+def _texts(value: object, where: str) -> tuple[str, ...]:
+    return () if value is None else tuple(_text(each, where) for each in _list(value, where))
+
+
+def _text_map(value: object, where: str) -> dict[str, str]:
+    return {key: _text(each, where) for key, each in _optional_object(value, where).items()}
+
+
+def _digest(value: object, where: str) -> Digest:
+    try:
+        return parse_digest(_text(value, where))
+    except InvalidDigest as error:
+        raise ManifestError(f"{where}: {error}") from error
+
+
+def _show(value: object) -> str:
+    """A value from outside, fit for a message."""
+    if value is None:
+        return "missing"
+    text = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ManifestError(message)

@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import trio
 
 from ._digest import ChainID, DiffID, Digest
+from ._entries import Entry
 from ._manifest import Descriptor
 from ._progress import Progress
 
@@ -21,6 +22,7 @@ __all__ = [
     "Layer",
     "LayerSource",
     "LayerStore",
+    "LowerTree",
     "ProgressSink",
     "ReportProgress",
 ]
@@ -154,4 +156,23 @@ class BlobSink(Protocol):
 
     async def restart(self) -> None:
         """Drop all that is there."""
+        ...
+
+
+class LowerTree(Protocol):
+    """What is below a layer that is unpacked: all layers under it, merged. For worker threads.
+
+    Paths are as in `Entry`; links on the way are not followed.
+    """
+
+    def lookup(self, path: bytes) -> Entry | None:
+        """What is there, neither a whiteout nor opaque or implied; ``None`` for nothing."""
+        ...
+
+    def links(self, path: bytes) -> tuple[bytes, ...]:
+        """All names of the file that is there, ``path`` among them."""
+        ...
+
+    def open(self, path: bytes) -> int:
+        """A descriptor to read the file that is there; its taker closes it."""
         ...

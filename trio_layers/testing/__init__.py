@@ -1,0 +1,63 @@
+"""Test code that pulls images, without a network and with any mishap you like.
+
+`open_registry` is a real registry on a loopback port, and `Registry.transport` the same one
+without sockets, for tests on a mock clock; `Registry.inject` makes it misbehave, with `Cut`,
+`Stall`, `Reply` and the other faults. `build_image`, `build_index` and `build_layer` make images
+from a few entries (`File`, `Symlink`, `Whiteout`...), the same bytes in every run; `sample_image`
+is one ready made; `layers_from_directory` makes large ones. They compress, which takes a while:
+make images before the event loop runs, or in a thread, where that matters. `ScriptedSource`
+stands in for a registry where only the download manager is of interest, and `MemoryStore` for a
+store.
+
+    async with open_registry() as registry:
+        reference = registry.add(sample_image(), "library/sample:latest")
+        registry.inject("/v2/*/blobs/*", Cut(after=1000))
+        ...  # pull the reference; registry.requests has what was asked
+"""
+
+from .._store.memory import MemoryStore as MemoryStore
+from .._util import export_as_public
+from ._auth import BasicAuth as BasicAuth
+from ._auth import TokenAuth as TokenAuth
+from ._faults import Corrupt as Corrupt
+from ._faults import Cut as Cut
+from ._faults import Delay as Delay
+from ._faults import Drop as Drop
+from ._faults import Fault as Fault
+from ._faults import IgnoreRange as IgnoreRange
+from ._faults import NoLength as NoLength
+from ._faults import Redirect as Redirect
+from ._faults import Reply as Reply
+from ._faults import Slow as Slow
+from ._faults import Stall as Stall
+from ._faults import WrongRange as WrongRange
+from ._http import Answer as Answer
+from ._http import Blob as Blob
+from ._http import Exchange as Exchange
+from ._http import Request as Request
+from ._images import Built as Built
+from ._images import BuiltImage as BuiltImage
+from ._images import BuiltIndex as BuiltIndex
+from ._images import build_image as build_image
+from ._images import build_index as build_index
+from ._images import sample_image as sample_image
+from ._layers import MTIME as MTIME
+from ._layers import BuiltLayer as BuiltLayer
+from ._layers import Directory as Directory
+from ._layers import Entry as Entry
+from ._layers import Fifo as Fifo
+from ._layers import File as File
+from ._layers import Format as Format
+from ._layers import HardLink as HardLink
+from ._layers import Opaque as Opaque
+from ._layers import Symlink as Symlink
+from ._layers import Whiteout as Whiteout
+from ._layers import build_layer as build_layer
+from ._layers import layers_from_directory as layers_from_directory
+from ._registry import Registry as Registry
+from ._registry import open_registry as open_registry
+from ._sources import Attempt as Attempt
+from ._sources import ScriptedSource as ScriptedSource
+from ._tar import Compression as Compression
+
+export_as_public(globals(), __name__)

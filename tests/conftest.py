@@ -1,0 +1,15 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from _tools.docker_registry import DockerRegistry, run_docker_registry
+
+
+@pytest.fixture(scope="session")
+def docker_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
+    """Debian's docker-registry on loopback, one for the whole run: use names of your own."""
+    with run_docker_registry(tmp_path_factory.mktemp("docker-registry")) as registry:
+        yield registry

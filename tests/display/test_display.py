@@ -1,0 +1,287 @@
+"""What the displays write, and what they do to a pull when their stream is bad."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from trio_layers import _display
+from trio_layers._display import open_display
+from trio_layers._progress import Progress, Status
+
+PULL = [
+    Progress("aaa", Status.PULLING),
+    Progress("bbb", Status.ALREADY_EXISTS),
+    Progress("aaa", Status.DOWNLOADING, 1000, 4000),
+    Progress("aaa", Status.DOWNLOADING, 4000, 4000),
+    Progress("aaa", Status.PULL_COMPLETE),
+]
+
+
+async def shown(kind: _display.DisplayKind, events: list[Progress]) -> str:
+    stream = io.StringIO()
+    async with open_display(kind, stream=stream) as sink:
+        for event in events:
+            await sink(event)
+    assert not stream.closed
+    return stream.getvalue()
+
+
+async def test_plain_prints_each_action_once() -> None:
+    assert await shown("plain", PULL) == (
+        "aaa: Pulling fs layer\nbbb: Already exists\naaa: Downloading\naaa: Pull complete\n"
+    )
+
+
+async def test_plain_prints_an_action_that_comes_back() -> None:
+    """A second attempt is news."""
+    words = ["Downloading", "Retrying in 1 second", "Downloading"]
+    lines = await shown("plain", [Progress("a", word) for word in words])
+    assert lines.splitlines() == [f"a: {word}" for word in words]
+
+
+async def test_json_has_dockers_fields_and_only_the_newest_of_counts_that_came_together() -> None:
+    messages = [json.loads(line) for line in (await shown("json", PULL)).splitlines()]
+    assert messages == [
+        {"status": "Pulling fs layer", "progressDetail": {}, "id": "aaa"},
+        {"status": "Already exists", "progressDetail": {}, "id": "bbb"},
+        {
+            "status": "Downloading",
+            "progressDetail": {"current": 4000, "total": 4000},
+            "id": "aaa",
+        },
+        {"status": "Pull complete", "progressDetail": {}, "id": "aaa"},
+    ]
+
+
+async def test_none_writes_nothing() -> None:
+    assert await shown("none", PULL) == ""
+
+
+async def test_auto_is_plain_for_what_is_no_terminal() -> None:
+    assert await shown("auto", PULL) == await shown("plain", PULL)
+
+
+async def test_tty_is_plain_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert await shown("tty", PULL) == await shown("plain", PULL)
+
+
+async def test_nothing_at_all_happens() -> None:
+    assert await shown("json", []) == ""
+    assert await shown("plain", []) == ""
+    assert await shown("tty", []) == ""
+
+
+class StuckStream(io.StringIO):
+    """A terminal that takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.entered = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.entered.set()
+        self.go.wait()
+        return super().write(text)
+
+
+async def test_a_stuck_stream_holds_nobody_up_and_gets_the_last_state() -> None:
+    stream = StuckStream()
+    async with open_display("json", stream=stream) as sink:
+        await sink(Progress("a", Status.DOWNLOADING, 1, 200))
+        await trio.to_thread.run_sync(stream.entered.wait)
+        for current in range(2, 201):
+            await sink(Progress("a", Status.DOWNLOADING, current, 200))
+        await sink(Progress("a", Status.PULL_COMPLETE))
+        stream.go.set()
+    messages = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert messages[0]["progressDetail"] == {"current": 1, "total": 200}
+    assert messages[-2]["progressDetail"] == {"current": 200, "total": 200}
+    assert messages[-1]["status"] == "Pull complete"
+    assert len(messages) < 20
+
+
+async def test_a_stuck_stream_makes_the_sink_wait_at_last() -> None:
+    """Memory is bounded, and the engine may leave out what a waiting sink does not take."""
+    stream = StuckStream()
+    sent = 0
+    async with open_display("plain", stream=stream) as sink, trio.open_nursery() as nursery:
+        await sink(Progress("a", "first"))
+        await trio.to_thread.run_sync(stream.entered.wait)
+
+        async def flood() -> None:
+            nonlocal sent
+            while True:
+                await sink(Progress("a", str(sent)))
+                sent += 1
+
+        nursery.start_soon(flood)
+        await wait_all_tasks_blocked()
+        assert sent == _display.BACKLOG
+        nursery.cancel_scope.cancel()
+        stream.go.set()
+    assert stream.getvalue().splitlines()[-1] == f"a: {sent - 1}"
+
+
+async def test_leaving_by_cancellation_gives_a_stuck_stream_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_display, "PATIENCE", 0.01)
+    stream = StuckStream()
+    with trio.CancelScope() as scope:
+        async with open_display("plain", stream=stream) as sink:
+            await sink(Progress("a", "first"))
+            await trio.to_thread.run_sync(stream.entered.wait)
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+    stream.go.set()
+
+
+async def test_leaving_by_cancellation_still_writes_the_last_state() -> None:
+    stream = io.StringIO()
+    with trio.CancelScope() as scope:
+        async with open_display("plain", stream=stream) as sink:
+            await sink(Progress("a", "last words"))
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+    assert scope.cancelled_caught
+    assert stream.getvalue() == "a: last words\n"
+
+
+@pytest.mark.parametrize("kind", ["auto", "tty", "plain", "json", "none"])
+async def test_what_the_block_raises_comes_out_as_it_is(kind: _display.DisplayKind) -> None:
+    error = RuntimeError("mine")
+    with pytest.raises(RuntimeError) as caught:
+        async with open_display(kind, stream=io.StringIO()) as sink:
+            await sink(PULL[0])
+            raise error
+    assert caught.value is error
+
+
+class BrokenStream(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError("gone")
+
+
+@pytest.mark.parametrize("kind", ["tty", "plain", "json"])
+async def test_a_stream_that_fails_does_not_fail_the_pull(kind: _display.DisplayKind) -> None:
+    async with open_display(kind, stream=BrokenStream()) as sink:
+        for event in PULL * 200:
+            await sink(event)
+
+
+async def test_a_stream_that_is_closed_does_not_fail_the_pull() -> None:
+    stream = io.StringIO()
+    stream.close()
+    async with open_display("plain", stream=stream) as sink:
+        await sink(PULL[0])
+
+
+class Terminal:
+    """A pseudo-terminal: what is written to `stream` is gathered by a thread."""
+
+    def __init__(self) -> None:
+        self._master, slave = os.openpty()
+        self.stream = os.fdopen(slave, "w", encoding="utf-8")
+        self._parts: list[bytes] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                part = os.read(self._master, 65536)
+            except OSError:  # EIO: the other end is closed
+                return
+            self._parts.append(part)
+
+    def close(self) -> None:
+        if not self.stream.closed:
+            self.stream.close()
+            self._thread.join()
+            os.close(self._master)
+
+    def text(self) -> str:
+        self.close()
+        return b"".join(self._parts).decode()
+
+
+@contextmanager
+def open_terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+
+
+def lines_at_the_end(text: str) -> list[str]:
+    """The last picture: what stands below the last movement of the cursor."""
+    picture = re.split(r"\x1b\[[0-9]*A|\x1b\[2K", text.replace(SHOW_CURSOR, ""))[-1]
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", picture).splitlines()]
+
+
+async def test_auto_draws_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with open_terminal() as terminal:
+        async with open_display("auto", stream=terminal.stream) as sink:
+            await sink(Progress("aaa", Status.PULLING))
+            await sink(Progress("bbb", Status.DOWNLOADING, 1_500_000, 4_000_000))
+        text = terminal.text()
+    assert text.index(HIDE_CURSOR) < text.index(SHOW_CURSOR)
+    assert "━" in text
+    assert "1.5 MB / 4.0 MB" in text
+    assert "aaa: Pulling fs layer" in text
+
+
+async def test_bars_end_with_all_layers_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "10")
+    layers = [f"layer{number:02}" for number in range(30)]
+    with open_terminal() as terminal:
+        async with open_display("tty", stream=terminal.stream) as sink:
+            for layer in layers:
+                await sink(Progress(layer, Status.DOWNLOADING, 10, 20))
+            for layer in layers:
+                await sink(Progress(layer, Status.PULL_COMPLETE))
+        text = terminal.text()
+    assert [line for line in lines_at_the_end(text) if line] == [
+        f"{layer}: Pull complete" for layer in layers
+    ]
+
+
+async def test_bars_take_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not rich's markup."""
+    monkeypatch.setenv("TERM", "xterm")
+    with open_terminal() as terminal:
+        async with open_display("tty", stream=terminal.stream) as sink:
+            await sink(Progress("[red]", "[/]"))
+        assert "[red]: [/]" in terminal.text()
+
+
+async def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    with open_terminal() as terminal:
+        async with open_display("auto", stream=terminal.stream) as sink:
+            await sink(Progress("a", Status.PULLING))
+        assert terminal.text() == "a: Pulling fs layer\r\n"

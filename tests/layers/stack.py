@@ -1,0 +1,186 @@
+"""Layers unpacked onto each other as a store does it, and the result in the words of the cases."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import stat
+from pathlib import Path
+
+import attrs
+
+from trio_layers._digest import DiffID, Digest
+from trio_layers._entries import Entry, Summary, parse_entries
+from trio_layers._store.rootfs import MergedTree
+from trio_layers._unpack.worker import Limits, Unpacked, holds, unpack
+
+UNLIMITED = Limits()
+
+CANARIES = {
+    "file": (b"canary\n", 0o644),
+    "exec": (b"exec\n", 0o755),
+    "dir/keep": (b"keep\n", 0o600),
+}
+
+
+def unpack_blob(
+    blob: bytes, target: Path, lower: MergedTree | None = None, limits: Limits = UNLIMITED
+) -> Unpacked:
+    """One layer into a fresh directory, with canaries where ``..`` leads from its root."""
+    target.mkdir()
+    plant(target / "outside")
+    return unpack(io.BytesIO(blob).read, target, lower=lower, limits=limits)
+
+
+def unpack_stack(blobs: list[bytes], base: Path, limits: Limits = UNLIMITED) -> list[Path]:
+    """Each layer alone first; on top of its parent where that does not do."""
+    trees: list[Path] = []
+    for number, blob in enumerate(blobs):
+        lower = MergedTree(trees)
+        target = base / f"{number}-alone"
+        alone = unpack_blob(blob, target, limits=limits)
+        if alone.needs_lower or not holds(alone.assumed, lower):
+            target = base / f"{number}-on-parent"
+            again = unpack_blob(blob, target, lower, limits)
+            assert again.diff_id == alone.diff_id
+            assert not again.needs_lower
+            assert not again.assumed
+        trees.append(target)
+    return trees
+
+
+def plant(outside: Path) -> None:
+    for name, (content, mode) in CANARIES.items():
+        path = outside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(mode)
+    for path in [*outside.rglob("*"), outside]:
+        os.utime(path, (10**9, 10**9))
+
+
+def surroundings(base: Path) -> dict[str, object]:
+    """All that is below ``base`` and in no tree, to the last bit; by path."""
+    found: dict[str, object] = {}
+    for directory, names, files in os.walk(base):
+        if (Path(directory) / "outside").is_dir() and Path(directory) != base:
+            names[:] = ["outside"]
+            files = []
+        for name in names + files:
+            path = Path(directory) / name
+            now = path.lstat()
+            if name.endswith(("-alone", "-on-parent")):
+                continue
+            content = path.read_bytes() if stat.S_ISREG(now.st_mode) else b""
+            found[str(path)] = (
+                *(now.st_mode, now.st_uid, now.st_gid, now.st_nlink),
+                *(now.st_mtime_ns, now.st_ctime_ns, content, os.listxattr(path)),
+            )
+    return found
+
+
+def text(path: bytes) -> str:
+    return "".join(
+        "%25"
+        if char == "%"
+        else f"%{ord(char) - 0xDC00:02X}"
+        if 0xDC80 <= ord(char) < 0xDD00
+        else char
+        for char in path.decode("utf-8", "surrogateescape")
+    )
+
+
+def described(entries: list[Entry]) -> dict[str, dict[str, object]]:
+    """Entries as a tree of the cases (``FORMAT.md``)."""
+    tree: dict[str, dict[str, object]] = {}
+    for entry in entries:
+        seconds, rest = divmod(entry.mtime_ns, 10**9)
+        there: dict[str, object] = {"type": entry.type, "uid": entry.uid, "gid": entry.gid}
+        there["mtime"] = seconds
+        if rest:
+            there["mtime_ns"] = rest
+        if entry.type != "symlink":
+            there["mode"] = f"{entry.mode:04o}"
+        if entry.type == "file":
+            there |= {"size": entry.size, "sha256": entry.sha256}
+        if entry.linkname is not None:
+            there["linkname"] = text(entry.linkname)
+        if entry.dev is not None:
+            there["dev"] = list(entry.dev)
+        if entry.links is not None:
+            there["links"] = text(entry.links)
+        if entry.xattrs:
+            there["xattrs"] = {
+                name: base64.b64encode(value).decode() for name, value in entry.xattrs.items()
+            }
+        tree[text(entry.path) or "."] = there
+    return tree
+
+
+def on_disk(root: Path) -> list[Entry]:
+    """What a directory holds, as the kernel tells it."""
+    top = os.fsencode(root)
+    entries: list[Entry] = []
+    inodes: dict[int, list[int]] = {}
+    todo = [b""]
+    while todo:
+        path = todo.pop()
+        full = top + b"/" + path if path else top
+        now = os.lstat(full)
+        kind = {
+            stat.S_IFREG: "file",
+            stat.S_IFDIR: "dir",
+            stat.S_IFLNK: "symlink",
+            stat.S_IFIFO: "fifo",
+            stat.S_IFCHR: "char",
+            stat.S_IFBLK: "block",
+        }[stat.S_IFMT(now.st_mode)]
+        device = (
+            (os.major(now.st_rdev), os.minor(now.st_rdev)) if kind in ("char", "block") else None
+        )
+        content = Path(os.fsdecode(full)).read_bytes() if kind == "file" else None
+        xattrs = {
+            name: os.getxattr(full, name, follow_symlinks=False)
+            for name in os.listxattr(full, follow_symlinks=False)
+        }
+        opaque = xattrs.pop("trusted.overlay.opaque", None) == b"y"
+        xattrs = {k: v for k, v in xattrs.items() if not k.startswith("trusted.overlay.")}
+        if device == (0, 0):
+            entries.append(Entry(path=path, type="whiteout", mode=0))
+            continue
+        inodes.setdefault(now.st_ino, []).append(len(entries))
+        entries.append(
+            Entry(
+                path=path,
+                type=kind,
+                mode=stat.S_IMODE(now.st_mode),
+                uid=now.st_uid,
+                gid=now.st_gid,
+                mtime_ns=now.st_mtime_ns,
+                size=len(content) if content is not None else 0,
+                sha256=hashlib.sha256(content).hexdigest() if content is not None else None,
+                linkname=os.readlink(full) if kind == "symlink" else None,
+                dev=device,
+                xattrs=xattrs,
+                opaque=opaque,
+            )
+        )
+        if kind == "dir":
+            todo += [path + b"/" + name if path else name for name in os.listdir(full)]
+    for same in inodes.values():
+        if len(same) > 1:
+            first = min(entries[number].path for number in same)
+            for number in same:
+                entries[number] = attrs.evolve(entries[number], links=first)
+    return sorted(entries, key=lambda entry: entry.path)
+
+
+def listed(tree: Path) -> tuple[list[Entry], Summary]:
+    with open(tree / "entries", "rb") as lines:
+        return parse_entries(lines)
+
+
+def diff_id(plain: bytes) -> DiffID:
+    return DiffID(Digest(f"sha256:{hashlib.sha256(plain).hexdigest()}"))

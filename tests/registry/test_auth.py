@@ -1,0 +1,359 @@
+"""Credentials and tokens: who gets them, how long they are used, and who fetches them."""
+
+from __future__ import annotations
+
+import base64
+
+import httpx
+import pytest
+import trio
+from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe, is_final
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_layers._errors import AuthenticationError, NotFound, RateLimited, RegistryError
+from trio_layers._reference import parse_reference
+from trio_layers._registry import auth
+from trio_layers._registry.auth import Credentials, CredentialsFor, parse_challenges
+from trio_layers._registry.client import RegistryClient, open_registry_client
+
+HOST = "https://registry.example"
+TOKENS = "https://tokens.example"
+APP = parse_reference("registry.example/team/app")
+CONTENT = b"content"
+BLOB = describe(CONTENT)
+USER = Credentials("user", "s3cret")
+USER_BASIC = "Basic " + base64.b64encode(b"user:s3cret").decode()
+
+
+class TokenRegistry:
+    """A registry that wants a Bearer token, and the server that gives it one."""
+
+    def __init__(self, **answer: object) -> None:
+        self.answer: dict[str, object] = {"expires_in": 300, **answer}
+        self.given = 0
+        self.good: set[str] = set()
+        self.challenge = f'Bearer realm="{TOKENS}/token?x=1",service="registry.example"'
+        self.network = Network(**{HOST: self.registry, TOKENS: self.tokens})
+
+    def registry(self, request: httpx.Request) -> httpx.Response:
+        if request.headers.get("Authorization", "").removeprefix("Bearer ") not in self.good:
+            return httpx.Response(401, headers={"WWW-Authenticate": self.challenge})
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    def tokens(self, request: httpx.Request) -> httpx.Response:
+        self.given += 1
+        token = f"t{self.given}"
+        self.good.add(token)
+        return httpx.Response(200, json={"token": token, **self.answer})
+
+    def token_requests(self) -> list[httpx.Request]:
+        return [each for each in self.network.requests if each.url.host == "tokens.example"]
+
+
+async def fetch(client: RegistryClient, text: str = str(APP)) -> None:
+    await client.fetch_blob(parse_reference(text), BLOB, MemorySink(), Report())
+
+
+async def fetch_once(network: Network, credentials: CredentialsFor | None = None) -> None:
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, credentials=credentials) as client,
+    ):
+        await fetch(client)
+
+
+async def test_anonymous_token() -> None:
+    """The server that the challenge names is asked for what is needed, and the token is used."""
+    server = TokenRegistry()
+    await fetch_once(server.network)
+    [request] = server.token_requests()
+    assert dict(request.url.params) == {
+        "x": "1",
+        "service": "registry.example",
+        "scope": "repository:team/app:pull",
+    }
+    assert "Authorization" not in request.headers
+    assert server.network.secrets("registry.example") == [None, "Bearer t1"]
+
+
+async def test_token_with_credentials() -> None:
+    """The credentials go to the token server, the token to the registry."""
+    server = TokenRegistry()
+    server.challenge += ',scope="repository:team/app:pull other:x:y"'
+    await fetch_once(server.network, {"registry.example": USER, "other.example": USER})
+    assert server.network.secrets("tokens.example") == [USER_BASIC]
+    assert server.network.secrets("registry.example") == [None, "Bearer t1"]
+    [request] = server.token_requests()
+    assert request.url.params.get_list("scope") == ["repository:team/app:pull", "other:x:y"]
+
+
+async def test_credentials_of_another_registry() -> None:
+    """Those for one domain are not for another."""
+    server = TokenRegistry()
+    await fetch_once(server.network, {"other.example": USER})
+    assert server.network.secrets("tokens.example") == [None]
+
+
+async def test_access_token() -> None:
+    """OAuth2's name for a token is understood as well."""
+    server = TokenRegistry(token=None, access_token="t1")
+    await fetch_once(server.network)
+    assert server.network.secrets("registry.example")[-1] == "Bearer t1"
+
+
+async def test_tokens_are_kept_until_they_expire(autojump_clock: MockClock) -> None:
+    """One token serves all requests of a repository, and is renewed before it ends."""
+    server = TokenRegistry(expires_in=300)
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        for _ in range(3):
+            await fetch(client)
+        await trio.sleep(290)
+        await fetch(client)
+        assert server.given == 1
+        await trio.sleep(10)
+        await fetch(client)
+        assert server.given == 2
+        await fetch(client, "registry.example/team/other")
+        assert server.given == 3
+    assert server.network.secrets("registry.example").count(None) == 2
+
+
+@pytest.mark.parametrize("lifetime", [None, 1, "soon", -5])
+async def test_the_least_lifetime(autojump_clock: MockClock, lifetime: object) -> None:
+    """A token is good for a minute at least, as the specification has it."""
+    server = TokenRegistry(expires_in=lifetime)
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        await fetch(client)
+        await trio.sleep(50)
+        await fetch(client)
+        assert server.given == 1
+        await trio.sleep(10)
+        await fetch(client)
+        assert server.given == 2
+
+
+async def test_a_token_that_is_revoked() -> None:
+    """A 401 for a token that should be good: a new one, once."""
+    server = TokenRegistry()
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        await fetch(client)
+        server.good.clear()
+        await fetch(client)
+        assert server.given == 2
+
+        server.network.hosts[HOST] = lambda request: httpx.Response(
+            401, headers={"WWW-Authenticate": server.challenge}
+        )
+        with pytest.raises(AuthenticationError) as caught:
+            await fetch(client)
+        assert server.given == 3
+        assert is_final(caught.value)
+
+
+async def test_one_refresh_for_all() -> None:
+    """Those who need a token wait for the one that fetches it; if that one is cancelled, the
+    next one fetches it."""
+    server = TokenRegistry()
+    release = trio.Event()
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        await release.wait()
+        return server.tokens(request)
+
+    server.network.hosts[TOKENS] = slow
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http) as client,
+        trio.open_nursery() as nursery,
+    ):
+        scopes = [trio.CancelScope() for _ in range(5)]
+
+        async def cancellable(scope: trio.CancelScope) -> None:
+            with scope:
+                await fetch(client)
+
+        nursery.start_soon(cancellable, scopes[0])
+        await wait_all_tasks_blocked()
+        for scope in scopes[1:]:
+            nursery.start_soon(cancellable, scope)
+        await wait_all_tasks_blocked()
+        assert len(server.token_requests()) == 1
+        scopes[0].cancel()
+        await wait_all_tasks_blocked()
+        assert len(server.token_requests()) == 2
+        release.set()
+    assert [scope.cancelled_caught for scope in scopes] == [True, False, False, False, False]
+    assert server.given == 1
+    assert len(server.token_requests()) == 2
+
+
+async def test_a_token_takes_no_second_slot() -> None:
+    """With one connection, a token can be fetched between two requests."""
+    server = TokenRegistry()
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, max_connections=1) as client,
+    ):
+        await fetch(client)
+
+
+async def test_basic() -> None:
+    """The registry itself gets the credentials, once it has asked for them."""
+    server = TokenRegistry()
+    server.challenge = 'Basic realm="here"'
+    server.network.hosts[HOST] = lambda request: (
+        httpx.Response(200, stream=Body([CONTENT]))
+        if request.headers.get("Authorization") == USER_BASIC
+        else httpx.Response(401, headers={"WWW-Authenticate": server.challenge})
+    )
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=USER) as client,
+    ):
+        await fetch(client)
+        await fetch(client)
+    assert server.network.secrets("registry.example") == [None, USER_BASIC, USER_BASIC]
+
+
+@pytest.mark.parametrize("credentials", [None, Credentials("user", "wrong")])
+async def test_wrong_credentials(credentials: Credentials | None) -> None:
+    """Or none at all: the error says what may help, and nothing is tried in vain."""
+    network = Network(
+        **{HOST: lambda request: httpx.Response(401, headers={"WWW-Authenticate": "Basic"})}
+    )
+    with pytest.raises(AuthenticationError, match="may want a login") as caught:
+        await fetch_once(network, credentials)
+    assert is_final(caught.value)
+    assert len(network.requests) == (1 if credentials is None else 2)
+    assert "wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "final"),
+    [
+        (401, AuthenticationError, True),
+        (404, NotFound, True),
+        (429, RateLimited, False),
+        (500, RegistryError, False),
+    ],
+)
+async def test_a_token_server_that_refuses(
+    status: int, kind: type[RegistryError], final: bool
+) -> None:
+    """Its error is as the registry's would be, and names it."""
+    server = TokenRegistry()
+    server.network.hosts[TOKENS] = lambda request: httpx.Response(status)
+    with pytest.raises(RegistryError, match=rf"^tokens\.example answered {status}") as caught:
+        await fetch_once(server.network, USER)
+    assert type(caught.value) is kind
+    assert is_final(caught.value) is final
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"token": ""}',
+        b'{"token": "two words"}',
+        b'{"token": "line\\nbreak"}',
+        b'{"token": 7}',
+        b'{"token": "' + b"x" * 2**21 + b'"}',
+    ],
+)
+async def test_no_valid_token(body: bytes) -> None:
+    """What cannot be sent on is not, nor is it shown."""
+    server = TokenRegistry()
+    server.network.hosts[TOKENS] = lambda request: httpx.Response(200, content=body)
+    with pytest.raises(RegistryError) as caught:
+        await fetch_once(server.network)
+    assert (
+        str(caught.value) == "tokens.example gave no valid token to pull registry.example/team/app"
+    )
+
+
+@pytest.mark.parametrize(
+    "realm", ["", "token", "http://tokens.example/", "ftp://x/", "https://a:x"]
+)
+async def test_realms_that_are_not_asked(realm: str) -> None:
+    """Neither credentials nor tokens travel without TLS, unless that is allowed."""
+    server = TokenRegistry()
+    server.challenge = f'Bearer realm="{realm}"'
+    with pytest.raises(AuthenticationError, match="which is no HTTPS URL"):
+        await fetch_once(server.network, USER)
+    assert len(server.network.requests) == 1
+
+
+async def test_bearer_is_preferred() -> None:
+    """Where several schemes are offered, the password goes to the token server alone."""
+    server = TokenRegistry()
+    server.challenge = f'Negotiate, Basic realm="x", {server.challenge}'
+    await fetch_once(server.network, USER)
+    assert server.network.secrets("registry.example") == [None, "Bearer t1"]
+
+
+async def test_a_redirect_of_the_token_server() -> None:
+    """The credentials are not sent along."""
+    server = TokenRegistry()
+    server.network.hosts[TOKENS] = lambda request: httpx.Response(
+        307, headers={"Location": "https://evil.example/"}
+    )
+    server.network.hosts["https://evil.example"] = server.tokens
+    await fetch_once(server.network, USER)
+    assert server.network.secrets("evil.example") == [None]
+
+
+async def test_no_secret_is_shown() -> None:
+    """Not in reprs, nor in the errors of what they are used for."""
+    assert repr(USER) == "Credentials(username='user')"
+    server = TokenRegistry()
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=USER) as client,
+    ):
+        await fetch(client)
+        authenticator = client._authenticator
+        shown = repr((client, authenticator, list(authenticator._tokens.items())))
+        assert "s3cret" not in shown
+        assert "t1" not in shown
+
+
+async def test_tokens_are_bounded(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expired ones go when there are many."""
+    monkeypatch.setattr(auth, "MAX_TOKENS", 10)
+    server = TokenRegistry()
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        for number in range(10):
+            await fetch(client, f"registry.example/team/{number}")
+        await trio.sleep(400)
+        await fetch(client)
+        assert repr(client._authenticator) == "<Authenticator: 1 tokens>"
+
+
+async def test_manifests_need_tokens_too() -> None:
+    """The first thing a pull asks for is no exception."""
+    server, registry = TokenRegistry(), FakeRegistry()
+    registry.add_image(tag="latest")
+
+    def guarded(request: httpx.Request) -> httpx.Response:
+        answer = server.registry(request)
+        return answer if answer.status_code == 401 else registry(request)
+
+    server.network.hosts[HOST] = guarded
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        await client.resolve(APP)
+    assert server.given == 1
+
+
+def test_challenges_are_read_in_linear_time() -> None:
+    """A hostile header does not take long."""
+    for text in (
+        'Bearer a="' + "\\" * 100_000,
+        "a," * 50_000,
+        "Bearer " + "a=b," * 50_000,
+        "=" * 99,
+    ):
+        assert len(parse_challenges([text])) <= 50_000

@@ -1,0 +1,243 @@
+"""Blobs: what is written, kept, reported and raised."""
+
+from __future__ import annotations
+
+import errno
+import gc
+
+import httpx
+import pytest
+import trio
+from registry.fakes import Body, MemorySink, Network, Report, describe, is_final
+from trio.testing import wait_all_tasks_blocked
+
+from trio_layers._errors import RegistryError, VerificationError
+from trio_layers._manifest import Descriptor
+from trio_layers._reference import parse_reference
+from trio_layers._registry.client import open_registry_client
+
+HOST = "https://registry.example"
+APP = parse_reference("registry.example/team/app")
+CONTENT = bytes(range(256)) * 4
+BLOB = describe(CONTENT)
+VERIFICATION_FAILED = f"filesystem layer verification failed for digest {BLOB.digest}"
+
+
+async def fetch(
+    network: Network, sink: MemorySink, descriptor: Descriptor = BLOB, report: Report | None = None
+) -> None:
+    async with network.client() as http, open_registry_client(client=http) as client:
+        await client.fetch_blob(APP, descriptor, sink, report or Report())
+
+
+def whole(*chunks: bytes, **headers: str) -> Network:
+    """A registry that sends these chunks, whatever it is asked for."""
+    return Network(
+        **{HOST: lambda request: httpx.Response(200, headers=headers, stream=Body(chunks))}
+    )
+
+
+async def test_progress() -> None:
+    """Bytes of the blob after each chunk, those that were there before among them; then the
+    words."""
+    report = Report()
+
+    def rest(request: httpx.Request) -> httpx.Response:
+        headers = {"Content-Range": "bytes 24-1023/1024"}
+        chunks = [CONTENT[24:524], CONTENT[524:]]
+        return httpx.Response(206, headers=headers, stream=Body(chunks))
+
+    network = Network(**{HOST: rest})
+    await fetch(network, MemorySink(CONTENT[:24]), report=report)
+    assert report.events == [
+        ("Downloading", 524, 1024),
+        ("Downloading", 1024, 1024),
+        ("Verifying Checksum", 1024, 1024),
+        ("Download complete", 1024, 1024),
+    ]
+    assert network.asked == [f"{HOST}/v2/team/app/blobs/{BLOB.digest}"]
+    assert network.requests[0].headers["Range"] == "bytes=24-"
+    assert network.requests[0].headers["Accept-Encoding"] == "identity"
+
+
+async def test_nothing_to_fetch() -> None:
+    """What is there, or is empty, is only verified. It is a checkpoint all the same."""
+    network, report = Network(), Report()
+    await fetch(network, MemorySink(CONTENT), report=report)
+    await fetch(network, MemorySink(), describe(b""))
+    assert network.requests == []
+    assert report.actions == ["Verifying Checksum", "Download complete"]
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.fetch_blob(APP, BLOB, MemorySink(CONTENT), Report())
+    assert scope.cancelled_caught
+
+
+async def test_wrong_bytes_that_were_there_before() -> None:
+    """They may be to blame: the sink is emptied, and another attempt may do better."""
+    sink = MemorySink(b"x" * 1024)
+    with pytest.raises(VerificationError, match=VERIFICATION_FAILED) as caught:
+        await fetch(Network(), sink)
+    assert not is_final(caught.value)
+    assert caught.value.digest == BLOB.digest
+    assert sink.data == b""
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [(CONTENT[:-1] + b"x",), (CONTENT, b"more"), (CONTENT + b"more",), (CONTENT[:500], CONTENT)],
+)
+async def test_wrong_bytes_in_one_answer(chunks: tuple[bytes, ...]) -> None:
+    """Other ones, or too many: the same would come again."""
+    sink, report = MemorySink(), Report()
+    with pytest.raises(VerificationError, match=VERIFICATION_FAILED) as caught:
+        await fetch(whole(*chunks), sink, report=report)
+    assert is_final(caught.value)
+    assert sink.data == b""
+    assert "Download complete" not in report.actions
+
+
+async def test_too_much_is_not_read() -> None:
+    """A body that does not end is left at the first chunk that is too much."""
+    body = Body([b"x" * 100] * 1000)
+    network = Network(**{HOST: lambda request: httpx.Response(200, stream=body)})
+    with pytest.raises(VerificationError):
+        await fetch(network, MemorySink())
+    assert body.read == 11
+    assert body.closed
+
+
+@pytest.mark.parametrize(
+    "content_range",
+    ["bytes 24-1023/1024x", "bytes 23-1022/1024", "bytes 24-1024/1024", "bytes 24-23/1024", "x"],
+)
+async def test_ranges_that_do_not_fit(content_range: str) -> None:
+    """A range that is placed elsewhere is not used; the whole blob is asked for instead."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if "Range" not in request.headers:
+            return httpx.Response(200, stream=Body([CONTENT]))
+        headers = {"Content-Range": content_range}
+        return httpx.Response(206, headers=headers, stream=Body([CONTENT[24:]]))
+
+    sink = MemorySink(CONTENT[:24])
+    await fetch(Network(**{HOST: answer}), sink)
+    assert (sink.data, sink.restarts) == (CONTENT, 1)
+
+
+@pytest.mark.parametrize("status", [204, 206])
+async def test_an_answer_that_was_not_asked_for(status: int) -> None:
+    """Not the blob, and no range was asked for: the error names the status."""
+    network = Network(**{HOST: lambda request: httpx.Response(status)})
+    with pytest.raises(RegistryError, match=f"answered {status} for blob {BLOB.digest}") as caught:
+        await fetch(network, MemorySink())
+    assert caught.value.status == status
+
+
+async def test_a_body_that_ends_early() -> None:
+    """What came is kept; the error says how much."""
+    sink = MemorySink()
+    with pytest.raises(RegistryError, match="after 500 of 1024 bytes") as caught:
+        await fetch(whole(CONTENT[:500]), sink)
+    assert not is_final(caught.value)
+    assert sink.data == CONTENT[:500]
+
+
+async def test_a_stall() -> None:
+    """httpx is told how long to wait for a byte, and what it raises then is retryable."""
+    body = Body([CONTENT[:500]], httpx.ReadTimeout(""))
+    network = Network(**{HOST: lambda request: httpx.Response(200, stream=body)})
+    sink = MemorySink()
+    message = rf"^registry\.example broke off while it sent blob {BLOB.digest} .*: ReadTimeout$"
+    with pytest.raises(RegistryError, match=message) as caught:
+        await fetch(network, sink)
+    assert not is_final(caught.value)
+    assert sink.data == CONTENT[:500]
+    timeouts = network.requests[0].extensions["timeout"]
+    assert (timeouts["read"], timeouts["pool"]) == (60, None)
+
+
+@pytest.mark.parametrize(
+    ("tag", "sent"), [('"strong"', '"strong"'), ('W/"weak"', None), ("bare", None)]
+)
+async def test_entity_tags(tag: str, sent: str | None) -> None:
+    """A strong one is given back with the next range, until the blob is there."""
+    answers = [
+        httpx.Response(200, headers={"ETag": tag}, stream=Body([CONTENT[:500]])),
+        httpx.Response(
+            206,
+            headers={"ETag": tag, "Content-Range": "bytes 500-1023/1024"},
+            stream=Body([CONTENT[500:]]),
+        ),
+        httpx.Response(200, stream=Body([CONTENT])),
+    ]
+    network = Network(**{HOST: lambda request: answers.pop(0)})
+    sink = MemorySink()
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with pytest.raises(RegistryError):
+            await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, MemorySink(CONTENT[:1]), Report())
+    got = [request.headers.get("If-Range") for request in network.requests]
+    assert got == [None, sent, None]
+
+
+async def test_a_sink_that_fails() -> None:
+    """Its error comes out as it is, and the connection is let go of."""
+
+    class FullSink(MemorySink):
+        async def write(self, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "disk full")
+
+    body = Body([b"x"] * 1024)
+    network = Network(**{HOST: lambda request: httpx.Response(200, stream=body)})
+    with pytest.raises(OSError, match="disk full"):
+        await fetch(network, FullSink())
+    assert body.closed
+    gc.collect()  # a generator that was left behind would warn
+
+
+async def test_cancelled_in_each_wait() -> None:
+    """While it connects, reads or writes: what is in the sink stays, the slot is given back."""
+
+    class Stuck(httpx.AsyncByteStream):
+        def __aiter__(self) -> Stuck:
+            return self
+
+        async def __anext__(self) -> bytes:
+            await trio.sleep_forever()
+            raise AssertionError
+
+    class StuckSink(MemorySink):
+        async def write(self, data: bytes) -> None:
+            await trio.sleep_forever()
+
+    async def connecting(request: httpx.Request) -> httpx.Response:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    def reading(request: httpx.Request) -> httpx.Response:
+        headers = {"Content-Range": "bytes 3-1023/1024"}
+        return httpx.Response(206, headers=headers, stream=Stuck())
+
+    def writing(request: httpx.Request) -> httpx.Response:
+        headers = {"Content-Range": "bytes 3-1023/1024"}
+        return httpx.Response(206, headers=headers, stream=Body([CONTENT[3:]]))
+
+    for handler, kind in (
+        (connecting, MemorySink),
+        (reading, MemorySink),
+        (writing, StuckSink),
+    ):
+        sink = kind(CONTENT[:3])
+        network = Network(**{HOST: handler})
+        async with network.client() as http, open_registry_client(client=http) as client:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.fetch_blob, APP, BLOB, sink, Report())
+                await wait_all_tasks_blocked()
+                assert client.statistics().active == 1
+                nursery.cancel_scope.cancel()
+            assert client.statistics().active == 0
+        assert sink.data == CONTENT[:3]
+    gc.collect()

@@ -1,0 +1,286 @@
+"""The values and the client against recorded behaviour: `tests/cases/registry`, and more from
+the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from registry.fakes import Body, MemorySink, Network, Report, digest_of, is_final
+
+from trio_layers._errors import (
+    InvalidReference,
+    LayersError,
+    ManifestError,
+    PlatformError,
+    VerificationError,
+)
+from trio_layers._manifest import (
+    Descriptor,
+    Index,
+    Manifest,
+    check_image,
+    check_layer_count,
+    decode_config,
+    decode_manifest,
+)
+from trio_layers._platform import Platform, choose, order, parse_platform
+from trio_layers._reference import parse_reference
+from trio_layers._registry.auth import parse_challenges
+from trio_layers._registry.client import open_registry_client
+
+HERE = Path(__file__).parents[1] / "cases" / "registry"
+
+Case = dict[str, Any]
+
+
+def cases(table: str) -> list[object]:
+    """One pytest item for each case of a table."""
+    items: list[object] = []
+    paths = [HERE / f"{table}.json"]
+    more = os.environ.get("TRIO_LAYERS_CASES")
+    if more:
+        paths.append(Path(more) / "registry" / f"{table}.json")
+    for number, path in enumerate(paths):
+        if path.exists():
+            for case in json.loads(path.read_text()):
+                items.append(pytest.param(case, id=f"{number}-{case['name']}"))
+    return items
+
+
+@pytest.mark.parametrize("case", cases("references"))
+def test_reference(case: Case) -> None:
+    """A reference is read, or refused for the reason, that Docker has."""
+    expected = case["expected"]
+    if "error" in expected:
+        with pytest.raises(InvalidReference) as caught:
+            parse_reference(case["input"])
+        assert caught.value.reason == expected["error"]
+        return
+    reference = parse_reference(case["input"])
+    assert {
+        "domain": reference.domain,
+        "path": reference.path,
+        "tag": reference.tag,
+        "digest": reference.digest,
+        "familiar": reference.familiar,
+        "string": str(reference),
+        "fetched_by": reference.fetched_by,
+    } == {key: value for key, value in expected.items() if key != "docker_ref"}
+    assert parse_reference(str(reference)) == reference
+
+
+@pytest.mark.parametrize("case", cases("platforms"))
+def test_platform(case: Case) -> None:
+    """Specifiers and choices are those of containerd on linux/amd64."""
+    expected = case["expected"]
+    if case["kind"] == "match":
+        requested = platform_of(case["requested"])
+        assert requested is not None
+        platforms = [platform_of(each) for each in case["platforms"]]
+        assert order(requested, platforms) == expected["order"]
+        assert choose(requested, platforms) == expected["chosen"]
+    elif "error" in expected:
+        with pytest.raises(PlatformError):
+            parse_platform(case["specifier"])
+    else:
+        platform = parse_platform(case["specifier"])
+        assert members_of(platform) == expected["parsed"]
+        assert members_of(platform.normalized()) == expected["normalized"]
+        assert str(platform) == expected["format_all"]
+        assert parse_platform(str(platform)).normalized() == platform.normalized()
+
+
+@pytest.fixture(autouse=True)
+def amd64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables were recorded there."""
+    uname = os.uname_result(("Linux", "host", "6.1", "#1", "x86_64"))
+    monkeypatch.setattr(os, "uname", lambda: uname)
+
+
+def platform_of(entry: Case | None) -> Platform | None:
+    if entry is None:
+        return None
+    return Platform(
+        entry["os"],
+        entry["architecture"],
+        entry.get("variant", ""),
+        entry.get("os.version", ""),
+        tuple(entry.get("os.features", ())),
+    )
+
+
+def members_of(platform: Platform) -> Case:
+    return {
+        "os": platform.os,
+        "architecture": platform.architecture,
+        "variant": platform.variant,
+        "os_version": platform.os_version,
+        "os_features": list(platform.os_features),
+    }
+
+
+@pytest.mark.parametrize("case", cases("manifests"))
+def test_manifest(case: Case) -> None:
+    """A manifest with its config is accepted or refused as the specification has it, and where
+    that is silent as containerd does."""
+    verdict = case["expected"].get("spec", {}).get("verdict")
+    containerd = case["expected"]["containerd"]
+    if verdict is None:
+        verdict = "accept" if containerd["error"] is None else "reject"
+    if any(layer["digest"].startswith("sha512:") for layer in containerd.get("layers") or ()):
+        verdict = "reject"  # a digest that nothing here can verify
+
+    if verdict != "accept":
+        with pytest.raises(ManifestError):
+            read_image(case)
+        return
+    document = read_image(case)
+    if containerd["kind"] == "index":
+        assert isinstance(document, Index)
+        assert [each.digest for each in document.manifests] == [
+            each["digest"] for each in containerd["manifests"]
+        ]
+    else:
+        assert isinstance(document, Manifest)
+        assert [
+            (each.media_type, each.digest, each.size, list(each.urls)) for each in document.layers
+        ] == [
+            (each["media_type"], each["digest"], each["size"], each["urls"])
+            for each in containerd["layers"]
+        ]
+        assert document.config.digest == containerd["config_digest"]
+        assert list(decode_config(case["config"].encode()).diff_ids) == containerd["diff_ids"]
+
+
+def read_image(case: Case) -> Manifest | Index:
+    document = decode_manifest(case["manifest"].encode(), case["content_type"])
+    if isinstance(document, Manifest):
+        check_image(document)
+        config = case["config"].encode()
+        if digest_of(config) != document.config.digest:
+            raise ManifestError("a registry would not have it")
+        check_layer_count(document, decode_config(config))
+    return document
+
+
+@pytest.mark.parametrize("case", cases("challenges"))
+def test_challenges(case: Case) -> None:
+    """Challenges of the schemes that registries use are read as RFC 9110 has them, and what is
+    malformed as containerd does."""
+    expected = case["expected"].get("rfc9110", case["expected"]["challenges"])
+    got = [
+        {"scheme": challenge.scheme, "parameters": dict(challenge.parameters)}
+        for challenge in parse_challenges(case["headers"])
+        if challenge.scheme in ("bearer", "digest", "basic")
+    ]
+    rank = {"bearer": 0, "digest": 1, "basic": 2}
+    assert sorted(got, key=lambda each: rank[each["scheme"]]) == expected
+
+
+@pytest.mark.parametrize("case", cases("http_ranges"))
+async def test_http_range(case: Case) -> None:
+    """A blob's download goes on from what is kept as the specification recommends."""
+    content = case["content"].encode()
+    descriptor = Descriptor("application/octet-stream", digest_of(content), case["descriptor_size"])
+    sink, server = MemorySink(case["have"].encode()), RangeServer(case)
+    network = Network(**{"https://registry.example": server})
+    reference = parse_reference("registry.example/team/app")
+    attempts: list[LayersError | None] = []
+    kept: list[int] = []
+    async with (
+        network.client() as http,
+        open_registry_client(client=http) as client,
+    ):
+        while len(attempts) < 5:
+            try:
+                await client.fetch_blob(reference, descriptor, sink, Report())
+            except LayersError as error:
+                attempts.append(error)
+                kept.append(sink.offset)
+                if is_final(error):
+                    break
+            else:
+                attempts.append(None)
+                break
+
+    first, last = attempts[0], attempts[-1]
+    ranges = [request.headers.get("Range") for request in network.requests]
+    match case["expected"]["spec"]["action"]:
+        case "write-then-verify" | "append-then-verify" | "verify-only":
+            assert attempts == [None]
+            assert len(ranges) == len(case["responses"])
+        case "restart-from-zero":
+            assert attempts == [None]
+            assert sink.restarts == 1
+        case "append-then-continue":
+            assert attempts == [None]
+            assert sink.restarts == 0
+            assert ranges == ["bytes=20-", "bytes=40-"]
+        case "discard-and-restart":
+            assert last is None
+            assert first is None or kept[0] == 0
+            assert sink.restarts == 1
+            assert ranges[-1] is None
+        case "keep-and-retry":
+            assert first is not None
+            assert not is_final(first)
+            assert kept[0] == len(case["have"]) + server.sent
+            assert attempts[1:] == [None]
+            assert ranges[1] == f"bytes={kept[0]}-"
+        case "retry":
+            assert first is not None
+            assert not is_final(first)
+            assert attempts[1:] == [None]
+        case "fail-verification":
+            assert isinstance(first, VerificationError)
+            assert is_final(first)
+            assert (
+                str(first) == f"filesystem layer verification failed for digest {descriptor.digest}"
+            )
+        case "fail-final":
+            assert first is not None
+            assert is_final(first)
+        case action:
+            pytest.fail(f"unknown action {action}")
+    if last is None:
+        assert sink.data == content
+
+
+class RangeServer:
+    """Sends a case's responses, then those of a server that does all right."""
+
+    def __init__(self, case: Case) -> None:
+        self.content = case["content"].encode()
+        self.responses = list(case["responses"])
+        self.repeat = case["repeat_last_response"]
+        self.sent = 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if not self.responses:
+            return self.right(request)
+        response = self.responses[0] if self.repeat else self.responses.pop(0)
+        body = response["body"].encode()
+        self.sent = len(body) if response["status"] < 300 else 0
+        # An HTTP client reads as much as was announced, and notices if less comes.
+        announced = int(response["headers"].get("Content-Length", len(body)))
+        error = httpx.RemoteProtocolError("closed early") if len(body) < announced else None
+        chunks = [body[start : start + 16] for start in range(0, announced, 16)]
+        return httpx.Response(
+            response["status"], headers=response["headers"], stream=Body(chunks, error)
+        )
+
+    def right(self, request: httpx.Request) -> httpx.Response:
+        asked = request.headers.get("Range")
+        size = len(self.content)
+        if asked is None:
+            return httpx.Response(200, stream=Body([self.content]))
+        start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if start >= size:
+            return httpx.Response(416, headers={"Content-Range": f"bytes */{size}"})
+        headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
+        return httpx.Response(206, headers=headers, stream=Body([self.content[start:]]))

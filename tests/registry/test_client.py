@@ -1,0 +1,373 @@
+"""From a reference to an image's documents."""
+
+from __future__ import annotations
+
+import ssl
+
+import httpx
+import pytest
+import trio
+from registry.fakes import (
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Body,
+    FakeRegistry,
+    MemorySink,
+    Network,
+    Report,
+    as_json,
+    describe,
+    is_final,
+)
+
+from trio_layers._errors import (
+    AuthenticationError,
+    InvalidDigest,
+    InvalidReference,
+    ManifestError,
+    NotFound,
+    PlatformError,
+    RateLimited,
+    RegistryError,
+    VerificationError,
+)
+from trio_layers._platform import Platform, host_platform, parse_platform
+from trio_layers._reference import parse_reference
+from trio_layers._registry.client import ResolvedImage, open_registry_client
+
+HOST = "https://registry.example"
+APP = parse_reference("registry.example/team/app")
+ARM = Platform("linux", "arm64")
+
+
+async def resolve(
+    network: Network, text: str = str(APP), platform: Platform | None = None, **options: bool
+) -> ResolvedImage:
+    async with network.client() as http, open_registry_client(client=http, **options) as client:
+        return await client.resolve(parse_reference(text), platform=platform)
+
+
+async def test_image_by_tag() -> None:
+    """A tag that leads to a manifest: manifest and config come, and nothing else."""
+    registry = FakeRegistry()
+    descriptor = registry.add_image(tag="latest", architecture="s390x")
+    network = Network(**{HOST: registry})
+    image = await resolve(network)
+    assert image.descriptor == descriptor
+    assert image.manifest_bytes == registry.manifests["latest"][1]
+    assert image.config_bytes == registry.blobs[image.manifest.config.digest]
+    assert image.config.platform == Platform("linux", "s390x")
+    assert [layer.size for layer in image.layers] == [3, 3]
+    assert len(image.diff_ids) == 2
+    assert (image.index, image.index_bytes) == (None, None)
+    assert network.asked == [
+        f"{HOST}/v2/team/app/manifests/latest",
+        f"{HOST}/v2/team/app/blobs/{image.manifest.config.digest}",
+    ]
+    accepted = network.requests[0].headers["Accept"]
+    assert OCI_MANIFEST in accepted
+    assert OCI_INDEX in accepted
+    assert {request.headers["Accept-Encoding"] for request in network.requests} == {"identity"}
+
+
+async def test_index_leads_to_the_platform() -> None:
+    """Of an index's images the one for the platform is taken; by default, the host's."""
+    registry = FakeRegistry()
+    arm = registry.add_image(architecture="arm64")
+    host = registry.add_image(architecture=host_platform().architecture, created="now")
+    entries = [
+        as_json(arm, platform={"os": "linux", "architecture": "arm64", "variant": "v8"}),
+        as_json(host, platform={"os": "linux", "architecture": host_platform().architecture}),
+    ]
+    index = registry.add_index(entries, tag="latest")
+    image = await resolve(Network(**{HOST: registry}), platform=ARM)
+    assert image.descriptor.digest == arm.digest
+    assert image.index == index
+    assert image.index_bytes == registry.manifests["latest"][1]
+    image = await resolve(Network(**{HOST: registry}))
+    assert image.config.platform.architecture == host_platform().architecture
+
+
+async def test_index_in_an_index() -> None:
+    """One may lead to another, but not for ever. The first is the one that is reported."""
+    registry = FakeRegistry()
+    entry = registry.add_image(architecture="arm64")
+    descriptors = [entry]
+    for _ in range(5):
+        descriptors.append(registry.add_index([as_json(descriptors[-1])]))
+    image = await resolve(
+        Network(**{HOST: registry}), f"{APP.name}@{descriptors[4].digest}", platform=ARM
+    )
+    assert image.descriptor == entry
+    assert image.index == descriptors[4]
+    with pytest.raises(ManifestError, match="more than 4 indexes"):
+        await resolve(
+            Network(**{HOST: registry}), f"{APP.name}@{descriptors[5].digest}", platform=ARM
+        )
+
+
+async def test_no_image_for_the_platform() -> None:
+    """The error says what there is."""
+    registry = FakeRegistry()
+    image = registry.add_image()
+    registry.add_index(
+        [as_json(image, platform={"os": "linux", "architecture": "amd64"})], tag="latest"
+    )
+    registry.add_image(tag="alone")
+    message = "app:latest has no image for linux/arm64, but for linux/amd64"
+    with pytest.raises(PlatformError, match=message):
+        await resolve(Network(**{HOST: registry}), platform=ARM)
+    with pytest.raises(PlatformError, match="app:alone has no image for linux/arm64"):
+        await resolve(Network(**{HOST: registry}), f"{APP.name}:alone", platform=ARM)
+
+
+async def test_an_entry_that_does_not_say_its_platform() -> None:
+    """Its config says it, and must fit, also if the platform is only the host's."""
+    registry = FakeRegistry()
+    registry.add_index([as_json(registry.add_image(architecture="plan9"))], tag="latest")
+    with pytest.raises(PlatformError, match="but for linux/plan9"):
+        await resolve(Network(**{HOST: registry}))
+
+
+async def test_docker_hub() -> None:
+    """Docker Hub's registry is elsewhere than its images' names say."""
+    registry = FakeRegistry("library/debian")
+    registry.add_image(tag="12")
+    network = Network(**{"https://registry-1.docker.io": registry})
+    image = await resolve(network, "debian:12")
+    assert str(image.reference) == "docker.io/library/debian:12"
+
+
+async def test_digest_of_the_reference() -> None:
+    """By digest, the digest is what comes; whatever the registry calls it."""
+    registry = FakeRegistry()
+    descriptor = registry.add_image()
+    other = registry.add_image(created="later")
+    text = f"{APP.name}@{descriptor.digest}"
+    assert (await resolve(Network(**{HOST: registry}), text)).descriptor == descriptor
+    registry.manifests[descriptor.digest] = registry.manifests[other.digest]
+    with pytest.raises(VerificationError, match="which should be") as caught:
+        await resolve(Network(**{HOST: registry}), text)
+    assert caught.value.digest == descriptor.digest
+
+
+async def test_digest_that_the_registry_promised() -> None:
+    """By tag, Docker-Content-Digest is held against the document."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest")
+
+    def lying(request: httpx.Request) -> httpx.Response:
+        response = registry(request)
+        response.headers["Docker-Content-Digest"] = "sha256:" + "0" * 64
+        return response
+
+    with pytest.raises(VerificationError, match=r"registry\.example sent sha256"):
+        await resolve(Network(**{HOST: lying}))
+
+
+@pytest.mark.parametrize("change", [b" ", b""])
+async def test_documents_found_by_descriptor(change: bytes) -> None:
+    """A manifest of an index, and a config, must be what their descriptors say."""
+    registry = FakeRegistry()
+    image = registry.add_image(architecture="arm64")
+    registry.add_index([as_json(image)], tag="latest")
+    good = await resolve(Network(**{HOST: registry}), platform=ARM)
+    data = good.manifest_bytes
+    registry.manifests[image.digest] = (OCI_MANIFEST, data + change if change else data[:-1])
+    with pytest.raises(VerificationError, match="its digest or size differs"):
+        await resolve(Network(**{HOST: registry}), platform=ARM)
+    registry.manifests[image.digest] = (OCI_MANIFEST, data)
+    digest, config = good.manifest.config.digest, good.config_bytes
+    registry.blobs[digest] = config + change if change else config[:-1] + b" "
+    with pytest.raises(VerificationError, match="its digest or size differs") as caught:
+        await resolve(Network(**{HOST: registry}), platform=ARM)
+    assert caught.value.digest == digest
+
+
+async def test_documents_are_bounded() -> None:
+    """An endless manifest is left after 4 MiB, and a descriptor of more is not even asked for."""
+    body = Body([b" " * 2**20] * 100)
+
+    def endless(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers={"Content-Type": OCI_MANIFEST}, stream=body)
+
+    with pytest.raises(ManifestError, match="app:latest: the manifest is larger"):
+        await resolve(Network(**{HOST: endless}))
+    assert body.read == 5
+    assert body.closed
+
+    registry = FakeRegistry()
+    huge = as_json(describe(b"", OCI_MANIFEST)) | {"size": 2**23}
+    registry.add_index([huge], tag="latest")
+    network = Network(**{HOST: registry})
+    with pytest.raises(ManifestError, match="more than 4194304"):
+        await resolve(network)
+    assert len(network.requests) == 1
+
+
+async def test_a_large_document_is_decoded_off_the_loop() -> None:
+    """One that would hold up all tasks is decoded in a thread, and comes out the same."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest", comment="x" * 100_000)
+    threads: list[int] = []
+
+    class Instrument(trio.abc.Instrument):
+        def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+            threads.append(trio.to_thread.current_default_thread_limiter().borrowed_tokens)
+
+    instrument = Instrument()
+    trio.lowlevel.add_instrument(instrument)
+    image = await resolve(Network(**{HOST: registry}))
+    trio.lowlevel.remove_instrument(instrument)
+    assert len(image.config_bytes) > 100_000
+    assert 1 in threads
+
+
+async def test_a_digest_that_cannot_be_verified() -> None:
+    """SHA-512 references are of the grammar, but nothing is asked for by them."""
+    network = Network()
+    with pytest.raises(InvalidDigest):
+        await resolve(network, f"{APP.name}@sha512:{'ab' * 64}")
+    assert network.requests == []
+
+
+@pytest.mark.parametrize("domain", ["[:::]", "example.com:99999"])
+async def test_a_domain_that_is_no_host(domain: str) -> None:
+    """The grammar of references lets it through; there is nobody to ask."""
+    with pytest.raises(InvalidReference, match="is no host"):
+        await resolve(Network(), f"{domain}/app")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "final"),
+    [
+        (400, RegistryError, True),
+        (401, AuthenticationError, True),
+        (403, AuthenticationError, True),
+        (404, NotFound, True),
+        (408, RegistryError, False),
+        (429, RateLimited, False),
+        (500, RegistryError, False),
+        (503, RegistryError, False),
+    ],
+)
+async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> None:
+    """An error names who was asked, for what, and what the registry said; one that another
+    attempt would end with again is caused by `DoNotRetry`."""
+    error = {"errors": [{"code": "SOME_CODE", "message": "some\x1b[31m message"}]}
+    network = Network(**{HOST: lambda request: httpx.Response(status, json=error)})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with pytest.raises(RegistryError) as caught:
+            await client.resolve(APP)
+        blob = describe(b"blob")
+        with pytest.raises(RegistryError) as caught_blob:
+            await client.fetch_blob(APP, blob, MemorySink(), Report())
+    assert type(caught.value) is kind
+    assert (caught.value.host, caught.value.status) == ("registry.example", status)
+    assert str(caught.value).startswith(
+        f"registry.example answered {status} for the manifest of registry.example/team/app:latest: "
+        "SOME_CODE: some [31m message"
+    )
+    assert blob.digest in str(caught_blob.value)
+    assert is_final(caught_blob.value) is final
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        (
+            {
+                "Retry-After": "Wed, 21 Oct 2015 07:30:00 GMT",
+                "Date": "Wed, 21 Oct 2015 07:28:00 GMT",
+            },
+            120.0,
+        ),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+async def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+    """Seconds, or a date by the registry's own clock."""
+    network = Network(**{HOST: lambda request: httpx.Response(429, headers=headers)})
+    with pytest.raises(RateLimited) as caught:
+        await resolve(network)
+    assert caught.value.retry_after == seconds
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"errors": [7]}', b"[" * 20_000])
+async def test_an_error_without_a_reason(body: bytes) -> None:
+    """A proxy's page is left out."""
+    network = Network(**{HOST: lambda request: httpx.Response(500, content=body)})
+    with pytest.raises(RegistryError) as caught:
+        await resolve(network)
+    assert str(caught.value).endswith("the manifest of registry.example/team/app:latest")
+
+
+async def test_nobody_there() -> None:
+    """A host that refuses connections is named, and another attempt may do better."""
+    async with Network().client() as http, open_registry_client(client=http) as client:
+        message = r"^registry\.example could not be asked for blob sha256:.*: connection refused"
+        with pytest.raises(RegistryError, match=message) as caught:
+            await client.fetch_blob(APP, describe(b"x"), MemorySink(), Report())
+    assert caught.value.status is None
+    assert not is_final(caught.value)
+    assert isinstance(caught.value.__cause__, httpx.ConnectError)
+
+
+@pytest.mark.parametrize("domain", ["localhost:5000", "127.0.0.9:5000", "[::1]:5000", "localhost"])
+async def test_loopback_may_be_plain(domain: str) -> None:
+    """This machine is asked over HTTPS, then over plain HTTP, and that is remembered."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest")
+    network = Network(**{f"http://{domain}": registry})
+    await resolve(network, f"{domain}/team/app")
+    assert [request.url.scheme for request in network.requests] == ["https", "http", "http"]
+
+
+async def test_loopback_with_tls() -> None:
+    """Plain HTTP is not used where HTTPS answers, even if its certificate is not trusted."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest")
+    network = Network(**{"https://localhost:5000": registry, "http://localhost:5000": registry})
+    await resolve(network, "localhost:5000/team/app")
+    assert {request.url.scheme for request in network.requests} == {"https"}
+
+    def untrusted(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("self-signed") from ssl.SSLCertVerificationError("self-signed")
+
+    network = Network(**{"https://localhost:5000": untrusted, "http://localhost:5000": registry})
+    with pytest.raises(RegistryError, match="self-signed"):
+        await resolve(network, "localhost:5000/team/app")
+    assert {request.url.scheme for request in network.requests} == {"https"}
+
+
+async def test_plain_http_only_where_it_is_allowed() -> None:
+    """Elsewhere it takes ``plain_http``."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest")
+    network = Network(**{"http://registry.example": registry})
+    with pytest.raises(RegistryError):
+        await resolve(network)
+    assert {request.url.scheme for request in network.requests} == {"https"}
+    assert (await resolve(network, plain_http=True)).reference == APP
+
+
+async def test_contradictory_options() -> None:
+    """Whether a given client checks certificates is its own affair."""
+    async with Network().client() as http:
+        with pytest.raises(ValueError, match="verify=False"):
+            async with open_registry_client(client=http, tls_verify=False):
+                pass  # pragma: no cover
+
+
+async def test_own_client() -> None:
+    """Without a client there is an own one; the repr and the statistics say what goes on."""
+    async with open_registry_client(max_connections=7) as client:
+        assert client.statistics().max_connections == 7
+        assert repr(client) == ("<RegistryClient: 0 of 7 connections active, 0 requests waiting>")
+
+
+def test_platform_specifiers_are_for_callers() -> None:
+    """What `resolve` takes is what `parse_platform` gives."""
+    assert parse_platform("arm64") == ARM

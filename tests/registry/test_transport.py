@@ -1,0 +1,311 @@
+"""Slots, redirects, and connections of a real pool."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+
+import httpx
+import pytest
+import trio
+from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe
+from trio.testing import wait_all_tasks_blocked
+
+from trio_layers._errors import RegistryError
+from trio_layers._reference import parse_reference
+from trio_layers._registry.auth import Credentials
+from trio_layers._registry.client import open_registry_client
+from trio_layers._registry.transport import MAX_REDIRECTS
+
+HOST = "https://registry.example"
+STORAGE = "https://storage.example"
+APP = parse_reference("registry.example/team/app")
+CONTENT = b"content"
+BLOB = describe(CONTENT)
+
+
+def redirect(location: str, status: int = 307) -> httpx.Response:
+    return httpx.Response(status, headers={"Location": location}, stream=Body([b"elsewhere"]))
+
+
+async def fetch(network: Network, sink: MemorySink | None = None, **options: bool) -> None:
+    credentials = Credentials("user", "secret")
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, credentials=credentials, **options) as client,
+    ):
+        await client.fetch_blob(APP, BLOB, sink or MemorySink(), Report())
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_elsewhere(status: int) -> None:
+    """Storage gets the range, but neither the credentials nor the client's own."""
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        if "Authorization" not in request.headers:
+            return httpx.Response(401, headers={"WWW-Authenticate": 'Basic realm="r"'})
+        return redirect(f"{STORAGE}/blob?signature=s", status)
+
+    def storage(request: httpx.Request) -> httpx.Response:
+        assert request.headers["Range"] == "bytes=3-"
+        headers = {"Content-Range": "bytes 3-6/7"}
+        return httpx.Response(206, headers=headers, stream=Body([CONTENT[3:]]))
+
+    network = Network(**{HOST: registry, STORAGE: storage})
+    await fetch(network, MemorySink(CONTENT[:3]))
+    assert network.secrets("registry.example") == [None, "Basic dXNlcjpzZWNyZXQ="]
+    assert network.secrets("storage.example") == [None]
+
+
+async def test_a_redirect_within_the_registry() -> None:
+    """The same scheme, host and port get the credentials again."""
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        if "Authorization" not in request.headers:
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        if request.url.path != "/moved":
+            return redirect("/moved")
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    network = Network(**{HOST: registry})
+    await fetch(network)
+    assert network.secrets("registry.example")[1:] == ["Basic dXNlcjpzZWNyZXQ="] * 2
+
+
+async def test_a_redirect_to_another_port() -> None:
+    """It is another origin, though the host is the same."""
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        if "Authorization" not in request.headers:
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        return redirect(f"{HOST}:8443/blob")
+
+    def other(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    network = Network(**{HOST: registry, f"{HOST}:8443": other})
+    await fetch(network)
+    assert network.secrets("registry.example")[-1] is None
+
+
+async def test_a_name_and_password_in_a_redirect() -> None:
+    """They are not sent."""
+
+    def storage(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    network = Network(
+        **{HOST: lambda request: redirect("https://u:p@storage.example/x"), STORAGE: storage}
+    )
+    await fetch(network)
+    assert network.secrets("storage.example") == [None]
+
+
+async def test_the_clients_own_authorization_goes_nowhere() -> None:
+    """A client that was made for something else keeps its secrets."""
+    network = Network(**{HOST: lambda request: httpx.Response(200, stream=Body([CONTENT]))})
+    async with httpx.AsyncClient(
+        transport=network, headers={"Authorization": "mine"}, auth=("me", "mine")
+    ) as http:
+        async with open_registry_client(client=http) as client:
+            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+    assert network.secrets("registry.example") == [None]
+
+
+async def test_endless_redirects() -> None:
+    """They end with an error that names the registry."""
+    network = Network(**{HOST: lambda request: redirect(str(request.url))})
+    with pytest.raises(RegistryError, match=r"registry\.example redirects more than 5 times"):
+        await fetch(network)
+    assert len(network.requests) == MAX_REDIRECTS + 1
+
+
+@pytest.mark.parametrize("location", ["http://storage.example/x", "ftp://storage.example", "//:x"])
+async def test_redirects_that_are_not_followed(location: str) -> None:
+    """Not from HTTPS to plain HTTP, unless that is allowed, nor to what is no HTTP at all."""
+    network = Network(**{HOST: lambda request: redirect(location)})
+    with pytest.raises(RegistryError, match=r"^registry\.example (redirects|could)"):
+        await fetch(network)
+    assert len(network.requests) == 1
+
+
+async def test_redirects_to_plain_http_where_it_is_allowed() -> None:
+    """With ``plain_http``."""
+
+    def storage(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    network = Network(
+        **{
+            HOST: lambda request: redirect("http://storage.example/x"),
+            "http://storage.example": storage,
+        }
+    )
+    await fetch(network, plain_http=True)
+
+
+async def test_a_storage_that_refuses() -> None:
+    """Its 401 is not the registry's: nobody logs in there."""
+
+    def storage(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(401, headers={"WWW-Authenticate": 'Basic realm="storage"'})
+
+    network = Network(**{HOST: lambda request: redirect(STORAGE), STORAGE: storage})
+    with pytest.raises(RegistryError, match=r"storage\.example answered 401"):
+        await fetch(network)
+    assert network.secrets("storage.example") == [None]
+
+
+async def test_logs_have_no_signatures(caplog: pytest.LogCaptureFixture) -> None:
+    """What a URL's query may hold, and credentials, are in no log of ours."""
+    caplog.set_level(logging.DEBUG, logger="trio_layers")
+    await test_a_redirect_elsewhere(307)
+    ours = [record for record in caplog.records if record.name.startswith("trio_layers")]
+    text = "\n".join(record.getMessage() for record in ours)
+    assert "storage.example/blob" in text
+    assert "signature" not in text
+    assert "dXNlcjpzZWNyZXQ=" not in text
+
+
+async def test_slots() -> None:
+    """No more requests than connections are under way; a body holds its slot until it is
+    closed, and a waiting request can be cancelled."""
+    release = trio.Event()
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        await release.wait()
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    network = Network(**{HOST: slow})
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, max_connections=2) as client,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(4):
+            nursery.start_soon(client.fetch_blob, APP, BLOB, MemorySink(), Report())
+        await wait_all_tasks_blocked()
+        assert repr(client) == "<RegistryClient: 2 of 2 connections active, 2 requests waiting>"
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+        assert len(network.requests) == 2
+        release.set()
+    assert len(network.requests) == 4
+    assert client.statistics().active == 0
+
+
+# On a real pool, with real connections, and therefore on the real clock.
+
+
+async def serve_large(stream: trio.SocketStream) -> None:
+    """An HTTP server of few words: every request gets `LARGE`."""
+    async with stream:
+        try:
+            while await stream.receive_some(65536):
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(LARGE)}\r\n\r\n"
+                await stream.send_all(head.encode() + LARGE)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+
+LARGE = random.Random(1).randbytes(1_000_000)
+
+
+async def serve_small(stream: trio.SocketStream) -> None:
+    """Every connection gets `CONTENT`, once: the pool is always short of connections."""
+    async with stream:
+        try:
+            await stream.receive_some(65536)
+            head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(CONTENT)}\r\n\r\n"
+            await stream.send_all(head.encode() + CONTENT)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+
+async def test_a_storm_of_cancellations() -> None:
+    """Requests cancelled at any moment take no connection from those that come later. Without
+    the slots this hangs."""
+    rng = random.Random(2)
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve_small, 0)
+        port = listeners[0].socket.getsockname()[1]
+        reference = parse_reference(f"127.0.0.1:{port}/team/app")
+        limits = httpx.Limits(max_connections=3)
+        async with (
+            httpx.AsyncClient(limits=limits, trust_env=False) as http,
+            open_registry_client(client=http, max_connections=3) as client,
+        ):
+
+            async def fetch_once() -> None:
+                await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+
+            async def cancelled_after(ticks: int) -> None:
+                """Fetch, and be cancelled after some turns of the scheduler."""
+                async with trio.open_nursery() as both:
+                    both.start_soon(fetch_once)
+                    for _ in range(ticks):
+                        await trio.lowlevel.checkpoint()
+                    both.cancel_scope.cancel()
+
+            await fetch_once()  # from now on it is known that there is no TLS
+            for _ in range(20):
+                async with trio.open_nursery() as many:
+                    for _ in range(30):
+                        many.start_soon(cancelled_after, rng.randrange(150))
+            assert client.statistics().active == 0
+            async with trio.open_nursery() as many:
+                for _ in range(6):
+                    many.start_soon(fetch_once)
+        nursery.cancel_scope.cancel()
+    gc.collect()
+
+
+async def test_a_body_left_half_way() -> None:
+    """Leaving a body before its end drops the connection, and no generator is left behind for
+    the garbage collector to complain of."""
+
+    class FullSink(MemorySink):
+        async def write(self, data: bytes) -> None:
+            raise OSError("disk full")
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve_large, 0)
+        port = listeners[0].socket.getsockname()[1]
+        reference = parse_reference(f"127.0.0.1:{port}/team/app")
+        async with (
+            httpx.AsyncClient(trust_env=False) as http,
+            open_registry_client(client=http) as client,
+        ):
+            with pytest.raises(OSError, match="disk full"):
+                await client.fetch_blob(reference, describe(LARGE), FullSink(), Report())
+            gc.collect()
+            await client.fetch_blob(reference, describe(LARGE), MemorySink(), Report())
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_plain_registry_on_loopback() -> None:
+    """A server that does not understand TLS is asked again without it."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest")
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with stream:
+            request = await stream.receive_some(65536)
+            if not request.startswith(b"GET "):
+                return
+            path = request.split()[1].decode()
+            response = registry(httpx.Request("GET", f"http://here{path}"))
+            media_type = response.headers.get("Content-Type", "application/json")
+            head = f"HTTP/1.1 {response.status_code} X\r\nContent-Type: {media_type}\r\n"
+            head += f"Content-Length: {len(response.content)}\r\nConnection: close\r\n\r\n"
+            await stream.send_all(head.encode() + response.content)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve, 0)
+        port = listeners[0].socket.getsockname()[1]
+        async with open_registry_client() as client:
+            image = await client.resolve(parse_reference(f"127.0.0.1:{port}/team/app"))
+        assert image.config.platform.os == "linux"
+        nursery.cancel_scope.cancel()

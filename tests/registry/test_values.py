@@ -1,0 +1,264 @@
+"""References, platforms, manifests and configs, where the recorded tables say nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from registry.fakes import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, as_json, describe
+
+from trio_layers._errors import InvalidReference, ManifestError, PlatformError
+from trio_layers._manifest import (
+    MAX_DOCUMENT_SIZE,
+    Index,
+    Manifest,
+    check_image,
+    check_layer_count,
+    decode_config,
+    decode_manifest,
+)
+from trio_layers._platform import Platform, choose, host_platform, parse_platform
+from trio_layers._reference import parse_reference
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+def manifest(**members: object) -> bytes:
+    document = {"schemaVersion": 2, "config": as_json(describe(b"{}", OCI_CONFIG)), "layers": []}
+    return json.dumps({**document, **members}).encode()
+
+
+def config(**members: object) -> bytes:
+    document = {
+        "os": "linux",
+        "architecture": "arm64",
+        "rootfs": {"type": "layers", "diff_ids": [DIGEST]},
+    }
+    return json.dumps({**document, **members}).encode()
+
+
+def test_a_domain_that_is_none_is_refused() -> None:
+    """A first component with a dot is a domain, so it must be one: nothing could be asked."""
+    with pytest.raises(InvalidReference, match="invalid image reference 'my_host.example/app'"):
+        parse_reference("my_host.example/app")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a@sha256:" + "ab" * 16, "digest-length"),
+        ("a:t@SHA256:" + "ab" * 32, "digest-format"),
+        ("a@SHA256:" + "ab" * 32, "uppercase"),
+        ("a@blake3:" + "ab" * 32, "digest-unsupported"),
+        ("ubuntu\n", "invalid-format"),
+    ],
+)
+def test_reasons(text: str, reason: str) -> None:
+    """The error says which rule is broken."""
+    with pytest.raises(InvalidReference) as caught:
+        parse_reference(text)
+    assert caught.value.reason == reason
+
+
+def test_a_long_reference_is_read_in_no_time() -> None:
+    """The grammar does not backtrack: this would take years if it did."""
+    for text in ("a-" * 50_000, "a." * 50_000 + "!/x", "x/" + "a__" * 50_000, "-" * 100_000):
+        with pytest.raises(InvalidReference):
+            parse_reference(text)
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        ("x86_64", "linux/amd64"),
+        ("aarch64", "linux/arm64"),
+        ("armv7l", "linux/arm/v7"),
+        ("armv6l", "linux/arm/v6"),
+        ("i686", "linux/386"),
+        ("ppc64le", "linux/ppc64le"),
+        ("loongarch64", "linux/loong64"),
+        ("riscv64", "linux/riscv64"),
+    ],
+)
+def test_host_platform(monkeypatch: pytest.MonkeyPatch, machine: str, expected: str) -> None:
+    """The kernel's name of the processor becomes Go's."""
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "h", "6", "1", machine)))
+    assert str(host_platform()) == expected
+
+
+def test_os_options_survive_quoting() -> None:
+    """What a specifier's own syntax uses is quoted in it."""
+    platform = Platform("windows", "amd64", "", "10.0 (a/b)+100%", ("win32k", "x+y"))
+    quoted = str(platform).replace(" ", "%20")
+    assert parse_platform(quoted) == platform
+
+
+@pytest.mark.parametrize("specifier", ["linux(1%zz)/amd64", "linux/amd64\n", "/amd64"])
+def test_malformed_specifiers(specifier: str) -> None:
+    """The error shows the specifier and the form it should have."""
+    with pytest.raises(PlatformError, match=r"^invalid platform .*expected OS, ARCH"):
+        parse_platform(specifier)
+
+
+def test_newer_arm64_variants_run_older_ones() -> None:
+    """v9.x was made from v8.(x+5), and what it runs is preferred by how near it is."""
+    wanted = Platform("linux", "arm64", "v9.1")
+    offers = ["v8", "v8.7", "v8.6", "v9", "v9.2"]
+    platforms = [Platform("linux", "arm64", variant) for variant in offers]
+    left: list[Platform | None] = list(platforms)
+    chosen = []
+    while (index := choose(wanted, left)) is not None:
+        chosen.append(platforms[index].variant)
+        left[index] = Platform("plan9", "386")
+    assert chosen == ["v9", "v8.6", "v8"]
+
+
+def test_os_features_must_be_offered() -> None:
+    """An image that needs what was not named does not fit."""
+    needs = Platform("linux", "amd64", os_features=("a", "b"))
+    assert choose(Platform("linux", "amd64", os_features=("b", "a", "c")), [needs]) == 0
+    assert choose(Platform("linux", "amd64", os_features=("a",)), [needs]) is None
+
+
+def test_manifest_members() -> None:
+    """What is optional in a descriptor may be left out, be null, or be there."""
+    layer = as_json(describe(b"x"), urls=["https://a.example/x"], annotations={"k": "v"})
+    document = decode_manifest(
+        manifest(layers=[layer, as_json(describe(b"y"), urls=None)], annotations={"n": "w"}),
+        OCI_MANIFEST,
+    )
+    assert isinstance(document, Manifest)
+    first, second = document.layers
+    assert (first.urls, first.annotations) == (("https://a.example/x",), {"k": "v"})
+    assert (second.urls, second.annotations, second.media_type) == ((), {}, OCI_LAYER)
+    assert document.annotations == {"n": "w"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[]", "manifest is list, not an object"),
+        (b"\xff", "not JSON"),
+        (b'{"schemaVersion": NaN}', "NaN is not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b" " * (MAX_DOCUMENT_SIZE + 1), "larger than"),
+        (manifest(schemaVersion=1), "schemaVersion is 1, not 2"),
+        (manifest(layers=["x"]), r"layers\[0\] is 'x', not an object"),
+        (manifest(layers=[{"digest": DIGEST, "size": 1}]), "mediaType is missing"),
+        (manifest(layers=[as_json(describe(b"")) | {"size": True}]), "size is True"),
+        (manifest(layers=[as_json(describe(b"")) | {"size": 2**63}]), "not a number of bytes"),
+        (manifest(annotations=[]), "annotations is list, not an object"),
+        (manifest(annotations={"a": 1}), "annotations is 1, not a string"),
+        (manifest(fsLayers=[]), "ambiguous, since it has 'fsLayers' as well"),
+    ],
+)
+def test_invalid_manifests(data: bytes, message: str) -> None:
+    """The error says which member is wrong, and what it is."""
+    with pytest.raises(ManifestError, match=message):
+        decode_manifest(data, OCI_MANIFEST)
+
+
+def test_a_value_in_an_error_is_cut() -> None:
+    """Megabytes from outside do not end up in a message."""
+    with pytest.raises(ManifestError) as caught:
+        decode_manifest(manifest(mediaType="x" * 100_000), OCI_MANIFEST)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("media_type", "message"),
+    [
+        ("application/vnd.docker.distribution.manifest.v1+prettyjws", "schema 1.*push it again"),
+        ("text/html", "'text/html' is neither"),
+        ("", "'' is neither"),
+    ],
+)
+def test_unsupported_media_types(media_type: str, message: str) -> None:
+    """What the registry calls a document decides what it is."""
+    with pytest.raises(ManifestError, match=message):
+        decode_manifest(manifest(), media_type)
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "message"),
+    [
+        ("application/vnd.in-toto+json", "attestation"),
+        (f"{OCI_LAYER}+encrypted", "encrypted: decrypt the image first"),
+        ("application/x-tar", "unsupported type, 'application/x-tar'"),
+    ],
+)
+def test_layers_that_cannot_be_unpacked(layer_type: str, message: str) -> None:
+    """The error tells apart what would need different help."""
+    data = manifest(layers=[as_json(describe(b"", layer_type))])
+    document = decode_manifest(data, OCI_MANIFEST)
+    assert isinstance(document, Manifest)
+    with pytest.raises(ManifestError, match=message):
+        check_image(document)
+
+
+def test_index_leaves_out_what_is_no_image() -> None:
+    """Attestations, and manifests of unknown types, are no choice."""
+    image = as_json(describe(b"image", OCI_MANIFEST), platform={"os": "linux", "architecture": "s"})
+    annotations = {"vnd.docker.reference.type": "attestation-manifest"}
+    attestation = as_json(describe(b"said", OCI_MANIFEST), annotations=annotations)
+    unknown = as_json(describe(b"wasm", "application/vnd.wasm.v9+json"))
+    data = {"schemaVersion": 2, "manifests": [attestation, unknown, image]}
+    index = decode_manifest(json.dumps(data).encode(), OCI_INDEX)
+    assert isinstance(index, Index)
+    assert len(index.manifests) == 3
+    assert [each.platform for each in index.images] == [Platform("linux", "s")]
+
+
+def test_config_members() -> None:
+    """All that running it needs is there, and the rest is in ``raw``."""
+    data = config(
+        variant="v8",
+        created="2024-01-01T00:00:00.123456789Z",
+        config={
+            "Env": ["A=b"],
+            "Entrypoint": ["/bin/sh"],
+            "Cmd": None,
+            "WorkingDir": "/w",
+            "User": "1:2",
+            "Labels": {"k": "v"},
+            "ExposedPorts": {"80/tcp": {}},
+            "Volumes": {"/data": {}},
+            "StopSignal": "SIGINT",
+        },
+    )
+    decoded = decode_config(data)
+    assert decoded.platform == Platform("linux", "arm64", "v8")
+    assert decoded.created == "2024-01-01T00:00:00.123456789Z"
+    assert (decoded.env, decoded.entrypoint, decoded.cmd) == (("A=b",), ("/bin/sh",), ())
+    assert (decoded.working_dir, decoded.user, decoded.stop_signal) == ("/w", "1:2", "SIGINT")
+    assert (decoded.labels, decoded.exposed_ports) == ({"k": "v"}, ("80/tcp",))
+    assert decoded.volumes == ("/data",)
+    assert decoded.diff_ids == (DIGEST,)
+    assert decoded.raw == data
+    assert "raw" not in repr(decoded)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (config(rootfs={"type": "other", "diff_ids": []}), "rootfs.type is 'other'"),
+        (config(rootfs={"type": "layers", "diff_ids": ["x"]}), "invalid digest 'x'"),
+        (config(os=""), "os is missing"),
+        (config(architecture=None), "architecture is missing"),
+        (config(config={"Env": "A=b"}), "Env is 'A=b', not an array"),
+        (config(config={"Cmd": [1]}), "Cmd is 1, not a string"),
+    ],
+)
+def test_invalid_configs(data: bytes, message: str) -> None:
+    """The error says which member is wrong."""
+    with pytest.raises(ManifestError, match=message):
+        decode_config(data)
+
+
+def test_layer_counts_differ() -> None:
+    """Both numbers are named."""
+    document = decode_manifest(manifest(), OCI_MANIFEST)
+    assert isinstance(document, Manifest)
+    with pytest.raises(ManifestError, match="0 layers, but the image config has 1 diff IDs"):
+        check_layer_count(document, decode_config(config()))

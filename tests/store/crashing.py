@@ -1,0 +1,56 @@
+"""A process that gets as far as it is told, says so, and waits to be killed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import trio
+from store.world import Stream, describe, layer_of, opened
+
+from trio_layers._store import content, trees
+
+DATA = bytes(range(256)) * 16 * 1024  # 4 MiB
+LAYER = layer_of(hello="world", big="x" * 100_000)
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+def stop(path: Path) -> None:
+    """Stands in for what would come after a rename."""
+    ready()
+    time.sleep(1000)
+
+
+async def main(path: Path, what: str) -> None:
+    async with opened(path) as store, trio.open_nursery() as nursery:
+        if what == "ingest":
+            async with store.ingest(describe(DATA)) as sink:
+                await sink.write(DATA[: 3 * 1024 * 1024])
+                await sink.write(b"this is not on disk yet")
+                ready()
+                await trio.sleep_forever()
+        elif what == "blob-renamed":
+            content.sync_directory = stop
+            async with store.ingest(describe(DATA)) as sink:
+                await sink.write(DATA)
+                await sink.commit()
+        elif what == "register":
+            stream = Stream(LAYER.data, stop_at=100)
+            nursery.start_soon(store.register, stream, None, LAYER.descriptor)
+            await stream.stopped.wait()
+            ready()
+        elif what == "tree-renamed":
+            trees.sync_directory = stop
+            await store.register(Stream(LAYER.data), None, LAYER.descriptor)
+        elif what == "lease":
+            async with store.lease(LAYER.digest):
+                ready()
+                await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    trio.run(main, Path(sys.argv[1]), sys.argv[2])

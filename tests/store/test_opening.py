@@ -1,0 +1,263 @@
+"""Opening: what a store is made of, and what is refused and left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from store.world import (
+    Stream,
+    arriving,
+    layer_of,
+    mounted_tmpfs,
+    opened,
+    put_sample_image,
+    remount,
+    snapshot,
+)
+
+from trio_layers._errors import StoreError, StoreReadOnly, UnsupportedStore
+
+LAYER = layer_of(hello="world")
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be another user")
+
+
+async def make(path: Path) -> None:
+    async with opened(path) as store:
+        await put_sample_image(store, "localhost/sample:1", LAYER)
+
+
+def edit_catalog(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path / "catalog.sqlite", isolation_level=None)
+    # As a program of another version leaves it, all of it in the one file.
+    connection.execute("PRAGMA journal_mode = DELETE")
+    for statement in statements:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_store_is_made_in_an_empty_directory(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "some" / "where"
+    if there:
+        path.mkdir(0o755, parents=True)
+    async with opened(path) as store:
+        assert store.path == path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert json.loads((path / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
+        assert json.loads((path / "index.json").read_bytes())["manifests"] == []
+        assert len(os.listdir(path / "leases")) == 1
+    assert sorted(os.listdir(path)) == [
+        "blobs",
+        "catalog.sqlite",
+        "index.json",
+        "ingest",
+        "leases",
+        "oci-layout",
+        "trees",
+    ]
+    assert os.listdir(path / "leases") == []
+
+
+async def test_opening_and_leaving_changes_nothing(tmp_path: Path) -> None:
+    await make(tmp_path / "store")
+    before = snapshot(tmp_path / "store")
+    async with opened(tmp_path / "store"):
+        pass
+    after = snapshot(tmp_path / "store")
+    assert {k: v for k, v in before.items() if k != "catalog.sqlite"} == {
+        k: v for k, v in after.items() if k != "catalog.sqlite"
+    }
+
+
+async def test_many_open_a_new_store_at_once(tmp_path: Path) -> None:
+    async def open_one() -> None:
+        async with opened(tmp_path / "store") as store:
+            await put_sample_image(store, "localhost/sample:1", LAYER)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(open_one)
+    assert arriving(tmp_path / "store") == []
+
+
+def foreign_file(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("somebody's")
+
+
+def foreign_layout(path: Path) -> None:
+    (path / "blobs" / "sha256").mkdir(parents=True)
+    (path / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    (path / "index.json").write_text('{"schemaVersion":2,"manifests":[]}')
+
+
+def foreign_database(path: Path) -> None:
+    path.mkdir()
+    connection = sqlite3.connect(path / "catalog.sqlite")
+    connection.execute("CREATE TABLE theirs (value)")
+    connection.close()
+
+
+def foreign_catalog(path: Path) -> None:
+    path.mkdir()
+    (path / "catalog.sqlite").write_text("no database at all " * 10)
+
+
+def empty_catalog_among_others(path: Path) -> None:
+    path.mkdir()
+    (path / "catalog.sqlite").touch()
+    (path / "file").write_text("somebody's")
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [foreign_file, foreign_layout, foreign_database, foreign_catalog, empty_catalog_among_others],
+)
+async def test_a_foreign_directory_is_left_alone(
+    tmp_path: Path, foreign: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "theirs"
+    foreign(path)
+    before = snapshot(path)
+    mode = path.stat().st_mode
+    with pytest.raises(UnsupportedStore, match="new or empty directory") as caught:
+        async with opened(path):
+            pytest.fail("entered")
+    assert str(path) in str(caught.value)
+    assert snapshot(path) == before
+    assert path.stat().st_mode == mode
+
+
+async def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UnsupportedStore, match="not a directory"):
+        async with opened(tmp_path / "file"):
+            pytest.fail("entered")
+    with pytest.raises(StoreError):
+        async with opened(tmp_path / "file" / "below"):
+            pytest.fail("entered")
+
+
+async def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await make(path)
+    edit_catalog(path, "PRAGMA user_version = 2")
+    before = snapshot(path)
+    with pytest.raises(UnsupportedStore, match="version 2") as caught:
+        async with opened(path):
+            pytest.fail("entered")
+    assert str(path) in str(caught.value)
+    assert snapshot(path) == before
+
+
+async def test_a_store_of_another_flavour_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await make(path)
+    edit_catalog(path, "UPDATE flavour SET value = '\"none.\"' WHERE key = 'xattrs'")
+    before = snapshot(path)
+    with pytest.raises(UnsupportedStore, match=r"none\.xattrs") as caught:
+        async with opened(path):
+            pytest.fail("entered")
+    assert str(path) in str(caught.value)
+    assert snapshot(path) == before
+
+
+@as_root
+async def test_a_store_of_another_user_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await make(path)
+    os.chown(path, 12345, 12345)
+    before = snapshot(path)
+    with pytest.raises(UnsupportedStore, match="12345"):
+        async with opened(path):
+            pytest.fail("entered")
+    assert snapshot(path) == before
+
+
+async def test_a_store_that_was_not_finished_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "ingest").mkdir()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "catalog.sqlite").touch()
+    await make(tmp_path)
+    async with opened(tmp_path) as store:
+        assert [image.reference for image in await store.images()] == ["localhost/sample:1"]
+
+
+async def test_a_damaged_catalog_is_named(tmp_path: Path) -> None:
+    await make(tmp_path)
+    catalog = tmp_path / "catalog.sqlite"
+    data = catalog.read_bytes()
+    catalog.write_bytes(data[:100] + b"x" * 4000 + data[4100:])
+    with pytest.raises(StoreError, match=str(tmp_path)):
+        async with opened(tmp_path):
+            pytest.fail("entered")
+
+
+async def test_the_path_may_be_relative_and_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    async with opened(Path("link")) as store:
+        assert store.path == tmp_path / "real"
+
+
+async def test_what_dead_holders_left_is_swept_and_what_live_ones_make_is_not(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as store:
+        stream = Stream(LAYER.data, stop_at=20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.register, stream, None)
+            await stream.stopped.wait()
+            live = arriving(tmp_path)
+            assert len(live) == 2
+            dead = "0123456789abcdef"
+            remains = [
+                tmp_path / "leases" / dead,
+                tmp_path / "ingest" / f"{dead}-0.tree",
+                tmp_path / "ingest" / f"{dead}-1.blob",
+                tmp_path / "ingest" / "fedcba9876543210-0.trash",
+            ]
+            remains[0].touch()
+            (remains[1] / "fs").mkdir(parents=True)
+            remains[2].touch()
+            remains[3].mkdir()
+            (tmp_path / "ingest" / ("a" * 64 + ".partial")).touch()
+            async with opened(tmp_path):
+                with trio.fail_after(30):
+                    while any(path.exists() for path in remains):
+                        await trio.lowlevel.checkpoint()
+            assert arriving(tmp_path) == sorted([*live, "a" * 64 + ".partial"])
+            stream.go_on.set()
+
+
+@as_root
+async def test_a_read_only_file_system_is_named(tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "mount", "ro"):
+        with pytest.raises(StoreReadOnly, match="mount/store"):
+            async with opened(tmp_path / "mount" / "store"):
+                pytest.fail("entered")
+
+
+@as_root
+async def test_a_store_on_a_file_system_gone_read_only_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mount"
+    with mounted_tmpfs(path):
+        await make(path)
+        remount(path, "ro")
+        with pytest.raises(StoreReadOnly, match=str(path)):
+            async with opened(path):
+                pytest.fail("entered")
+        remount(path, "rw")
+        async with opened(path) as store:
+            assert len(await store.images()) == 1

@@ -1,0 +1,117 @@
+"""The store with the unpacker it is used with."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+import trio
+from store.world import Blob, Stream, arriving, chain_of, describe, digest_of, layer_of, visible
+
+from trio_layers._digest import DiffID
+from trio_layers._errors import UnpackError
+from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
+from trio_layers._unpack import worker
+
+
+def layer(*members: tarfile.TarInfo, **files: str) -> Blob:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for member in members:
+            tar.addfile(member)
+        for name, data in files.items():
+            member = tarfile.TarInfo(name.replace("__", "/"))
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data.encode()))
+    data = out.getvalue()
+    return Blob(data, describe(data), DiffID(digest_of(data)))
+
+
+def member(name: str, type: bytes, mode: int = 0o755, link: str = "") -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.mode, found.linkname = type, mode, link
+    return found
+
+
+USUAL = layer(member("etc", tarfile.DIRTYPE), etc__passwd="root")
+PRIVATE = layer(member("etc", tarfile.DIRTYPE, 0o700), etc__passwd="root")
+IMPLYING = layer(etc__group="wheel")
+LINKING = layer(member("etc/users", tarfile.LNKTYPE, link="etc/passwd"))
+
+
+async def register(store: DirectoryStore, *blobs: Blob) -> DirectoryLayer:
+    parent = None
+    for blob in blobs:
+        top = await store.register(Stream(blob.data), parent, blob.descriptor)
+        parent = top.chain_id
+    return top
+
+
+def is_shared(layer: DirectoryLayer) -> bool:
+    return layer.tree.name == layer.diff_id.removeprefix("sha256:")
+
+
+async def test_a_tree_is_shared_where_the_directories_it_implies_are_as_implied(
+    tmp_path: Path,
+) -> None:
+    async with open_store(tmp_path, unpacker=worker) as store:
+        for below in ([], [USUAL]):
+            top = await register(store, *below, IMPLYING)
+            assert is_shared(top)
+            rootfs = await store.rootfs(top.chain_id)
+            assert (await rootfs.stat("etc")).mode == 0o755
+            assert await rootfs.read_bytes("/etc/group") == b"wheel"
+
+
+async def test_where_they_are_not_the_layer_is_unpacked_on_top(tmp_path: Path) -> None:
+    async with open_store(tmp_path, unpacker=worker) as store:
+        top = await register(store, PRIVATE, IMPLYING)
+        assert not is_shared(top)
+        rootfs = await store.rootfs(top.chain_id)
+        assert (await rootfs.stat("etc")).mode == 0o700
+        assert await rootfs.read_bytes("/etc/group") == b"wheel"
+        assert await rootfs.read_bytes("/etc/passwd") == b"root"
+    async with open_store(tmp_path, unpacker=worker) as store:
+        again = await register(store, USUAL, IMPLYING)
+        assert is_shared(again)
+
+
+async def test_a_hard_link_to_a_file_below(tmp_path: Path) -> None:
+    async with open_store(tmp_path, unpacker=worker) as store:
+        top = await register(store, USUAL, LINKING)
+        assert not is_shared(top)
+        rootfs = await store.rootfs(top.chain_id)
+        assert await rootfs.read_bytes("/etc/users") == b"root"
+        with pytest.raises(UnpackError):
+            await register(store, LINKING)
+        assert await store.get(chain_of(LINKING)) is None
+
+
+async def test_a_stream_that_fails_in_the_middle_of_a_file_fails_as_itself(tmp_path: Path) -> None:
+    failure = PermissionError(13, "not our disk")
+    blob = layer_of(big=random.Random(1).randbytes(300_000))
+    async with open_store(tmp_path, unpacker=worker) as store:
+        with pytest.raises(PermissionError) as caught:
+            await store.register(Stream(blob.data, stop_at=200_000, error=failure), None)
+        assert caught.value is failure
+
+
+async def test_cancelled_in_the_middle_of_a_file_nothing_is_left_but_its_bytes(
+    tmp_path: Path,
+) -> None:
+    blob = layer_of(big=random.Random(1).randbytes(300_000))
+    async with open_store(tmp_path, unpacker=worker) as store:
+        stream = Stream(blob.data, stop_at=200_000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.register, stream, None, blob.descriptor)
+            await stream.stopped.wait()
+            nursery.cancel_scope.cancel()
+        assert visible(tmp_path) == []
+        async with store.ingest(blob.descriptor) as sink:
+            assert sink.offset == 200_000
+    assert arriving(tmp_path) == [blob.file_name + ".partial"]
+    assert os.listdir(tmp_path / "leases") == []

@@ -1,0 +1,72 @@
+"""The scripted source, alone and with the engine it is made for."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from trio_layers._engine.download import open_download_manager
+from trio_layers._errors import DoNotRetry
+from trio_layers.testing import Attempt, MemoryStore, ScriptedSource, build_layer
+
+TAR = build_layer([], compression="none").content
+
+
+async def test_attempts_are_played_in_order_and_the_last_again(autojump_clock) -> None:
+    error = RuntimeError("no")
+    source = ScriptedSource(
+        b"data",
+        attempts=[
+            Attempt(seconds=2, progress=((1, "Downloading", 3, 4),), error=error),
+            Attempt(body=b"other", size=0),
+        ],
+    )
+    events = []
+
+    def progress(action: str, current: int = 0, total: int = 0) -> None:
+        events.append((trio.current_time() - start, action, current, total))
+
+    start = trio.current_time()
+    with pytest.raises(RuntimeError) as caught:
+        await source.download(progress)
+    assert caught.value is error
+    assert trio.current_time() - start == pytest.approx(2)
+    assert events == [(pytest.approx(1), "Downloading", 3, 4)]
+    for _ in range(2):
+        stream, size = await source.download(progress)
+        assert (await stream.receive_some(), size) == (b"other", 0)
+    assert source.calls == 3
+    assert repr(source) == f"<ScriptedSource {source.id}: 3 attempts, 0 closes>"
+
+
+async def test_it_is_a_source_for_the_engine(autojump_clock) -> None:
+    """One retry, the diff ID told, closed once."""
+    source = ScriptedSource(TAR, attempts=[Attempt(error=RuntimeError("once")), Attempt()])
+    store = MemoryStore()
+    async with open_download_manager(store) as manager:
+        async with manager.download([source]) as rootfs:
+            assert rootfs.diff_ids == (source.key,)
+            assert store.layers
+    assert (source.calls, source.closes, source.diff_ids) == (2, 1, [source.key])
+    assert not store.layers
+
+
+async def test_a_known_source_is_not_downloaded_twice(autojump_clock) -> None:
+    first, second = ScriptedSource(TAR, known=True), ScriptedSource(TAR, known=True)
+    async with open_download_manager(MemoryStore()) as manager:
+        async with manager.download([first]), manager.download([second]):
+            assert (first.calls, second.calls) == (1, 0)
+
+
+async def test_its_errors_reach_the_pull(autojump_clock) -> None:
+    source = ScriptedSource(TAR, attempts=[Attempt(error=DoNotRetry("gone"))])
+    async with open_download_manager(MemoryStore()) as manager:
+        with pytest.raises(DoNotRetry, match="gone"):
+            async with manager.download([source]):
+                pass
+    assert source.calls == 1
+
+
+def test_it_needs_an_attempt() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        ScriptedSource(b"", attempts=())

@@ -1,0 +1,276 @@
+"""Progress made visible: bars on a terminal, plain lines, JSON lines.
+
+A sink puts events into a channel; one task gathers what comes within a tenth of a second, keeps
+the newest of each layer's action, and has a thread write it. So a stream that is slow, or stuck,
+costs the pull nothing but a full channel: then the engine leaves intermediate states out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TextIO, TypeAlias, final
+
+import attrs
+import trio
+
+from ._nursery import open_hidden_nursery
+from ._progress import Progress, Status
+from .abc import ProgressSink
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["DisplayKind", "open_display"]
+
+DisplayKind: TypeAlias = Literal["auto", "tty", "plain", "json", "none"]
+
+logger = logging.getLogger("trio_layers.display")
+
+INTERVAL: Final = 0.1
+"""Seconds between two writes."""
+PATIENCE: Final = 1.0
+"""Seconds that the stream has to take the last state, once the block has failed."""
+BACKLOG: Final = 256
+
+
+@asynccontextmanager
+async def open_display(
+    kind: DisplayKind = "auto", *, stream: TextIO | None = None
+) -> AsyncIterator[ProgressSink]:
+    """Show the progress of the pulls in the block: open it around them and give each the sink.
+
+    Leaving the block waits until the last state is written; if the block has failed or is
+    cancelled, for at most a second. A stream that fails is left alone from then on and the
+    pulls go on: an image is worth more than its progress.
+
+    Args:
+        kind: What it looks like. ``tty``: a line with a bar for each layer, redrawn in place;
+            needs the extra ``cli``, without it the same as ``plain``. ``plain``: a line for
+            each layer and action. ``json``: a JSON object a line with the fields of docker's
+            API, ``status``, ``id`` and ``progressDetail``. ``none``: nothing. ``auto``:
+            ``tty`` on a terminal that can move its cursor, else ``plain``.
+        stream: Where it goes; ``None``: standard error. It is not closed.
+
+    Yields:
+        A sink for any number of pulls. It waits only while more is in the queue than can be
+        written.
+    """
+    if kind == "none":
+        yield _ignore
+        return
+    screen = await trio.to_thread.run_sync(_screen, kind, stream or sys.stderr)
+    send, receive = trio.open_memory_channel[Progress](BACKLOG)
+    # What has happened is still to be seen when the pulls were cancelled, the cursor above all.
+    shield = trio.CancelScope(shield=True)
+    async with open_hidden_nursery() as nursery:
+        nursery.start_soon(_show_all, receive, screen, shield)
+        try:
+            yield send.send
+        except BaseException:
+            shield.deadline = trio.current_time() + PATIENCE
+            raise
+        finally:
+            send.close()
+
+
+async def _ignore(progress: Progress) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class _Screen(Protocol):
+    """What events are written to, by a thread, one call at a time."""
+
+    def show(self, events: Sequence[Progress]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+async def _show_all(
+    receive: trio.MemoryReceiveChannel[Progress], screen: _Screen, shield: trio.CancelScope
+) -> None:
+    limiter = trio.CapacityLimiter(1)  # one of its own: unpacking may hold all the usual threads
+    with shield:
+        try:
+            while events := await _gather(receive):
+                await trio.to_thread.run_sync(
+                    screen.show, events, abandon_on_cancel=True, limiter=limiter
+                )
+            await trio.to_thread.run_sync(screen.close, abandon_on_cancel=True, limiter=limiter)
+        except (OSError, ValueError):  # ValueError: closed, or of too small a character set
+            logger.debug("progress cannot be written any more", exc_info=True)
+            async for _ in receive:
+                pass
+
+
+async def _gather(receive: trio.MemoryReceiveChannel[Progress]) -> list[Progress]:
+    """What is to be shown next, in order; nothing at the end.
+
+    Of events that differ in their counts only, the last one stands where the first one came.
+    """
+    events: list[Progress] = []
+    newest: dict[str, int] = {}
+    scope = trio.CancelScope()
+    with scope:
+        while True:
+            try:
+                event = await receive.receive()
+            except trio.EndOfChannel:
+                break
+            if not events:
+                scope.deadline = trio.current_time() + INTERVAL
+            place = newest.get(event.id)
+            if place is not None and events[place].action == event.action:
+                events[place] = event
+            else:
+                newest[event.id] = len(events)
+                events.append(event)
+    return events
+
+
+def _screen(kind: DisplayKind, stream: TextIO) -> _Screen:
+    if kind == "json":
+        return _JsonLines(stream)
+    if kind == "tty" or (
+        kind == "auto" and stream.isatty() and os.environ.get("TERM") not in (None, "dumb")
+    ):
+        try:
+            return _Bars(stream)
+        except ImportError:
+            logger.debug("no bars without rich, which the extra 'cli' installs")
+    return _PlainLines(stream)
+
+
+@final
+class _PlainLines:
+    """As docker prints when its output is no terminal: no counts, no repetitions."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._actions: dict[str, str] = {}
+
+    def show(self, events: Sequence[Progress]) -> None:
+        lines = []
+        for event in events:
+            if self._actions.get(event.id) != event.action:
+                self._actions[event.id] = event.action
+                lines.append(f"{event.id}: {event.action}\n")
+        _write(self._stream, lines)
+
+    def close(self) -> None:
+        """Every line is written."""
+
+
+@final
+class _JsonLines:
+    """As the pull endpoint of docker's API sends (moby ``pkg/streamformatter``): what is zero
+    is left out of ``progressDetail``."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def show(self, events: Sequence[Progress]) -> None:
+        lines = []
+        for event in events:
+            counts = {"current": event.current, "total": event.total}
+            detail = {name: count for name, count in counts.items() if count}
+            message = {"status": event.action, "progressDetail": detail, "id": event.id}
+            lines.append(json.dumps(message, separators=(",", ":")) + "\n")
+        _write(self._stream, lines)
+
+    def close(self) -> None:
+        """Every line is written."""
+
+
+def _write(stream: TextIO, lines: Sequence[str]) -> None:
+    if lines:
+        stream.write("".join(lines))
+        stream.flush()
+
+
+@attrs.define(eq=False)
+class _Row:
+    """A layer's line: its newest event, and when and where its action began."""
+
+    event: Progress
+    since: float
+    start: int
+
+    @property
+    def finished(self) -> bool:
+        return self.event.action in (Status.PULL_COMPLETE, Status.ALREADY_EXISTS)
+
+
+@final
+class _Bars:
+    """A line for each layer, drawn by rich."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        class Terminal(Console):
+            def on_broken_pipe(self) -> None:
+                raise  # rich would close stdout and end the process
+
+        self._rows: dict[str, _Row] = {}
+        self._console = Terminal(
+            file=stream, force_terminal=True, markup=False, emoji=False, highlight=False
+        )
+        self._live = Live(
+            console=self._console,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def show(self, events: Sequence[Progress]) -> None:
+        now = time.monotonic()
+        for event in events:
+            row = self._rows.get(event.id)
+            if row is None or row.event.action != event.action:
+                self._rows[event.id] = _Row(event, now, event.current)
+            else:
+                row.event = event
+        if not self._live.is_started:
+            self._live.start()
+        rows = list(self._rows.values())
+        if len(rows) >= self._console.height:
+            # What does not fit is cut off at the bottom; better that what is done goes first.
+            rows = [row for row in rows if not row.finished]
+        self._live.update(_table(rows, now), refresh=True)
+
+    def close(self) -> None:
+        if self._live.is_started:
+            self._live.update(_table(self._rows.values(), time.monotonic()))
+            self._live.stop()
+
+
+def _table(rows: Iterable[_Row], now: float) -> Table:
+    from rich.filesize import decimal
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    for _ in range(2):
+        table.add_column(no_wrap=True, justify="right")
+    for row in rows:
+        event = row.event
+        if not event.current and not event.total:
+            table.add_row(f"{event.id}:", event.action)
+            continue
+        amount = decimal(event.current)
+        if event.total:
+            amount += f" / {decimal(event.total)}"
+        passed = now - row.since
+        rate = f"{decimal(int((event.current - row.start) / passed))}/s" if passed > 0 else ""
+        bar = ProgressBar(total=event.total or None, completed=event.current, width=28)
+        table.add_row(f"{event.id}:", event.action, bar, amount, rate)
+    return table

@@ -1,0 +1,347 @@
+"""What a tree holds: the value for one path, and the file ``entries`` that lists them.
+
+The list is the truth about a tree; its ``fs`` directory may lack what could not be set without
+privilege. It is ASCII, one JSON object a line, written in the order of unpacking so that the
+writer keeps nothing in memory. A later line on a path wins:
+
+- ``{"p": path, "t": type, ...}``: this is there now, a new inode. Keys that have their default
+  value are left out: ``m`` mode, ``u`` uid, ``g`` gid, ``s`` mtime in nanoseconds, ``n`` size,
+  ``h`` SHA-256, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64, ``o`` opaque, ``i`` implied.
+- ``{"p": path, "k": target, ...}``: this is one more name of the inode that ``target`` names,
+  which takes over the metadata given here.
+- ``{"p": path, "o": true}``: the directory hides what is below it from now on.
+- ``{"p": path, "t": null}``: this is not there any more. Every path removed has such a line.
+- ``{"end": ...}``: the last line. A list without one is not whole.
+
+A path or link target is UTF-8 with what is not UTF-8 as surrogate escapes (PEP 383), which makes
+every byte string come back as it was.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, Literal, Required, TypedDict, cast
+
+import attrs
+
+from ._digest import DiffID
+from ._errors import StoreError
+
+__all__ = [
+    "ENTRIES_FORMAT",
+    "Entry",
+    "EntryType",
+    "Summary",
+    "link_line",
+    "opaque_line",
+    "parse_entries",
+    "put_line",
+    "removal_line",
+    "summary_line",
+]
+
+ENTRIES_FORMAT: Final = 1
+"""The version of the format of ``entries`` that is written, and the only one that is read."""
+
+EntryType = Literal["file", "dir", "symlink", "fifo", "char", "block", "socket", "whiteout"]
+
+_NO_XATTRS: Final[Mapping[str, bytes]] = {}
+
+
+@attrs.frozen(kw_only=True)
+class Entry:
+    """One path of a tree.
+
+    Attributes:
+        path: Relative to the root, without slashes at its ends; ``b""`` is the root.
+        type: What it is. A ``whiteout`` says that nothing is here, whatever is below.
+        mode: Permissions with the set-id and sticky bits; 0o777 for symlinks.
+        uid: The owner, as the layer says.
+        gid: The group, as the layer says.
+        mtime_ns: When it was modified, in nanoseconds since 1970; may be negative.
+        size: Of a file, in bytes, holes included.
+        sha256: Of a file's content, in hex.
+        linkname: Where a symlink leads, byte for byte.
+        dev: A device's major and minor number.
+        xattrs: Extended attributes, without those that overlayfs keeps for itself.
+        opaque: Of a directory: what trees below have in it does not show.
+        implied: Of a directory: no entry of the layer describes it. Its time is that of the
+            directory below, if there is one.
+        links: The first, in byte order, of the names a file has in this tree, if it has several.
+    """
+
+    path: bytes
+    type: EntryType
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    sha256: str | None = None
+    linkname: bytes | None = None
+    dev: tuple[int, int] | None = None
+    xattrs: Mapping[str, bytes] = attrs.field(default=_NO_XATTRS, hash=False)
+    opaque: bool = False
+    implied: bool = False
+    links: bytes | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Summary:
+    """What the last line of a list says.
+
+    Attributes:
+        diff_id: Of the tar that the tree was unpacked from.
+        size: The tar's length in bytes.
+        entries: How many entries the tar had.
+        assumed: The directories that were made without an entry of their own, as they were
+            found or not found when they were needed: mode 0755, owner 0:0, no xattrs. Empty for
+            a tree that was unpacked on top of its parent.
+        needs_lower: The tree is not whole without what is below it.
+        incomplete: Something in the list could not be set in ``fs`` for lack of privilege.
+    """
+
+    diff_id: DiffID
+    size: int
+    entries: int
+    assumed: tuple[bytes, ...] = ()
+    needs_lower: bool = False
+    incomplete: bool = False
+
+
+class _Line(TypedDict, total=False):
+    p: Required[str]
+    t: EntryType | None
+    k: str
+    m: int
+    u: int
+    g: int
+    s: int
+    n: int
+    h: str
+    l: str  # noqa: E741
+    d: list[int]
+    x: dict[str, str]
+    o: bool
+    i: bool
+
+
+class _End(TypedDict):
+    format: int
+    diff_id: str
+    size: int
+    entries: int
+    assumed: list[str]
+    needs_lower: bool
+    incomplete: bool
+
+
+def _text(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+_dump = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), check_circular=False).encode
+
+
+def _line(line: object) -> bytes:
+    return _dump(line).encode("ascii") + b"\n"
+
+
+def _metadata(entry: Entry) -> _Line:
+    line: _Line = {"p": _text(entry.path), "m": entry.mode, "s": entry.mtime_ns}
+    if entry.uid:
+        line["u"] = entry.uid
+    if entry.gid:
+        line["g"] = entry.gid
+    if entry.xattrs:
+        line["x"] = {
+            name: base64.b64encode(value).decode("ascii")
+            for name, value in sorted(entry.xattrs.items())
+        }
+    return line
+
+
+def put_line(entry: Entry) -> bytes:
+    """The line for a path that has come, or has been replaced."""
+    line = _metadata(entry)
+    line["t"] = entry.type
+    if entry.size:
+        line["n"] = entry.size
+    if entry.sha256 is not None:
+        line["h"] = entry.sha256
+    if entry.linkname is not None:
+        line["l"] = _text(entry.linkname)
+    if entry.dev is not None:
+        line["d"] = list(entry.dev)
+    if entry.opaque:
+        line["o"] = True
+    if entry.implied:
+        line["i"] = True
+    return _line(line)
+
+
+def link_line(entry: Entry, target: bytes) -> bytes:
+    """The line for one more name of what ``target`` names, with the metadata of ``entry``."""
+    line = _metadata(entry)
+    line["k"] = _text(target)
+    return _line(line)
+
+
+def opaque_line(path: bytes) -> bytes:
+    """The line for a directory that has become opaque."""
+    return _line({"p": _text(path), "o": True})
+
+
+def removal_line(path: bytes) -> bytes:
+    """The line for a path that is gone."""
+    return _line({"p": _text(path), "t": None})
+
+
+def summary_line(summary: Summary) -> bytes:
+    """The last line."""
+    return _line(
+        {
+            "end": {
+                "format": ENTRIES_FORMAT,
+                "diff_id": summary.diff_id,
+                "size": summary.size,
+                "entries": summary.entries,
+                "assumed": [_text(path) for path in summary.assumed],
+                "needs_lower": summary.needs_lower,
+                "incomplete": summary.incomplete,
+            }
+        }
+    )
+
+
+def _entry(path: bytes, line: _Line) -> Entry:
+    link = line.get("l")
+    device = line.get("d")
+    kind = line.get("t")
+    assert kind is not None
+    return Entry(
+        path=path,
+        type=kind,
+        mode=line.get("m", 0),
+        uid=line.get("u", 0),
+        gid=line.get("g", 0),
+        mtime_ns=line.get("s", 0),
+        size=line.get("n", 0),
+        sha256=line.get("h"),
+        linkname=None if link is None else _bytes(link),
+        dev=None if device is None else (device[0], device[1]),
+        xattrs=_xattrs(line),
+        opaque=line.get("o", False),
+        implied=line.get("i", False),
+    )
+
+
+def _xattrs(line: _Line) -> Mapping[str, bytes]:
+    given = line.get("x")
+    if not given:
+        return _NO_XATTRS
+    return {name: base64.b64decode(value) for name, value in given.items()}
+
+
+def _linked(inode: Entry, line: _Line) -> Entry:
+    """``inode`` with the metadata of a hard link's line: its xattrs stay and are added to."""
+    owner = (line.get("u", 0), line.get("g", 0))
+    xattrs = dict(inode.xattrs)
+    if owner != (inode.uid, inode.gid):
+        # The kernel drops it with a change of owner, unless the entry brings a new one.
+        xattrs.pop("security.capability", None)
+    xattrs.update(_xattrs(line))
+    return attrs.evolve(
+        inode,
+        mode=inode.mode if inode.type == "symlink" else line.get("m", 0),
+        uid=owner[0],
+        gid=owner[1],
+        mtime_ns=line.get("s", 0),
+        xattrs=xattrs or _NO_XATTRS,
+    )
+
+
+class _Merger:
+    """Brings the lines of a list together; inodes that have several names are shared."""
+
+    def __init__(self) -> None:
+        self.inodes: dict[bytes, list[Entry]] = {}
+
+    def add(self, line: _Line) -> None:
+        path = _bytes(line["p"])
+        if "k" in line:
+            cell = self.inodes[_bytes(line["k"])]
+            cell[0] = _linked(cell[0], line)
+            self.inodes[path] = cell
+        elif "t" not in line:
+            cell = self.inodes[path]
+            cell[0] = attrs.evolve(cell[0], opaque=True)
+        elif line.get("t") is None:
+            del self.inodes[path]
+        else:
+            entry = _entry(path, line)
+            cell = self.inodes.get(path, [entry])
+            if entry.type == "dir" and cell[0].opaque:
+                entry = attrs.evolve(entry, opaque=True)
+            self.inodes[path] = [entry]
+
+    def result(self) -> list[Entry]:
+        names: dict[int, bytes] = {}
+        shared: set[int] = set()
+        paths = sorted(self.inodes)
+        for path in paths:
+            inode = id(self.inodes[path])
+            if names.setdefault(inode, path) is not path:
+                shared.add(inode)
+        result: list[Entry] = []
+        for path in paths:
+            cell = self.inodes[path]
+            entry, links = cell[0], names[id(cell)] if id(cell) in shared else None
+            if entry.path != path or links is not None:
+                entry = attrs.evolve(entry, path=path, links=links)
+            result.append(entry)
+        return result
+
+
+def parse_entries(lines: Iterable[bytes]) -> tuple[list[Entry], Summary]:
+    """Read a list: its final entries, sorted by path (bytes), and its summary.
+
+    Raises:
+        StoreError: if the list is damaged, is not whole, or has a format we do not know.
+    """
+    try:
+        return _parse(iter(lines))
+    except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+        raise StoreError(
+            f"a tree's list of entries is damaged ({type(error).__name__}: {error}); "
+            "remove the layer and pull it again"
+        ) from error
+
+
+def _parse(lines: Iterator[bytes]) -> tuple[list[Entry], Summary]:
+    merger = _Merger()
+    for text in lines:
+        line = cast("dict[str, object]", json.loads(text))
+        if "end" in line:
+            return merger.result(), _summary(cast(_End, line["end"]))
+        merger.add(cast(_Line, line))
+    raise ValueError("its end is missing")
+
+
+def _summary(end: _End) -> Summary:
+    if end["format"] != ENTRIES_FORMAT:
+        raise ValueError(f"its format is {end['format']}, not {ENTRIES_FORMAT}")
+    return Summary(
+        diff_id=cast(DiffID, end["diff_id"]),
+        size=end["size"],
+        entries=end["entries"],
+        assumed=tuple(_bytes(path) for path in end["assumed"]),
+        needs_lower=end["needs_lower"],
+        incomplete=end["incomplete"],
+    )

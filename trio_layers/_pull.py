@@ -1,0 +1,309 @@
+"""From a reference to an image: the registry client, the engine and the store, tied together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import final
+
+import attrs
+import httpx
+import trio
+
+from ._digest import ChainID, DiffID, Digest, extend_chain
+from ._engine.download import DownloadManager, open_download_manager
+from ._errors import VerificationError
+from ._manifest import Descriptor, ImageConfig
+from ._platform import Platform, parse_platform
+from ._progress import Status
+from ._reference import Reference, parse_reference
+from ._registry.auth import CredentialsFor
+from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
+from ._store import directory
+from ._store.directory import DirectoryStore
+from ._store.rootfs import MergedTree, RootfsView
+from ._unpack.worker import Unpacked, holds, unpack
+from .abc import ProgressSink, ReportProgress
+
+__all__ = ["Image", "ImageLayer", "Puller", "open_puller", "open_store"]
+
+
+@attrs.frozen
+class ImageLayer:
+    """One layer of an image.
+
+    Attributes:
+        descriptor: Its blob: media type, digest, and size in bytes, as the registry has it.
+        diff_id: The digest of its tar, decompressed.
+        chain_id: Names it together with all that is below it.
+    """
+
+    descriptor: Descriptor
+    diff_id: DiffID
+    chain_id: ChainID
+
+
+@attrs.frozen
+class Image:
+    """An image that is in the store.
+
+    Attributes:
+        reference: What was asked for, in full.
+        digest: The digest of the image's manifest.
+        platform: What it runs on.
+        config: What to run in it, and how.
+        layers: Its layers, bottom first.
+        rootfs: Its files: the layers merged.
+    """
+
+    reference: str
+    digest: Digest
+    platform: Platform
+    config: ImageConfig
+    layers: tuple[ImageLayer, ...]
+    rootfs: RootfsView = attrs.field(eq=False, repr=False)
+
+
+@final
+class _Unpacker:
+    """The unpacking room, as the store wants it."""
+
+    def unpack(
+        self,
+        read: Callable[[int], bytes],
+        target: Path,
+        *,
+        lower: MergedTree | None,
+        check_cancelled: Callable[[], None],
+    ) -> Unpacked:
+        return unpack(read, target, lower=lower, check_cancelled=check_cancelled)
+
+    def holds(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
+        return holds(assumed, lower)
+
+
+def open_store(path: str | os.PathLike[str]) -> AbstractAsyncContextManager[DirectoryStore]:
+    """Open the store in a directory, for the block. Any number of processes may have it open.
+
+    Args:
+        path: The directory. If it is empty or not there, a store is made in it, mode 0700.
+
+    Raises:
+        UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
+            user. Nothing in it is changed.
+        StoreReadOnly: if it cannot be written.
+        StoreError: for what else the disk does.
+
+    Entering and leaving are checkpoints.
+    """
+    return directory.open_store(path, unpacker=_Unpacker())
+
+
+@asynccontextmanager
+async def open_puller(
+    store: str | os.PathLike[str] | DirectoryStore,
+    *,
+    client: httpx.AsyncClient | None = None,
+    credentials: CredentialsFor | None = None,
+    plain_http: bool = False,
+    tls_verify: bool = True,
+    max_concurrent_downloads: int = 3,
+    max_download_attempts: int = 5,
+) -> AsyncIterator[Puller]:
+    """Open a puller, in whose block images are pulled into ``store``.
+
+    Pulls that run at the same time share what they have in common. Leaving the block cancels
+    what still runs, and waits until it has stopped. What the block raises comes out as it is.
+
+    Args:
+        store: The directory of a store, made if it is not there, or an open store.
+        client: Asks the registries; closed by whoever made it. ``None``: one of our own.
+        credentials: For the registries asked; ``None``: anonymous.
+        plain_http: Whether registries that are not on this machine may be asked without TLS.
+        tls_verify: Whether certificates are checked.
+        max_concurrent_downloads: How many layers move data at once; 0 means no limit.
+        max_download_attempts: How often a layer is tried before its pulls fail.
+
+    Raises:
+        StoreError: if the directory is not a store, or cannot be used as one.
+        ValueError: for options that make no sense; see `open_download_manager`.
+    """
+    async with AsyncExitStack() as stack:
+        if not isinstance(store, DirectoryStore):
+            store = await stack.enter_async_context(open_store(store))
+        registry = await stack.enter_async_context(
+            open_registry_client(
+                client=client, credentials=credentials, plain_http=plain_http, tls_verify=tls_verify
+            )
+        )
+        manager = await stack.enter_async_context(
+            open_download_manager(
+                store,
+                max_concurrent_downloads=max_concurrent_downloads,
+                max_download_attempts=max_download_attempts,
+            )
+        )
+        yield Puller(store, registry, manager)
+
+
+@final
+class Puller:
+    """Pulls images into a store. It comes from `open_puller`."""
+
+    def __init__(
+        self, store: DirectoryStore, registry: RegistryClient, manager: DownloadManager
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._manager = manager
+
+    def __repr__(self) -> str:
+        return f"<Puller: {self._store!r}, {self._manager!r}>"
+
+    @property
+    def store(self) -> DirectoryStore:
+        return self._store
+
+    async def resolve(
+        self, reference: str | Reference, *, platform: str | Platform | None = None
+    ) -> ResolvedImage:
+        """Ask the registry what a reference stands for now: manifest and config, verified.
+
+        Args:
+            reference: As people write it: ``debian:12``, ``quay.io/org/name@sha256:…``.
+            platform: Which of an index's images; ``None``: the host's.
+
+        Raises:
+            InvalidReference: if the reference does not follow the grammar.
+            PlatformError: if the image has nothing for the platform.
+            ManifestError: if what the registry has is no image.
+            RegistryError: if it cannot be had; its subclasses say why.
+            VerificationError: if what came is not what was asked for.
+        """
+        if isinstance(reference, str):
+            reference = parse_reference(reference)
+        if isinstance(platform, str):
+            platform = parse_platform(platform)
+        return await self._registry.resolve(reference, platform=platform)
+
+    @asynccontextmanager
+    async def pull(
+        self,
+        reference: str | Reference,
+        *,
+        platform: str | Platform | None = None,
+        progress: ProgressSink | None = None,
+    ) -> AsyncIterator[Image]:
+        """Get an image into the store, and keep it there while the block runs.
+
+        Entering waits until all of it is there, verified and on disk; what the store has is not
+        downloaded again. It stays in the store after the block, until it is removed. No nursery
+        is open while the block runs. If entering is cancelled or fails, nothing of it is
+        visible in the store but whole layers, and partial downloads are kept, to be resumed.
+
+        Args:
+            reference: As for `resolve`.
+            platform: As for `resolve`.
+            progress: Takes the pull's events; see `DownloadManager.download`.
+
+        Raises:
+            LayersError: as `resolve` and `DownloadManager.download` do.
+        """
+        resolved = await self.resolve(reference, platform=platform)
+        layers = _layers_of(resolved)
+        async with self._store.lease(*_digests_of(resolved, layers)):
+            await self._store_documents(resolved)
+            sources = [
+                _RegistryLayer(self._store, self._registry, resolved.reference, layer)
+                for layer in layers
+            ]
+            async with self._manager.download(sources, progress=progress) as rootfs:
+                chain = rootfs.chain_id
+                await self._store.put_image(
+                    str(resolved.reference),
+                    manifest=resolved.descriptor,
+                    config=resolved.manifest.config,
+                    platform=str(resolved.config.platform),
+                    chain_id=chain,
+                    index=resolved.index,
+                )
+                yield Image(
+                    reference=str(resolved.reference),
+                    digest=resolved.descriptor.digest,
+                    platform=resolved.config.platform,
+                    config=resolved.config,
+                    layers=layers,
+                    rootfs=await self._store.rootfs(chain),
+                )
+
+    async def _store_documents(self, resolved: ResolvedImage) -> None:
+        await self._store.put_blob(resolved.manifest.config, resolved.config_bytes)
+        await self._store.put_blob(resolved.descriptor, resolved.manifest_bytes)
+        if resolved.index is not None and resolved.index_bytes is not None:
+            await self._store.put_blob(resolved.index, resolved.index_bytes)
+
+
+def _layers_of(resolved: ResolvedImage) -> tuple[ImageLayer, ...]:
+    layers = []
+    chain: ChainID | None = None
+    for descriptor, diff_id in zip(resolved.layers, resolved.diff_ids, strict=True):
+        chain = extend_chain(chain, diff_id)
+        layers.append(ImageLayer(descriptor, diff_id, chain))
+    return tuple(layers)
+
+
+def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iterator[Digest]:
+    """All that an image consists of: what its lease has to hold from the first byte on."""
+    yield resolved.descriptor.digest
+    yield resolved.manifest.config.digest
+    if resolved.index is not None:
+        yield resolved.index.digest
+    for layer in layers:
+        yield layer.descriptor.digest
+        yield layer.chain_id
+
+
+@final
+class _RegistryLayer:
+    """A layer source (see `trio_layers.abc.LayerSource`) whose data comes from a registry and
+    goes through the store's ingest file, as in moby's ``distribution/pull_v2.go``."""
+
+    def __init__(
+        self,
+        store: DirectoryStore,
+        registry: RegistryClient,
+        reference: Reference,
+        layer: ImageLayer,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._reference = reference
+        self._diff_id = layer.diff_id
+        self.descriptor = layer.descriptor
+        self.key = f"v2:{layer.descriptor.digest}"
+        self.id = layer.descriptor.digest.removeprefix("sha256:")[:12]
+
+    def diff_id(self) -> DiffID:
+        return self._diff_id
+
+    async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
+        digest = self.descriptor.digest
+        async with self._store.ingest(self.descriptor) as ingest:
+            if not ingest.committed:
+                await self._registry.fetch_blob(self._reference, self.descriptor, ingest, progress)
+                await ingest.commit()
+        progress(Status.DOWNLOAD_COMPLETE)
+        return await self._store.open_blob(digest), self.descriptor.size
+
+    def registered(self, diff_id: DiffID) -> None:
+        if diff_id != self._diff_id:
+            raise VerificationError(
+                f"layer {self.descriptor.digest} unpacks to {diff_id}, "
+                f"but the image's config says {self._diff_id}",
+                digest=self._diff_id,
+            )
+
+    def close(self) -> None:
+        """What arrived stays in the store."""

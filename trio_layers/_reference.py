@@ -1,0 +1,154 @@
+"""Image references: what people type to name an image, and what a registry is asked for.
+
+The grammar is that of distribution's ``reference`` package (``regexp.go``, ``normalize.go``),
+which Docker, containerd and podman share: ``[DOMAIN/]PATH[:TAG][@DIGEST]``, where a name without
+a domain is one on Docker Hub.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NoReturn
+
+import attrs
+
+from ._digest import Digest
+from ._errors import InvalidReference
+
+__all__ = ["Reference", "parse_reference"]
+
+DEFAULT_DOMAIN: Final = "docker.io"
+LEGACY_DEFAULT_DOMAIN: Final = "index.docker.io"
+OFFICIAL: Final = "library/"
+DEFAULT_TAG: Final = "latest"
+MAX_PATH_LENGTH: Final = 255
+
+_HOST_LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
+_DOMAIN = rf"(?:{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]+)?"
+_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_ALGORITHM = r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*"
+_REFERENCE = re.compile(
+    rf"""
+    (?P<domain>{_DOMAIN}) / (?P<path>{_COMPONENT}(?:/{_COMPONENT})*)
+    (?: : (?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}) )?
+    (?: @ (?P<digest>{_ALGORITHM}:[0-9a-fA-F]{{32,}}) )?
+    \Z""",
+    re.VERBOSE,
+)
+_HEX_IDENTIFIER = re.compile(r"[a-f0-9]{64}\Z")
+
+# The algorithms of the OCI image specification, descriptor.md, and their lengths in hex digits.
+_HEX_DIGITS: Final = {"sha256": 64, "sha384": 96, "sha512": 128}
+
+
+@attrs.frozen
+class Reference:
+    """A name for an image, complete: made by `parse_reference`.
+
+    Attributes:
+        domain: The registry's host, with its port if one was given; ``docker.io`` for Docker Hub.
+        path: The repository.
+        tag: What may point to another image tomorrow; ``None`` if only a digest was given.
+        digest: What pins the image; if it is there, the tag is for people only.
+    """
+
+    domain: str
+    path: str
+    tag: str | None = None
+    digest: Digest | None = None
+
+    @property
+    def name(self) -> str:
+        """The repository with its domain, without tag and digest."""
+        return f"{self.domain}/{self.path}"
+
+    @property
+    def familiar(self) -> str:
+        """The short form, for people: without what Docker Hub's names may go without."""
+        name = self.name
+        if self.domain == DEFAULT_DOMAIN:
+            name = self.path
+            official = name.removeprefix(OFFICIAL)
+            if "/" not in official:
+                name = official
+        return name + self._suffix
+
+    @property
+    def fetched_by(self) -> str:
+        """What the registry is asked for: the digest if there is one, else the tag."""
+        return self.digest or self.tag or DEFAULT_TAG
+
+    def __str__(self) -> str:
+        return self.name + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        tag = f":{self.tag}" if self.tag else ""
+        return f"{tag}@{self.digest}" if self.digest else tag
+
+
+def parse_reference(text: str) -> Reference:
+    """Read an image reference as ``docker pull`` does.
+
+    A name without a domain is one on Docker Hub, where a name of one component is an official
+    image, in ``library/``. The first component is a domain if it holds a ``.``, a ``:`` or an
+    upper-case letter, or is ``localhost``. With neither tag nor digest the tag is ``latest``.
+
+    Raises:
+        InvalidReference: if it does not follow the grammar. Its ``reason`` is one of
+            ``name-too-long`` (a path of more than 255 characters), ``uppercase``,
+            ``hex-identifier`` (64 hex digits could be taken for an image ID),
+            ``digest-unsupported``, ``digest-length``, ``digest-format``, ``invalid-format``.
+    """
+    if _HEX_IDENTIFIER.match(text):
+        _refuse(text, "hex-identifier", "64 hex digits are an ID, not the name of a repository")
+    domain, rest = _split_domain(text)
+    repository = rest.partition(":")[0]
+    if repository != repository.lower():
+        _refuse(text, "uppercase", f"the repository name {repository!r} must be lower-case")
+
+    match = _REFERENCE.match(f"{domain}/{rest}")
+    if match is None:
+        _refuse(text, "invalid-format", "expected [DOMAIN/]PATH[:TAG][@DIGEST]")
+    path, tag, digest = match["path"], match["tag"], match["digest"]
+    if len(path) > MAX_PATH_LENGTH:
+        _refuse(text, "name-too-long", f"the path is longer than {MAX_PATH_LENGTH} characters")
+    if digest is not None:
+        _check_digest(text, digest)
+    elif tag is None:
+        tag = DEFAULT_TAG
+    return Reference(match["domain"], path, tag, None if digest is None else Digest(digest))
+
+
+def _split_domain(text: str) -> tuple[str, str]:
+    """The domain, and what follows it, with what may be left out filled in."""
+    first, slash, rest = text.partition("/")
+    if not slash:
+        # Never a domain, even with a dot in it: "ubuntu:22.04" is not a host with a port.
+        return DEFAULT_DOMAIN, OFFICIAL + text
+    if first == LEGACY_DEFAULT_DOMAIN:
+        first = DEFAULT_DOMAIN
+    # Upper case is not allowed in a path, so it must be a domain.
+    is_domain = first == "localhost" or "." in first or ":" in first or first != first.lower()
+    domain, rest = (first, rest) if is_domain else (DEFAULT_DOMAIN, text)
+    if domain == DEFAULT_DOMAIN and "/" not in rest:
+        rest = OFFICIAL + rest
+    return domain, rest
+
+
+def _check_digest(text: str, digest: str) -> None:
+    """The checks of go-digest's ``Digest.Validate``, in its order."""
+    algorithm, _, encoded = digest.partition(":")
+    length = _HEX_DIGITS.get(algorithm)
+    if length is None:
+        if algorithm != algorithm.lower():
+            _refuse(text, "digest-format", "a digest's algorithm is written in lower case")
+        _refuse(text, "digest-unsupported", f"unknown digest algorithm {algorithm!r}: use sha256")
+    if len(encoded) != length:
+        _refuse(text, "digest-length", f"{algorithm} needs {length} hex digits")
+    if encoded != encoded.lower():
+        _refuse(text, "digest-format", "a digest's hex digits are written in lower case")
+
+
+def _refuse(text: str, reason: str, message: str) -> NoReturn:
+    raise InvalidReference(text, reason, message)

@@ -1,0 +1,94 @@
+"""Answers that are no success, as errors that say who, what and why."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+from typing import Final, TypeVar
+
+from .._errors import (
+    AuthenticationError,
+    DoNotRetry,
+    NotFound,
+    RateLimited,
+    RegistryError,
+)
+from .transport import Answer
+
+__all__ = ["give_up", "read_error", "readable"]
+
+MAX_ERROR_SIZE: Final = 16 * 1024
+MAX_TEXT: Final = 300
+
+ErrorT = TypeVar("ErrorT", bound=Exception)
+
+
+async def read_error(answer: Answer, what: str) -> RegistryError:
+    """The error that stands for an answer; the caller raises it.
+
+    Its text has the first error of the body, which registries write as the distribution
+    specification's "Error Codes" have it. A client error is one to give up at, unless it asks
+    for patience.
+
+    Args:
+        answer: What is no success, with its body unread.
+        what: What was asked for, in words.
+
+    Raises:
+        RegistryError: if the connection breaks meanwhile.
+    """
+    said = _first_error(await answer.read(MAX_ERROR_SIZE))
+    host, status = answer.host, answer.status
+    text = f"{host} answered {status} for {what}{said and ': '}{said}"
+    match status:
+        case 401 | 403:
+            text += " (it may want a login, or other credentials)"
+            return give_up(AuthenticationError(text, host=host, status=status))
+        case 404:
+            return give_up(NotFound(text, host=host, status=status))
+        case 429:
+            return RateLimited(text, host=host, status=status, retry_after=_retry_after(answer))
+    error = RegistryError(text, host=host, status=status)
+    # 408 is the server's own timeout; 416 without a range is a confused cache.
+    return give_up(error) if 400 <= status < 500 and status not in (408, 416) else error
+
+
+def give_up(error: ErrorT) -> ErrorT:
+    """Mark an error as one that another attempt would end with again."""
+    error.__cause__ = DoNotRetry(str(error))
+    return error
+
+
+def readable(text: str) -> str:
+    """What a registry wrote, fit for a message: one line, of bounded length, without control
+    characters, which could rewrite a terminal."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * MAX_TEXT])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}…"
+
+
+def _first_error(body: bytes) -> str:
+    try:
+        document: object = json.loads(body[:MAX_ERROR_SIZE])
+    except (ValueError, RecursionError):
+        return ""  # a page of some proxy
+    errors = document.get("errors") if isinstance(document, dict) else None
+    first = errors[0] if isinstance(errors, list) and errors else None
+    if not isinstance(first, dict):
+        return ""
+    texts = (first.get("code"), first.get("message"))
+    return readable(": ".join(text for text in texts if isinstance(text, str) and text))
+
+
+def _retry_after(answer: Answer) -> float | None:
+    """Seconds, from a number or a date (RFC 9110, 10.2.3), which counts from the answer's own
+    date: the clocks need not agree."""
+    value = answer.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdecimal():
+        return float(value[:9])
+    try:
+        then = email.utils.parsedate_to_datetime(value)
+        now = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
+        return max(0.0, (then - now).total_seconds())
+    except (ValueError, TypeError):  # TypeError: one of them has no time zone
+        return None

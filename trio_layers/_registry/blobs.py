@@ -1,0 +1,158 @@
+"""Blobs: fetched into a sink that keeps what is there, and resumed where they ended.
+
+This is what moby's ``distribution/pull_v2.go`` does for a layer, but that a range is continued
+when the server gives less of it than it was asked for, and that what cannot be resumed is
+started over at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Final, TypeAlias, final
+
+import attrs
+
+from .._digest import Digest
+from .._errors import RegistryError, VerificationError
+from .._manifest import Descriptor
+from .._progress import Status
+from ..abc import BlobSink, ReportProgress
+from .answers import give_up
+from .transport import Answer
+
+__all__ = ["BlobFetch", "EntityTags", "Open"]
+
+MAX_TAGS: Final = 1000
+
+Open: TypeAlias = Callable[[Mapping[str, str]], AbstractAsyncContextManager[Answer]]
+"""Asks for a blob with these header fields; the answer is a success or a 416."""
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/(?:([0-9]{1,18})|\*)\Z")
+
+
+@final
+class EntityTags:
+    """The strong entity tags of blobs that began to arrive, to resume the same representation
+    (RFC 9110, 13.1.5)."""
+
+    def __init__(self) -> None:
+        self._tags: dict[Digest, str] = {}
+
+    def get(self, digest: Digest) -> str | None:
+        return self._tags.get(digest)
+
+    def see(self, digest: Digest, answer: Answer) -> None:
+        tag = answer.headers.get("ETag", "")
+        self.forget(digest)
+        if tag.startswith('"') and tag.isascii():  # W/"…" is weak
+            if len(self._tags) >= MAX_TAGS:
+                del self._tags[next(iter(self._tags))]
+            self._tags[digest] = tag
+
+    def forget(self, digest: Digest) -> None:
+        self._tags.pop(digest, None)
+
+
+@final
+@attrs.define(eq=False)
+class BlobFetch:
+    """One attempt to bring a blob into a sink; see `RegistryClient.fetch_blob`."""
+
+    descriptor: Descriptor
+    sink: BlobSink
+    progress: ReportProgress
+    tags: EntityTags
+    open: Open
+
+    async def run(self) -> None:
+        sink, size, digest = self.sink, self.descriptor.size, self.descriptor.digest
+        if sink.offset > size:
+            await sink.restart()
+        resumed = sink.offset > 0
+        while sink.offset < size:
+            async with self.open(self._range()) as answer:
+                end = await self._place(answer)
+                if end is not None:
+                    resumed = sink.offset > 0
+                    await self._receive(answer, end, resumed)
+        self.progress(Status.VERIFYING, size, size)
+        if sink.digest != digest:
+            raise await self._wrong(resumed)
+        self.tags.forget(digest)
+        self.progress(Status.DOWNLOAD_COMPLETE, size, size)
+
+    def _range(self) -> dict[str, str]:
+        if self.sink.offset == 0:
+            return {}
+        fields = {"Range": f"bytes={self.sink.offset}-"}
+        tag = self.tags.get(self.descriptor.digest)
+        if tag is not None:
+            fields["If-Range"] = tag
+        return fields
+
+    async def _place(self, answer: Answer) -> int | None:
+        """How far into the blob the answer's body goes; ``None`` if it cannot be used, and the
+        sink is empty now: then it is asked for from the start."""
+        sink, size = self.sink, self.descriptor.size
+        end: int | None = None
+        if answer.status == 200:
+            # The whole blob, whatever was asked for (RFC 9110, 14.2).
+            if sink.offset > 0:
+                await sink.restart()
+            end = size
+        elif answer.status == 206:
+            end = _range_end(answer.headers.get("Content-Range", ""), sink.offset, size)
+        if end is not None:
+            self.tags.see(self.descriptor.digest, answer)
+        elif sink.offset == 0:
+            raise RegistryError(
+                f"{answer.host} answered {answer.status} for blob {self.descriptor.digest}, "
+                "which was asked for as a whole",
+                host=answer.host,
+                status=answer.status,
+            )
+        else:
+            await self._start_over()
+        return end
+
+    async def _receive(self, answer: Answer, end: int, resumed: bool) -> None:
+        sink, size = self.sink, self.descriptor.size
+        async for chunk in answer.chunks:
+            if len(chunk) > end - sink.offset:
+                raise await self._wrong(resumed)
+            await sink.write(chunk)
+            self.progress(Status.DOWNLOADING, sink.offset, size)
+        if sink.offset < end:
+            raise RegistryError(
+                f"{answer.host} ended blob {self.descriptor.digest} after {sink.offset} of {size} "
+                "bytes",
+                host=answer.host,
+                status=answer.status,
+            )
+
+    async def _wrong(self, resumed: bool) -> VerificationError:
+        """What is there is not the blob. If it is from one answer alone, another one would be
+        the same; else what was there before may be to blame."""
+        await self._start_over()
+        digest = self.descriptor.digest
+        text = f"filesystem layer verification failed for digest {digest}"  # moby's words
+        error = VerificationError(text, digest=digest)
+        return error if resumed else give_up(error)
+
+    async def _start_over(self) -> None:
+        self.tags.forget(self.descriptor.digest)
+        await self.sink.restart()
+
+
+def _range_end(text: str, offset: int, size: int) -> int | None:
+    """Where a range that continues at ``offset`` ends; ``None`` if the field names another."""
+    match = _CONTENT_RANGE.match(text)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2])
+    total = size if match[3] is None else int(match[3])
+    if first != offset or not first <= last < size or total != size:
+        return None
+    return last + 1

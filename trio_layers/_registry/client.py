@@ -1,0 +1,394 @@
+"""The registry client: from a reference to an image's documents, and to its layers' bytes.
+
+It speaks the pull half of the OCI distribution specification, which is also that of Docker's
+registry protocol, version 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Final, NoReturn, TypeVar, TypeVarTuple, Unpack, final
+
+import attrs
+import httpx
+import trio
+
+from .._digest import DiffID, Digest, parse_digest
+from .._errors import ManifestError, PlatformError, VerificationError
+from .._manifest import (
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    MAX_DOCUMENT_SIZE,
+    Descriptor,
+    ImageConfig,
+    Index,
+    Manifest,
+    check_image,
+    check_layer_count,
+    decode_config,
+    decode_manifest,
+)
+from .._platform import Platform, choose, host_platform
+from .._reference import Reference
+from .._version import __version__
+from ..abc import BlobSink, ReportProgress
+from .answers import read_error
+from .auth import Authenticator, CredentialsFor
+from .blobs import BlobFetch, EntityTags
+from .hosts import base_urls
+from .transport import Answer, Transport
+
+__all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
+
+DEFAULT_MAX_CONNECTIONS: Final = 20
+# An index may lead to another one. How often is not specified.
+MAX_INDEX_DEPTH: Final = 4
+# Larger documents are decoded in a thread: 64 KiB of JSON take about a millisecond.
+INLINE_SIZE: Final = 64 * 1024
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_ACCEPT: Final = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
+
+
+@attrs.frozen
+class ResolvedImage:
+    """What a reference stands for, for one platform: every document of it, verified.
+
+    Attributes:
+        reference: What was asked for.
+        descriptor: The image's manifest: its digest identifies the image.
+        manifest: The manifest, decoded.
+        manifest_bytes: The manifest as it was served.
+        config: The image's config, decoded; ``config.raw`` is as it was served.
+        index: The index in which the manifest was found; ``None`` if the reference leads to the
+            manifest itself.
+        index_bytes: The index as it was served.
+    """
+
+    reference: Reference
+    descriptor: Descriptor
+    manifest: Manifest
+    manifest_bytes: bytes = attrs.field(repr=False)
+    config: ImageConfig
+    index: Descriptor | None = None
+    index_bytes: bytes | None = attrs.field(default=None, repr=False)
+
+    @property
+    def layers(self) -> tuple[Descriptor, ...]:
+        """The layers' blobs, bottom first."""
+        return self.manifest.layers
+
+    @property
+    def diff_ids(self) -> tuple[DiffID, ...]:
+        """What the layers hash to once decompressed; as many as `layers`, in the same order."""
+        return self.config.diff_ids
+
+    @property
+    def config_bytes(self) -> bytes:
+        """The image's config as it was served."""
+        return self.config.raw
+
+
+@attrs.frozen
+class RegistryStatistics:
+    """What a `RegistryClient` is doing.
+
+    Attributes:
+        active: Requests under way, bodies included.
+        waiting: Requests that wait for one of those to end.
+        max_connections: How many may be active.
+    """
+
+    active: int
+    waiting: int
+    max_connections: int
+
+
+@asynccontextmanager
+async def open_registry_client(
+    *,
+    client: httpx.AsyncClient | None = None,
+    credentials: CredentialsFor | None = None,
+    plain_http: bool = False,
+    tls_verify: bool = True,
+    max_connections: int = DEFAULT_MAX_CONNECTIONS,
+) -> AsyncIterator[RegistryClient]:
+    """Open a client for all registries, for as long as the block runs.
+
+    Args:
+        client: Sends the requests, and is closed by whoever made it. It must allow
+            ``max_connections`` connections, and nothing else should use it meanwhile: see
+            encode/httpcore#961. ``None``: one of our own, which takes proxies and certificates
+            from the environment, and closes its connections at the end.
+        credentials: For those who ask for them. They are sent over plain HTTP only where that
+            may be used at all.
+        plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
+            Those on this machine always are.
+        tls_verify: Whether certificates are checked, by our own client.
+        max_connections: How many requests are under way at once; more wait.
+
+    Raises:
+        ValueError: if ``tls_verify`` is switched off for a client that was given.
+    """
+    if client is not None:
+        if not tls_verify:
+            raise ValueError("tls_verify is for our own client: make yours with verify=False")
+        yield _client(client, credentials, plain_http, max_connections)
+        return
+    # Reading the certificates takes tens of milliseconds.
+    async with await trio.to_thread.run_sync(_make_client, tls_verify, max_connections) as own:
+        yield _client(own, credentials, plain_http, max_connections)
+
+
+def _make_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        verify=tls_verify,
+        limits=httpx.Limits(
+            max_connections=max_connections, max_keepalive_connections=max_connections
+        ),
+        headers={"User-Agent": f"trio-layers/{__version__}"},
+        # Registries need none, and what is not kept cannot reach another one.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+    )
+
+
+def _client(
+    client: httpx.AsyncClient,
+    credentials: CredentialsFor | None,
+    plain_http: bool,
+    max_connections: int,
+) -> RegistryClient:
+    transport = Transport(client, max_connections=max_connections, plain_http=plain_http)
+    authenticator = Authenticator(transport, credentials, plain_http=plain_http)
+    return RegistryClient(transport, authenticator, plain_http=plain_http)
+
+
+@final
+class RegistryClient:
+    """Asks registries for images. It comes from `open_registry_client`.
+
+    All of it may be used by any number of tasks at once. A call that is cancelled leaves
+    nothing behind but what a sink was given.
+    """
+
+    def __init__(
+        self, transport: Transport, authenticator: Authenticator, *, plain_http: bool
+    ) -> None:
+        self._transport = transport
+        self._authenticator = authenticator
+        self._plain_http = plain_http
+        self._bases: dict[str, httpx.URL] = {}
+        self._tags = EntityTags()
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return (
+            f"<RegistryClient: {now.active} of {now.max_connections} connections active, "
+            f"{now.waiting} requests waiting>"
+        )
+
+    def statistics(self) -> RegistryStatistics:
+        """What the client is doing now."""
+        now = self._transport.limiter.statistics()
+        return RegistryStatistics(now.borrowed_tokens, now.tasks_waiting, int(now.total_tokens))
+
+    async def resolve(
+        self, reference: Reference, *, platform: Platform | None = None
+    ) -> ResolvedImage:
+        """Ask what a reference stands for now: manifest and config, for one platform.
+
+        Every document is checked against the digest and the size by which it was found; the
+        first against the reference's digest, or, by tag, against the digest that the registry
+        says it has. Nothing is tried twice.
+
+        Args:
+            reference: What to ask for.
+            platform: Which of an index's images, with containerd's fallbacks (see
+                `trio_layers._platform.order`). ``None``: the host's; then an image that is not
+                in an index is taken whatever it is for.
+
+        Raises:
+            PlatformError: if there is no image for the platform.
+            ManifestError: if what the registry has is no valid image.
+            VerificationError: if what came is not what was asked for.
+            NotFound: if the registry does not have it.
+            AuthenticationError: if it wants (other) credentials.
+            RateLimited: if it asks for patience.
+            RegistryError: if it fails otherwise, or cannot be reached.
+            InvalidDigest: if the reference's digest is not a SHA-256 one.
+            InvalidReference: if its domain cannot be a host.
+        """
+        if reference.digest is not None:
+            parse_digest(reference.digest)
+        try:
+            return await self._resolve(reference, platform)
+        except ManifestError as error:
+            raise ManifestError(f"{reference}: {error}") from error
+
+    async def _resolve(self, reference: Reference, platform: Platform | None) -> ResolvedImage:
+        index: Descriptor | None = None
+        index_bytes: bytes | None = None
+        wanted = platform or host_platform()
+        descriptor, data = await self._get_manifest(reference)
+        document = await _decode(decode_manifest, data, descriptor.media_type)
+        for _ in range(MAX_INDEX_DEPTH):
+            if not isinstance(document, Index):
+                break
+            if index is None:
+                index, index_bytes = descriptor, data
+            descriptor = _choose(reference, document, wanted)
+            data = await self._get_document(reference, "manifests", descriptor)
+            document = await _decode(decode_manifest, data, descriptor.media_type)
+        if isinstance(document, Index):
+            raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
+
+        check_image(document)
+        config_bytes = await self._get_document(reference, "blobs", document.config)
+        config = await _decode(decode_config, config_bytes)
+        check_layer_count(document, config)
+        # An index's entry need not say what it is for, and an image alone never does.
+        said = index is not None and descriptor.platform is not None
+        matters = not said and (index is not None or platform is not None)
+        if matters and choose(wanted, [config.platform]) is None:
+            _no_image(reference, wanted, [config.platform])
+        return ResolvedImage(reference, descriptor, document, data, config, index, index_bytes)
+
+    async def fetch_blob(
+        self,
+        reference: Reference,
+        descriptor: Descriptor,
+        sink: BlobSink,
+        progress: ReportProgress,
+    ) -> None:
+        """Bring a blob into a sink, which may have some of it already; returns when all of it
+        is there and verified. One attempt: what it raises says whether another is worth it.
+
+        It continues where the sink ends, by Range. A server that sends the whole blob instead
+        is taken at that; one that cannot continue there, or says that it continues elsewhere,
+        is asked for the whole. Never is more read than the descriptor's size, but for a chunk.
+        ``Downloading`` is reported for each chunk, in bytes of the blob, then
+        ``Verifying Checksum``, then ``Download complete``.
+
+        Cancelled, or failed halfway, what is there stays in the sink, to be resumed.
+
+        Args:
+            reference: In whose repository it is.
+            descriptor: Digest, and size in bytes.
+            sink: Where it goes. What it raises comes out as it is.
+            progress: Is told. It does not wait.
+
+        Raises:
+            VerificationError: if the bytes are not those of the digest, or too many. The sink
+                is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
+                was there before may be to blame, another attempt may do better.
+            RegistryError: as for `resolve`; caused by `DoNotRetry` for statuses of the client's
+                fault, except 408 and 429. Also if nothing came for 60 seconds.
+        """
+        path = f"blobs/{descriptor.digest}"
+        what = f"blob {descriptor.digest} of {reference.name}"
+
+        def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
+            return self._ask(reference, path, what, headers)
+
+        await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
+        await BlobFetch(descriptor, sink, progress, self._tags, ask).run()
+
+    async def _get_manifest(self, reference: Reference) -> tuple[Descriptor, bytes]:
+        """The document that the reference leads to, verified as far as can be."""
+        path = f"manifests/{reference.fetched_by}"
+        what = f"the manifest of {reference}"
+        async with self._ask(reference, path, what, {"Accept": _ACCEPT}) as answer:
+            media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            promised = reference.digest or answer.headers.get("Docker-Content-Digest")
+            data = await answer.read(MAX_DOCUMENT_SIZE)
+        if len(data) > MAX_DOCUMENT_SIZE:
+            raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
+        digest = _digest(data)
+        # A digest of another algorithm is one that cannot be checked.
+        if promised is not None and promised.startswith("sha256:") and promised != digest:
+            raise VerificationError(
+                f"{answer.host} sent {digest} as {what}, which should be {promised[:128]}",
+                digest=promised,
+            )
+        return Descriptor(media_type, digest, len(data)), data
+
+    async def _get_document(self, reference: Reference, kind: str, descriptor: Descriptor) -> bytes:
+        """A manifest (``manifests``) or config (``blobs``) by descriptor, verified."""
+        digest, size = descriptor.digest, descriptor.size
+        if size > MAX_DOCUMENT_SIZE:
+            raise ManifestError(f"{digest} has {size} bytes, more than {MAX_DOCUMENT_SIZE}")
+        what = f"{descriptor.media_type} {digest} of {reference}"
+        headers = {"Accept": descriptor.media_type}
+        async with self._ask(reference, f"{kind}/{digest}", what, headers) as answer:
+            data = await answer.read(size)
+        if len(data) != size or _digest(data) != digest:
+            raise VerificationError(
+                f"what {answer.host} sent as {what} is not that: its digest or size differs",
+                digest=digest,
+            )
+        return data
+
+    @asynccontextmanager
+    async def _ask(
+        self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[Answer]:
+        """A success, or a 416, which only those who ask for a range can get; authenticated."""
+        base = await self._base(reference)
+        url = base.join(f"{reference.path}/{path}")
+        for last in (False, True):
+            authorization = await self._authenticator.authorization(reference)
+            async with self._transport.get(
+                url, what, headers=headers, authorization=authorization
+            ) as answer:
+                self._bases[reference.domain] = base
+                asks = answer.status == 401 and not answer.redirected and not last
+                if asks and self._authenticator.refused(reference, answer, authorization):
+                    continue
+                unsatisfiable = "Range" in headers and answer.status == 416
+                if not (200 <= answer.status < 300 or unsatisfiable):
+                    raise await read_error(answer, what)
+                yield answer
+                return
+
+    async def _base(self, reference: Reference) -> httpx.URL:
+        """Where the registry is. Remembered once it has answered there."""
+        known = self._bases.get(reference.domain)
+        if known is not None:
+            return known
+        https, *plain = base_urls(reference, plain_http=self._plain_http)
+        if plain and not await self._transport.speaks_tls(https):
+            return plain[0]
+        return https
+
+
+def _choose(reference: Reference, index: Index, wanted: Platform) -> Descriptor:
+    images = index.images
+    platforms = [image.platform for image in images]
+    chosen = choose(wanted, platforms)
+    if chosen is None:
+        _no_image(reference, wanted, platforms)
+    return images[chosen]
+
+
+def _no_image(reference: Reference, wanted: Platform, platforms: list[Platform | None]) -> NoReturn:
+    there = sorted({str(platform) for platform in platforms if platform is not None})
+    shown = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
+    raise PlatformError(
+        f"{reference} has no image for {wanted}, but for {shown or 'nothing'}: "
+        "ask for one of these platforms"
+    )
+
+
+def _digest(data: bytes) -> Digest:
+    return Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
+
+
+async def _decode(decode: Callable[[bytes, Unpack[Ts]], T], data: bytes, *args: *Ts) -> T:
+    if len(data) <= INLINE_SIZE:
+        return decode(data, *args)
+    return await trio.to_thread.run_sync(decode, data, *args)

@@ -1,0 +1,229 @@
+"""One request after the other: slots, redirects, bodies, and httpx's errors as ours.
+
+A slot is held from before a request is sent until its body is closed, so that no request ever
+waits in httpcore's pool: it loses a connection for good whenever a request is cancelled that
+waits for one (encode/httpcore#961).
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Final, final
+
+import attrs
+import httpx
+import trio
+
+from .._errors import RegistryError
+from .hosts import is_loopback
+
+__all__ = ["Answer", "Transport"]
+
+log = logging.getLogger("trio_layers.registry")
+
+MAX_REDIRECTS: Final = 5
+
+# Seconds. No byte for as long as `read` ends an attempt. The pool's is not needed: see above.
+TIMEOUT: Final = httpx.Timeout(connect=30, read=60, write=60, pool=None)
+PROBE_TIMEOUT: Final = httpx.Timeout(5, pool=None)
+CLOSE_GRACE: Final = 5.0
+
+_NOTHING: Final[Mapping[str, str]] = {}
+
+
+@final
+@attrs.frozen(eq=False)
+class Answer:
+    """What a server says, while its body is open.
+
+    Attributes:
+        host: Who says it, with the port; not who was asked, after a redirect.
+        status: The HTTP status.
+        headers: The header fields; the same name may be there several times.
+        redirected: Whether this is another origin than the one that was asked.
+        location: Where it redirects to; ``None`` if it does not.
+        chunks: The body as it arrives, without any decoding of its content.
+    """
+
+    host: str
+    status: int
+    headers: httpx.Headers
+    redirected: bool
+    location: httpx.URL | None
+    chunks: AsyncIterator[bytes]
+
+    async def read(self, limit: int) -> bytes:
+        """The body, and if it is longer than ``limit`` bytes, only its beginning: longer than
+        ``limit`` all the same, by no more than a chunk."""
+        data = bytearray()
+        async for chunk in self.chunks:
+            data += chunk
+            if len(data) > limit:
+                break
+        return bytes(data)
+
+
+@final
+class Transport:
+    """Sends GET requests through an httpx client, ``max_connections`` at once."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, *, max_connections: int, plain_http: bool
+    ) -> None:
+        self._client = client
+        self._plain_http = plain_http
+        self.limiter = trio.CapacityLimiter(max_connections)
+
+    async def speaks_tls(self, url: httpx.URL) -> bool:
+        """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
+        try:
+            async with self._send(url, {}, "its version", limits=PROBE_TIMEOUT, asked=url):
+                return True
+        except RegistryError as error:
+            # A server whose certificate is not trusted is one. Let the request itself say so.
+            cause = error.__cause__
+            while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+                cause = cause.__cause__ or cause.__context__
+            return cause is not None
+
+    @asynccontextmanager
+    async def get(
+        self,
+        url: httpx.URL,
+        what: str,
+        *,
+        headers: Mapping[str, str] = _NOTHING,
+        authorization: str | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Send a request, follow redirects, and give the answer with its body open.
+
+        Args:
+            url: Who is asked.
+            what: What is asked for, in words, for errors.
+            headers: Go to whoever answers in the end.
+            authorization: Goes to the origin of ``url`` alone.
+
+        Raises:
+            RegistryError: if there is no answer, also while the body is read. A redirect from
+                HTTPS to plain HTTP is followed only where plain HTTP may be used anyway.
+        """
+        target = url
+        for _ in range(MAX_REDIRECTS + 1):
+            fields = dict(headers)
+            if authorization is not None and _origin(target) == _origin(url):
+                fields["Authorization"] = authorization
+            async with self._send(target, fields, what, limits=TIMEOUT, asked=url) as answer:
+                if answer.location is None:
+                    yield answer
+                    return
+            target = self._redirected(target, answer.location)
+        raise RegistryError(
+            f"{_host(url)} redirects more than {MAX_REDIRECTS} times", host=_host(url)
+        )
+
+    def _redirected(self, url: httpx.URL, target: httpx.URL) -> httpx.URL:
+        allowed = target.scheme == "https" or (
+            target.scheme == "http"
+            and (url.scheme == "http" or self._plain_http or is_loopback(target))
+        )
+        if not allowed:
+            raise RegistryError(
+                f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)}, which "
+                "is not followed: allow plain HTTP if that is meant",
+                host=_host(url),
+            )
+        # A name and password in it would be sent to whoever the registry likes.
+        return target.copy_with(username=None, password=None)
+
+    @asynccontextmanager
+    async def _send(
+        self,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        what: str,
+        *,
+        limits: httpx.Timeout,
+        asked: httpx.URL,
+    ) -> AsyncIterator[Answer]:
+        host = _host(url)
+        borrower = object()
+        await self.limiter.acquire_on_behalf_of(borrower)
+        try:
+            # Content that is encoded for the way would not have the digest it is known by.
+            fields = {"Accept-Encoding": "identity", **headers}
+            request = self._client.build_request("GET", url, headers=fields, timeout=limits)
+            if "Authorization" not in headers:
+                # The client's own is for whatever else it was made for.
+                request.headers.pop("Authorization", None)
+            try:
+                response = await self._client.send(
+                    request, stream=True, follow_redirects=False, auth=None
+                )
+            except httpx.HTTPError as error:
+                raise _failed(f"{host} could not be asked for {what}", host, error) from error
+            # Host and path only: a query may hold a signature.
+            log.debug("GET %s%s: %d", host, url.path, response.status_code)
+            async with _open_body(response, host, what) as chunks:
+                following = response.next_request
+                yield Answer(
+                    host,
+                    response.status_code,
+                    response.headers,
+                    redirected=_origin(url) != _origin(asked),
+                    location=None if following is None else following.url,
+                    chunks=chunks,
+                )
+        finally:
+            self.limiter.release_on_behalf_of(borrower)
+
+
+@asynccontextmanager
+async def _open_body(
+    response: httpx.Response, host: str, what: str
+) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The body's chunks, which may be left before their end, and the connection's with it.
+
+    They come through a chain of async generators, httpx's and httpcore's. To close the outermost
+    leaves the others to the garbage collector, and trio says so, in a `ResourceWarning` each.
+    A cancelled read goes through all of them from the inside.
+    """
+    chunks = _read_body(response, host, what)
+    try:
+        yield chunks
+    finally:
+        with trio.CancelScope(shield=True) as scope:
+            scope.cancel()
+            try:
+                async for _ in chunks:
+                    pass
+            except RegistryError:
+                pass  # nobody wants the rest any more
+        with trio.move_on_after(CLOSE_GRACE, shield=True):
+            await response.aclose()
+
+
+async def _read_body(response: httpx.Response, host: str, what: str) -> AsyncIterator[bytes]:
+    # This is what aiter_raw() gives, but that refuses the ready-made responses of an in-memory
+    # transport, which httpx takes for consumed.
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    try:
+        async for chunk in response.stream:
+            yield chunk
+    except (httpx.HTTPError, httpx.StreamError) as error:
+        raise _failed(f"{host} broke off while it sent {what}", host, error) from error
+
+
+def _failed(text: str, host: str, error: Exception) -> RegistryError:
+    return RegistryError(f"{text}: {str(error) or type(error).__name__}", host=host)
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    """What credentials are bound to. httpx leaves out the scheme's own port."""
+    return url.scheme, url.host, url.port
+
+
+def _host(url: httpx.URL) -> str:
+    return url.netloc.decode("ascii", "replace")

@@ -1,0 +1,399 @@
+"""What there is: the rows in SQLite that make stored things visible.
+
+One thread at a time uses the connection, each time for a short job, and no transaction spans an
+await. A job that renames files does so inside its transaction: that is the lock between
+processes, and the rows are written last. So what has a row is whole and durable, and what has
+none may be replaced by anyone, in a transaction of his own.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar, TypeVarTuple, final
+
+import attrs
+import trio
+
+from .._digest import ChainID, DiffID, Digest
+from .._manifest import Descriptor
+from .files import disk_errors
+
+__all__ = [
+    "APPLICATION_ID",
+    "VERSION",
+    "Catalog",
+    "StoredBlob",
+    "StoredImage",
+    "StoredLayer",
+    "StoredTree",
+    "add_blob",
+    "add_layer",
+    "add_leases",
+    "add_tree",
+    "connect",
+    "create_schema",
+    "drop_leases",
+    "find_blob",
+    "find_image",
+    "find_images",
+    "find_layer",
+    "find_tree",
+    "put_image",
+    "set_diff_id",
+    "transaction",
+]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+APPLICATION_ID: Final = 0x746C7972
+"""Marks the file as ours, at byte 68 (SQLite file format, 1.3)."""
+
+VERSION: Final = 1
+"""Of the schema, and of the store's layout: SQLite's ``user_version``, at byte 60."""
+
+_SCHEMA: Final = """
+CREATE TABLE flavour (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE blobs (
+    digest TEXT PRIMARY KEY,
+    size INTEGER NOT NULL,
+    diff_id TEXT                -- what it unpacks to, once that is known
+) WITHOUT ROWID;
+
+CREATE TABLE trees (
+    id TEXT PRIMARY KEY,        -- a diff ID, or a chain ID where the layer depends on its parents
+    diff_id TEXT NOT NULL,
+    size INTEGER NOT NULL,      -- of the tar, in bytes
+    entries INTEGER NOT NULL,
+    assumed BLOB NOT NULL       -- paths, each ended by a zero byte
+) WITHOUT ROWID;
+
+CREATE TABLE layers (
+    chain_id TEXT PRIMARY KEY,
+    diff_id TEXT NOT NULL,
+    parent TEXT REFERENCES layers,
+    tree TEXT NOT NULL REFERENCES trees,
+    blob TEXT NOT NULL REFERENCES blobs
+) WITHOUT ROWID;
+CREATE INDEX layers_by_parent ON layers (parent);
+CREATE INDEX layers_by_tree ON layers (tree);
+CREATE INDEX layers_by_blob ON layers (blob);
+
+CREATE TABLE images (
+    manifest TEXT PRIMARY KEY REFERENCES blobs,
+    media_type TEXT NOT NULL,
+    config TEXT NOT NULL REFERENCES blobs,
+    config_media_type TEXT NOT NULL,
+    chain_id TEXT REFERENCES layers
+) WITHOUT ROWID;
+CREATE INDEX images_by_config ON images (config);
+CREATE INDEX images_by_chain_id ON images (chain_id);
+
+CREATE TABLE image_references (
+    serial INTEGER PRIMARY KEY AUTOINCREMENT,
+    reference TEXT NOT NULL,
+    platform TEXT NOT NULL,     -- '' where none was given
+    manifest TEXT NOT NULL REFERENCES images,
+    index_digest TEXT REFERENCES blobs,
+    index_media_type TEXT,
+    UNIQUE (reference, platform)
+);
+CREATE INDEX references_by_manifest ON image_references (manifest);
+CREATE INDEX references_by_index ON image_references (index_digest);
+
+CREATE TABLE leases (
+    id INTEGER PRIMARY KEY,
+    holder TEXT NOT NULL,       -- the locked file in leases/
+    lease TEXT NOT NULL,
+    digest TEXT NOT NULL        -- of a blob, or a chain ID
+);
+CREATE INDEX leases_by_holder ON leases (holder, lease);
+CREATE INDEX leases_by_digest ON leases (digest);
+"""
+
+
+@attrs.frozen
+class StoredBlob:
+    """A blob that is there.
+
+    Attributes:
+        digest: Its name.
+        size: Its length in bytes.
+        diff_id: The digest of the tar it unpacks to; ``None`` if it has not been unpacked.
+    """
+
+    digest: Digest
+    size: int
+    diff_id: DiffID | None
+
+
+@attrs.frozen
+class StoredTree:
+    """An unpacked layer.
+
+    Attributes:
+        id: Its diff ID; for one that depends on what lies below, its chain ID.
+        diff_id: The digest of its tar.
+        size: The length of its tar in bytes.
+        entries: How many files, directories and so on it holds.
+        assumed: The directories it implies, without saying what they are like.
+    """
+
+    id: Digest
+    diff_id: DiffID
+    size: int
+    entries: int
+    assumed: tuple[bytes, ...]
+
+
+@attrs.frozen
+class StoredLayer:
+    """A layer on what is below it.
+
+    Attributes:
+        chain_id: Its name.
+        diff_id: The digest of its tar.
+        parent: The chain ID of what is below it; ``None`` for the bottom.
+        tree: The ID of its tree.
+        blob: The digest of a blob that unpacks to it.
+    """
+
+    chain_id: ChainID
+    diff_id: DiffID
+    parent: ChainID | None
+    tree: Digest
+    blob: Digest
+
+
+@attrs.frozen
+class StoredImage:
+    """An image that a reference stands for.
+
+    Attributes:
+        reference: The name it was put under.
+        platform: The platform it was put under; ``None`` if none was given.
+        manifest: Its manifest, which is in the store.
+        config: Its config, which is in the store.
+        chain_id: Its top layer; ``None`` if it has no layers, or they are not unpacked.
+        index: The index it was chosen from, if that is in the store.
+    """
+
+    reference: str
+    platform: str | None
+    manifest: Descriptor
+    config: Descriptor
+    chain_id: ChainID | None
+    index: Descriptor | None = None
+
+
+@final
+class Catalog:
+    """The connection, and the one thread at a time that uses it."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+        self._thread = trio.CapacityLimiter(1)
+
+    async def read(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+        """Run a short job in a worker thread. Once begun it is not cancelled.
+
+        Raises:
+            StoreError: for what SQLite or the operating system raise in it.
+        """
+
+        def run() -> T:
+            with disk_errors(self._path):
+                return job(self._connection, *args)
+
+        return await trio.to_thread.run_sync(run, limiter=self._thread)
+
+    async def write(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+        """Like `read`, in a transaction that nobody else writes beside, in any process.
+
+        It is committed, and durable, when this returns; an error undoes it.
+        """
+
+        def run(connection: sqlite3.Connection) -> T:
+            with transaction(connection):
+                return job(connection, *args)
+
+        return await self.read(run)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the catalog file; made if it is not there."""
+    # Not bound to the thread: Catalog lets one thread at a time use it.
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # SQLite has rolled back by itself after some errors, a full disk among them.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def create_schema(connection: sqlite3.Connection) -> None:
+    """Make the tables; to be called in a transaction."""
+    for statement in _SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+# The queries: plain functions over the connection, to be put together in jobs.
+
+
+def find_blob(connection: sqlite3.Connection, digest: Digest) -> StoredBlob | None:
+    query = "SELECT digest, size, diff_id FROM blobs WHERE digest = ?"
+    row = connection.execute(query, (digest,)).fetchone()
+    return None if row is None else StoredBlob(*row)
+
+
+def add_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
+    connection.execute("INSERT INTO blobs (digest, size) VALUES (?, ?)", (digest, size))
+
+
+def set_diff_id(connection: sqlite3.Connection, digest: Digest, diff_id: DiffID) -> None:
+    connection.execute("UPDATE blobs SET diff_id = ? WHERE digest = ?", (diff_id, digest))
+
+
+def find_tree(connection: sqlite3.Connection, id: Digest) -> StoredTree | None:
+    query = "SELECT id, diff_id, size, entries, assumed FROM trees WHERE id = ?"
+    row = connection.execute(query, (id,)).fetchone()
+    if row is None:
+        return None
+    id, diff_id, size, entries, assumed = row
+    return StoredTree(id, diff_id, size, entries, tuple(assumed.split(b"\0")[:-1]))
+
+
+def add_tree(connection: sqlite3.Connection, tree: StoredTree) -> None:
+    assumed = b"".join(path + b"\0" for path in tree.assumed)
+    connection.execute(
+        "INSERT INTO trees (id, diff_id, size, entries, assumed) VALUES (?, ?, ?, ?, ?)",
+        (tree.id, tree.diff_id, tree.size, tree.entries, assumed),
+    )
+
+
+def find_layer(connection: sqlite3.Connection, chain_id: ChainID) -> StoredLayer | None:
+    query = "SELECT chain_id, diff_id, parent, tree, blob FROM layers WHERE chain_id = ?"
+    row = connection.execute(query, (chain_id,)).fetchone()
+    return None if row is None else StoredLayer(*row)
+
+
+def add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> None:
+    """A layer that is there already stays as it is."""
+    connection.execute(
+        "INSERT INTO layers (chain_id, diff_id, parent, tree, blob) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT DO NOTHING",
+        attrs.astuple(layer),
+    )
+
+
+def put_image(connection: sqlite3.Connection, image: StoredImage) -> None:
+    """Let a reference stand for an image. What it stood for before, on the same platform,
+    loses it."""
+    connection.execute(
+        "INSERT INTO images (manifest, media_type, config, config_media_type, chain_id) "
+        "VALUES (?, ?, ?, ?, ?) ON CONFLICT (manifest) DO UPDATE "
+        "SET chain_id = coalesce(excluded.chain_id, chain_id)",
+        (
+            image.manifest.digest,
+            image.manifest.media_type,
+            image.config.digest,
+            image.config.media_type,
+            image.chain_id,
+        ),
+    )
+    # Replaced, not updated: the newest of a reference's platforms has the highest serial.
+    connection.execute(
+        "INSERT OR REPLACE INTO image_references "
+        "(reference, platform, manifest, index_digest, index_media_type) VALUES (?, ?, ?, ?, ?)",
+        (
+            image.reference,
+            image.platform or "",
+            image.manifest.digest,
+            image.index and image.index.digest,
+            image.index and image.index.media_type,
+        ),
+    )
+
+
+_IMAGES: Final = """
+SELECT r.reference, r.platform, i.chain_id,
+    i.media_type, m.digest, m.size,
+    i.config_media_type, c.digest, c.size,
+    r.index_media_type, x.digest, x.size
+FROM image_references r
+    JOIN images i ON i.manifest = r.manifest
+    JOIN blobs m ON m.digest = i.manifest
+    JOIN blobs c ON c.digest = i.config
+    LEFT JOIN blobs x ON x.digest = r.index_digest
+"""
+
+
+def find_image(
+    connection: sqlite3.Connection, reference: str, platform: str | None
+) -> StoredImage | None:
+    """What a reference stands for on a platform; ``None``: on the one put last."""
+    rows = connection.execute(
+        _IMAGES + "WHERE r.reference = :reference AND (:platform IS NULL OR platform = :platform) "
+        "ORDER BY r.serial DESC LIMIT 1",
+        {"reference": reference, "platform": platform},
+    )
+    return next(_images(rows), None)
+
+
+def find_images(connection: sqlite3.Connection) -> list[StoredImage]:
+    """All of them: by reference, and the one put last first."""
+    return list(_images(connection.execute(_IMAGES + "ORDER BY r.reference, r.serial DESC")))
+
+
+def _images(rows: sqlite3.Cursor) -> Iterator[StoredImage]:
+    for reference, platform, chain_id, *rest in rows:
+        yield StoredImage(
+            reference,
+            platform or None,
+            manifest=Descriptor(*rest[0:3]),
+            config=Descriptor(*rest[3:6]),
+            chain_id=chain_id,
+            index=None if rest[7] is None else Descriptor(*rest[6:9]),
+        )
+
+
+def add_leases(
+    connection: sqlite3.Connection, holder: str, lease: str, digests: Iterable[Digest]
+) -> None:
+    connection.executemany(
+        "INSERT INTO leases (holder, lease, digest) VALUES (?, ?, ?)",
+        [(holder, lease, digest) for digest in digests],
+    )
+
+
+def drop_leases(connection: sqlite3.Connection, holder: str, lease: str | None = None) -> None:
+    """Those of one lease; ``None``: all of a holder's."""
+    connection.execute(
+        "DELETE FROM leases WHERE holder = :holder AND (:lease IS NULL OR lease = :lease)",
+        {"holder": holder, "lease": lease},
+    )

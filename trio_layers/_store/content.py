@@ -1,0 +1,398 @@
+"""Blobs by digest: they arrive in ``ingest/``, are verified, and become visible by their row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Final, final
+
+import trio
+
+from .._digest import Digest
+from .._errors import StoreError, VerificationError
+from .._manifest import Descriptor
+from .catalog import Catalog, StoredBlob, add_blob, find_blob
+from .files import disk_errors, sync_directory
+from .scratch import Scratch, hold_lock
+
+__all__ = ["BlobStream", "Content", "Ingest", "Partial"]
+
+# What arrives is hashed and written in a worker thread, this much at once: a write may have to
+# wait for the disk, and going to a thread and back costs as much as hashing 100 KiB.
+_BATCH: Final = 1024 * 1024
+
+# What a reader gets at once that does not say how much it wants.
+_CHUNK: Final = 256 * 1024
+
+
+@final
+class Partial:
+    """The bytes of a blob that are there, and what they hash to. Blocking: for worker threads.
+
+    What was written before is hashed again, since the state of a hash cannot be kept.
+
+    Attributes:
+        path: The file.
+        size: How many bytes are there.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """Open the file, made if it is not there; ``fresh``: drop what is in it."""
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        with disk_errors(path.parent):
+            self._file = io.FileIO(path, "wb" if fresh else "a+b")
+        try:
+            if not fresh:
+                self._hash_again()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def digest(self, behind: Iterable[bytes] = ()) -> Digest:
+        """What the bytes that are there hash to, with others ``behind`` them."""
+        whole = self._hash.copy()
+        for data in behind:
+            whole.update(data)
+        return Digest(f"sha256:{whole.hexdigest()}")
+
+    def matches(self, descriptor: Descriptor) -> bool:
+        return self.size == descriptor.size and self.digest() == descriptor.digest
+
+    def append(self, data: bytes) -> None:
+        """Write all of ``data``, or raise and leave the file as it was."""
+        rest = memoryview(data)
+        with disk_errors(self.path.parent):
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except BaseException:
+                self._cut(self.size)
+                raise
+        self._count(data)
+
+    def restart(self) -> None:
+        """Drop all that is there."""
+        with disk_errors(self.path.parent):
+            self._cut(0)
+        self.size = 0
+        self._hash = hashlib.sha256()
+
+    def sync(self) -> None:
+        """Make what is there durable."""
+        with disk_errors(self.path.parent):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _hash_again(self) -> None:
+        with disk_errors(self.path.parent):
+            self._file.seek(0)
+            while data := self._file.read(_BATCH):
+                trio.from_thread.check_cancelled()
+                self._count(data)
+
+    def _count(self, data: bytes) -> None:
+        self.size += len(data)
+        self._hash.update(data)
+
+    def _cut(self, size: int) -> None:
+        self._file.seek(size)
+        self._file.truncate()
+
+
+@final
+class Ingest:
+    """A blob on its way into the store: a `~trio_layers.abc.BlobSink` that can be committed.
+
+    It comes from `DirectoryStore.ingest`. One task at a time may use it.
+    """
+
+    def __init__(self, content: Content, descriptor: Descriptor, partial: Partial | None) -> None:
+        self._content = content
+        self._descriptor = descriptor
+        self._partial = partial
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+
+    def __repr__(self) -> str:
+        state = "committed" if self.committed else f"{self.offset} of {self._descriptor.size} bytes"
+        return f"<Ingest {self._descriptor.digest}: {state}>"
+
+    @property
+    def committed(self) -> bool:
+        """Whether the blob is in the store: then there is nothing left to do."""
+        return self._partial is None
+
+    @property
+    def offset(self) -> int:
+        """How many bytes are there, from this attempt and those before it."""
+        if self._partial is None:
+            return self._descriptor.size
+        return self._partial.size + self._pending_size
+
+    @property
+    def digest(self) -> Digest:
+        """What the bytes that are there hash to."""
+        if self._partial is None:
+            return self._descriptor.digest
+        return self._partial.digest(self._pending)
+
+    async def write(self, data: bytes) -> None:
+        """Append. If this is cancelled, ``data`` has been appended all the same.
+
+        What is appended is written to disk when 1 MiB has come together, at the latest when the
+        ingest is left.
+
+        Raises:
+            StoreFull: if no space is left. What was written before stays, to be resumed.
+            StoreError: if the blob is in the store already, or for what else the disk does.
+        """
+        self._arriving()
+        self._pending.append(data)
+        self._pending_size += len(data)
+        if self._pending_size < _BATCH:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.to_thread.run_sync(self._flush)
+
+    async def restart(self) -> None:
+        """Drop all that is there.
+
+        Raises:
+            StoreError: as for `write`.
+        """
+        partial = self._arriving()
+        self._pending.clear()
+        self._pending_size = 0
+        await trio.to_thread.run_sync(partial.restart)
+
+    async def commit(self) -> None:
+        """Verify the blob and put it into the store; then it is visible and durable.
+
+        If this is cancelled or fails it is not visible, and its bytes stay unless they are
+        wrong. A blob that is in the store already stays as it is.
+
+        Raises:
+            VerificationError: if size or digest differ; the bytes are dropped.
+            StoreError: for what the disk does.
+        """
+        if self._partial is None:
+            await trio.lowlevel.checkpoint()
+            return
+        await trio.to_thread.run_sync(self._flush)
+        await self._content.keep(self._partial, self._descriptor)
+        self._partial.close()
+        self._partial = None
+
+    async def _leave(self, *, failed: bool) -> None:
+        """Keep what came, also when cancelled; ``failed``: whether an error is under way."""
+        if self._partial is None:
+            return
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._flush)
+        except StoreError:
+            # What is under way says more, and what is lost here is downloaded again.
+            if not failed:
+                raise
+        finally:
+            self._partial.close()
+
+    def _arriving(self) -> Partial:
+        if self._partial is None:
+            raise StoreError(f"blob {self._descriptor.digest} is in the store: nothing is missing")
+        return self._partial
+
+    def _flush(self) -> None:
+        partial = self._arriving()
+        if self._pending:
+            partial.append(b"".join(self._pending))
+            self._pending.clear()
+            self._pending_size = 0
+
+
+@final
+class BlobStream(trio.abc.ReceiveStream):
+    """A blob, read in worker threads. Closing it does not wait."""
+
+    def __init__(self, file: io.FileIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """The next bytes, at most 1 MiB; none at the end.
+
+        Raises:
+            StoreError: if the disk fails.
+        """
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        if self._file.closed:
+            await trio.lowlevel.checkpoint()
+            raise trio.ClosedResourceError
+        size = _CHUNK if max_bytes is None else min(max_bytes, _BATCH)
+        return await trio.to_thread.run_sync(self._read, size)
+
+    async def aclose(self) -> None:
+        self._file.close()
+        await trio.lowlevel.checkpoint()
+
+    def _read(self, size: int) -> bytes:
+        with disk_errors(self._path):
+            return self._file.read(size)
+
+
+@final
+class Content:
+    """The blobs of a store. What is not said here is said at `DirectoryStore`."""
+
+    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch) -> None:
+        self._blobs = root / "blobs" / "sha256"
+        self._catalog = catalog
+        self._scratch = scratch
+
+    def path(self, digest: Digest) -> Path:
+        """Where a blob is, if it is there."""
+        return self._blobs / digest.removeprefix("sha256:")
+
+    async def find(self, digest: Digest) -> StoredBlob | None:
+        return await self._catalog.read(find_blob, digest)
+
+    def lock(self, digest: Digest) -> AbstractAsyncContextManager[None]:
+        """Hold the lock on a blob: while it arrives, and while it is unpacked."""
+        return hold_lock(self._scratch.lock(digest))
+
+    async def claim(self, descriptor: Descriptor) -> StoredBlob | None:
+        """The blob if it is there; to be asked under its lock. If there is only a file, left by
+        a crash just before its row was written, the file is what has arrived so far.
+
+        Raises:
+            VerificationError: if the blob that is there has another size.
+        """
+        return await self._catalog.write(self._claim, descriptor)
+
+    @asynccontextmanager
+    async def ingest(self, descriptor: Descriptor) -> AsyncIterator[Ingest]:
+        async with self.lock(descriptor.digest):
+            partial = None
+            # Asked only now: whoever held the lock before us may have brought the blob.
+            if await self.claim(descriptor) is None:
+                path = self._scratch.partial(descriptor.digest)
+                partial = await trio.to_thread.run_sync(_resume, path, descriptor)
+            ingest = Ingest(self, descriptor, partial)
+            try:
+                yield ingest
+            except BaseException:
+                await ingest._leave(failed=True)
+                raise
+            await ingest._leave(failed=False)
+
+    async def keep(self, partial: Partial, descriptor: Descriptor) -> None:
+        """Verify a blob that has arrived, and make it durable and visible; see `Ingest.commit`."""
+        await trio.to_thread.run_sync(_verify_partial, partial, descriptor)
+        await self._catalog.write(self._place, partial.path, descriptor)
+
+    async def put(self, descriptor: Descriptor, data: bytes) -> None:
+        async with self._scratch.name("blob") as path:
+            await trio.to_thread.run_sync(_write_whole, path, descriptor, data)
+            await self._catalog.write(self._place, path, descriptor)
+
+    async def read(self, digest: Digest, *, limit: int) -> bytes:
+        blob = await self._stored(digest)
+        if blob.size > limit:
+            raise StoreError(
+                f"blob {digest} is {blob.size} bytes long, and {limit} are the most to be read "
+                "at once: use open_blob"
+            )
+        return await trio.to_thread.run_sync(_read_whole, self.path(digest), blob)
+
+    async def open(self, digest: Digest) -> BlobStream:
+        await self._stored(digest)
+        path = self.path(digest)
+        return BlobStream(await trio.to_thread.run_sync(_open, path), path)
+
+    async def _stored(self, digest: Digest) -> StoredBlob:
+        blob = await self.find(digest)
+        if blob is None:
+            raise StoreError(f"blob {digest} is not in the store: pull an image that has it")
+        return blob
+
+    def _claim(self, connection: sqlite3.Connection, descriptor: Descriptor) -> StoredBlob | None:
+        blob = find_blob(connection, descriptor.digest)
+        if blob is None:
+            try:
+                os.rename(self.path(descriptor.digest), self._scratch.partial(descriptor.digest))
+            except FileNotFoundError:
+                pass
+        elif blob.size != descriptor.size:
+            raise _wrong(descriptor, blob.digest, blob.size)
+        return blob
+
+    def _place(self, connection: sqlite3.Connection, source: Path, descriptor: Descriptor) -> None:
+        if find_blob(connection, descriptor.digest) is not None:
+            os.unlink(source)
+            return
+        os.rename(source, self.path(descriptor.digest))
+        sync_directory(self._blobs)
+        add_blob(connection, descriptor.digest, descriptor.size)
+
+
+# Blocking, for worker threads.
+
+
+def _wrong(descriptor: Descriptor, digest: Digest, size: int) -> VerificationError:
+    return VerificationError(
+        f"blob {descriptor.digest} should be {descriptor.size} bytes long, "
+        f"but what is there is {digest}, {size} bytes long",
+        digest=descriptor.digest,
+    )
+
+
+def _resume(path: Path, descriptor: Descriptor) -> Partial:
+    partial = Partial(path)
+    # Nothing that comes could complete it.
+    if partial.size >= descriptor.size and not partial.matches(descriptor):
+        partial.restart()
+    return partial
+
+
+def _verify_partial(partial: Partial, descriptor: Descriptor) -> None:
+    if not partial.matches(descriptor):
+        error = _wrong(descriptor, partial.digest(), partial.size)
+        partial.restart()
+        raise error
+    partial.sync()
+
+
+def _write_whole(path: Path, descriptor: Descriptor, data: bytes) -> None:
+    partial = Partial(path, fresh=True)
+    try:
+        partial.append(data)
+        _verify_partial(partial, descriptor)
+    finally:
+        partial.close()
+
+
+def _read_whole(path: Path, blob: StoredBlob) -> bytes:
+    with disk_errors(path), open(path, "rb") as file:
+        # One byte more would show that the file has grown.
+        data = file.read(blob.size + 1)
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if digest != blob.digest:
+        raise VerificationError(
+            f"{path} is damaged: remove its image, and pull it again", digest=blob.digest
+        )
+    return data
+
+
+def _open(path: Path) -> io.FileIO:
+    with disk_errors(path):
+        return open(path, "rb", buffering=0)

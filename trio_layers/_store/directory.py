@@ -1,0 +1,447 @@
+"""The store on disk: layers, blobs and images in one directory, which processes share."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Final, final
+from weakref import WeakValueDictionary
+
+import attrs
+import trio
+
+from .._digest import ChainID, DiffID, Digest
+from .._errors import StoreError
+from .._manifest import Descriptor
+from .._platform import parse_platform
+from ..abc import Layer
+from .catalog import (
+    Catalog,
+    StoredImage,
+    StoredLayer,
+    add_leases,
+    drop_leases,
+    find_blob,
+    find_image,
+    find_images,
+    find_layer,
+    put_image,
+)
+from .content import BlobStream, Content, Ingest
+from .files import replace_file
+from .layout import index_document, open_directory
+from .rootfs import MergedTree, RootfsView
+from .scratch import Scratch, open_scratch
+from .trees import Base, Trees, Unpacker
+
+__all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
+
+logger = logging.getLogger(__name__)
+
+_DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
+
+
+@asynccontextmanager
+async def open_store(
+    path: str | os.PathLike[str], *, unpacker: Unpacker
+) -> AsyncIterator[DirectoryStore]:
+    """Open the store in a directory, for the block. Any number of processes may have it open.
+
+    Args:
+        path: The directory. If it is empty or not there, a store is made in it, mode 0700.
+        unpacker: Makes trees of layers.
+
+    Raises:
+        UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
+            user. Nothing in it is changed.
+        StoreReadOnly: if it cannot be written.
+        StoreError: for what else the disk does.
+
+    Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
+    where the block fails or is cancelled, the next who opens the store does.
+    """
+    root = await trio.to_thread.run_sync(Path(path).resolve)
+    connection = await trio.to_thread.run_sync(open_directory, root)
+    try:
+        catalog = Catalog(connection, root)
+        async with open_scratch(root, catalog) as scratch:
+            store = DirectoryStore(root, catalog, scratch, unpacker)
+            await catalog.write(store._write_index)
+            yield store
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(connection.close)
+
+
+@final
+@attrs.frozen(eq=False)
+class DirectoryLayer:
+    """A layer of a `DirectoryStore`.
+
+    Attributes:
+        diff_id: The digest of its tar.
+        chain_id: Names it together with what is below it.
+        parent: What is below it.
+        blob: The digest of the blob it was unpacked from, which is in the store.
+        tree: Where it is unpacked: files in ``fs``, the list of them in ``entries``.
+    """
+
+    diff_id: DiffID
+    chain_id: ChainID
+    parent: DirectoryLayer | None = attrs.field(repr=False)
+    blob: Digest
+    tree: Path
+    _content: Content = attrs.field(repr=False)
+
+    async def tar_stream(self) -> BlobStream:
+        """The layer's blob, as it was registered: compressed as it came.
+
+        Raises:
+            StoreError: if it is not there any more.
+        """
+        return await self._content.open(self.blob)
+
+
+@attrs.frozen
+class StoreStatistics:
+    """What goes on in an open store, in this process.
+
+    Attributes:
+        layers: How many layers are referred to.
+        references: How many references to them are not released.
+        unpacking: How many layers are being unpacked.
+        waiting: How many wait for a thread to be unpacked in.
+    """
+
+    layers: int
+    references: int
+    unpacking: int
+    waiting: int
+
+
+@final
+class Lease:
+    """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
+
+    def __init__(self, catalog: Catalog, holder: str, name: str) -> None:
+        self._catalog = catalog
+        self._holder = holder
+        self._name = name
+        self._digests: set[Digest] = set()
+
+    def __repr__(self) -> str:
+        return f"<Lease {self._holder}/{self._name}: {len(self._digests)} held>"
+
+    @property
+    def digests(self) -> frozenset[Digest]:
+        """What is held."""
+        return frozenset(self._digests)
+
+    async def hold(self, *digests: Digest | None) -> None:
+        """Hold more: blobs by their digest, layers with all that is below them by their chain
+        ID, images by their manifest's. They need not be there yet. ``None`` is left out.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        new = {digest for digest in digests if digest is not None} - self._digests
+        await self._catalog.write(add_leases, self._holder, self._name, new)
+        self._digests |= new
+
+
+@final
+class DirectoryStore:
+    """Layers, blobs and images in a directory. It comes from `open_store`.
+
+    It is a `~trio_layers.abc.LayerStore`, and an OCI image layout that other tools can read.
+    What is visible in it has been verified and is durable; what is half-made at a crash, a
+    failure or a cancellation is never visible. Its methods may be called from any number of
+    tasks at once, and all that are async raise `StoreError` for what the disk does, of which
+    `StoreFull` and `StoreReadOnly` are kinds. Cancelled, each of them leaves the store as it was
+    or has done its work.
+    """
+
+    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch, unpacker: Unpacker) -> None:
+        self._root = root
+        self._catalog = catalog
+        self._scratch = scratch
+        self._content = Content(root, catalog, scratch)
+        self._trees = Trees(
+            root, catalog=catalog, content=self._content, scratch=scratch, unpacker=unpacker
+        )
+        # One object for each layer, for as long as anybody has it.
+        self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
+        self._references: dict[ChainID, int] = {}
+        self._lease_names = itertools.count()
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return (
+            f"<DirectoryStore {str(self._root)!r}: {now.layers} layers in use, "
+            f"{now.unpacking} unpacking, {now.waiting} waiting>"
+        )
+
+    @property
+    def path(self) -> Path:
+        """The directory, absolute."""
+        return self._root
+
+    def statistics(self) -> StoreStatistics:
+        """What goes on now."""
+        threads = self._trees.threads.statistics()
+        return StoreStatistics(
+            layers=len(self._references),
+            references=sum(self._references.values()),
+            unpacking=threads.borrowed_tokens,
+            waiting=threads.tasks_waiting,
+        )
+
+    # Layers.
+
+    async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
+        """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
+        layer = await self._find(chain_id)
+        return None if layer is None else self._refer(layer)
+
+    async def register(
+        self,
+        stream: trio.abc.ReceiveStream,
+        parent: ChainID | None,
+        descriptor: Descriptor | None = None,
+    ) -> DirectoryLayer:
+        """Decompress the stream, unpack it on top of ``parent``, and return the layer with a
+        reference to it.
+
+        The stream is read to its end, unless the blob that ``descriptor`` names is in the store
+        and has been unpacked before; closing it is the caller's. A blob that is not in the store
+        yet is kept on the way, so leave its `ingest` before. Two calls for one blob, in any
+        process, do not do the work twice: one waits.
+
+        Cancellation: the layer is not there, or it is there and returned all the same. What
+        came of the blob is kept.
+
+        Raises:
+            DecompressionError: as for `LayerStore.register`.
+            UnpackError: if the layer is damaged, or holds what must not be unpacked.
+            VerificationError: if what came is not what ``descriptor`` names.
+            StoreError: if there is no layer ``parent``, or for what the disk does.
+            Exception: what the stream raises when read.
+        """
+        below = None
+        if parent is not None:
+            below = await self.get(parent)
+            if below is None:
+                raise StoreError(f"there is no layer {parent} to put another on")
+        try:
+            row = await self._trees.register(stream, Base(parent, _trees(below)), descriptor)
+            return self._refer(self._layer([row], below))
+        finally:
+            if below is not None:
+                self.release(below)
+
+    def release(self, layer: Layer) -> None:
+        """Give one reference back. The layer stays in the store."""
+        references = self._references.pop(layer.chain_id)
+        if references > 1:
+            self._references[layer.chain_id] = references - 1
+
+    async def rootfs(self, chain_id: ChainID | None) -> RootfsView:
+        """The files of a layer and all below it, merged; ``None``: of nothing.
+
+        Raises:
+            StoreError: if the layer is not there.
+        """
+        layer = None
+        if chain_id is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            layer = await self._find(chain_id)
+            if layer is None:
+                raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
+        return RootfsView(MergedTree(_trees(layer)))
+
+    # Blobs.
+
+    async def blob(self, digest: Digest) -> Path | None:
+        """The file of a blob, not to be changed; ``None`` if it is not there."""
+        stored = await self._content.find(digest)
+        return None if stored is None else self._content.path(digest)
+
+    def ingest(self, descriptor: Descriptor) -> AbstractAsyncContextManager[Ingest]:
+        """Take a blob in, in the block, and commit it there.
+
+        Entering waits until nobody else, in any process, takes this blob in or unpacks it; then
+        it may be there (`Ingest.committed`), or part of it (`Ingest.offset`). Left without
+        commit, what came is kept, and the next to take it in goes on from there. Never wait for
+        one blob while taking in another, or for `register` of this one.
+
+        Raises:
+            VerificationError: if the blob is there and has another size.
+            StoreError: for what the disk does.
+        """
+        return self._content.ingest(descriptor)
+
+    async def put_blob(self, descriptor: Descriptor, data: bytes) -> None:
+        """Store a blob that is in memory. One that is there already stays.
+
+        Raises:
+            VerificationError: if ``data`` is not what ``descriptor`` names.
+        """
+        await self._content.put(descriptor, data)
+
+    async def read_blob(self, digest: Digest, *, limit: int = _DOCUMENT_LIMIT) -> bytes:
+        """All of a blob, verified once more; for manifests and the like.
+
+        Args:
+            digest: Its name.
+            limit: The most bytes to take into memory. What registries allow a manifest, 4 MiB,
+                if not given (OCI distribution specification, "Pushing Manifests").
+
+        Raises:
+            StoreError: if it is not there, or larger than ``limit``.
+            VerificationError: if it is damaged.
+        """
+        return await self._content.read(digest, limit=limit)
+
+    async def open_blob(self, digest: Digest) -> BlobStream:
+        """A stream of a blob; whoever opens it closes it.
+
+        Raises:
+            StoreError: if it is not there.
+        """
+        return await self._content.open(digest)
+
+    # Images.
+
+    async def put_image(
+        self,
+        reference: str,
+        *,
+        manifest: Descriptor,
+        config: Descriptor,
+        platform: str | None,
+        chain_id: ChainID | None,
+        index: Descriptor | None = None,
+    ) -> None:
+        """Let a reference stand for an image from now on; all of it must be in the store.
+
+        An image that had the reference on the same platform loses it, and stays. Other tools
+        find the image in the layout under its reference: ``skopeo inspect oci:STORE:REFERENCE``.
+
+        Args:
+            reference: The image's full name.
+            manifest: The image's manifest.
+            config: The image's config.
+            platform: What the image runs on, as ``os/architecture/variant``; one reference has
+                an image for each.
+            chain_id: The image's top layer; ``None`` if it has none, or they are not unpacked.
+            index: The index the image was chosen from, if that is in the store.
+
+        Raises:
+            StoreError: if something of the image is not in the store.
+            PlatformError: if ``platform`` is none.
+        """
+        if platform is not None:
+            parse_platform(platform)
+        image = StoredImage(reference, platform, manifest, config, chain_id, index)
+        await self._catalog.write(self._put_image, image)
+
+    async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
+        """What a reference stands for; ``None`` if that is nothing.
+
+        Args:
+            reference: The image's full name.
+            platform: The platform it was put under; ``None``: the one put last.
+        """
+        return await self._catalog.read(find_image, reference, platform)
+
+    async def images(self) -> list[StoredImage]:
+        """All images, by reference; of one reference's platforms, the one put last first."""
+        return await self._catalog.read(find_images)
+
+    @asynccontextmanager
+    async def lease(self, *digests: Digest | None) -> AsyncIterator[Lease]:
+        """Keep blobs, layers and images in the store for the block; see `Lease.hold`.
+
+        The lease ends with the block, at the latest with the process.
+        """
+        name = str(next(self._lease_names))
+        lease = Lease(self._catalog, self._scratch.holder, name)
+        try:
+            await lease.hold(*digests)
+            yield lease
+        finally:
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._catalog.write(drop_leases, self._scratch.holder, name)
+            except StoreError as error:
+                # It ends with the process, if not now.
+                logger.warning("cannot end a lease: %s", error)
+
+    def _put_image(self, connection: sqlite3.Connection, image: StoredImage) -> None:
+        for blob in (image.manifest, image.config, image.index):
+            if blob is not None and find_blob(connection, blob.digest) is None:
+                raise StoreError(f"{image.reference} lacks the blob {blob.digest}: store it first")
+        if image.chain_id is not None and find_layer(connection, image.chain_id) is None:
+            raise StoreError(f"{image.reference} lacks the layer {image.chain_id}: store it first")
+        put_image(connection, image)
+        self._write_index(connection)
+
+    def _write_index(self, connection: sqlite3.Connection) -> None:
+        """In a transaction: whoever writes last has seen what the others wrote."""
+        path = self._root / "index.json"
+        document = index_document(find_images(connection))
+        if not path.exists() or path.read_bytes() != document:
+            replace_file(path, document, temporary=self._scratch.new("index"))
+
+    async def _find(self, chain_id: ChainID) -> DirectoryLayer | None:
+        rows, below = await self._catalog.read(self._find_rows, chain_id)
+        return self._layer(rows, below) if rows else None
+
+    def _find_rows(
+        self, connection: sqlite3.Connection, chain_id: ChainID
+    ) -> tuple[list[StoredLayer], DirectoryLayer | None]:
+        """The rows of a layer and of those below it, top first, and the first of the latter that
+        we have an object of: an image's layers are not all read again for each of them."""
+        rows: list[StoredLayer] = []
+        below: DirectoryLayer | None = None
+        above: ChainID | None = chain_id
+        while above is not None and below is None:
+            row = find_layer(connection, above)
+            if row is None:
+                break
+            rows.append(row)
+            above = row.parent
+            if above is not None:
+                below = self._layers.get(above)
+        return rows, below
+
+    def _layer(self, rows: list[StoredLayer], below: DirectoryLayer | None) -> DirectoryLayer:
+        """The layer that the first of ``rows`` is of; the last is the one on ``below``."""
+        *above, bottom = rows
+        layer = self._layers.setdefault(bottom.chain_id, self._new_layer(bottom, below))
+        for row in reversed(above):
+            layer = self._layers.setdefault(row.chain_id, self._new_layer(row, layer))
+        return layer
+
+    def _new_layer(self, row: StoredLayer, parent: DirectoryLayer | None) -> DirectoryLayer:
+        tree = self._trees.path(row.tree)
+        return DirectoryLayer(row.diff_id, row.chain_id, parent, row.blob, tree, self._content)
+
+    def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
+        self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
+        return layer
+
+
+def _trees(layer: DirectoryLayer | None) -> tuple[Path, ...]:
+    """The trees of a layer and those below it, bottom first."""
+    trees = []
+    while layer is not None:
+        trees.append(layer.tree)
+        layer = layer.parent
+    return tuple(reversed(trees))

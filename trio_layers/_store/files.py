@@ -1,0 +1,228 @@
+"""What the store asks of a file system: durable, locked, removed. Blocking: for worker threads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from .._errors import StoreError, StoreFull, StoreReadOnly
+
+__all__ = [
+    "DIRECTORY",
+    "disk_errors",
+    "lock_directory",
+    "remove_directory",
+    "replace_file",
+    "store_error",
+    "sync_directory",
+    "sync_file_system",
+    "try_lock",
+    "unlock",
+]
+
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+_READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
+_SQLITE_READ_ONLY: Final = {
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+}
+
+
+def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
+    """What an error of the disk at ``path`` means to whoever uses the store."""
+    if isinstance(error, OSError):
+        full, read_only = error.errno in _FULL, error.errno in _READ_ONLY
+        busy = False
+        reason = error.strerror or str(error)
+    else:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
+        full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+        code &= 0xFF  # the kind; what is above it tells cases of a kind apart
+        read_only = code in _SQLITE_READ_ONLY
+        busy = code == sqlite3.SQLITE_BUSY
+        reason = str(error)
+    if full:
+        return StoreFull(
+            f"no space is left for {path} ({reason}): free some and try again; "
+            "what is stored is intact"
+        )
+    if read_only:
+        return StoreReadOnly(
+            f"{path} cannot be written ({reason}): use a directory that is yours, "
+            "on a file system that is not read-only"
+        )
+    if busy:
+        return StoreError(f"{path} was held by another process for too long: try again")
+    return StoreError(f"{path} failed: {reason}")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system and SQLite raise in the block into a `StoreError`."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise store_error(error, path) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _syncfs() -> Callable[[int], int] | None:
+    # Python has no os.syncfs before 3.14.
+    try:
+        function = ctypes.CDLL(None, use_errno=True).syncfs
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int]
+    function.restype = ctypes.c_int
+    call: Callable[[int], int] = function
+    return call
+
+
+def sync_file_system(path: Path) -> None:
+    """Make everything durable that was written to the file system of the directory ``path``.
+
+    One call for a tree of any size: an fsync for each file takes a hundred times as long.
+    """
+    syncfs = _syncfs()
+    if syncfs is None:
+        os.sync()
+        return
+    descriptor = os.open(path, DIRECTORY)
+    try:
+        if syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), os.fspath(path))
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
+    """Write a small file so that at any moment there is the old one or the new one, whole.
+
+    Args:
+        path: The file.
+        data: All that it shall hold.
+        temporary: A name to write it under first, on the same file system.
+    """
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def try_lock(path: Path) -> int | None:
+    """Make and lock a lock file; ``None`` if somebody else holds it.
+
+    The lock is gone when the process is. Give the result to `unlock`.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed the file after we opened it: then our lock
+            # says nothing to those who open the name now.
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def unlock(path: Path, descriptor: int) -> None:
+    """Remove a lock file, then let go of it."""
+    # One that cannot be removed does no harm: the lock goes with the descriptor.
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    os.close(descriptor)
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Hold the lock on a directory itself: nothing is written into it.
+
+    Runs in a worker thread of trio, and waits for as long as its task is not cancelled.
+    """
+    descriptor = os.open(path, DIRECTORY)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                trio.from_thread.check_cancelled()
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_directory(
+    path: Path, *, aside: Callable[[], Path], check_cancelled: Callable[[], None]
+) -> None:
+    """Remove a directory with all that is in it; links are not followed.
+
+    A directory found inside is first moved out, so however deep a stranger's layer nests, it
+    takes neither recursion nor long paths, and what an interruption leaves lies in the open.
+
+    Args:
+        path: The directory.
+        aside: Gives a new name to move a directory to, on the same file system.
+        check_cancelled: Called for each entry; what it raises goes through.
+    """
+    waiting = [path]
+    while waiting:
+        directory = waiting.pop()
+        descriptor = os.open(directory, DIRECTORY)
+        try:
+            os.fchmod(descriptor, 0o700)
+            with os.scandir(descriptor) as entries:
+                names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+            for name, is_directory in names:
+                check_cancelled()
+                if not is_directory:
+                    os.unlink(name, dir_fd=descriptor)
+                    continue
+                # Moving a directory rewrites its "..", which takes leave to write it.
+                os.chmod(name, 0o700, dir_fd=descriptor)
+                moved = aside()
+                os.rename(name, moved, src_dir_fd=descriptor)
+                waiting.append(moved)
+        finally:
+            os.close(descriptor)
+        os.rmdir(directory)

@@ -1,0 +1,188 @@
+"""``ingest/`` and ``leases/``: what is in the making, and who is making it.
+
+Each open store is a *holder*: a name, and a file ``leases/NAME`` that it keeps locked while it
+is open. What it makes in ``ingest/`` bears that name, until it is renamed to where it is
+visible. The kernel drops a dead process's locks, so whatever bears the name of a holder that
+can be locked is nobody's, and is swept away. Partial blobs bear the name of their digest
+instead: they outlive their holder, to be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, final
+
+import trio
+
+from .._digest import Digest
+from .._errors import StoreError
+from .._nursery import open_hidden_nursery
+from .catalog import Catalog, drop_leases
+from .files import disk_errors, remove_directory, try_lock, unlock
+
+__all__ = ["Scratch", "hold_lock", "open_scratch"]
+
+logger = logging.getLogger(__name__)
+
+# How long a waiter may take to see that a lock is free, in seconds.
+_POLL: Final = 0.05
+
+_HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
+
+
+@asynccontextmanager
+async def hold_lock(path: Path) -> AsyncIterator[None]:
+    """Hold a lock file for the block, against other tasks and processes. Waiting for it can be
+    cancelled.
+
+    Never wait for one while holding another: two who do so in different orders never end.
+
+    Raises:
+        StoreError: if the lock file cannot be made.
+    """
+
+    def attempt() -> int | None:
+        with disk_errors(path.parent):
+            return try_lock(path)
+
+    # The kernel tells nobody that a lock is free.
+    while (descriptor := await trio.to_thread.run_sync(attempt)) is None:  # noqa: ASYNC110
+        await trio.sleep(_POLL)
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(unlock, path, descriptor)
+
+
+@asynccontextmanager
+async def open_scratch(root: Path, catalog: Catalog) -> AsyncIterator[Scratch]:
+    """Become a holder for the block, and sweep away what dead ones left.
+
+    What was discarded in the block is removed in it and, if it ends well, before this ends; else
+    by the next to open the store.
+    """
+    scratch = Scratch(root)
+    async with hold_lock(root / "leases" / scratch.holder):
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(scratch.sweep_in_background, catalog)
+            try:
+                yield scratch
+            finally:
+                nursery.cancel_scope.cancel()
+        await scratch.sweep()
+
+
+@final
+class Scratch:
+    """A holder's names in ``ingest/``, and the removal of what is not wanted any more."""
+
+    def __init__(self, root: Path) -> None:
+        self._ingest = root / "ingest"
+        self._leases = root / "leases"
+        self._numbers = itertools.count()
+        self._waste = trio.Event()
+        self.holder = secrets.token_hex(8)
+
+    def new(self, kind: str) -> Path:
+        """A name in ``ingest/`` that nobody else has. May be called from any thread.
+
+        Args:
+            kind: Its suffix: letters.
+        """
+        return self._ingest / f"{self.holder}-{next(self._numbers)}.{kind}"
+
+    def partial(self, digest: Digest) -> Path:
+        """Where a blob arrives."""
+        return self._ingest / f"{digest.removeprefix('sha256:')}.partial"
+
+    def lock(self, digest: Digest) -> Path:
+        """The lock file that is held while a blob arrives or is unpacked."""
+        return self._ingest / f"{digest.removeprefix('sha256:')}.lock"
+
+    def discard(self, path: Path) -> None:
+        """Move a file or directory out of the way, for the next sweep. Blocking, in any thread;
+        nothing happens if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, self.new("trash"))
+
+    @asynccontextmanager
+    async def name(self, kind: str) -> AsyncIterator[Path]:
+        """A name as from `new`, for a file or a directory. What is still there after the block,
+        however that ends, is removed by and by: the block does not wait for it."""
+        path = self.new(kind)
+        try:
+            yield path
+        finally:
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self.discard, path)
+            except OSError as error:
+                # It still bears our name, and is swept when the store is left.
+                logger.warning("cannot move %s out of the way: %s", path, error)
+            self._waste.set()
+
+    async def sweep(self) -> None:
+        """Remove all that bears our name. Cancelled, it leaves the rest to another sweep."""
+        await trio.to_thread.run_sync(self._remove, self.holder, "")
+
+    async def sweep_in_background(self, catalog: Catalog) -> None:
+        """Remove what dead holders left, then whatever is discarded, until cancelled."""
+        try:
+            await self._sweep_after_the_dead(catalog)
+        except StoreError as error:
+            # Nothing of it is visible, and the next to open the store tries again.
+            logger.warning("cannot remove what is left of other processes: %s", error)
+        while True:
+            await self._waste.wait()
+            self._waste = trio.Event()
+            await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
+
+    async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
+        for holder in await trio.to_thread.run_sync(self._others):
+            path = self._leases / holder
+            descriptor = await trio.to_thread.run_sync(self._try_lock, path)
+            if descriptor is None:
+                continue
+            # Its lock file goes last: cancelled before that, another sweep does it again.
+            try:
+                await trio.to_thread.run_sync(self._remove, holder, "")
+                await catalog.write(drop_leases, holder)
+                await trio.to_thread.run_sync(os.unlink, path)
+            finally:
+                os.close(descriptor)
+
+    def _try_lock(self, path: Path) -> int | None:
+        with disk_errors(self._leases):
+            return try_lock(path)
+
+    def _others(self) -> set[str]:
+        """The other holders: by their files, and by what is left of them without one."""
+        named = {match[1] for name in os.listdir(self._ingest) if (match := _HELD.fullmatch(name))}
+        return (named | set(os.listdir(self._leases))) - {self.holder}
+
+    def _remove(self, holder: str, suffix: str) -> None:
+        for name in os.listdir(self._ingest):
+            match = _HELD.fullmatch(name)
+            if not match or match[1] != holder or not name.endswith(suffix):
+                continue
+            path = self._ingest / name
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    remove_directory(
+                        path,
+                        aside=lambda: self.new("trash"),
+                        check_cancelled=trio.from_thread.check_cancelled,
+                    )
+                else:
+                    path.unlink()
+            except OSError as error:
+                logger.warning("cannot remove %s: %s", path, error)

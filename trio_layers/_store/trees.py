@@ -1,0 +1,335 @@
+"""Layers, unpacked: from a stream to a tree with a row.
+
+A tree depends on its layer alone, so that it is shared by all images that have the layer, as
+long as what the layer leaves open is below it as the unpacker assumed. Where it is not, the
+layer is unpacked once more through what is below, into a tree of that one chain.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, Protocol, final
+
+import attrs
+import trio
+
+from .._compression import Decompressor
+from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
+from .._errors import DecompressionError, VerificationError
+from .._manifest import Descriptor
+from .catalog import (
+    Catalog,
+    StoredBlob,
+    StoredLayer,
+    StoredTree,
+    add_layer,
+    add_tree,
+    find_layer,
+    find_tree,
+    set_diff_id,
+)
+from .content import Content, Partial
+from .files import store_error, sync_directory, sync_file_system
+from .rootfs import MergedTree
+from .scratch import Scratch
+
+__all__ = ["Base", "Trees", "Unpacked", "Unpacker"]
+
+_CHUNK: Final = 256 * 1024
+
+# The longest beginning that is looked at again when a stream fails: a gzip header is shorter.
+_BEGINNING: Final = 128 * 1024
+
+
+class Unpacked(Protocol):
+    """What an `Unpacker` says of a tree it made."""
+
+    @property
+    def diff_id(self) -> DiffID:
+        """The digest of the tar."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The length of the tar in bytes."""
+        ...
+
+    @property
+    def entries(self) -> int:
+        """How many entries the tar had."""
+        ...
+
+    @property
+    def assumed(self) -> tuple[bytes, ...]:
+        """The directories it implies, without saying what they are like."""
+        ...
+
+    @property
+    def needs_lower(self) -> bool:
+        """Whether the tree is not whole without what is below it."""
+        ...
+
+
+class Unpacker(Protocol):
+    """Makes trees. Both functions block, and are called in worker threads, several at once."""
+
+    def unpack(
+        self,
+        read: Callable[[int], bytes],
+        target: Path,
+        *,
+        lower: MergedTree | None,
+        check_cancelled: Callable[[], None],
+    ) -> Unpacked:
+        """Make ``fs`` and ``entries`` in the empty directory ``target``.
+
+        Args:
+            read: Gives at most so many bytes of the layer, compressed; none at its end.
+            target: Where to.
+            lower: What is below, to be built upon; ``None``: make assumptions, and say which.
+            check_cancelled: Called often; what it raises goes through.
+
+        Raises:
+            DecompressionError: if no valid stream begins.
+            UnpackError: if the layer is damaged, or holds what must not be unpacked.
+        """
+        ...
+
+    def holds(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
+        """Whether what was assumed is so on top of ``lower``."""
+        ...
+
+
+@attrs.frozen
+class Base:
+    """What a layer is put on.
+
+    Attributes:
+        chain_id: The chain ID of the layer below; ``None``: nothing is below.
+        trees: The trees of the layers below, bottom first.
+    """
+
+    chain_id: ChainID | None
+    trees: tuple[Path, ...]
+
+
+@final
+class _Reader:
+    """What an unpacker reads from, in a worker thread: a stream of trio, counted, hashed and, if
+    its blob is not in the store yet, kept on its way."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream, kept: Partial | None = None) -> None:
+        self._stream = stream
+        self._kept = kept
+        self._verifier = Verifier()
+        self._beginning: bytes | None = b""
+        self.failure: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = bytes(trio.from_thread.run(self._stream.receive_some, size))
+        except Exception as error:
+            self.failure = error
+            if self._opened():
+                raise
+            raise DecompressionError(str(error) or type(error).__name__) from error
+        if self._kept is not None:
+            self._kept.append(data)
+        else:
+            self._verifier.update(data)
+        if self._beginning is not None:
+            self._beginning += data
+            if len(self._beginning) > _BEGINNING:
+                self._beginning = None
+        return data
+
+    def finish(self) -> tuple[Digest, int]:
+        """Read on to the end; the digest and the size of it all."""
+        while self.read(_CHUNK):
+            pass
+        if self._kept is not None:
+            return self._kept.digest(), self._kept.size
+        return self._verifier.digest, self._verifier.size
+
+    def _opened(self) -> bool:
+        """Whether the unpacker's decompressor has the beginning of the stream behind it."""
+        if self._beginning is None:
+            return True
+        decompressor = Decompressor()
+        for _ in decompressor.feed(self._beginning):
+            pass
+        return decompressor.opened
+
+
+@final
+class Trees:
+    """The trees of a store, and how they come about."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        catalog: Catalog,
+        content: Content,
+        scratch: Scratch,
+        unpacker: Unpacker,
+    ) -> None:
+        self._trees = root / "trees" / "sha256"
+        self._catalog = catalog
+        self._content = content
+        self._scratch = scratch
+        self._unpacker = unpacker
+        # Inflating and hashing keep a core busy. Not fewer than two: one may wait for its stream.
+        self.threads = trio.CapacityLimiter(max(2, os.cpu_count() or 1))
+
+    def path(self, id: Digest) -> Path:
+        """Where a tree is, if it is there."""
+        return self._trees / id.removeprefix("sha256:")
+
+    async def register(
+        self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor | None
+    ) -> StoredLayer:
+        """Make the layer visible that the stream holds; see `DirectoryStore.register`."""
+        if descriptor is None:
+            async with self._scratch.name("partial") as path, _open_partial(path) as kept:
+                return await self._from_stream(stream, base, None, kept)
+        # Held until the tree is there, so that others who want it wait, and find it.
+        async with self._content.lock(descriptor.digest):
+            blob = await self._content.claim(descriptor)
+            if blob is None:
+                path = self._scratch.partial(descriptor.digest)
+                async with _open_partial(path) as kept:
+                    return await self._from_stream(stream, base, descriptor, kept)
+            layer = await self._from_what_is_there(blob, base)
+            return layer or await self._from_stream(stream, base, descriptor, None)
+
+    async def _from_what_is_there(self, blob: StoredBlob, base: Base) -> StoredLayer | None:
+        """The layer, if its blob has been unpacked before: the stream need not be read."""
+        if blob.diff_id is None:
+            return None
+        chain = extend_chain(base.chain_id, blob.diff_id)
+        layer = await self._catalog.read(find_layer, chain)
+        if layer is not None:
+            return layer
+        tree = await self._catalog.read(find_tree, blob.diff_id)
+        if tree is None:
+            return None
+        if not await self._holds(tree, base):
+            return await self._upon(base, blob.digest)
+        return await self._catalog.write(self._place, None, tree, base, blob.digest)
+
+    async def _from_stream(
+        self,
+        stream: trio.abc.ReceiveStream,
+        base: Base,
+        descriptor: Descriptor | None,
+        kept: Partial | None,
+    ) -> StoredLayer:
+        async with self._scratch.name("tree") as target:
+            unpacked, blob = await self._unpack(_Reader(stream, kept), target, expected=descriptor)
+            if kept is not None:
+                await self._content.keep(kept, blob)
+            tree = _stored_tree(unpacked, unpacked.diff_id)
+            if not unpacked.needs_lower and await self._holds(tree, base):
+                return await self._catalog.write(self._place, target, tree, base, blob.digest)
+        return await self._upon(base, blob.digest)
+
+    async def _upon(self, base: Base, blob: Digest) -> StoredLayer:
+        """Unpack a stored blob through what is below it."""
+        stream = await self._content.open(blob)
+        async with stream, self._scratch.name("tree") as target:
+            lower = MergedTree(base.trees)
+            unpacked, _ = await self._unpack(_Reader(stream), target, lower=lower)
+            tree = _stored_tree(unpacked, extend_chain(base.chain_id, unpacked.diff_id))
+            return await self._catalog.write(self._place, target, tree, base, blob)
+
+    async def _holds(self, tree: StoredTree, base: Base) -> bool:
+        lower = MergedTree(base.trees)
+        return await trio.to_thread.run_sync(self._unpacker.holds, tree.assumed, lower)
+
+    async def _unpack(
+        self,
+        reader: _Reader,
+        target: Path,
+        *,
+        lower: MergedTree | None = None,
+        expected: Descriptor | None = None,
+    ) -> tuple[Unpacked, Descriptor]:
+        """The tree, durable but not visible, and the descriptor of what was read."""
+        build = partial(self._build, reader, target, lower=lower, expected=expected)
+        return await trio.to_thread.run_sync(build, limiter=self.threads)
+
+    def _build(
+        self,
+        reader: _Reader,
+        target: Path,
+        *,
+        lower: MergedTree | None,
+        expected: Descriptor | None,
+    ) -> tuple[Unpacked, Descriptor]:
+        try:
+            target.mkdir(0o700)
+            unpacked = self._unpacker.unpack(
+                reader.read,
+                target,
+                lower=lower,
+                check_cancelled=trio.from_thread.check_cancelled,
+            )
+            digest, size = reader.finish()
+            if expected is None:
+                expected = Descriptor("application/octet-stream", digest, size)
+            elif (digest, size) != (expected.digest, expected.size):
+                raise VerificationError(
+                    f"layer {expected.digest} should be {expected.size} bytes long, but what came "
+                    f"is {digest}, {size} bytes long: pull it again",
+                    digest=expected.digest,
+                )
+            sync_file_system(target)
+        except OSError as error:
+            # What the stream raises is no matter of our disk.
+            if error is reader.failure:
+                raise
+            raise store_error(error, target.parent) from error
+        return unpacked, expected
+
+    def _place(
+        self,
+        connection: sqlite3.Connection,
+        target: Path | None,
+        tree: StoredTree,
+        base: Base,
+        blob: Digest,
+    ) -> StoredLayer:
+        """In a transaction: give the tree its place unless it has one, and write the rows."""
+        if target is not None and find_tree(connection, tree.id) is None:
+            place = self.path(tree.id)
+            # Without a row it is what a crash left just before it was written.
+            self._scratch.discard(place)
+            os.rename(target, place)
+            sync_directory(self._trees)
+            add_tree(connection, tree)
+        chain = extend_chain(base.chain_id, tree.diff_id)
+        layer = find_layer(connection, chain)
+        if layer is None:
+            layer = StoredLayer(chain, tree.diff_id, base.chain_id, tree.id, blob)
+            add_layer(connection, layer)
+        set_diff_id(connection, blob, tree.diff_id)
+        return layer
+
+
+def _stored_tree(unpacked: Unpacked, id: Digest) -> StoredTree:
+    return StoredTree(id, unpacked.diff_id, unpacked.size, unpacked.entries, unpacked.assumed)
+
+
+@asynccontextmanager
+async def _open_partial(path: Path) -> AsyncIterator[Partial]:
+    kept = await trio.to_thread.run_sync(partial(Partial, path, fresh=True))
+    try:
+        yield kept
+    finally:
+        kept.close()

@@ -1,0 +1,95 @@
+"""Directories of a tree by descriptor: how every path below its root is reached.
+
+One component at a time, without following links. A path here is a real one: relative to the
+root, no dots, no links in it, ``b""`` for the root.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Final, final
+
+__all__ = ["Directories", "join", "split"]
+
+_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_KEPT: Final = 128
+
+
+def join(parent: bytes, name: bytes) -> bytes:
+    """The path of ``name`` in ``parent``."""
+    return parent + b"/" + name if parent else name
+
+
+def split(path: bytes) -> tuple[bytes, bytes]:
+    """A path's parent and its name there."""
+    parent, _, name = path.rpartition(b"/")
+    return parent, name
+
+
+@final
+class Directories:
+    """A cache of open directories, the most recently used ones.
+
+    A descriptor it returns is good until the next call: that may close it. The cache has to be
+    told of each directory that is replaced or removed (`forget`).
+    """
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._open: OrderedDict[bytes, int] = OrderedDict()
+
+    def __contains__(self, path: bytes) -> bool:
+        """Whether ``path`` is known to be a directory; if not, it may be one all the same."""
+        return not path or path in self._open
+
+    def open(self, path: bytes) -> int:
+        """The descriptor of a directory.
+
+        Raises:
+            FileNotFoundError: if it, or one on the way, is not there.
+            NotADirectoryError: if it, or one on the way, is something else, also a link.
+        """
+        if not path:
+            return self._root
+        known = self._open.get(path)
+        if known is not None:
+            self._open.move_to_end(path)
+            return known
+        end = len(path)
+        while end > 0 and path[:end] not in self._open:
+            end = path.rfind(b"/", 0, end)
+        here = self._open[path[:end]] if end > 0 else self._root
+        end = max(end, 0)
+        while end < len(path):
+            start = end + 1 if end else 0
+            end = path.find(b"/", start)
+            if end < 0:
+                end = len(path)
+            # If this closes the one `here` stands for, it does so after `here` was used.
+            here = self._keep(path[:end], os.open(path[start:end], _FLAGS, dir_fd=here))
+        return here
+
+    def find(self, path: bytes) -> int | None:
+        """As `open`; ``None`` if there is no such directory."""
+        try:
+            return self.open(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def forget(self, path: bytes) -> None:
+        """Close ``path`` and all below it."""
+        below = path + b"/"
+        for known in [k for k in self._open if k == path or k.startswith(below)]:
+            os.close(self._open.pop(known))
+
+    def close(self) -> None:
+        """Close all but the root."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _keep(self, path: bytes, descriptor: int) -> int:
+        self._open[path] = descriptor
+        if len(self._open) > _KEPT:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor

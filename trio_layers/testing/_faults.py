@@ -1,0 +1,191 @@
+"""What can be wrong with a registry's answers, one value for each.
+
+A fault changes the request before the registry sees it, or the answer before it goes out. Tests
+that need another one write it the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import attrs
+
+from ._http import Answer, Blob, Request
+
+__all__ = [
+    "Corrupt",
+    "Cut",
+    "Delay",
+    "Drop",
+    "Fault",
+    "IgnoreRange",
+    "NoLength",
+    "Redirect",
+    "Reply",
+    "Slow",
+    "Stall",
+    "WrongRange",
+]
+
+
+@attrs.frozen
+class Fault:
+    """No fault: what the others build on."""
+
+    def change_request(self, request: Request) -> Request:
+        """The request that the registry sees instead."""
+        return request
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        """The answer that goes out instead."""
+        return answer
+
+
+@attrs.frozen
+class Reply(Fault):
+    """Something else is answered: an error of a proxy, a 429 with ``Retry-After``, a 404.
+
+    Attributes:
+        status: The HTTP status.
+        headers: Such as ``{"Retry-After": "3"}``.
+        body: What comes with it.
+    """
+
+    status: int
+    headers: Mapping[str, str] = attrs.field(factory=dict, kw_only=True, hash=False)
+    body: bytes = attrs.field(default=b"", kw_only=True)
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        size = len(self.body)
+        return Answer(
+            status=self.status,
+            headers={"Content-Length": str(size), **self.headers},
+            blob=Blob(self.body, size),
+            stop=size,
+        )
+
+
+@attrs.frozen
+class Redirect(Fault):
+    """The client is sent elsewhere, as registries send it to a CDN.
+
+    Attributes:
+        to: Scheme, host and port, such as another registry's `~Registry.url`; path and query
+            are the same there.
+        status: Which kind of redirect it is.
+    """
+
+    to: str
+    status: int = attrs.field(default=307, kw_only=True)
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        query = f"?{request.query}" if request.query else ""
+        location = f"{self.to}{request.path}{query}"
+        return Answer(status=self.status, headers={"Location": location, "Content-Length": "0"})
+
+
+@attrs.frozen
+class Drop(Fault):
+    """The connection is closed instead of an answer."""
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, dropped=True)
+
+
+@attrs.frozen
+class Delay(Fault):
+    """The answer begins only after so many seconds of trio's time."""
+
+    seconds: float
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, delay=self.seconds)
+
+
+@attrs.frozen
+class Cut(Fault):
+    """The connection is closed after so many bytes of the body. Longer than the body: no cut."""
+
+    after: int
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, cut_after=self.after)
+
+
+@attrs.frozen
+class Stall(Fault):
+    """After so many bytes of the body nothing comes for some seconds; by default, for ever."""
+
+    after: int
+    seconds: float = math.inf
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, stall_after=self.after, stall_seconds=self.seconds)
+
+
+@attrs.frozen
+class NoLength(Fault):
+    """The answer does not say how long it is: over a socket the body comes in chunks."""
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, headers=_without(answer.headers, "Content-Length"))
+
+
+@attrs.frozen
+class Slow(Fault):
+    """The body goes out at so many bytes per second of trio's time."""
+
+    bytes_per_second: float
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, bytes_per_second=self.bytes_per_second)
+
+
+@attrs.frozen
+class Corrupt(Fault):
+    """One byte goes out wrong; its offset is one in the blob, also where a range is sent."""
+
+    offset: int = 0
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, flipped=answer.flipped | {self.offset})
+
+
+@attrs.frozen
+class IgnoreRange(Fault):
+    """The whole is sent, with a 200, whatever range was asked for; ``Accept-Ranges`` is gone."""
+
+    def change_request(self, request: Request) -> Request:
+        return attrs.evolve(request, headers=_without(request.headers, "range"))
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, headers=_without(answer.headers, "Accept-Ranges"))
+
+
+@attrs.frozen
+class WrongRange(Fault):
+    """A range other than the one asked for is sent, and honestly called so.
+
+    Attributes:
+        shift: By how many bytes it starts later; where negative, earlier.
+    """
+
+    shift: int
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        if answer.status != 206:
+            return answer
+        size = answer.blob.size
+        start = min(max(0, answer.start + self.shift), size - 1)
+        stop = max(answer.stop, start + 1)
+        headers = {
+            **answer.headers,
+            "Content-Range": f"bytes {start}-{stop - 1}/{size}",
+            "Content-Length": str(stop - start),
+        }
+        return attrs.evolve(answer, start=start, stop=stop, headers=headers)
+
+
+def _without(headers: Mapping[str, str], unwanted: str) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name != unwanted}

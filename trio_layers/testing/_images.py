@@ -1,0 +1,356 @@
+"""Small real images from a description: manifests, configs, indexes, and the sample image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import attrs
+
+from .._digest import DiffID, Digest
+from .._manifest import Descriptor
+from ._layers import (
+    BuiltLayer,
+    Compression,
+    Directory,
+    Entry,
+    File,
+    Format,
+    HardLink,
+    Opaque,
+    Symlink,
+    Whiteout,
+    build_layer,
+    layer_media_type,
+)
+
+__all__ = ["Built", "BuiltImage", "BuiltIndex", "build_image", "build_index", "sample_image"]
+
+_CREATED = "2020-09-13T12:26:40Z"  # layers.MTIME
+
+_MANIFEST: dict[Format, str] = {
+    "oci": "application/vnd.oci.image.manifest.v1+json",
+    "docker": "application/vnd.docker.distribution.manifest.v2+json",
+}
+_INDEX: dict[Format, str] = {
+    "oci": "application/vnd.oci.image.index.v1+json",
+    "docker": "application/vnd.docker.distribution.manifest.list.v2+json",
+}
+_CONFIG: dict[Format, str] = {
+    "oci": "application/vnd.oci.image.config.v1+json",
+    "docker": "application/vnd.docker.container.image.v1+json",
+}
+
+
+@attrs.frozen(kw_only=True)
+class Built:
+    """What images and indexes have in common.
+
+    Attributes:
+        descriptor: Of the manifest.
+        manifest: The manifest's bytes.
+    """
+
+    descriptor: Descriptor
+    manifest: bytes = attrs.field(repr=False)
+
+    @property
+    def digest(self) -> Digest:
+        """The manifest's digest, which is what the image is pulled by."""
+        return self.descriptor.digest
+
+    @property
+    def manifests(self) -> list[tuple[Descriptor, bytes]]:
+        """Every manifest there is to upload, the outermost last."""
+        return [(self.descriptor, self.manifest)]
+
+    @property
+    def blobs(self) -> dict[Digest, bytes | Path]:
+        """Every config and layer there is to upload, or the file it is in."""
+        return {}
+
+    def write_oci_layout(self, directory: str | os.PathLike[str], *, tag: str = "latest") -> None:
+        """Write it to a directory that skopeo knows as ``oci:DIRECTORY:TAG`` (OCI image
+        specification, ``image-layout.md``), if it is in the OCI format: one of Docker's is
+        written as well, but skopeo does not look for it there.
+
+        Layers that are files become hard links of these where that is possible. It blocks:
+        inside trio use `trio.to_thread.run_sync`.
+
+        Raises:
+            OSError: if something cannot be written.
+        """
+        root = Path(directory)
+        blobs = root / "blobs" / "sha256"
+        blobs.mkdir(parents=True, exist_ok=True)
+        for digest, content in self.blobs.items():
+            _place(content, blobs / digest.removeprefix("sha256:"))
+        for descriptor, manifest in self.manifests:
+            _place(manifest, blobs / descriptor.digest.removeprefix("sha256:"))
+        named = attrs.evolve(
+            self.descriptor, annotations={"org.opencontainers.image.ref.name": tag}
+        )
+        index = {"schemaVersion": 2, "manifests": [_descriptor_json(named)]}
+        (root / "index.json").write_bytes(_encode(index))
+        (root / "oci-layout").write_bytes(_encode({"imageLayoutVersion": "1.0.0"}))
+
+
+@attrs.frozen(kw_only=True)
+class BuiltImage(Built):
+    """An image for one platform.
+
+    Attributes:
+        config: The config's bytes.
+        config_descriptor: Of the config; its digest is the image's ID.
+        layers: The layers, bottom first.
+        platform: What it runs on, as ``os/architecture`` or ``os/architecture/variant``.
+    """
+
+    config: bytes = attrs.field(repr=False)
+    config_descriptor: Descriptor
+    layers: tuple[BuiltLayer, ...]
+    platform: str
+
+    @property
+    def diff_ids(self) -> tuple[DiffID, ...]:
+        """The layers' diff IDs, bottom first."""
+        return tuple(layer.diff_id for layer in self.layers)
+
+    @property
+    def blobs(self) -> dict[Digest, bytes | Path]:
+        """The config and the layers, or the files they are in, by digest."""
+        blobs: dict[Digest, bytes | Path] = {self.config_descriptor.digest: self.config}
+        for layer in self.layers:
+            blobs[layer.descriptor.digest] = layer.content
+        return blobs
+
+
+@attrs.frozen(kw_only=True)
+class BuiltIndex(Built):
+    """An image for several platforms (OCI ``image-index.md``; docker's manifest list).
+
+    Attributes:
+        images: One for each platform.
+    """
+
+    images: tuple[BuiltImage, ...]
+
+    @property
+    def manifests(self) -> list[tuple[Descriptor, bytes]]:
+        """The images' manifests, and the index."""
+        inner = [(image.descriptor, image.manifest) for image in self.images]
+        return [*inner, (self.descriptor, self.manifest)]
+
+    @property
+    def blobs(self) -> dict[Digest, bytes | Path]:
+        """The configs and layers of all images, or the files they are in, by digest."""
+        return {key: value for image in self.images for key, value in image.blobs.items()}
+
+
+def build_image(
+    layers: Iterable[Iterable[Entry] | bytes | BuiltLayer],
+    *,
+    compression: Compression = "gzip",
+    format: Format = "oci",
+    platform: str = "linux/amd64",
+    env: Mapping[str, str] | None = None,
+    entrypoint: Sequence[str] = (),
+    cmd: Sequence[str] = (),
+    user: str = "",
+    working_dir: str = "",
+    labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> BuiltImage:
+    """Make an image. Equal arguments give equal bytes, so digests can be written into tests:
+    diff IDs always, and those of blobs where nothing is compressed.
+
+    Args:
+        layers: Bottom first: entries or a finished tar, which become layers here; or layers
+            that `build_layer` or `layers_from_directory` made, where they are to be
+            compressed differently or are large.
+        compression: For the layers that are made here.
+        format: OCI media types, or those of Docker's schema 2; goes for all layers.
+        platform: As ``os/architecture`` or ``os/architecture/variant``.
+        env: The environment of its containers.
+        entrypoint: What they run.
+        cmd: What follows the entrypoint.
+        user: Who they run as.
+        working_dir: Where they start.
+        labels: The config's labels.
+        annotations: The manifest's annotations (OCI only).
+    """
+    built = tuple(_in_format(layer, compression, format) for layer in layers)
+    os_name, architecture, *variant = platform.split("/")
+    container = {
+        "User": user,
+        "Env": [f"{name}={value}" for name, value in (env or {}).items()],
+        "Entrypoint": list(entrypoint),
+        "Cmd": list(cmd),
+        "WorkingDir": working_dir,
+        "Labels": dict(labels or {}),
+    }
+    config = _encode(
+        {
+            "created": _CREATED,
+            "architecture": architecture,
+            **({"variant": variant[0]} if variant else {}),
+            "os": os_name,
+            "config": {key: value for key, value in container.items() if value},
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in built]},
+            "history": [
+                {"created": _CREATED, "created_by": f"layer {index}"} for index in range(len(built))
+            ],
+        }
+    )
+    config_descriptor = _describe(config, _CONFIG[format])
+    manifest = _encode(
+        {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST[format],
+            "config": _descriptor_json(config_descriptor),
+            "layers": [_descriptor_json(layer.descriptor) for layer in built],
+            **({"annotations": dict(annotations)} if annotations else {}),
+        }
+    )
+    return BuiltImage(
+        descriptor=_describe(manifest, _MANIFEST[format]),
+        manifest=manifest,
+        config=config,
+        config_descriptor=config_descriptor,
+        layers=built,
+        platform=platform,
+    )
+
+
+def build_index(images: Iterable[BuiltImage], *, format: Format = "oci") -> BuiltIndex:
+    """Make one image of several, which differ in platform."""
+    images = tuple(images)
+    manifest = _encode(
+        {
+            "schemaVersion": 2,
+            "mediaType": _INDEX[format],
+            "manifests": [
+                {
+                    **_descriptor_json(image.descriptor),
+                    "platform": _platform_json(image.platform),
+                }
+                for image in images
+            ],
+        }
+    )
+    return BuiltIndex(
+        descriptor=_describe(manifest, _INDEX[format]), manifest=manifest, images=images
+    )
+
+
+def sample_image(
+    *,
+    compression: Compression = "gzip",
+    format: Format = "oci",
+    platform: str = "linux/amd64",
+) -> BuiltImage:
+    """The image of the examples: four layers, 800 kB, a bit of all that layers are made of.
+
+    Unpacked in order it has ``/etc/os-release`` (a symlink to ``/usr/lib/os-release``),
+    ``/bin`` (a symlink), ``/srv/app/main`` and its hard link ``/srv/app/run``, no ``/etc/motd``
+    (a whiteout takes it away), and in ``/var/cache/app`` only ``new`` (it is made opaque).
+    """
+    base = [
+        Directory("etc"),
+        File("etc/hostname", data=b"sample\n"),
+        File("etc/motd", data=b"Removed by a later layer.\n"),
+        Symlink("etc/os-release", "../usr/lib/os-release"),
+        Directory("usr"),
+        Directory("usr/bin"),
+        File("usr/bin/hello", data=b"#!/bin/sh\necho hello\n", mode=0o755),
+        Directory("usr/lib"),
+        File("usr/lib/os-release", data=b'NAME="Sample"\nID=sample\nVERSION_ID="1"\n'),
+        Symlink("bin", "usr/bin"),
+        Directory("tmp", mode=0o1777),
+        Directory("var"),
+        Directory("var/cache"),
+    ]
+    application = [
+        Directory("srv"),
+        Directory("srv/app", uid=1000, gid=1000),
+        File("srv/app/main", data=_noise("main", 512 * 1024), mode=0o755, uid=1000, gid=1000),
+        HardLink("srv/app/run", "srv/app/main"),
+        Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
+        File("var/cache/app/old", data=_noise("old", 256 * 1024), uid=1000, gid=1000),
+    ]
+    cleaned = [
+        Directory("etc"),
+        Whiteout("etc/motd"),
+        File("etc/hostname", data=b"sample-2\n"),
+    ]
+    fresh = [
+        Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
+        Opaque("var/cache/app"),
+        File("var/cache/app/new", data=b"fresh\n", uid=1000, gid=1000),
+    ]
+    return build_image(
+        [base, application, cleaned, fresh],
+        compression=compression,
+        format=format,
+        platform=platform,
+        env={"PATH": "/usr/bin"},
+        cmd=["/srv/app/run"],
+        user="1000:1000",
+        working_dir="/srv/app",
+        labels={"org.example.sample": "yes"},
+    )
+
+
+def _noise(seed: str, size: int) -> bytes:
+    """Bytes that do not compress, the same every time."""
+    return hashlib.shake_128(seed.encode()).digest(size)
+
+
+def _in_format(
+    layer: Iterable[Entry] | bytes | BuiltLayer, compression: Compression, format: Format
+) -> BuiltLayer:
+    if not isinstance(layer, BuiltLayer):
+        return build_layer(layer, compression=compression, format=format)
+    media_type = layer_media_type(format, layer.compression)
+    return attrs.evolve(layer, descriptor=attrs.evolve(layer.descriptor, media_type=media_type))
+
+
+def _describe(document: bytes, media_type: str) -> Descriptor:
+    digest = Digest(f"sha256:{hashlib.sha256(document).hexdigest()}")
+    return Descriptor(media_type, digest, len(document))
+
+
+def _descriptor_json(descriptor: Descriptor) -> dict[str, object]:
+    document: dict[str, object] = {
+        "mediaType": descriptor.media_type,
+        "digest": descriptor.digest,
+        "size": descriptor.size,
+    }
+    if descriptor.urls:
+        document["urls"] = list(descriptor.urls)
+    if descriptor.annotations:
+        document["annotations"] = dict(descriptor.annotations)
+    return document
+
+
+def _platform_json(platform: str) -> dict[str, str]:
+    return dict(zip(("os", "architecture", "variant"), platform.split("/"), strict=False))
+
+
+def _encode(document: Mapping[str, object]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def _place(content: bytes | Path, path: Path) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return
+    path.unlink(missing_ok=True)
+    try:
+        os.link(content, path)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(content, path)

@@ -1,0 +1,380 @@
+"""The embedded registry: what it holds, what it answers, and how it is opened.
+
+`Registry` decides, from a request as a value, on an answer as a value; it does no I/O and never
+waits. Two carriers take answers to clients: sockets (``_serve``) and memory (``_transport``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import final
+from urllib.parse import parse_qs
+
+import attrs
+import httpx
+import trio
+
+from .._digest import Digest
+from .._nursery import open_hidden_nursery
+from ._auth import TOKEN_PATH, Auth, Gate
+from ._faults import Fault
+from ._http import Answer, Blob, Exchange, Request, error_answer
+from ._images import Built
+from ._serve import serve
+from ._transport import RegistryTransport
+
+__all__ = ["Registry", "open_registry"]
+
+# OCI distribution specification, ``spec.md``, "Pulling manifests": what names and references are.
+_NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+_ROUTE = re.compile(
+    rf"/v2/(?P<name>{_NAME})/(?P<kind>manifests|blobs|tags)/(?P<reference>[A-Za-z0-9_.:-]+)"
+)
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+@attrs.define(eq=False)
+class _Repository:
+    manifests: dict[Digest, tuple[str, Blob]] = attrs.field(factory=dict)
+    tags: dict[str, Digest] = attrs.field(factory=dict)
+    blobs: dict[Digest, Blob] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class _Rule:
+    pattern: str
+    faults: tuple[Fault, ...]
+    method: str | None
+    skip: int
+    times: float
+
+
+@final
+class Registry:
+    """A registry to pull from (OCI distribution specification, the pull side).
+
+    It serves manifests, blobs with ranges, and tags, to GET and HEAD. `open_registry` puts it
+    on a socket. Made directly it has no socket; then its `transport` is the way to it, on
+    which a test with a `trio.testing.MockClock` gets the same answers.
+
+    Args:
+        host: What its references start with.
+        scheme: ``http`` or ``https``, for `url`.
+        auth: Who may pull.
+
+    Attributes:
+        host: Host and port, as they stand in references.
+        url: The same with the scheme: what a client's ``base_url`` would be.
+        requests: What was asked so far, in order, and what became of it.
+    """
+
+    def __init__(
+        self, host: str = "registry.test", *, scheme: str = "https", auth: Auth | None = None
+    ) -> None:
+        self.host = host
+        self.url = f"{scheme}://{host}"
+        self.requests: list[Exchange] = []
+        self._gate = Gate(auth)
+        self._repositories: dict[str, _Repository] = {}
+        self._rules: list[_Rule] = []
+
+    def __repr__(self) -> str:
+        active = sum(not exchange.ended for exchange in self.requests)
+        return (
+            f"<Registry {self.url}: {len(self._repositories)} repositories, "
+            f"{len(self.requests)} requests, {active} active>"
+        )
+
+    def add(self, image: Built, name: str) -> str:
+        """Make an image available.
+
+        Args:
+            image: An image or an index.
+            name: Where: ``library/demo:latest``; without a tag, by digest only.
+
+        Returns:
+            The reference it can be pulled by: ``127.0.0.1:5000/library/demo:latest``.
+        """
+        repository, _, tag = name.partition(":")
+        for digest, content in image.blobs.items():
+            self.add_blob(repository, content, digest=digest)
+        for descriptor, manifest in image.manifests:
+            self.add_manifest(repository, manifest, media_type=descriptor.media_type)
+        if not tag:
+            return f"{self.host}/{repository}@{image.digest}"
+        self._repository(repository).tags[tag] = image.digest
+        return f"{self.host}/{name}"
+
+    def add_manifest(
+        self, repository: str, manifest: bytes, *, media_type: str, tag: str | None = None
+    ) -> Digest:
+        """Make any bytes available as a manifest, be it one or not; returns their digest."""
+        digest = _digest(manifest)
+        place = self._repository(repository)
+        place.manifests[digest] = (media_type, Blob(manifest, len(manifest)))
+        if tag is not None:
+            place.tags[tag] = digest
+        return digest
+
+    def add_blob(
+        self, repository: str, content: bytes | Path, *, digest: Digest | None = None
+    ) -> Digest:
+        """Make a blob available.
+
+        Args:
+            repository: Where.
+            content: The bytes, or the file they are in, which is read when it is asked for.
+            digest: What it is asked for by; it need not be the content's. Computed by default,
+                which a file is too large for.
+
+        Raises:
+            ValueError: if a file comes without its digest.
+        """
+        if isinstance(content, bytes):
+            size = len(content)
+            digest = _digest(content) if digest is None else digest
+        elif digest is None:
+            raise ValueError(f"the digest of {content} has to be given")
+        else:
+            size = content.stat().st_size
+        self._repository(repository).blobs[digest] = Blob(content, size)
+        return digest
+
+    def remove(self, repository: str, digest: Digest) -> None:
+        """Forget a blob or a manifest, which is answered with a 404 from now on.
+
+        Raises:
+            KeyError: if it is not there.
+        """
+        place = self._repositories[repository]
+        if digest in place.blobs:
+            del place.blobs[digest]
+        else:
+            del place.manifests[digest]
+
+    def inject(
+        self,
+        pattern: str,
+        *faults: Fault,
+        method: str | None = None,
+        skip: int = 0,
+        times: int | None = 1,
+    ) -> None:
+        """Let something go wrong with the requests that match.
+
+        A request suffers the faults of the first rule, in the order of the calls, that matches
+        it and is not used up. Faults come before the check of credentials, and can hit
+        ``/token`` too.
+
+        Args:
+            pattern: Of the request's path, as `fnmatch` knows them: ``*`` matches slashes.
+            faults: All of them happen; where two disagree the last one wins.
+            method: Only of requests with this method, such as ``GET``.
+            skip: So many matching requests are passed over first.
+            times: How many requests it happens to; ``None``: to all from then on.
+        """
+        limit = float("inf") if times is None else times
+        self._rules.append(_Rule(pattern, faults, method, skip, limit))
+
+    def clear_faults(self) -> None:
+        """Nothing goes wrong any more, except in answers already begun."""
+        self._rules.clear()
+
+    def revoke_tokens(self) -> None:
+        """Every token handed out so far is refused from now on."""
+        self._gate.revoke_tokens()
+
+    @property
+    def tokens_issued(self) -> int:
+        """How many tokens were handed out so far."""
+        return self._gate.tokens_issued
+
+    def transport(self) -> httpx.AsyncBaseTransport:
+        """An httpx transport whose every request this registry answers, whatever the host,
+        without sockets and on any clock. Where hosts are to differ, httpx's ``mounts`` give
+        each its own. It keeps to the client's read timeout.
+
+        Blobs from files are not for a mock clock: threads read them, which a clock that jumps
+        does not wait for.
+        """
+        return RegistryTransport(self.respond)
+
+    def respond(self, request: Request, now: float) -> tuple[Answer, Exchange]:
+        """Decide on an answer, and record that it was asked for.
+
+        Args:
+            request: What was asked.
+            now: The time, as trio has it.
+        """
+        exchange = Exchange(
+            method=request.method,
+            path=request.path,
+            query=request.query,
+            headers=request.headers,
+            at=now,
+        )
+        self.requests.append(exchange)
+        faults = self._faults_for(request)
+        for fault in faults:
+            request = fault.change_request(request)
+        answer = self._answer(request, now)
+        for fault in faults:
+            answer = fault.change_answer(request, answer)
+        if request.method == "HEAD":
+            answer = attrs.evolve(answer, stop=answer.start)
+        if not answer.dropped:
+            exchange.status = answer.status
+        return answer, exchange
+
+    def _faults_for(self, request: Request) -> tuple[Fault, ...]:
+        for rule in self._rules:
+            if rule.method not in (None, request.method) or not rule.times:
+                continue
+            if fnmatch.fnmatchcase(request.path, rule.pattern):
+                if rule.skip:
+                    rule.skip -= 1
+                    continue
+                rule.times -= 1
+                return rule.faults
+        return ()
+
+    def _answer(self, request: Request, now: float) -> Answer:
+        if request.path == TOKEN_PATH:
+            token = self._gate.issue(request, now)
+            return token or error_answer(404, "NOT_FOUND", "this registry has no tokens")
+        route = _ROUTE.fullmatch(request.path)
+        refused = self._gate.check(request, route["name"] if route else None, now)
+        if refused is not None:
+            return refused
+        if request.method not in ("GET", "HEAD"):
+            return error_answer(405, "UNSUPPORTED", "this registry can only be pulled from")
+        if request.path in ("/v2", "/v2/"):
+            return _whole(Blob(b"{}", 2), {"Content-Type": "application/json"})
+        if route is None:
+            return error_answer(404, "NAME_INVALID", f"nothing is at {request.path}")
+        repository = self._repositories.get(route["name"])
+        if repository is None:
+            return error_answer(404, "NAME_UNKNOWN", f"no repository {route['name']}")
+        match route["kind"]:
+            case "manifests":
+                return _manifest(repository, route["reference"])
+            case "blobs":
+                return _blob(repository, Digest(route["reference"]), request)
+            case _:
+                return _tags(route["name"], repository, route["reference"], request)
+
+    def _repository(self, name: str) -> _Repository:
+        if not re.fullmatch(_NAME, name):
+            raise ValueError(f"{name!r} is not a repository's name")
+        return self._repositories.setdefault(name, _Repository())
+
+
+@asynccontextmanager
+async def open_registry(
+    *, auth: Auth | None = None, ssl_context: ssl.SSLContext | None = None
+) -> AsyncIterator[Registry]:
+    """A registry on a free port of 127.0.0.1, for as long as the block lasts.
+
+    The body's exceptions come out as they are. Leaving the block cuts what is still being sent;
+    it does not wait.
+
+    Args:
+        auth: Who may pull: anyone; or `BasicAuth`, or `TokenAuth`.
+        ssl_context: Speak TLS, with this certificate; by default it is plain HTTP, which
+            clients allow on loopback.
+    """
+    scheme = "http" if ssl_context is None else "https"
+    async with open_hidden_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port: int = listeners[0].socket.getsockname()[1]
+        registry = Registry(f"127.0.0.1:{port}", scheme=scheme, auth=auth)
+        await nursery.start(serve, registry.respond, listeners, scheme, ssl_context)
+        yield registry
+        nursery.cancel_scope.cancel()
+
+
+def _digest(content: bytes) -> Digest:
+    return Digest(f"sha256:{hashlib.sha256(content).hexdigest()}")
+
+
+def _whole(blob: Blob, headers: dict[str, str]) -> Answer:
+    return Answer(
+        status=200,
+        headers={**headers, "Content-Length": str(blob.size)},
+        blob=blob,
+        stop=blob.size,
+    )
+
+
+def _manifest(repository: _Repository, reference: str) -> Answer:
+    digest = repository.tags.get(reference, Digest(reference))
+    found = repository.manifests.get(digest)
+    if found is None:
+        return error_answer(404, "MANIFEST_UNKNOWN", f"no manifest {reference}")
+    media_type, blob = found
+    headers = {
+        "Content-Type": media_type,
+        "Docker-Content-Digest": digest,
+        "ETag": f'"{digest}"',
+    }
+    return _whole(blob, headers)
+
+
+def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
+    blob = repository.blobs.get(digest)
+    if blob is None:
+        return error_answer(404, "BLOB_UNKNOWN", f"no blob {digest}")
+    etag = f'"{digest}"'
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Docker-Content-Digest": digest,
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+    }
+    asked = _RANGE.fullmatch(request.headers.get("range", ""))
+    # A Range may be ignored (RFC 9110, 14.2): HEAD does, a list does, and so does a client whose
+    # If-Range names something else (13.1.5).
+    if (
+        asked is None
+        or request.method == "HEAD"
+        or request.headers.get("if-range", etag) != etag
+        or not any(asked.groups())
+    ):
+        return _whole(blob, headers)
+    if asked[1]:
+        start = int(asked[1])
+        stop = min(int(asked[2]) + 1, blob.size) if asked[2] else blob.size
+        if asked[2] and int(asked[2]) < start:
+            return _whole(blob, headers)
+    else:
+        start, stop = max(0, blob.size - int(asked[2])), blob.size
+    if start >= blob.size or start >= stop:
+        unsatisfied = {"Content-Range": f"bytes */{blob.size}"}
+        return error_answer(416, "RANGE_INVALID", f"the blob has {blob.size} bytes", unsatisfied)
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{blob.size}"
+    headers["Content-Length"] = str(stop - start)
+    return Answer(status=206, headers=headers, blob=blob, start=start, stop=stop)
+
+
+def _tags(name: str, repository: _Repository, reference: str, request: Request) -> Answer:
+    if reference != "list":
+        return error_answer(404, "NAME_INVALID", f"nothing is at {request.path}")
+    query = parse_qs(request.query)
+    last = query.get("last", [""])[0]
+    tags = sorted(tag for tag in repository.tags if tag > last)
+    headers = {"Content-Type": "application/json"}
+    limit = query.get("n", [""])[0]
+    if limit.isascii() and limit.isdigit() and int(limit) < len(tags):
+        tags = tags[: int(limit)]
+        if tags:
+            following = f"/v2/{name}/tags/list?n={limit}&last={tags[-1]}"
+            headers["Link"] = f'<{following}>; rel="next"'
+    body = json.dumps({"name": name, "tags": tags}).encode()
+    return _whole(Blob(body, len(body)), headers)

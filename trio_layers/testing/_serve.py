@@ -1,0 +1,134 @@
+"""Answers over sockets: HTTP/1.1 as h11 has it, one task for each connection."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from typing import final
+
+import h11
+import trio
+
+from ._http import Answer, BodyStream, ConnectionCut, Request
+from ._transport import Respond
+
+__all__ = ["serve"]
+
+RECEIVE = 64 * 1024
+LARGEST_FORM = 64 * 1024
+
+
+async def serve(
+    respond: Respond,
+    listeners: list[trio.SocketListener],
+    scheme: str,
+    ssl_context: ssl.SSLContext | None,
+    *,
+    task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled; `started` when connections are accepted.
+
+    Args:
+        respond: Decides on the answers.
+        listeners: Where clients come in; closed at the end.
+        scheme: ``http`` or ``https``.
+        ssl_context: What TLS is spoken with, if it is.
+        task_status: As trio has it.
+    """
+
+    async def handle(stream: trio.SocketStream) -> None:
+        transport: trio.abc.Stream = stream
+        if ssl_context is not None:
+            transport = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
+        try:
+            await _Connection(transport, respond, scheme).run()
+        except (trio.BrokenResourceError, ConnectionCut):
+            pass  # the client went, or is to see its connection closed
+        finally:
+            # Forcefully: a TLS client must not get a proper goodbye after half an answer.
+            await trio.aclose_forcefully(transport)
+
+    await trio.serve_listeners(handle, listeners, task_status=task_status)
+
+
+@final
+class _Connection:
+    def __init__(self, stream: trio.abc.Stream, respond: Respond, scheme: str) -> None:
+        self._stream = stream
+        self._respond = respond
+        self._scheme = scheme
+        self._http = h11.Connection(h11.SERVER)
+
+    async def run(self) -> None:
+        """Answer one request after the other. Those that are pipelined wait in h11's buffer."""
+        while True:
+            try:
+                request = await self._next_request()
+            except h11.RemoteProtocolError as error:
+                # Such as TLS, spoken to a port that has none: then the client finds that out.
+                await self._send_head(error.error_status_hint, {"Connection": "close"})
+                return
+            if request is None:
+                return
+            answer, exchange = self._respond(request, trio.current_time())
+            body = BodyStream(answer, exchange)
+            try:
+                await trio.sleep(answer.delay)
+                if answer.dropped:
+                    return
+                await self._send(answer, body)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await body.aclose()
+            if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+                return
+            self._http.start_next_cycle()
+
+    async def _next_request(self) -> Request | None:
+        """The next request with its body, or ``None`` if the client has closed."""
+        event = await self._next_event()
+        if not isinstance(event, h11.Request):
+            return None
+        if self._http.they_are_waiting_for_100_continue:
+            await self._stream.send_all(
+                self._http.send(h11.InformationalResponse(status_code=100, headers=[])) or b""
+            )
+        body = bytearray()
+        while isinstance(data := await self._next_event(), h11.Data):
+            body += data.data
+            if len(body) > LARGEST_FORM:
+                raise h11.RemoteProtocolError("too large", error_status_hint=413)
+        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in event.headers}
+        path, _, query = event.target.decode("ascii").partition("?")
+        return Request(
+            method=event.method.decode("ascii"),
+            origin=f"{self._scheme}://{headers.get('host', '')}",
+            path=path,
+            query=query,
+            headers=headers,
+            body=bytes(body),
+        )
+
+    async def _next_event(self) -> h11.Event:
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                self._http.receive_data(bytes(await self._stream.receive_some(RECEIVE)))
+            elif isinstance(event, h11.Event):
+                return event
+            else:
+                raise AssertionError("h11 is asked for an event only once a cycle has begun")
+
+    async def _send(self, answer: Answer, body: BodyStream) -> None:
+        await self._send_head(answer.status, answer.headers)
+        while data := await body.receive_some():
+            # Data passed through is not copied together with its framing.
+            for piece in self._http.send_with_data_passthrough(h11.Data(data=data)) or ():
+                await self._stream.send_all(piece)
+        end = self._http.send(h11.EndOfMessage())
+        if end:
+            await self._stream.send_all(end)
+
+    async def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        head = h11.Response(status_code=status, headers=list(headers.items()))
+        await self._stream.send_all(self._http.send(head) or b"")
