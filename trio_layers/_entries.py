@@ -4,9 +4,10 @@ The list is the truth about a tree; its ``fs`` directory may lack what could not
 privilege. It is ASCII, one JSON object a line, written in the order of unpacking so that the
 writer keeps nothing in memory. A later line on a path wins:
 
-- ``{"p": path, "t": type, ...}``: this is there now, a new inode. Keys that have their default
-  value are left out: ``m`` mode, ``u`` uid, ``g`` gid, ``s`` mtime in nanoseconds, ``n`` size,
-  ``h`` SHA-256, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64, ``o`` opaque, ``i`` implied.
+- ``{"p": path, "t": type, ...}``: this is there now, a new inode. ``m`` is its mode, ``s`` its
+  mtime in nanoseconds; left out where they have their default are ``u`` uid, ``g`` gid, ``n``
+  size, ``h`` SHA-256, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64, ``o``
+  opaque, ``i`` implied.
 - ``{"p": path, "k": target, ...}``: this is one more name of the inode that ``target`` names,
   which takes over the metadata given here.
 - ``{"p": path, "o": true}``: the directory hides what is below it from now on.
@@ -96,9 +97,9 @@ class Summary:
         diff_id: Of the tar that the tree was unpacked from.
         size: The tar's length in bytes.
         entries: How many entries the tar had.
-        assumed: The directories that were made without an entry of their own, as they were
-            found or not found when they were needed: mode 0755, owner 0:0, no xattrs. Empty for
-            a tree that was unpacked on top of its parent.
+        assumed: Paths of directories that must be, below, as they were taken to be; a slash at
+            the end of one says that it has to be there. Empty for a tree that was unpacked on
+            top of its parent.
         needs_lower: The tree is not whole without what is below it.
         incomplete: Something in the list could not be set in ``fs`` for lack of privilege.
     """

@@ -57,7 +57,7 @@ class InvalidReference(LayersError, ValueError):
     """
 
     def __init__(self, reference: str, reason: str, message: str) -> None:
-        super().__init__(f"invalid image reference {reference!r}: {message}")
+        super().__init__(f"invalid image reference {reference[:256]!r}: {message}")
         self.reference = reference
         self.reason = reason
 
@@ -141,7 +141,8 @@ class DoNotRetry(LayersError):
 
 
 class TransferError(LayersError):
-    """A transfer failed with an error that is not ours: its text; ``__cause__`` has the original."""
+    """A transfer failed with an error that is not ours, and says what that says; the original
+    is its ``__cause__``."""
 
 
 class TransferCancelled(LayersError):

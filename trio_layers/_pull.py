@@ -111,6 +111,7 @@ async def open_puller(
     tls_verify: bool = True,
     max_concurrent_downloads: int = 3,
     max_download_attempts: int = 5,
+    retry_tick: float = 1.0,
 ) -> AsyncIterator[Puller]:
     """Open a puller, in whose block images are pulled into ``store``.
 
@@ -125,6 +126,7 @@ async def open_puller(
         tls_verify: Whether certificates are checked.
         max_concurrent_downloads: How many layers move data at once; 0 means no limit.
         max_download_attempts: How often a layer is tried before its pulls fail.
+        retry_tick: Seconds between two steps of the countdown to another attempt.
 
     Raises:
         StoreError: if the directory is not a store, or cannot be used as one.
@@ -143,6 +145,7 @@ async def open_puller(
                 store,
                 max_concurrent_downloads=max_concurrent_downloads,
                 max_download_attempts=max_download_attempts,
+                retry_tick=retry_tick,
             )
         )
         yield Puller(store, registry, manager)
@@ -291,10 +294,11 @@ class _RegistryLayer:
     async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
         digest = self.descriptor.digest
         async with self._store.ingest(self.descriptor) as ingest:
-            if not ingest.committed:
+            if ingest.committed:  # by another pull, or an earlier one that went no further
+                progress(Status.DOWNLOAD_COMPLETE)
+            else:
                 await self._registry.fetch_blob(self._reference, self.descriptor, ingest, progress)
                 await ingest.commit()
-        progress(Status.DOWNLOAD_COMPLETE)
         return await self._store.open_blob(digest), self.descriptor.size
 
     def registered(self, diff_id: DiffID) -> None:

@@ -7,8 +7,11 @@ called for, so that both ways are used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -25,6 +28,7 @@ from layers.stack import (
 )
 
 from trio_layers import _errors
+from trio_layers._entries import Entry
 from trio_layers._store.rootfs import MergedTree
 from trio_layers._unpack.worker import Limits
 
@@ -147,25 +151,64 @@ def test_every_case_is_an_item(request: pytest.FixtureRequest) -> None:
     assert selected or len(items) >= len(CASES)
 
 
-@pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
-def test_on_parent(case: dict, tmp_path: Path) -> None:
-    """What a layer becomes alone is what it becomes on top of its parent."""
-    plant(tmp_path / "outside")
-    limits = Limits(**case.get("limits", {}))
+UNLIMITED = [(name, case) for name, case in CASES if "limits" not in case]
+
+
+@pytest.mark.parametrize("case", [c for _, c in UNLIMITED], ids=[name for name, _ in UNLIMITED])
+def test_both_ways_and_mounted(case: dict, tmp_path: Path) -> None:
+    """What a layer becomes alone is what it becomes on top of its parent, and what overlayfs
+    makes of the trees is what the merged view shows."""
+    outside = tmp_path / "outside"
+    plant(outside)
+    blobs = [b"".join(maketar.iter_layer(layer, str(outside))) for layer in case["layers"]]
     trees: list[Path] = []
-    blobs = [
-        b"".join(maketar.iter_layer(layer, str(tmp_path / "outside"))) for layer in case["layers"]
-    ]
     try:
-        shared = unpack_stack(blobs, tmp_path, limits)
+        shared = unpack_stack(blobs, tmp_path)
     except (_errors.UnpackError, _errors.DecompressionError):
         shared = []
     try:
         for number, blob in enumerate(blobs):
             target = tmp_path / f"{number}-always-on-parent"
-            unpack_blob(blob, target, MergedTree(trees), limits)
+            unpack_blob(blob, target, MergedTree(trees))
             trees.append(target)
     except (_errors.UnpackError, _errors.DecompressionError):
         assert not shared
         return
-    assert list(MergedTree(trees).walk()) == list(MergedTree(shared).walk())
+    # Below an opaque directory, one that no entry describes has no time of its own.
+    timeless = {
+        entry.path
+        for tree in shared
+        if any(entry.opaque for entry in listed(tree)[0])
+        for entry in listed(tree)[0]
+        if entry.implied
+    }
+    merged = without_times(list(MergedTree(shared).walk()), timeless)
+    assert without_times(list(MergedTree(trees).walk()), timeless) == merged
+    if any(listed(tree)[1].incomplete for tree in trees):
+        return
+    with mounted(trees, tmp_path) as root:
+        seen = on_disk(root)
+    assert without_times(seen, timeless) == without_times(list(MergedTree(trees).walk()), timeless)
+
+
+def without_times(entries: list[Entry], paths: set[bytes]) -> list[Entry]:
+    return [attrs.evolve(e, mtime_ns=0) if e.path in paths else e for e in entries]
+
+
+@contextlib.contextmanager
+def mounted(trees: list[Path], base: Path) -> Iterator[Path]:
+    """The trees as a read-only overlay. An opaque root is not heeded there: the stack ends at it."""
+    stack: list[Path] = []
+    for tree in reversed(trees):
+        stack.append(tree / "fs")
+        if listed(tree)[0][0].opaque:
+            break
+    (base / "empty").mkdir()
+    (base / "mnt").mkdir()
+    option = "lowerdir=" + ":".join(str(path) for path in [*stack, base / "empty"])
+    command = ["mount", "-t", "overlay", "overlay", "-o", option, str(base / "mnt")]
+    subprocess.run(command, check=True)
+    try:
+        yield base / "mnt"
+    finally:
+        subprocess.run(["umount", str(base / "mnt")], check=True)

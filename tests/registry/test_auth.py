@@ -187,6 +187,37 @@ async def test_one_refresh_for_all() -> None:
     assert len(server.token_requests()) == 2
 
 
+async def test_one_failure_for_all() -> None:
+    """Nor is a token server in trouble asked once more by each; each gets an error of its own,
+    and those who come later ask again."""
+    server = TokenRegistry()
+    release = trio.Event()
+
+    async def failing(request: httpx.Request) -> httpx.Response:
+        await release.wait()
+        return httpx.Response(500)
+
+    server.network.hosts[TOKENS] = failing
+    errors: list[RegistryError] = []
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+
+        async def expect_failure() -> None:
+            with pytest.raises(RegistryError, match="answered 500") as caught:
+                await fetch(client)
+            errors.append(caught.value)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(expect_failure)
+            await wait_all_tasks_blocked()
+            release.set()
+        assert len(server.token_requests()) == 1
+        assert len({id(error) for error in errors}) == 5
+        assert {error.status for error in errors} == {500}
+        server.network.hosts[TOKENS] = server.tokens
+        await fetch(client)
+
+
 async def test_a_token_takes_no_second_slot() -> None:
     """With one connection, a token can be fetched between two requests."""
     server = TokenRegistry()

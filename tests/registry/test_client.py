@@ -31,7 +31,7 @@ from trio_layers._errors import (
     RegistryError,
     VerificationError,
 )
-from trio_layers._platform import Platform, host_platform, parse_platform
+from trio_layers._platform import Platform, host_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import ResolvedImage, open_registry_client
 
@@ -354,7 +354,11 @@ async def test_plain_http_only_where_it_is_allowed() -> None:
 
 
 async def test_contradictory_options() -> None:
-    """Whether a given client checks certificates is its own affair."""
+    """Whether a given client checks certificates is its own affair; nobody needs no
+    connections."""
+    with pytest.raises(ValueError, match="max_connections is 0"):
+        async with open_registry_client(max_connections=0):
+            pass  # pragma: no cover
     async with Network().client() as http:
         with pytest.raises(ValueError, match="verify=False"):
             async with open_registry_client(client=http, tls_verify=False):
@@ -366,8 +370,3 @@ async def test_own_client() -> None:
     async with open_registry_client(max_connections=7) as client:
         assert client.statistics().max_connections == 7
         assert repr(client) == ("<RegistryClient: 0 of 7 connections active, 0 requests waiting>")
-
-
-def test_platform_specifiers_are_for_callers() -> None:
-    """What `resolve` takes is what `parse_platform` gives."""
-    assert parse_platform("arm64") == ARM

@@ -285,6 +285,45 @@ async def test_a_body_left_half_way() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_connection_is_used_again() -> None:
+    """After a challenge and a redirect too, since their bodies are read."""
+    asked: list[tuple[int, bytes]] = []
+    connections = 0
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        number = connections
+        async with stream:
+            while (request := await stream.receive_some(65536)).startswith(b"GET "):
+                path = request.split()[1]
+                asked.append((number, path.rpartition(b"/")[2]))
+                if b"Authorization: Basic" not in request:
+                    head, body = b"401 X\r\nWWW-Authenticate: Basic", b'{"errors": []}'
+                elif path != b"/moved":
+                    head, body = b"307 X\r\nLocation: /moved", b"elsewhere"
+                else:
+                    head, body = b"200 X", CONTENT
+                length = str(len(body)).encode()
+                await stream.send_all(
+                    b"HTTP/1.1 " + head + b"\r\nContent-Length: " + length + b"\r\n\r\n" + body
+                )
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve, 0)
+        reference = parse_reference(f"127.0.0.1:{listeners[0].socket.getsockname()[1]}/a")
+        credentials = Credentials("user", "secret")
+        async with (
+            httpx.AsyncClient(trust_env=False) as http,
+            open_registry_client(client=http, credentials=credentials) as client,
+        ):
+            await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+        nursery.cancel_scope.cancel()
+    name = BLOB.digest.encode()
+    assert [path for _, path in asked] == [name, name, b"moved"]
+    assert len({number for number, _ in asked}) == 1
+
+
 async def test_a_plain_registry_on_loopback() -> None:
     """A server that does not understand TLS is asked again without it."""
     registry = FakeRegistry()

@@ -40,7 +40,7 @@ def config(**members: object) -> bytes:
 
 def test_a_domain_that_is_none_is_refused() -> None:
     """A first component with a dot is a domain, so it must be one: nothing could be asked."""
-    with pytest.raises(InvalidReference, match="invalid image reference 'my_host.example/app'"):
+    with pytest.raises(InvalidReference, match=r"invalid image reference 'my_host\.example/app'"):
         parse_reference("my_host.example/app")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sqlite3
 from pathlib import Path
 
 import attrs
@@ -12,6 +13,7 @@ import trio
 from store.world import arriving, describe, digest_of, ingest, opened, visible
 
 from trio_layers._errors import StoreError, VerificationError
+from trio_layers._store import content
 
 DATA = bytes(range(256)) * 16 * 1024  # 4 MiB
 DESCRIPTOR = describe(DATA)
@@ -164,6 +166,24 @@ async def test_a_damaged_file_whose_row_was_never_written_is_replaced(tmp_path: 
                 await sink.commit()
             await sink.write(DATA)
             await sink.commit()
+        assert await store.read_blob(DESCRIPTOR.digest) == DATA
+
+
+async def test_a_row_that_could_not_be_written_is_written_by_another_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise sqlite3.OperationalError("the row")
+
+    async with opened(tmp_path) as store, store.ingest(DESCRIPTOR) as sink:
+        await sink.write(DATA)
+        with monkeypatch.context() as patch:
+            patch.setattr(content, "add_blob", fail)
+            with pytest.raises(StoreError, match="the row"):
+                await sink.commit()
+        assert await store.blob(DESCRIPTOR.digest) is None
+        assert (sink.committed, sink.offset) == (False, len(DATA))
+        await sink.commit()
         assert await store.read_blob(DESCRIPTOR.digest) == DATA
 
 

@@ -58,7 +58,12 @@ async def swept(path: Path) -> None:
 async def test_killed_in_an_ingest_what_was_written_is_resumed(tmp_path: Path) -> None:
     await crash(tmp_path, "ingest")
     assert visible(tmp_path) == []
+    assert len(arriving(tmp_path)) == 2
     async with opened(tmp_path) as store:
+        with trio.fail_after(30):
+            while len(arriving(tmp_path)) > 1:
+                await trio.lowlevel.checkpoint()
+        assert [name for name in arriving(tmp_path) if name.endswith(".lock")] == []
         async with store.ingest(describe(DATA)) as sink:
             assert (sink.offset, sink.digest) == (ARRIVED, digest_of(DATA[:ARRIVED]))
             await sink.write(DATA[ARRIVED:])

@@ -98,6 +98,25 @@ async def test_a_catalog_that_cannot_grow(small_disk: Path) -> None:
         assert await store.read_blob(describe(b"there is space").digest) == b"there is space"
 
 
+async def test_a_commit_that_failed_is_tried_again(small_disk: Path) -> None:
+    path = small_disk / "store"
+    async with opened(path) as store:
+        data = NOISE[:MIB]
+        async with store.ingest(describe(data)) as sink:
+            await sink.write(data)
+            fill(small_disk / "filler")
+            with pytest.raises(StoreFull):
+                for number in range(1000):
+                    await store.put_blob(describe(b"%d" % number), b"%d" % number)
+            with pytest.raises(StoreFull):
+                await sink.commit()
+            assert (sink.committed, sink.offset) == (False, MIB)
+            (small_disk / "filler").unlink()
+            await sink.commit()
+            assert sink.committed
+        assert await store.read_blob(describe(data).digest) == data
+
+
 async def test_a_store_that_cannot_be_opened_for_lack_of_space_is_opened_later(
     small_disk: Path,
 ) -> None:

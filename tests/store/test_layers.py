@@ -220,6 +220,21 @@ async def test_a_stored_blob_does_not_vouch_for_another_stream(tmp_path: Path) -
         assert await store.get(chain_of(BASE)) is None
 
 
+async def test_a_blob_that_was_damaged_later_is_not_unpacked_on_top(tmp_path: Path) -> None:
+    tar = tar_of(assumes="", some="thing")
+    unpacker = TarUnpacker()
+    async with opened(tmp_path, unpacker) as store:
+        await register(store, BASE)
+        await store.register(Stream(tar), None, describe(tar))
+        path = await store.blob(digest_of(tar))
+        assert path is not None
+        path.write_bytes(tar.replace(b"thing", b"thong"))
+        unpacker.assumption = False
+        with pytest.raises(VerificationError, match=digest_of(tar)):
+            await store.register(Stream(tar), chain_of(BASE), describe(tar))
+        assert store.statistics().unpacking == 0
+
+
 @pytest.mark.parametrize("data", [BASE.data, b"plain and short"], ids=["gzip", "plain"])
 async def test_a_stream_that_fails_in_its_beginning(tmp_path: Path, data: bytes) -> None:
     failure = OSError("the beginning")

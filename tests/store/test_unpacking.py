@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import os
 import random
+import stat
+import subprocess
+import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ import trio
 from store.world import Blob, Stream, arriving, chain_of, describe, digest_of, layer_of, visible
 
 from trio_layers._digest import DiffID
-from trio_layers._errors import UnpackError
+from trio_layers._errors import UnpackError, UnsupportedStore
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
 from trio_layers._unpack import worker
 
@@ -115,3 +119,28 @@ async def test_cancelled_in_the_middle_of_a_file_nothing_is_left_but_its_bytes(
             assert sink.offset == 200_000
     assert arriving(tmp_path) == [blob.file_name + ".partial"]
     assert os.listdir(tmp_path / "leases") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become somebody else")
+def test_without_privilege() -> None:
+    """A store of a user who is not root; one that root opens, and leaves alone."""
+    script = Path(__file__).with_name("unprivileged.py")
+    # Not in tmp_path, which is for its owner only.
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        path = Path(name) / "store"
+        run = subprocess.run(
+            [sys.executable, script, path],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(script.parent.parent)},
+        )
+        assert (run.stdout, run.stderr) == ("done\n", "")
+        assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (65534, 0o700)
+        with pytest.raises(UnsupportedStore, match="65534"):
+            trio.run(open_and_leave, path)
+
+
+async def open_and_leave(path: Path) -> None:
+    async with open_store(path, unpacker=worker):
+        pytest.fail("entered")

@@ -18,7 +18,7 @@ import attrs
 import httpx
 import trio
 
-from .._errors import AuthenticationError, RegistryError
+from .._errors import AuthenticationError, LayersError, RegistryError
 from .._reference import Reference
 from .answers import give_up, read_error, readable
 from .hosts import is_loopback
@@ -32,6 +32,8 @@ MIN_TOKEN_LIFETIME: Final = 60.0
 # A token that would end while a request is on its way is of no use.
 EXPIRY_MARGIN: Final = 5.0
 MAX_TOKENS: Final = 1000
+# Characters. Real ones are a few hundred long; this many are parsed within 100 ms.
+MAX_FIELD_SIZE: Final = 16 * 1024
 
 
 @attrs.frozen
@@ -83,9 +85,9 @@ def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
     """The challenges of a response's WWW-Authenticate fields, in their order.
 
     A field may hold several (RFC 9110, 11.6.1). Where one breaks the grammar the rest of that
-    field is left out, and what came before it stands.
+    field is left out, and what came before it stands. So is what exceeds `MAX_FIELD_SIZE`.
     """
-    return [challenge for header in headers for challenge in _parse_field(header)]
+    return [challenge for header in headers for challenge in _parse_field(header[:MAX_FIELD_SIZE])]
 
 
 def _parse_field(text: str) -> list[Challenge]:
@@ -138,6 +140,8 @@ class _Token:
     lock: trio.Lock = attrs.field(factory=trio.Lock)
     value: str | None = attrs.field(default=None, repr=False)
     expires: float = 0.0
+    failures: int = 0
+    error: LayersError | None = None
 
     def valid(self) -> str | None:
         return self.value if trio.current_time() < self.expires else None
@@ -145,10 +149,7 @@ class _Token:
 
 @final
 class Authenticator:
-    """Remembers how each registry wants to be asked, and the tokens it has got.
-
-    Everything here is for one registry and one repository of it, since tokens are.
-    """
+    """Remembers how each repository's registry wants to be asked, and the tokens that were got."""
 
     def __init__(
         self, transport: Transport, credentials: CredentialsFor | None, *, plain_http: bool
@@ -166,8 +167,8 @@ class Authenticator:
         """What to send with a request for the reference's repository; ``None``: nothing, as
         far as is known.
 
-        Waits for a token if one is needed; that wait is shared by all who need it, and survives
-        the cancellation of any of them.
+        Waits for a token if one is needed. One request serves all who wait meanwhile, also if it
+        fails. If the task that makes it is cancelled, another one of them makes it.
 
         Raises:
             AuthenticationError: if the token server refuses.
@@ -181,13 +182,24 @@ class Authenticator:
         if challenge.scheme == "basic":
             await trio.lowlevel.checkpoint()
             return _basic(credentials)
-        token = self._token(self._grant(challenge, reference, credentials))
+        grant = self._grant(challenge, reference, credentials)
+        token = self._token(grant)
+        failures = token.failures
         async with token.lock:
             value = token.valid()
-            if value is None:
-                await self._fetch(token, challenge, reference, credentials)
-                value = token.value
-        return f"Bearer {value}"
+            if value is not None:
+                return f"Bearer {value}"
+            if token.error is not None and token.failures != failures:
+                # Whoever held the lock asked for all who waited for it.
+                raise token.error._again() from token.error
+            try:
+                value, token.expires = await self._fetch(grant, reference)
+            except LayersError as error:
+                token.failures += 1
+                token.error = error
+                raise
+            token.value, token.error = value, None
+            return f"Bearer {value}"
 
     def refused(self, reference: Reference, answer: Answer, sent: str | None) -> bool:
         """Learn from a 401; whether asking again may help.
@@ -244,27 +256,22 @@ class Authenticator:
             token = self._tokens[grant] = _Token()
         return token
 
-    async def _fetch(
-        self,
-        token: _Token,
-        challenge: Challenge,
-        reference: Reference,
-        credentials: Credentials | None,
-    ) -> None:
-        grant = self._grant(challenge, reference, credentials)
+    async def _fetch(self, grant: _Grant, reference: Reference) -> tuple[str, float]:
+        """A new token, and when it expires, by trio's clock."""
         url = self._realm(grant.realm, reference)
         query = [("service", grant.service)] if grant.service else []
         query += [("scope", scope) for scope in grant.scope.split()]
         url = url.copy_with(params=[*url.params.multi_items(), *query])
         began = trio.current_time()
         what = f"a token to pull {reference.name}"
-        async with self._transport.get(url, what, authorization=_basic(credentials)) as answer:
+        async with self._transport.get(
+            url, what, authorization=_basic(grant.credentials)
+        ) as answer:
             if answer.status != 200:
                 raise await read_error(answer, what)
             body = await answer.read(MAX_TOKEN_SIZE)
         value, lifetime = _decode_token(body, answer.host, reference)
-        token.value = value
-        token.expires = began + max(lifetime, MIN_TOKEN_LIFETIME) - EXPIRY_MARGIN
+        return value, began + max(lifetime, MIN_TOKEN_LIFETIME) - EXPIRY_MARGIN
 
     def _realm(self, realm: str, reference: Reference) -> httpx.URL:
         """The token server's URL: credentials and tokens travel there, so it has to be HTTPS

@@ -77,11 +77,11 @@ class BlobFetch:
                 if end is not None:
                     resumed = sink.offset > 0
                     await self._receive(answer, end, resumed)
-        self.progress(Status.VERIFYING, size, size)
+        self.progress(Status.VERIFYING)
         if sink.digest != digest:
             raise await self._wrong(resumed)
         self.tags.forget(digest)
-        self.progress(Status.DOWNLOAD_COMPLETE, size, size)
+        self.progress(Status.DOWNLOAD_COMPLETE)
 
     def _range(self) -> dict[str, str]:
         if self.sink.offset == 0:

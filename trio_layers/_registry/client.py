@@ -133,8 +133,11 @@ async def open_registry_client(
         max_connections: How many requests are under way at once; more wait.
 
     Raises:
-        ValueError: if ``tls_verify`` is switched off for a client that was given.
+        ValueError: if ``max_connections`` is less than 1, or if ``tls_verify`` is switched off
+            for a client that was given.
     """
+    if max_connections < 1:
+        raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
     if client is not None:
         if not tls_verify:
             raise ValueError("tls_verify is for our own client: make yours with verify=False")
@@ -287,7 +290,7 @@ class RegistryClient:
                 is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
                 was there before may be to blame, another attempt may do better.
             RegistryError: as for `resolve`; caused by `DoNotRetry` for statuses of the client's
-                fault, except 408 and 429. Also if nothing came for 60 seconds.
+                fault, except 408, 416 and 429. Also if nothing came for 60 seconds.
         """
         path = f"blobs/{descriptor.digest}"
         what = f"blob {descriptor.digest} of {reference.name}"
@@ -348,6 +351,7 @@ class RegistryClient:
                 self._bases[reference.domain] = base
                 asks = answer.status == 401 and not answer.redirected and not last
                 if asks and self._authenticator.refused(reference, answer, authorization):
+                    await answer.skip()
                     continue
                 unsatisfiable = "Range" in headers and answer.status == 416
                 if not (200 <= answer.status < 300 or unsatisfiable):

@@ -27,9 +27,12 @@ log = logging.getLogger("trio_layers.registry")
 MAX_REDIRECTS: Final = 5
 
 # Seconds. No byte for as long as `read` ends an attempt. The pool's is not needed: see above.
+# A server that takes TLS for the beginning of a long request is given up with `connect`.
 TIMEOUT: Final = httpx.Timeout(connect=30, read=60, write=60, pool=None)
-PROBE_TIMEOUT: Final = httpx.Timeout(5, pool=None)
+PROBE_TIMEOUT: Final = httpx.Timeout(connect=5, read=60, write=60, pool=None)
 CLOSE_GRACE: Final = 5.0
+# Bytes.
+MAX_SKIPPED: Final = 64 * 1024
 
 _NOTHING: Final[Mapping[str, str]] = {}
 
@@ -64,6 +67,11 @@ class Answer:
             if len(data) > limit:
                 break
         return bytes(data)
+
+    async def skip(self) -> None:
+        """Read what is no use, so that the connection is: one whose body is left before its end
+        is closed. A long body is not worth it."""
+        await self.read(MAX_SKIPPED)
 
 
 @final
@@ -119,6 +127,7 @@ class Transport:
                 if answer.location is None:
                     yield answer
                     return
+                await answer.skip()
             target = self._redirected(target, answer.location)
         raise RegistryError(
             f"{_host(url)} redirects more than {MAX_REDIRECTS} times", host=_host(url)

@@ -340,7 +340,13 @@ class Content:
         if find_blob(connection, descriptor.digest) is not None:
             os.unlink(source)
             return
-        os.rename(source, self.path(descriptor.digest))
+        target = self.path(descriptor.digest)
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            # A commit before this one could rename it, and then not write its row.
+            if not target.exists():
+                raise
         sync_directory(self._blobs)
         add_blob(connection, descriptor.digest, descriptor.size)
 

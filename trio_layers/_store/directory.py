@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import sqlite3
 from collections.abc import AsyncIterator
@@ -24,8 +23,6 @@ from .catalog import (
     Catalog,
     StoredImage,
     StoredLayer,
-    add_leases,
-    drop_leases,
     find_blob,
     find_image,
     find_images,
@@ -35,13 +32,12 @@ from .catalog import (
 from .content import BlobStream, Content, Ingest
 from .files import replace_file
 from .layout import index_document, open_directory
+from .leases import Lease, open_lease
 from .rootfs import MergedTree, RootfsView
 from .scratch import Scratch, open_scratch
 from .trees import Base, Trees, Unpacker
 
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
-
-logger = logging.getLogger(__name__)
 
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 
@@ -125,36 +121,6 @@ class StoreStatistics:
 
 
 @final
-class Lease:
-    """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
-
-    def __init__(self, catalog: Catalog, holder: str, name: str) -> None:
-        self._catalog = catalog
-        self._holder = holder
-        self._name = name
-        self._digests: set[Digest] = set()
-
-    def __repr__(self) -> str:
-        return f"<Lease {self._holder}/{self._name}: {len(self._digests)} held>"
-
-    @property
-    def digests(self) -> frozenset[Digest]:
-        """What is held."""
-        return frozenset(self._digests)
-
-    async def hold(self, *digests: Digest | None) -> None:
-        """Hold more: blobs by their digest, layers with all that is below them by their chain
-        ID, images by their manifest's. They need not be there yet. ``None`` is left out.
-
-        Raises:
-            StoreError: for what the disk does.
-        """
-        new = {digest for digest in digests if digest is not None} - self._digests
-        await self._catalog.write(add_leases, self._holder, self._name, new)
-        self._digests |= new
-
-
-@final
 class DirectoryStore:
     """Layers, blobs and images in a directory. It comes from `open_store`.
 
@@ -223,7 +189,7 @@ class DirectoryStore:
         process, do not do the work twice: one waits.
 
         Cancellation: the layer is not there, or it is there and returned all the same. What
-        came of the blob is kept.
+        came of the blob is kept if ``descriptor`` says which it is.
 
         Raises:
             DecompressionError: as for `LayerStore.register`.
@@ -238,7 +204,8 @@ class DirectoryStore:
             if below is None:
                 raise StoreError(f"there is no layer {parent} to put another on")
         try:
-            row = await self._trees.register(stream, Base(parent, _trees(below)), descriptor)
+            base = Base(parent, MergedTree(_trees(below)))
+            row = await self._trees.register(stream, base, descriptor)
             return self._refer(self._layer([row], below))
         finally:
             if below is not None:
@@ -371,17 +338,9 @@ class DirectoryStore:
         The lease ends with the block, at the latest with the process.
         """
         name = str(next(self._lease_names))
-        lease = Lease(self._catalog, self._scratch.holder, name)
-        try:
+        async with open_lease(self._catalog, self._scratch.holder, name) as lease:
             await lease.hold(*digests)
             yield lease
-        finally:
-            try:
-                with trio.CancelScope(shield=True):
-                    await self._catalog.write(drop_leases, self._scratch.holder, name)
-            except StoreError as error:
-                # It ends with the process, if not now.
-                logger.warning("cannot end a lease: %s", error)
 
     def _put_image(self, connection: sqlite3.Connection, image: StoredImage) -> None:
         for blob in (image.manifest, image.config, image.index):

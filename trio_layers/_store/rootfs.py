@@ -17,6 +17,7 @@ import attrs
 import trio
 
 from .._entries import Entry, parse_entries
+from .._errors import StoreError
 
 __all__ = ["MergedTree", "RootfsView"]
 
@@ -50,7 +51,7 @@ class MergedTree:
         trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last.
 
     Raises:
-        StoreError: (all methods) if a list of entries is damaged.
+        StoreError: (all methods) if a list of entries is damaged or cannot be read.
     """
 
     def __init__(self, trees: Sequence[Path]) -> None:
@@ -71,9 +72,8 @@ class MergedTree:
             if self._loaded:
                 return
             for number, tree in enumerate(self._trees):
-                with open(tree / "entries", "rb") as lines:
-                    for entry in parse_entries(lines)[0]:
-                        self._put(entry, number)
+                for entry in _listed(tree):
+                    self._put(entry, number)
             self._number_links()
             self._loaded = True
 
@@ -180,6 +180,17 @@ class MergedTree:
                 node.entry = attrs.evolve(node.entry, links=first)
             if first is not None:
                 self._names[tree, first] = names
+
+
+def _listed(tree: Path) -> list[Entry]:
+    try:
+        with open(tree / "entries", "rb") as lines:
+            return parse_entries(lines)[0]
+    except OSError as error:
+        raise StoreError(
+            f"{tree}: its list of entries cannot be read ({error.strerror}); "
+            "remove the layer and pull it again"
+        ) from error
 
 
 def _error(number: int, path: bytes) -> OSError:

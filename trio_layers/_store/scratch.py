@@ -138,7 +138,7 @@ class Scratch:
         """Remove what dead holders left, then whatever is discarded, until cancelled."""
         try:
             await self._sweep_after_the_dead(catalog)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             # Nothing of it is visible, and the next to open the store tries again.
             logger.warning("cannot remove what is left of other processes: %s", error)
         while True:
@@ -159,6 +159,7 @@ class Scratch:
                 await trio.to_thread.run_sync(os.unlink, path)
             finally:
                 os.close(descriptor)
+        await trio.to_thread.run_sync(self._remove_locks)
 
     def _try_lock(self, path: Path) -> int | None:
         with disk_errors(self._leases):
@@ -168,6 +169,13 @@ class Scratch:
         """The other holders: by their files, and by what is left of them without one."""
         named = {match[1] for name in os.listdir(self._ingest) if (match := _HELD.fullmatch(name))}
         return (named | set(os.listdir(self._leases))) - {self.holder}
+
+    def _remove_locks(self) -> None:
+        """Those that the dead held; who waits for one meanwhile tries again."""
+        for path in self._ingest.glob("*.lock"):
+            descriptor = try_lock(path)
+            if descriptor is not None:
+                unlock(path, descriptor)
 
     def _remove(self, holder: str, suffix: str) -> None:
         for name in os.listdir(self._ingest):

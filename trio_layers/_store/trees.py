@@ -34,7 +34,7 @@ from .catalog import (
     set_diff_id,
 )
 from .content import Content, Partial
-from .files import store_error, sync_directory, sync_file_system
+from .files import disk_errors, store_error, sync_directory, sync_file_system
 from .rootfs import MergedTree
 from .scratch import Scratch
 
@@ -111,11 +111,11 @@ class Base:
 
     Attributes:
         chain_id: The chain ID of the layer below; ``None``: nothing is below.
-        trees: The trees of the layers below, bottom first.
+        lower: What is below, merged; it is read from disk when it is first needed.
     """
 
     chain_id: ChainID | None
-    trees: tuple[Path, ...]
+    lower: MergedTree
 
 
 @final
@@ -220,7 +220,7 @@ class Trees:
         if tree is None:
             return None
         if not await self._holds(tree, base):
-            return await self._upon(base, blob.digest)
+            return await self._upon(base, _blob_descriptor(blob.digest, blob.size))
         return await self._catalog.write(self._place, None, tree, base, blob.digest)
 
     async def _from_stream(
@@ -237,20 +237,24 @@ class Trees:
             tree = _stored_tree(unpacked, unpacked.diff_id)
             if not unpacked.needs_lower and await self._holds(tree, base):
                 return await self._catalog.write(self._place, target, tree, base, blob.digest)
-        return await self._upon(base, blob.digest)
+        return await self._upon(base, blob)
 
-    async def _upon(self, base: Base, blob: Digest) -> StoredLayer:
+    async def _upon(self, base: Base, blob: Descriptor) -> StoredLayer:
         """Unpack a stored blob through what is below it."""
-        stream = await self._content.open(blob)
-        async with stream, self._scratch.name("tree") as target:
-            lower = MergedTree(base.trees)
-            unpacked, _ = await self._unpack(_Reader(stream), target, lower=lower)
+        async with self._scratch.name("tree") as target:
+            async with await self._content.open(blob.digest) as stream:
+                unpacked, _ = await self._unpack(
+                    _Reader(stream), target, lower=base.lower, expected=blob
+                )
             tree = _stored_tree(unpacked, extend_chain(base.chain_id, unpacked.diff_id))
-            return await self._catalog.write(self._place, target, tree, base, blob)
+            return await self._catalog.write(self._place, target, tree, base, blob.digest)
 
     async def _holds(self, tree: StoredTree, base: Base) -> bool:
-        lower = MergedTree(base.trees)
-        return await trio.to_thread.run_sync(self._unpacker.holds, tree.assumed, lower)
+        def check() -> bool:
+            with disk_errors(self._trees):
+                return self._unpacker.holds(tree.assumed, base.lower)
+
+        return await trio.to_thread.run_sync(check)
 
     async def _unpack(
         self,
@@ -282,7 +286,7 @@ class Trees:
             )
             digest, size = reader.finish()
             if expected is None:
-                expected = Descriptor("application/octet-stream", digest, size)
+                expected = _blob_descriptor(digest, size)
             elif (digest, size) != (expected.digest, expected.size):
                 raise VerificationError(
                     f"layer {expected.digest} should be {expected.size} bytes long, but what came "
@@ -320,6 +324,11 @@ class Trees:
             add_layer(connection, layer)
         set_diff_id(connection, blob, tree.diff_id)
         return layer
+
+
+def _blob_descriptor(digest: Digest, size: int) -> Descriptor:
+    # What a layer's media type says is not believed, so it is not kept either.
+    return Descriptor("application/octet-stream", digest, size)
 
 
 def _stored_tree(unpacked: Unpacked, id: Digest) -> StoredTree:

@@ -68,7 +68,7 @@ class TreeWriter:
     """Writes one layer's members below a directory, and lists them as it goes.
 
     Attributes:
-        assumed: Directories made without an entry while nothing was known of what is below.
+        assumed: What was taken for granted while nothing was known of what is below: see `holds`.
         needs_lower: The layer has a hard link to a file that is not its own, and was not given
             what is below: the tree is not whole.
     """
@@ -493,7 +493,13 @@ class TreeWriter:
             self._whiteout(path)
 
     def _whiteout(self, path: bytes) -> None:
+        """Cover what is at ``path`` below, if there may be something: overlayfs shows the name
+        of a whiteout in a directory that it does not merge with another."""
+        if self._hidden(path) or (self._lower is not None and self._below(path) is None):
+            return
         parent, name = split(path)
+        if self._lower is None:
+            self._assumed[parent + b"/"] = None
         entry = Entry(path=path, type="whiteout", mode=0)
         self._nodes.special(self._directories.open(parent), name, entry)
         self._whiteouts.add(path)

@@ -33,8 +33,8 @@ class Unpacked:
         diff_id: The digest of its tar.
         size: The tar's length in bytes, all that follows its end included.
         entries: How many entries the tar had.
-        assumed: The directories that were made without an entry of their own (see `holds`).
-            Empty if the layer was unpacked on top of its parent.
+        assumed: What must be so below for the tree to fit (see `holds`). Empty if the layer was
+            unpacked on top of its parent.
         needs_lower: The tree is not whole: the layer must be unpacked on top of its parent.
         incomplete: Something could not be set for lack of privilege; the list of entries has it.
     """
@@ -134,12 +134,19 @@ def _unpack(
 def holds(assumed: Iterable[bytes], lower: LowerTree) -> bool:
     """Whether a tree that was unpacked without its parent fits on this one.
 
-    It does if what it assumed is so: each directory that had to be made without an entry is not
-    there below, or is a directory with the metadata that it was made with.
+    Args:
+        assumed: What must be so. A path stands for a directory that had to be made without an
+            entry: below it is not there, or is a directory with the metadata it was made with.
+            A path with a slash at its end stands for one that has whiteouts in it: below it is a
+            directory.
+        lower: The parent, with all that is below it.
     """
     for path in assumed:
-        below = lower.lookup(path)
-        if below is not None and _differs(below):
+        below = lower.lookup(path.removesuffix(b"/"))
+        if path.endswith(b"/"):
+            if below is None or below.type != "dir":
+                return False
+        elif below is not None and _differs(below):
             return False
     return True
 

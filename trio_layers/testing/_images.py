@@ -260,6 +260,7 @@ def sample_image(
     (a whiteout takes it away), and in ``/var/cache/app`` only ``new`` (it is made opaque).
     """
     base = [
+        Directory(""),
         Directory("etc"),
         File("etc/hostname", data=b"sample\n"),
         File("etc/motd", data=b"Removed by a later layer.\n"),
@@ -274,20 +275,28 @@ def sample_image(
         Directory("var"),
         Directory("var/cache"),
     ]
+    # As Docker does, each layer lists the directories above what it holds.
     application = [
+        Directory(""),
         Directory("srv"),
         Directory("srv/app", uid=1000, gid=1000),
         File("srv/app/main", data=_noise("main", 512 * 1024), mode=0o755, uid=1000, gid=1000),
-        HardLink("srv/app/run", "srv/app/main"),
+        HardLink("srv/app/run", "srv/app/main", mode=0o755, uid=1000, gid=1000),
+        Directory("var"),
+        Directory("var/cache"),
         Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
         File("var/cache/app/old", data=_noise("old", 256 * 1024), uid=1000, gid=1000),
     ]
     cleaned = [
+        Directory(""),
         Directory("etc"),
         Whiteout("etc/motd"),
         File("etc/hostname", data=b"sample-2\n"),
     ]
     fresh = [
+        Directory(""),
+        Directory("var"),
+        Directory("var/cache"),
         Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
         Opaque("var/cache/app"),
         File("var/cache/app/new", data=b"fresh\n", uid=1000, gid=1000),

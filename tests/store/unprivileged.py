@@ -1,0 +1,30 @@
+"""A process that gives up root, and stores a layer: run by test_unpacking."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import trio
+from store.test_unpacking import IMPLYING, PRIVATE, register
+
+from trio_layers._store.directory import open_store
+from trio_layers._unpack import worker
+
+
+async def main(path: Path) -> None:
+    async with open_store(path, unpacker=worker) as store:
+        await register(store, PRIVATE, IMPLYING)
+    async with open_store(path, unpacker=worker) as store:
+        top = await register(store, PRIVATE, IMPLYING)
+        rootfs = await store.rootfs(top.chain_id)
+        assert await rootfs.read_bytes("/etc/group") == b"wheel"
+
+
+if __name__ == "__main__":
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    trio.run(main, Path(sys.argv[1]))
+    print("done")
