@@ -24,7 +24,7 @@ import trio
 from ._display import open_display
 from ._errors import LayersError
 from ._nursery import open_hidden_nursery
-from ._pull import Image, open_puller
+from ._pull import Image, open_puller, open_store
 from ._registry.auth import Credentials
 from ._version import __version__
 
@@ -237,8 +237,8 @@ def _images_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _images(arguments: argparse.Namespace) -> int:
-    async with open_puller(arguments.store) as puller:
-        images = await puller.store.images()
+    async with open_store(arguments.store) as store:
+        images = await store.images()
     for image in images:
         print(image.reference, image.platform or "-", image.manifest.digest)
     return 0

@@ -26,14 +26,13 @@ LAYER = SimpleNamespace(
 
 
 class FakePuller:
-    """Also the function that opens it. What is in `trouble` fails."""
+    """Also its store, and the function that opens either. What is in `trouble` fails."""
 
     def __init__(self) -> None:
         self.opened: list[tuple[object, dict[str, object]]] = []
         self.pulled: list[tuple[str, object]] = []
         self.trouble: dict[str, BaseException] = {}
         self.listed: list[SimpleNamespace] = []
-        self.store = self
 
     @asynccontextmanager
     async def __call__(self, store: object, **options: object) -> AsyncIterator[FakePuller]:
@@ -67,6 +66,7 @@ class FakePuller:
 def puller(monkeypatch: pytest.MonkeyPatch) -> FakePuller:
     fake = FakePuller()
     monkeypatch.setattr(_cli, "open_puller", fake)
+    monkeypatch.setattr(_cli, "open_store", fake)
     return fake
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -50,7 +51,10 @@ async def test_plain_prints_an_action_that_comes_back() -> None:
     assert lines.splitlines() == [f"a: {word}" for word in words]
 
 
-async def test_json_has_dockers_fields_and_only_the_newest_of_counts_that_came_together() -> None:
+async def test_json_has_dockers_fields_and_the_newest_of_counts_that_came_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_display, "INTERVAL", math.inf)
     messages = [json.loads(line) for line in (await shown("json", PULL)).splitlines()]
     assert messages == [
         {"status": "Pulling fs layer", "progressDetail": {}, "id": "aaa"},

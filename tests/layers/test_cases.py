@@ -197,7 +197,7 @@ def without_times(entries: list[Entry], paths: set[bytes]) -> list[Entry]:
 
 @contextlib.contextmanager
 def mounted(trees: list[Path], base: Path) -> Iterator[Path]:
-    """The trees as a read-only overlay. An opaque root is not heeded there: the stack ends at it."""
+    """The trees as a read-only overlay, which heeds no opaque root: the stack ends at it."""
     stack: list[Path] = []
     for tree in reversed(trees):
         stack.append(tree / "fs")

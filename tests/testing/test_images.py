@@ -208,7 +208,7 @@ def test_sample_image_is_the_same_in_every_run() -> None:
     """Written down where compression cannot change it."""
     assert sample_image().diff_ids == sample_image(compression="zstd", format="docker").diff_ids
     assert sample_image(compression="none").digest == (
-        "sha256:97fa2676d692304ff93f95474c3c91e49964da9910f4e60b75855760b08f5da3"
+        "sha256:e1d43b5489adcdad30227d85ffdf2d4f1e3599f926fa7023665747ad30002156"
     )
 
 

@@ -207,6 +207,20 @@ class Nodes:
         else:
             os.setxattr(descriptor, self._powers.overlay + "opaque", b"y")
 
+    def attribute(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
+        """Set one extended attribute of what is open, or of what its handle leads to."""
+        try:
+            os.setxattr(subject, attribute, value)
+        except OSError as error:
+            known = attribute.startswith(_NAMESPACES)
+            if known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
+                self.incomplete = True
+                return
+            name = path.decode("utf-8", "backslashreplace")
+            raise UnpackError(
+                f"cannot set the attribute {attribute[:256]!r} of {name[:256]!r}: {error.strerror}"
+            ) from error
+
     def _node(self, parent: int, name: bytes, kind: int, device: int, *, able: bool) -> None:
         if not able:
             self.incomplete = True
@@ -238,20 +252,7 @@ class Nodes:
                 self.incomplete |= mode != entry.mode
             os.chmod(subject, mode)
         for attribute, value in xattrs.items():
-            self._xattr(subject, attribute, value, entry.path)
-
-    def _xattr(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
-        try:
-            os.setxattr(subject, attribute, value)
-        except OSError as error:
-            known = attribute.startswith(_NAMESPACES)
-            if known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
-                self.incomplete = True
-                return
-            name = path.decode("utf-8", "backslashreplace")
-            raise UnpackError(
-                f"cannot set the attribute {attribute[:256]!r} of {name[:256]!r}: {error.strerror}"
-            ) from error
+            self.attribute(subject, attribute, value, entry.path)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -37,6 +37,9 @@ _MAX_LINKS: Final = 40
 
 _CHUNK: Final = 1 << 18
 
+# What is made in a directory inherits this one, so a directory gets it last.
+_DEFAULT_ACL: Final = "system.posix_acl_default"
+
 
 def implied_directory(path: bytes) -> Entry:
     """What a directory is made as that no entry describes."""
@@ -93,6 +96,7 @@ class TreeWriter:
         self._assumed: dict[bytes, None] = {}
         # Of what is in the tree. All directories, with the time each is given in the end:
         self._times: dict[bytes, int] = {}
+        self._default_acls: dict[bytes, bytes] = {}
         # … those that no entry describes, …
         self._implied: set[bytes] = {b""}
         # … those that hide what is below, …
@@ -163,8 +167,10 @@ class TreeWriter:
                 self._special(self._entry(member, path, member.type))
 
     def finish(self) -> None:
-        """Set the directories' times, which every change in them has moved."""
+        """Set the directories' times, which every change in them has moved, and default ACLs."""
         with naming(b"."):
+            for path, acl in self._default_acls.items():
+                self._nodes.attribute(self._directories.open(path), _DEFAULT_ACL, acl, path)
             for path in sorted(self._times):
                 self._check()
                 if path:
@@ -252,12 +258,12 @@ class TreeWriter:
         return self._lower.lookup(path)
 
     def _hidden(self, path: bytes) -> bool:
-        """Whether a directory on the way to ``path`` hides what is below."""
-        if not self._opaque:
+        """Whether something on the way to ``path`` hides what is below."""
+        if not (self._opaque or self._whiteouts):
             return False
         while path:
             path = split(path)[0]
-            if path in self._opaque:
+            if path in self._opaque or path in self._whiteouts:
                 return True
         return False
 
@@ -324,7 +330,14 @@ class TreeWriter:
 
     def _describe(self, entry: Entry, *, fresh: bool) -> None:
         """Give a directory that is there its metadata."""
-        self._nodes.directory(self._directories.open(entry.path), entry, fresh=fresh)
+        now = entry
+        self._default_acls.pop(entry.path, None)
+        if _DEFAULT_ACL in entry.xattrs:
+            self._default_acls[entry.path] = entry.xattrs[_DEFAULT_ACL]
+            now = attrs.evolve(
+                entry, xattrs={k: v for k, v in entry.xattrs.items() if k != _DEFAULT_ACL}
+            )
+        self._nodes.directory(self._directories.open(entry.path), now, fresh=fresh)
         self._times[entry.path] = entry.mtime_ns
         self._log(put_line(entry))
 
@@ -450,6 +463,7 @@ class TreeWriter:
 
     def _gone(self, path: bytes) -> None:
         self._times.pop(path, None)
+        self._default_acls.pop(path, None)
         for paths in (self._implied, self._opaque, self._whiteouts, self._borrowed):
             paths.discard(path)
         self._log(removal_line(path))
