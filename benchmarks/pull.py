@@ -30,7 +30,7 @@ SHAPES = {"large": LARGE, "small": SMALL}
 
 CONFIG = """\
 version: 0.1
-log: {{level: fatal, accesslog: {{disabled: true}}}}
+log: {{level: error, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {root}}}, delete: {{enabled: true}}}}
 http: {{addr: "127.0.0.1:{port}"}}
 """
@@ -114,7 +114,9 @@ def _registry(directory: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     config = directory / "config.yml"
     config.write_text(CONFIG.format(root=directory / "registry", port=port))
-    with subprocess.Popen(["docker-registry", "serve", str(config)]) as process:
+    serve = ["docker-registry", "serve", str(config)]
+    # It calls each question whether a blob is there an error.
+    with subprocess.Popen(serve, stderr=subprocess.DEVNULL) as process:
         try:
             _wait_for(port)
             yield f"127.0.0.1:{port}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import os
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -184,3 +187,22 @@ def listed(tree: Path) -> tuple[list[Entry], Summary]:
 
 def diff_id(plain: bytes) -> DiffID:
     return DiffID(Digest(f"sha256:{hashlib.sha256(plain).hexdigest()}"))
+
+
+@contextlib.contextmanager
+def mounted(trees: list[Path], base: Path) -> Iterator[Path]:
+    """The trees as a read-only overlay, which heeds no opaque root: the stack ends at it."""
+    stack: list[Path] = []
+    for tree in reversed(trees):
+        stack.append(tree / "fs")
+        if listed(tree)[0][0].opaque:
+            break
+    (base / "empty").mkdir()
+    (base / "mnt").mkdir()
+    option = "lowerdir=" + ":".join(str(path) for path in [*stack, base / "empty"])
+    command = ["mount", "-t", "overlay", "overlay", "-o", option, str(base / "mnt")]
+    subprocess.run(command, check=True)
+    try:
+        yield base / "mnt"
+    finally:
+        subprocess.run(["umount", str(base / "mnt")], check=True)

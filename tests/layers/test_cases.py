@@ -7,11 +7,8 @@ called for, so that both ways are used.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -20,6 +17,7 @@ from cases.layers import maketar
 from layers.stack import (
     described,
     listed,
+    mounted,
     on_disk,
     plant,
     surroundings,
@@ -193,22 +191,3 @@ def test_both_ways_and_mounted(case: dict, tmp_path: Path) -> None:
 
 def without_times(entries: list[Entry], paths: set[bytes]) -> list[Entry]:
     return [attrs.evolve(e, mtime_ns=0) if e.path in paths else e for e in entries]
-
-
-@contextlib.contextmanager
-def mounted(trees: list[Path], base: Path) -> Iterator[Path]:
-    """The trees as a read-only overlay, which heeds no opaque root: the stack ends at it."""
-    stack: list[Path] = []
-    for tree in reversed(trees):
-        stack.append(tree / "fs")
-        if listed(tree)[0][0].opaque:
-            break
-    (base / "empty").mkdir()
-    (base / "mnt").mkdir()
-    option = "lowerdir=" + ":".join(str(path) for path in [*stack, base / "empty"])
-    command = ["mount", "-t", "overlay", "overlay", "-o", option, str(base / "mnt")]
-    subprocess.run(command, check=True)
-    try:
-        yield base / "mnt"
-    finally:
-        subprocess.run(["umount", str(base / "mnt")], check=True)

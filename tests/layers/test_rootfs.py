@@ -1,0 +1,194 @@
+"""The merged view, and its face for trio."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+import pytest
+import trio
+from layers.plain import archive
+from layers.stack import unpack_stack
+
+from trio_layers._digest import DiffID, Digest
+from trio_layers._entries import (
+    Entry,
+    Summary,
+    link_line,
+    opaque_line,
+    parse_entries,
+    put_line,
+    removal_line,
+    summary_line,
+)
+from trio_layers._errors import StoreError
+from trio_layers._store.rootfs import MergedTree, RootfsView
+
+LOWER = [
+    {"name": "./", "type": "dir"},
+    {"name": "etc/", "type": "dir"},
+    {"name": "etc/os-release", "type": "symlink", "linkname": "../usr/lib/os-release"},
+    {"name": "usr/", "type": "dir"},
+    {"name": "usr/lib/", "type": "dir"},
+    {"name": "usr/lib/os-release", "text": "NAME=old\n"},
+    {"name": "lib", "type": "symlink", "linkname": "/usr/lib"},
+    {"name": "loop", "type": "symlink", "linkname": "loop"},
+    {"name": "out", "type": "symlink", "linkname": "../../../etc/os-release"},
+    {"name": "dangling", "type": "symlink", "linkname": "nowhere"},
+    {"name": "gone", "text": "x"},
+    {"name": {"b64": "/2Zvbw=="}, "text": "bytes"},
+]
+UPPER = [
+    {"name": "./", "type": "dir"},
+    {"name": "usr/", "type": "dir"},
+    {"name": "usr/lib/", "type": "dir"},
+    {"name": "usr/lib/os-release", "text": "NAME=new\n"},
+    {"name": ".wh.gone"},
+]
+
+
+@pytest.fixture
+def view(tmp_path: Path) -> RootfsView:
+    return RootfsView(MergedTree(unpack_stack([archive(*LOWER), archive(*UPPER)], tmp_path)))
+
+
+async def test_read_bytes(view: RootfsView) -> None:
+    """Links are followed inside the root, and the top layer's content is read."""
+    for path in ("etc/os-release", "/etc/os-release", b"/lib/os-release", "lib/../lib/os-release"):
+        assert await view.read_bytes(path) == b"NAME=new\n"
+    assert await view.read_bytes("out") == b"NAME=new\n"
+    assert await view.read_bytes(b"\xfffoo") == b"bytes"
+    assert await view.read_bytes("\udcfffoo") == b"bytes"
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        ("gone", errno.ENOENT),
+        ("dangling", errno.ENOENT),
+        ("no/where", errno.ENOENT),
+        ("loop", errno.ELOOP),
+        ("usr/lib", errno.EISDIR),
+        ("usr/lib/os-release/x", errno.ENOTDIR),
+        ("usr/lib/os-release/", errno.ENOTDIR),
+    ],
+)
+async def test_errors(view: RootfsView, path: str, number: int) -> None:
+    """What fails raises what a real directory would, and names what was asked for."""
+    with pytest.raises(OSError, match=re.escape(path)) as caught:
+        await view.read_bytes(path)
+    assert caught.value.errno == number
+    assert caught.value.filename == path
+    if number in (errno.ENOENT, errno.ELOOP):
+        assert not await view.exists(path)
+
+
+async def test_stat_and_readlink(view: RootfsView) -> None:
+    """A link itself, or what it leads to."""
+    assert (await view.stat("lib")).path == b"usr/lib"
+    assert (await view.stat("/lib", follow_symlinks=False)).type == "symlink"
+    assert await view.readlink("lib") == b"/usr/lib"
+    assert (await view.stat("/")).path == b""
+    with pytest.raises(OSError, match="Invalid argument"):
+        await view.readlink("usr")
+
+
+async def test_walk_is_sorted(view: RootfsView) -> None:
+    """All that is seen, by path, whiteouts applied."""
+    paths = [entry.path for entry in await view.walk()]
+    assert paths == sorted(paths)
+    assert paths[0] == b""
+    assert b"gone" not in paths
+    assert b"\xfffoo" in paths
+
+
+async def test_every_call_is_a_checkpoint(view: RootfsView) -> None:
+    """Also when all that is asked for is in memory."""
+    await view.stat("/")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await view.stat("/")
+    assert scope.cancelled_caught
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await view.read_bytes("/etc/os-release")
+    assert scope.cancelled_caught
+
+
+def test_open_does_not_follow_what_is_on_the_disk(tmp_path: Path) -> None:
+    """A tree that was tampered with does not lead out of itself."""
+    (tree,) = unpack_stack([archive({"name": "d/f", "text": "x"})], tmp_path)
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "f").write_bytes(b"secret")
+    merged = MergedTree([tree])
+    with open(merged.open(b"d/f"), "rb") as file:
+        assert file.read() == b"x"
+    (tree / "fs/d/f").unlink()
+    (tree / "fs/d").rmdir()
+    (tree / "fs/d").symlink_to(secret)
+    with pytest.raises(NotADirectoryError):
+        merged.open(b"d/f")
+
+
+SUMMARY = Summary(
+    diff_id=DiffID(Digest("sha256:" + "0" * 64)), size=1, entries=2, assumed=(b"\xff",)
+)
+
+
+def test_entries_round_trip() -> None:
+    """Every field comes back, names byte for byte."""
+    entries = [
+        Entry(path=b"", type="dir", mode=0o755, opaque=True, implied=True),
+        Entry(path=b"\xff\n\xc3\xa9", type="symlink", mode=0o777, linkname=b"\xfe/%"),
+        Entry(path=b"d", type="block", mode=0o600, dev=(8, 1), mtime_ns=-1),
+        Entry(path=b"f", type="file", size=3, sha256="ab", uid=1, gid=2, xattrs={"user.x": b"\0"}),
+    ]
+    lines = [put_line(entry) for entry in entries] + [summary_line(SUMMARY)]
+    assert all(line.isascii() and line.count(b"\n") == 1 for line in lines)
+    found, summary = parse_entries(lines)
+    assert found == sorted(entries, key=lambda entry: entry.path)
+    assert summary == SUMMARY
+
+
+def test_later_lines_win() -> None:
+    """Replaced, removed, linked, made opaque: the list tells what is there in the end."""
+    file = Entry(path=b"a", type="file", sha256="1", xattrs={"security.capability": b"c"})
+    directory = Entry(path=b"d", type="dir", mode=0o700)
+    lines = [
+        put_line(file),
+        link_line(Entry(path=b"b", type="file", mode=0o600, uid=5), b"a"),
+        put_line(Entry(path=b"x", type="file")),
+        removal_line(b"x"),
+        put_line(directory),
+        opaque_line(b"d"),
+        put_line(Entry(path=b"d", type="dir", mode=0o755)),
+        summary_line(SUMMARY),
+    ]
+    found, _ = parse_entries(lines)
+    assert [(entry.path, entry.mode, entry.links) for entry in found] == [
+        (b"a", 0o600, b"a"),
+        (b"b", 0o600, b"a"),
+        (b"d", 0o755, None),
+    ]
+    assert found[0].uid == 5
+    assert not found[0].xattrs  # a change of owner drops a capability
+    assert found[2].opaque
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [put_line(Entry(path=b"a", type="file"))],
+        [b"{\n"],
+        [removal_line(b"a"), summary_line(SUMMARY)],
+        [opaque_line(b"a"), summary_line(SUMMARY)],
+        [summary_line(SUMMARY).replace(b'"format":1', b'"format":2')],
+    ],
+)
+def test_damaged_list(lines: list[bytes]) -> None:
+    """A list that is not whole, or not a list, is an error of the store."""
+    with pytest.raises(StoreError, match="list of entries"):
+        parse_entries(lines)
