@@ -41,6 +41,7 @@ __all__ = [
     "put_line",
     "removal_line",
     "summary_line",
+    "tells_of_root",
 ]
 
 ENTRIES_FORMAT: Final = 1
@@ -308,6 +309,11 @@ class _Merger:
                 entry = attrs.evolve(entry, path=path, links=links)
             result.append(entry)
         return result
+
+
+def tells_of_root(line: bytes) -> bool:
+    """Whether a list cut down to such lines still says all of the root, and has its end."""
+    return line.startswith((b'{"p":"",', b'{"end":'))
 
 
 def parse_entries(lines: Iterable[bytes]) -> tuple[list[Entry], Summary]:

@@ -48,6 +48,26 @@ UPPER = [
 ]
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [LOWER, UPPER],
+        [[{"name": "./", "type": "dir", "mode": "0700", "uid": 7, "mtime": 5}], [{"name": "a"}]],
+        [[{"name": "a"}], [{"name": "b"}]],
+        [[{"name": "a"}, {"name": "./", "type": "dir", "mtime": 9}], [{"name": ".wh..wh..opq"}]],
+    ],
+)
+def test_root_looked_up_alone(layers: list, tmp_path: Path) -> None:
+    """It is the root that all of the lists, read together, say there is."""
+    trees = unpack_stack([archive(*layer) for layer in layers], tmp_path)
+    alone, whole = MergedTree(trees), MergedTree(trees)
+    whole.load()
+    root = alone.lookup(b"")
+    assert root is not None
+    assert not alone.loaded
+    assert root == whole.lookup(b"")
+
+
 @pytest.fixture
 def view(tmp_path: Path) -> RootfsView:
     return RootfsView(MergedTree(unpack_stack([archive(*LOWER), archive(*UPPER)], tmp_path)))

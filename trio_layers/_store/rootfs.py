@@ -16,7 +16,7 @@ from typing import Final, final
 import attrs
 import trio
 
-from .._entries import Entry, parse_entries
+from .._entries import Entry, parse_entries, tells_of_root
 from .._errors import StoreError
 
 __all__ = ["MergedTree", "RootfsView"]
@@ -79,6 +79,8 @@ class MergedTree:
 
     def lookup(self, path: bytes) -> Entry | None:
         """What is there; ``None`` for nothing. Links on the way are not followed."""
+        if not path and not self._loaded:
+            return self._look_at_root()
         node = self._find(path)
         return None if node is None else node.entry
 
@@ -124,6 +126,17 @@ class MergedTree:
             todo.extend(node.children.values())
         found.sort(key=lambda entry: entry.path)
         return iter(found)
+
+    def _look_at_root(self) -> Entry | None:
+        """The root without the rest: of most layers nothing else is asked when another is put
+        on them, and reading every list for every layer would add up."""
+        root: Entry | None = None
+        for tree in reversed(self._trees):
+            below = _listed(tree, root_only=True)[0]
+            root = below if root is None else attrs.evolve(root, mtime_ns=below.mtime_ns)
+            if not below.implied:
+                break
+        return root and attrs.evolve(root, opaque=False, implied=False)
 
     def _find(self, path: bytes) -> _Node | None:
         self.load()
@@ -182,10 +195,10 @@ class MergedTree:
                 self._names[tree, first] = names
 
 
-def _listed(tree: Path) -> list[Entry]:
+def _listed(tree: Path, *, root_only: bool = False) -> list[Entry]:
     try:
         with open(tree / "entries", "rb") as lines:
-            return parse_entries(lines)[0]
+            return parse_entries(filter(tells_of_root, lines) if root_only else lines)[0]
     except OSError as error:
         raise StoreError(
             f"{tree}: its list of entries cannot be read ({error.strerror}); "
