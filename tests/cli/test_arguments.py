@@ -233,7 +233,12 @@ def test_the_second_interrupt_does_not_wait(
                 await trio.sleep_forever()
 
     monkeypatch.setattr(puller, "images", images)
-    assert _cli.main(["images"]) == 130
+    # Shells start what runs in the background with it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert _cli.main(["images"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_interrupted_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:

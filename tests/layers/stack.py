@@ -9,7 +9,7 @@ import io
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -28,16 +28,38 @@ CANARIES = {
 }
 
 
+class Pieces:
+    """A blob that is made while it is read: of some, no more than the beginning ever is."""
+
+    def __init__(self, make: Callable[[], Iterable[bytes]]) -> None:
+        self._make = make
+
+    def reader(self) -> Callable[[int], bytes]:
+        pieces, held = iter(self._make()), bytearray()
+
+        def read(size: int) -> bytes:
+            while len(held) < size and (piece := next(pieces, None)) is not None:
+                held.extend(piece)
+            data = bytes(held[:size])
+            del held[:size]
+            return data
+
+        return read
+
+
 def unpack_blob(
-    blob: bytes, target: Path, lower: MergedTree | None = None, limits: Limits = UNLIMITED
+    blob: bytes | Pieces, target: Path, lower: MergedTree | None = None, limits: Limits = UNLIMITED
 ) -> Unpacked:
     """One layer into a fresh directory, with canaries where ``..`` leads from its root."""
     target.mkdir()
     plant(target / "outside")
-    return unpack(io.BytesIO(blob).read, target, lower=lower, limits=limits)
+    read = blob.reader() if isinstance(blob, Pieces) else io.BytesIO(blob).read
+    return unpack(read, target, lower=lower, limits=limits)
 
 
-def unpack_stack(blobs: list[bytes], base: Path, limits: Limits = UNLIMITED) -> list[Path]:
+def unpack_stack(
+    blobs: Sequence[bytes | Pieces], base: Path, limits: Limits = UNLIMITED
+) -> list[Path]:
     """Each layer alone first; on top of its parent where that does not do."""
     trees: list[Path] = []
     for number, blob in enumerate(blobs):

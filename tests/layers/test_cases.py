@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
 from cases.layers import maketar
 from layers.stack import (
+    Pieces,
     described,
     listed,
     mounted,
@@ -61,7 +63,7 @@ def test_case(case: dict, tmp_path: Path) -> None:
     plant(outside)
     before = surroundings(tmp_path)
     limits = Limits(**case.get("limits", {}))
-    blobs = [b"".join(maketar.iter_layer(layer, str(outside))) for layer in case["layers"]]
+    blobs = [Pieces(partial(maketar.iter_layer, layer, str(outside))) for layer in case["layers"]]
     try:
         trees = unpack_stack(blobs, tmp_path, limits)
     except (_errors.UnpackError, _errors.DecompressionError):
@@ -158,7 +160,7 @@ def test_both_ways_and_mounted(case: dict, tmp_path: Path) -> None:
     makes of the trees is what the merged view shows."""
     outside = tmp_path / "outside"
     plant(outside)
-    blobs = [b"".join(maketar.iter_layer(layer, str(outside))) for layer in case["layers"]]
+    blobs = [Pieces(partial(maketar.iter_layer, layer, str(outside))) for layer in case["layers"]]
     trees: list[Path] = []
     try:
         shared = unpack_stack(blobs, tmp_path)
