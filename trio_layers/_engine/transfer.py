@@ -66,13 +66,13 @@ class Transfer:
     def __init__(
         self, table: Transfers, key: bytes, builds_on: Sequence[Transfer], close: Callable[[], None]
     ) -> None:
-        self.scope = trio.CancelScope()
-        self.slot = trio.Event()
-        self.inactive = trio.Event()
-        self.done = trio.Event()
+        self.scope: trio.CancelScope = trio.CancelScope()
+        self.slot: trio.Event = trio.Event()
+        self.inactive: trio.Event = trio.Event()
+        self.done: trio.Event = trio.Event()
         self.layer: Layer | None = None
         self.error: Exception | None = None
-        self.if_cancelled = CONTEXT_CANCELED
+        self.if_cancelled: str = CONTEXT_CANCELED
         self._table = table
         self._key = key
         self._close = close

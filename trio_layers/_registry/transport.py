@@ -83,7 +83,7 @@ class Transport:
     ) -> None:
         self._client = client
         self._plain_http = plain_http
-        self.limiter = trio.CapacityLimiter(max_connections)
+        self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(max_connections)
 
     async def speaks_tls(self, url: httpx.URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""

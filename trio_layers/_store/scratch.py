@@ -90,7 +90,7 @@ class Scratch:
         self._leases = root / "leases"
         self._numbers = itertools.count()
         self._waste = trio.Event()
-        self.holder = secrets.token_hex(8)
+        self.holder: str = secrets.token_hex(8)
 
     def new(self, kind: str) -> Path:
         """A name in ``ingest/`` that nobody else has. May be called from any thread.

@@ -79,7 +79,7 @@ class Registry:
         self, host: str = "registry.test", *, scheme: str = "https", auth: Auth | None = None
     ) -> None:
         self.host = host
-        self.url = f"{scheme}://{host}"
+        self.url: str = f"{scheme}://{host}"
         self.requests: list[Exchange] = []
         self._gate = Gate(auth)
         self._repositories: dict[str, _Repository] = {}

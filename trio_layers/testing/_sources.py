@@ -66,10 +66,10 @@ class ScriptedSource:
         known: bool = False,
     ) -> None:
         digest = Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
-        self.key = digest if key is None else key
-        self.id = self.key[-12:] if id is None else id
-        self.calls = 0
-        self.closes = 0
+        self.key: str = digest if key is None else key
+        self.id: str = self.key[-12:] if id is None else id
+        self.calls: int = 0
+        self.closes: int = 0
         self.diff_ids: list[DiffID] = []
         self._data = data
         self._diff_id = DiffID(digest) if known else None
