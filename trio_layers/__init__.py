@@ -9,6 +9,7 @@ from ._digest import ChainID as ChainID
 from ._digest import DiffID as DiffID
 from ._digest import Digest as Digest
 from ._digest import RootFS as RootFS
+from ._display import DisplayKind as DisplayKind
 from ._display import open_display as open_display
 from ._engine.download import DownloadManager as DownloadManager
 from ._engine.download import DownloadStatistics as DownloadStatistics

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Literal, Required, TypedDict, cast
 
@@ -35,13 +36,13 @@ __all__ = [
     "Entry",
     "EntryType",
     "Summary",
+    "lines_about",
     "link_line",
     "opaque_line",
     "parse_entries",
     "put_line",
     "removal_line",
     "summary_line",
-    "tells_of_root",
 ]
 
 ENTRIES_FORMAT: Final = 1
@@ -311,9 +312,25 @@ class _Merger:
         return result
 
 
-def tells_of_root(line: bytes) -> bool:
-    """Whether a list cut down to such lines still says all of the root, and has its end."""
-    return line.startswith((b'{"p":"",', b'{"end":'))
+_LINES_PATH: Final = re.compile(rb'\{"p":"((?:[^"\\]|\\.)*)"')
+
+
+def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] | None:
+    """Those lines that tell of ``paths``, and the end: to be parsed where nothing else matters.
+
+    ``None`` if they do not suffice, since one of the paths is a hard link.
+    """
+    wanted = {_dump(_text(path))[1:-1].encode("ascii") for path in paths}
+    found: list[bytes] = []
+    for line in lines:
+        match = _LINES_PATH.match(line)
+        if match is None:
+            found.append(line)
+        elif match[1] in wanted:
+            if b'"k":' in line and "k" in json.loads(line):
+                return None
+            found.append(line)
+    return found
 
 
 def parse_entries(lines: Iterable[bytes]) -> tuple[list[Entry], Summary]:

@@ -5,7 +5,7 @@ Each is small and written for the one who calls it. An extra ability is a protoc
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import trio
@@ -167,6 +167,10 @@ class LowerTree(Protocol):
 
     def lookup(self, path: bytes) -> Entry | None:
         """What is there, neither a whiteout nor opaque or implied; ``None`` for nothing."""
+        ...
+
+    def survey(self, paths: Iterable[bytes]) -> Mapping[bytes, Entry | None]:
+        """What is at each of ``paths``; of what is no directory, nothing but the type is sure."""
         ...
 
     def links(self, path: bytes) -> tuple[bytes, ...]:

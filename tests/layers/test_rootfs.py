@@ -54,18 +54,30 @@ UPPER = [
         [LOWER, UPPER],
         [[{"name": "./", "type": "dir", "mode": "0700", "uid": 7, "mtime": 5}], [{"name": "a"}]],
         [[{"name": "a"}], [{"name": "b"}]],
+        [
+            [{"name": 'a"\\'}, {"name": "b", "type": "hardlink", "linkname": 'a"\\'}],
+            [{"name": "c/d"}],
+        ],
         [[{"name": "a"}, {"name": "./", "type": "dir", "mtime": 9}], [{"name": ".wh..wh..opq"}]],
     ],
 )
-def test_root_looked_up_alone(layers: list, tmp_path: Path) -> None:
-    """It is the root that all of the lists, read together, say there is."""
+def test_survey(layers: list, tmp_path: Path) -> None:
+    """Directories, and what is none, are those that all of the lists, read together, tell of."""
     trees = unpack_stack([archive(*layer) for layer in layers], tmp_path)
     alone, whole = MergedTree(trees), MergedTree(trees)
-    whole.load()
-    root = alone.lookup(b"")
-    assert root is not None
+    paths = [b"", b"a", b"b", b"usr", b"usr/lib/os-release", b"gone", b"no/such", b"a/b"]
+    paths += [entry.path for entry in whole.walk()]
+
+    def sure(entry: Entry | None) -> object:
+        return entry if entry is None or entry.type == "dir" else entry.type
+
+    expected = {path: sure(whole.lookup(path)) for path in paths}
+    for some in (paths, *([path] for path in paths)):
+        found = alone.survey(some)
+        assert {path: sure(entry) for path, entry in found.items()} == {
+            path: expected[path] for path in some
+        }
     assert not alone.loaded
-    assert root == whole.lookup(b"")
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, final
 
 import attrs
 import trio
 
-from .._entries import Entry, parse_entries, tells_of_root
+from .._entries import Entry, lines_about, parse_entries
 from .._errors import StoreError
 
 __all__ = ["MergedTree", "RootfsView"]
@@ -59,6 +59,7 @@ class MergedTree:
         self._lock = threading.Lock()
         self._root: _Node | None = None
         self._loaded = False
+        self._only: frozenset[bytes] | None = None
         self._names: dict[tuple[int, bytes], tuple[bytes, ...]] = {}
 
     @property
@@ -72,17 +73,33 @@ class MergedTree:
             if self._loaded:
                 return
             for number, tree in enumerate(self._trees):
-                for entry in _listed(tree):
+                for entry in _listed(tree, self._only):
                     self._put(entry, number)
             self._number_links()
             self._loaded = True
 
     def lookup(self, path: bytes) -> Entry | None:
         """What is there; ``None`` for nothing. Links on the way are not followed."""
-        if not path and not self._loaded:
-            return self._look_at_root()
         node = self._find(path)
         return None if node is None else node.entry
+
+    def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
+        """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
+
+        Unless the lists are in memory, only what tells of these paths is parsed: of most layers
+        little is asked when another is put on them.
+        """
+        paths = tuple(paths)
+        view = self
+        if not self._loaded:
+            wanted = {b""}
+            for path in paths:
+                while path not in wanted:
+                    wanted.add(path)
+                    path = path.rpartition(b"/")[0]
+            view = MergedTree(self._trees)
+            view._only = frozenset(wanted)
+        return {path: view.lookup(path) for path in paths}
 
     def links(self, path: bytes) -> tuple[bytes, ...]:
         """All names, sorted, of the file that is there."""
@@ -126,17 +143,6 @@ class MergedTree:
             todo.extend(node.children.values())
         found.sort(key=lambda entry: entry.path)
         return iter(found)
-
-    def _look_at_root(self) -> Entry | None:
-        """The root without the rest: of most layers nothing else is asked when another is put
-        on them, and reading every list for every layer would add up."""
-        root: Entry | None = None
-        for tree in reversed(self._trees):
-            below = _listed(tree, root_only=True)[0]
-            root = below if root is None else attrs.evolve(root, mtime_ns=below.mtime_ns)
-            if not below.implied:
-                break
-        return root and attrs.evolve(root, opaque=False, implied=False)
 
     def _find(self, path: bytes) -> _Node | None:
         self.load()
@@ -195,10 +201,15 @@ class MergedTree:
                 self._names[tree, first] = names
 
 
-def _listed(tree: Path, *, root_only: bool = False) -> list[Entry]:
+def _listed(tree: Path, only: frozenset[bytes] | None) -> list[Entry]:
+    """A tree's entries; with ``only``, at least those of the paths in it."""
     try:
         with open(tree / "entries", "rb") as lines:
-            return parse_entries(filter(tells_of_root, lines) if root_only else lines)[0]
+            chosen = None if only is None else lines_about(only, lines)
+            if chosen is None:
+                lines.seek(0)
+                return parse_entries(lines)[0]
+            return parse_entries(chosen)[0]
     except OSError as error:
         raise StoreError(
             f"{tree}: its list of entries cannot be read ({error.strerror}); "

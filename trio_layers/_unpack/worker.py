@@ -141,8 +141,10 @@ def holds(assumed: Iterable[bytes], lower: LowerTree) -> bool:
             directory.
         lower: The parent, with all that is below it.
     """
+    assumed = tuple(assumed)
+    there = lower.survey(path.removesuffix(b"/") for path in assumed)
     for path in assumed:
-        below = lower.lookup(path.removesuffix(b"/"))
+        below = there[path.removesuffix(b"/")]
         if path.endswith(b"/"):
             if below is None or below.type != "dir":
                 return False
