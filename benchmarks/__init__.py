@@ -1,1 +1,1 @@
-"""Measurements, to be read and not to be asserted. `python -m benchmarks --help` lists them."""
+"""Measurements, to be read and not to be asserted: ``benchmarks.engine``, ``benchmarks.pull``."""

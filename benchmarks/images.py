@@ -27,12 +27,13 @@ class Shape:
     file_size: int
 
 
-LARGE = Shape(
-    sizes=(520_000_000, 160_000_000, 120_000_000, 80_000_000, 60_000_000, 40_000_000, 15_000_000,
-           5_000_000),
-    file_size=56_000,
-)  # fmt: skip
-SMALL = Shape(sizes=(100 * 2_000,) * 40, file_size=2_000)
+SHAPES = {
+    "large": Shape(tuple(n * 1_000_000 for n in (520, 160, 120, 80, 60, 40, 15, 5)), 56_000),
+    "small": Shape((200_000,) * 40, 2_000),
+    "layer-100M": Shape((100_000_000,), 56_000),
+    "layer-1G": Shape((1_000_000_000,), 56_000),
+    "file-1G": Shape((1_000_000_000,), 10**12),
+}
 
 
 class Hashed:
@@ -106,7 +107,7 @@ def _write_layer(
                     length = min(left, int(rng.expovariate(1 / file_size)) + 1)
                     info = tarfile.TarInfo(f"{folder.name}/file{number}")
                     info.size, info.mtime = length, 1_600_000_000 + number
-                    tar.addfile(info, io.BytesIO(_content(rng, words, length)))
+                    tar.addfile(info, _Content(rng, words, length))
                     left -= length
                     number += 1
     digest = packed.digest
@@ -119,12 +120,19 @@ def _write_layer(
     return layer, plain.digest
 
 
-def _content(rng: random.Random, words: list[bytes], length: int) -> bytes:
+class _Content(io.RawIOBase):
     """A third noise, the rest text: gzip makes of it about what it makes of a file system."""
-    noise = rng.randbytes(length // 4)
-    text = b" ".join(rng.choices(words, k=min(2000, length // 8 + 1)))
-    text = (text * (length // len(text) + 1))[: length - len(noise)]
-    return noise + text
+
+    def __init__(self, rng: random.Random, words: list[bytes], length: int) -> None:
+        noise = rng.randbytes(min(length // 4, 100_000))
+        text = b" ".join(rng.choices(words, k=min(2000, length // 8 + 1)))
+        self._pattern = noise + text * (len(noise) * 3 // len(text) + 1)
+        self._left = length
+
+    def read(self, size: int = -1) -> bytes:
+        size = self._left if size < 0 else min(size, self._left)
+        self._left -= size
+        return (self._pattern * (size // len(self._pattern) + 1))[:size]
 
 
 def _write_json(blobs: Path, media_type: str, value: dict[str, object]) -> dict[str, object]:

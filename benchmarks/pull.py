@@ -1,6 +1,6 @@
 """Pulls from docker-registry on loopback, beside ``skopeo copy`` and ``umoci unpack``.
 
-    python -m benchmarks.pull [--shape large|small] [--rounds N]
+    python -m benchmarks.pull [--shape large|small|layer-100M|layer-1G|file-1G] [--rounds N]
 
 As root, with docker-registry, skopeo, umoci and e2fsprogs installed. Each run writes to an ext4
 of its own, made for it on a file in memory: on a used disk the same work may take ten times as
@@ -24,9 +24,7 @@ from pathlib import Path
 
 import attrs
 
-from .images import LARGE, SMALL, write_layout
-
-SHAPES = {"large": LARGE, "small": SMALL}
+from .images import SHAPES, write_layout
 
 CONFIG = """\
 version: 0.1

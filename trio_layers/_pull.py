@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import final
 
 import attrs
@@ -23,8 +22,8 @@ from ._registry.auth import CredentialsFor
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
 from ._store import directory
 from ._store.directory import DirectoryStore
-from ._store.rootfs import MergedTree, RootfsView
-from ._unpack.worker import Unpacked, holds, unpack
+from ._store.rootfs import RootfsView
+from ._unpack import worker
 from .abc import ProgressSink, ReportProgress
 
 __all__ = ["Image", "ImageLayer", "Puller", "open_puller", "open_store"]
@@ -66,24 +65,6 @@ class Image:
     rootfs: RootfsView = attrs.field(eq=False, repr=False)
 
 
-@final
-class _Unpacker:
-    """The unpacking room, as the store wants it."""
-
-    def unpack(
-        self,
-        read: Callable[[int], bytes],
-        target: Path,
-        *,
-        lower: MergedTree | None,
-        check_cancelled: Callable[[], None],
-    ) -> Unpacked:
-        return unpack(read, target, lower=lower, check_cancelled=check_cancelled)
-
-    def holds(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
-        return holds(assumed, lower)
-
-
 def open_store(path: str | os.PathLike[str]) -> AbstractAsyncContextManager[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -98,7 +79,7 @@ def open_store(path: str | os.PathLike[str]) -> AbstractAsyncContextManager[Dire
 
     Entering and leaving are checkpoints.
     """
-    return directory.open_store(path, unpacker=_Unpacker())
+    return directory.open_store(path, unpacker=worker)
 
 
 @asynccontextmanager
