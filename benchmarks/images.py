@@ -121,7 +121,7 @@ def _write_layer(
 
 
 class _Content(io.RawIOBase):
-    """A third noise, the rest text: gzip makes of it about what it makes of a file system."""
+    """A quarter noise, the rest text: gzip makes of it about what it makes of a file system."""
 
     def __init__(self, rng: random.Random, words: list[bytes], length: int) -> None:
         noise = rng.randbytes(min(length // 4, 100_000))
