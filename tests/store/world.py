@@ -148,7 +148,9 @@ class TarUnpacker:
         (target / "fs" / "arriving").unlink(missing_ok=True)
         with tarfile.open(fileobj=io.BytesIO(tar)) as members:
             names = members.getnames()
-            members.extractall(target / "fs", filter="data")
+            # Debian 12's Python has no filters yet.
+            members.extraction_filter = getattr(tarfile, "data_filter", None)
+            members.extractall(target / "fs")
         (target / "entries").write_text(json.dumps({"names": names, "lower": lower is not None}))
         self.before_return()
         return Unpacked(
