@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         with _logging(arguments.verbose):
             code = trio.run(_until_signal, arguments)
-        sys.stdout.flush()
+        stdout = sys.stdout
+        if stdout is not None:  # it may be closed from the start
+            stdout.flush()
         return code
     except BrokenPipeError:  # whoever read our result has left
         try:
@@ -108,7 +110,18 @@ def _complain(error: BaseException, about: str | None = None) -> None:
     else:
         text = str(error) or type(error).__name__
     line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
-    print("".join(c if c.isprintable() else "�" for c in line), file=sys.stderr)
+    if sys.stderr is not None:  # print() would take stdout instead
+        print(_shown(line), file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """Without what could rewrite a terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(_shown, super().format(record).split("\n")))
 
 
 @contextmanager
@@ -119,7 +132,7 @@ def _logging(verbose: bool) -> Iterator[None]:
         return
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     stderr = logging.StreamHandler()
-    stderr.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    stderr.setFormatter(_LogFormatter("%(asctime)s %(name)s: %(message)s"))
     listener = logging.handlers.QueueListener(lines, stderr)
     handler = logging.handlers.QueueHandler(lines)
     logger = logging.getLogger("trio_layers")
@@ -297,7 +310,7 @@ def _credentials(text: str) -> Credentials:
     if not colon:
         try:
             password = getpass.getpass(f"Password of {username}: ")
-        except EOFError:
+        except (EOFError, AttributeError):  # AttributeError: stdin is closed from the start
             raise argparse.ArgumentTypeError("no password was given") from None
     return Credentials(username, password)
 

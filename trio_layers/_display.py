@@ -61,10 +61,11 @@ async def open_display(
         A sink for any number of pulls. It waits only while more is in the queue than can be
         written.
     """
-    if kind == "none":
+    stream = stream or sys.stderr
+    if kind == "none" or stream is None:  # Python has no stderr where the descriptor is closed
         yield _ignore
         return
-    screen = await trio.to_thread.run_sync(_screen, kind, stream or sys.stderr)
+    screen = await trio.to_thread.run_sync(_screen, kind, stream)
     send, receive = trio.open_memory_channel[Progress](BACKLOG)
     # What has happened is still to be seen when the pulls were cancelled, the cursor above all.
     shield = trio.CancelScope(shield=True)

@@ -315,6 +315,14 @@ class _Merger:
 _LINES_PATH: Final = re.compile(rb'\{"p":"((?:[^"\\]|\\.)*)"')
 
 
+def _may_link(line: bytes) -> bool:
+    try:
+        return "k" in cast("dict[str, object]", json.loads(line))
+    except ValueError:
+        # Damaged: to be said when the whole list is read.
+        return True
+
+
 def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] | None:
     """Those lines that tell of ``paths``, and the end: to be parsed where nothing else matters.
 
@@ -327,7 +335,7 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
         if match is None:
             found.append(line)
         elif match[1] in wanted:
-            if b'"k":' in line and "k" in json.loads(line):
+            if b'"k":' in line and _may_link(line):
                 return None
             found.append(line)
     return found
@@ -341,7 +349,7 @@ def parse_entries(lines: Iterable[bytes]) -> tuple[list[Entry], Summary]:
     """
     try:
         return _parse(iter(lines))
-    except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise StoreError(
             f"a tree's list of entries is damaged ({type(error).__name__}: {error}); "
             "remove the layer and pull it again"

@@ -309,13 +309,17 @@ def _descriptor(value: object, where: str) -> Descriptor:
 
 def _platform(value: object, where: str) -> Platform:
     members = _object(value, where)
-    return Platform(
+    platform = Platform(
         _text(members.get("os"), f"{where}.os"),
         _text(members.get("architecture"), f"{where}.architecture"),
         _text(members.get("variant"), f"{where}.variant"),
         _text(members.get("os.version"), f"{where}.os.version"),
         _texts(members.get("os.features"), f"{where}.os.features"),
     )
+    # It is printed, and written to the catalog, which takes no lone surrogates.
+    if not str(platform).isprintable():
+        _refuse(f"{where}: the platform {_show(str(platform))} has characters that cannot be shown")
+    return platform
 
 
 def _decode(data: bytes, kind: str) -> Mapping[str, object]:

@@ -11,7 +11,7 @@ import attrs
 import httpx
 import trio
 
-from ._digest import ChainID, DiffID, Digest, extend_chain
+from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain
 from ._engine.download import DownloadManager, open_download_manager
 from ._errors import VerificationError
 from ._manifest import Descriptor, ImageConfig
@@ -204,6 +204,7 @@ class Puller:
                 for layer in layers
             ]
             async with self._manager.download(sources, progress=progress) as rootfs:
+                _check_diff_ids(layers, rootfs)
                 chain = rootfs.chain_id
                 await self._store.put_image(
                     str(resolved.reference),
@@ -236,6 +237,21 @@ def _layers_of(resolved: ResolvedImage) -> tuple[ImageLayer, ...]:
         chain = extend_chain(chain, diff_id)
         layers.append(ImageLayer(descriptor, diff_id, chain))
     return tuple(layers)
+
+
+def _check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:
+    """Compare what the layers unpacked to with what the config says.
+
+    Here and not when a layer is registered: a download may serve images whose configs differ,
+    and only the pull of the one that lies shall fail.
+    """
+    for layer, diff_id in zip(layers, rootfs.diff_ids, strict=True):
+        if diff_id != layer.diff_id:
+            raise VerificationError(
+                f"layer {layer.descriptor.digest} unpacks to {diff_id}, "
+                f"but the image's config says {layer.diff_id}",
+                digest=layer.diff_id,
+            )
 
 
 def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iterator[Digest]:
@@ -281,14 +297,6 @@ class _RegistryLayer:
                 await self._registry.fetch_blob(self._reference, self.descriptor, ingest, progress)
                 await ingest.commit()
         return await self._store.open_blob(digest), self.descriptor.size
-
-    def registered(self, diff_id: DiffID) -> None:
-        if diff_id != self._diff_id:
-            raise VerificationError(
-                f"layer {self.descriptor.digest} unpacks to {diff_id}, "
-                f"but the image's config says {self._diff_id}",
-                digest=self._diff_id,
-            )
 
     def close(self) -> None:
         """What arrived stays in the store."""

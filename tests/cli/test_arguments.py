@@ -157,6 +157,13 @@ def test_verbose_shows_the_log(puller: FakePuller, capsys: pytest.CaptureFixture
     assert (logger.level, list(logger.handlers)) == before
 
 
+def test_the_log_rewrites_no_terminal(
+    puller: FakePuller, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _cli.main(["pull", "-v", "one\x1b[2J\r"]) == 0
+    assert "trio_layers.fake: pulling one�[2J�\n" in capsys.readouterr().err
+
+
 def test_one_failure_is_one_line_and_does_not_stop_the_others(
     puller: FakePuller, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +256,23 @@ def test_interrupted_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _cli.main([]) == 130
 
 
+def test_no_stdout(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's stdout is ``None`` where the descriptor is closed."""
+    monkeypatch.setattr("sys.stdout", None)
+    assert _cli.main(["pull", "-q", "one"]) == 0
+
+
+def test_no_stderr(
+    puller: FakePuller, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody hears of progress and complaints, and the result is the same."""
+    monkeypatch.setattr("sys.stderr", None)
+    assert _cli.main(["pull", "one"]) == 0
+    puller.trouble["two"] = NotFound("not here", host="h")
+    assert _cli.main(["pull", "one", "two"]) == 1
+    assert capsys.readouterr().out == f"docker.io/one linux/amd64 {DIGEST}\n" * 2
+
+
 def test_nobody_reads_the_result(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
@@ -313,11 +337,15 @@ def test_password_is_asked_for(puller: FakePuller, monkeypatch: pytest.MonkeyPat
     )
 
 
+@pytest.mark.parametrize("trouble", [EOFError, AttributeError])
 def test_no_password_is_a_usage_error_that_names_no_secret(
-    puller: FakePuller, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trouble: type[Exception],
+    puller: FakePuller,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def getpass(prompt: str) -> str:
-        raise EOFError
+        raise trouble
 
     monkeypatch.setattr("getpass.getpass", getpass)
     with pytest.raises(SystemExit) as caught:

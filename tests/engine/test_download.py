@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -162,6 +163,208 @@ def test_joined_child_while_its_finished_parent_is_downloaded_afresh(seed: int) 
         assert not store.layers
 
     run(main, seed)
+
+
+@SEEDS
+def test_layer_above_one_that_is_there_by_now_is_shared(seed: int) -> None:
+    """The first pull found the bottom layer missing, the second finds it in the store: what is
+    above it is on its way, and is not downloaded again."""
+
+    async def main() -> None:
+        first, second = ([FakeSource(key, after(9), known=True) for key in "abc"] for _ in "12")
+        first[0] = FakeSource("a", after(1), known=True)
+        async with (
+            open_download_manager(MemoryStore()) as manager,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def pull() -> None:
+                async with manager.download(first):
+                    pass
+
+            nursery.start_soon(pull)
+            await trio.sleep(5)
+            async with manager.download(second) as rootfs:
+                assert trio.current_time() == 9
+                assert rootfs.diff_ids == tuple(diff_id_of(key) for key in (b"a", b"b", b"c"))
+        assert [source.calls for source in first] == [1, 1, 1]
+        assert [source.calls for source in second] == [0, 0, 0]
+        assert [source.closed for source in first + second] == [1] * 6
+
+    run(main, seed)
+
+
+@SEEDS
+def test_queued_layer_whose_parent_has_failed_is_not_downloaded(seed: int) -> None:
+    """Its pull has the parent in its store, and shares what another pull puts on its own."""
+
+    async def main() -> None:
+        store = MemoryStore()
+        store.add(b"a", None)
+        theirs = [FakeSource("a", failing(DoNotRetry("denied"), 3)), FakeSource("b")]
+        mine = [FakeSource("a", known=True), FakeSource("b")]
+        async with (
+            open_download_manager(store, max_concurrent_downloads=1) as manager,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def pull(sources) -> None:
+                with pytest.raises(DoNotRetry, match="denied"):
+                    async with manager.download(sources):
+                        pass
+                assert trio.current_time() == 3
+
+            nursery.start_soon(pull, theirs)
+            await trio.sleep(1)
+            nursery.start_soon(pull, mine)
+        assert [source.calls for source in theirs + mine] == [1, 0, 0, 0]
+        assert [source.closed for source in theirs + mine] == [1, 1, 1, 1]
+
+    run(main, seed)
+
+
+@SEEDS
+def test_layer_that_waits_for_a_parent_of_another_pull_fails_with_it(seed: int) -> None:
+    stream = MemoryStream(b"b")
+
+    async def download(progress):
+        return stream, 1
+
+    async def main() -> None:
+        store = MemoryStore()
+        store.add(b"a", None)
+        theirs = [FakeSource("a", failing(DoNotRetry("denied"), 3)), FakeSource("b", download)]
+        mine = [FakeSource("a", known=True), FakeSource("b")]
+        async with (
+            open_download_manager(store) as manager,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def pull(sources) -> None:
+                with pytest.raises(DoNotRetry, match="denied"):
+                    async with manager.download(sources):
+                        pass
+                assert trio.current_time() == 3
+
+            nursery.start_soon(pull, theirs)
+            await trio.sleep(1)
+            nursery.start_soon(pull, mine)
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+    run(main, seed)
+
+
+def test_store_that_loses_the_parents() -> None:
+    class Store(MemoryStore):
+        async def register(self, stream, parent, descriptor=None):
+            layer = await super().register(stream, parent, descriptor)
+            return SimpleNamespace(diff_id=layer.diff_id, chain_id=layer.chain_id, parent=None)
+
+    async def main() -> None:
+        store = Store()
+        async with open_download_manager(store) as manager:
+            with pytest.raises(LayersError, match="internal error: too few parent layers"):
+                async with manager.download([FakeSource("a"), FakeSource("b")]):
+                    pass
+        assert not store.layers
+
+    run(main)
+
+
+def test_store_is_not_asked_for_what_is_above_a_missing_layer() -> None:
+    class Store(MemoryStore):
+        asked = 0
+
+        async def get(self, chain_id):
+            self.asked += 1
+            return await super().get(chain_id)
+
+    async def main() -> None:
+        store = Store()
+        sources = [FakeSource(key, known=True) for key in "abc"]
+        async with open_download_manager(store) as manager, manager.download(sources):
+            assert store.asked == 1
+
+    run(main)
+
+
+@SEEDS
+def test_repeated_layer_holds_what_it_is_read_from(seed: int) -> None:
+    """The pull that repeats it is gone when it is read: another one wants it still."""
+
+    async def main() -> None:
+        store = MemoryStore()
+        theirs = [FakeSource("a"), FakeSource("b", after(10)), FakeSource("a")]
+        mine = [FakeSource("a", known=True), FakeSource("b"), FakeSource("a")]
+        async with (
+            open_download_manager(store) as manager,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def gives_up() -> None:
+                with trio.move_on_at(3):
+                    async with manager.download(theirs):
+                        pass
+
+            nursery.start_soon(gives_up)
+            await trio.sleep(2)
+            async with manager.download(mine) as rootfs:
+                assert rootfs.diff_ids == tuple(diff_id_of(key) for key in (b"a", b"b", b"a"))
+                assert trio.current_time() == 10
+        assert [source.calls for source in theirs + mine] == [1, 1, 0, 0, 0, 0]
+        assert not store.layers
+
+    run(main, seed)
+
+
+def test_stream_of_a_repeated_layer_is_closed_though_the_store_does_not_read_it() -> None:
+    streams: list[MemoryStream] = []
+
+    class Store(MemoryStore):
+        async def register(self, stream, parent, descriptor=None):
+            if parent is not None:
+                raise OSError("no space")
+            layer = await super().register(stream, parent, descriptor)
+            tar_stream = layer.tar_stream
+
+            async def noting() -> MemoryStream:
+                streams.append(await tar_stream())
+                return streams[-1]
+
+            return SimpleNamespace(
+                diff_id=layer.diff_id, chain_id=layer.chain_id, parent=None, tar_stream=noting
+            )
+
+    async def main() -> None:
+        async with open_download_manager(Store()) as manager:
+            with pytest.raises(RegistrationError, match="failed to register layer: no space"):
+                async with manager.download([FakeSource("a"), FakeSource("a")]):
+                    pass
+        [stream] = streams
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+    run(main)
+
+
+@SEEDS
+def test_repeated_layer_takes_no_slot(seed: int) -> None:
+    """It moves nothing: with two slots the third download does not wait for it."""
+    started: list[float] = []
+
+    async def last(progress) -> None:
+        started.append(trio.current_time())
+
+    async def main() -> None:
+        sources = [FakeSource("a", after(10)), FakeSource("a"), FakeSource("b", last)]
+        async with open_download_manager(MemoryStore(), max_concurrent_downloads=2) as manager:
+            async with manager.download(sources) as rootfs:
+                assert len(rootfs.diff_ids) == 3
+        assert [source.calls for source in sources] == [1, 0, 1]
+
+    run(main, seed)
+    assert started == [0]
 
 
 @SEEDS

@@ -117,6 +117,48 @@ def test_sink_stuck_before_its_layers_are_asked_for_is_freed_by_a_failure() -> N
 
 
 @SEEDS
+@pytest.mark.parametrize("watched", [False, True], ids=["deaf", "wanted by others"])
+def test_result_does_not_wait_for_a_layer_below_that_is_not_needed(
+    seed: int, watched: bool
+) -> None:
+    """A layer that was joined stands on another pull's; our own below it goes on, for others
+    or since it is slow to stop."""
+
+    async def deaf(progress) -> None:
+        progress("Downloading", 1, 2)
+        with trio.CancelScope(shield=not watched):
+            await trio.sleep_until(100)
+
+    async def sink(progress: Progress) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def main() -> None:
+        store = MemoryStore()
+        store.add(b"a", None)
+        async with (
+            open_download_manager(store) as manager,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def pull(*sources: FakeSource) -> None:
+                async with manager.download(sources, progress=sink):
+                    pass
+
+            nursery.start_soon(pull, FakeSource("a", known=True), FakeSource("b", after(10)))
+            await trio.sleep(1)
+            if watched:
+                nursery.start_soon(pull, FakeSource("a", deaf))
+                await trio.sleep(1)
+            async with manager.download(
+                [FakeSource("a", deaf), FakeSource("b")], progress=sink
+            ) as rootfs:
+                assert len(rootfs.diff_ids) == 2
+                assert trio.current_time() == 10
+
+    run(main, seed)
+
+
+@SEEDS
 def test_slow_sink_gets_the_newest_and_the_last(seed: int) -> None:
     """What came meanwhile is skipped; nothing comes twice; the end arrives."""
     seen: list[Progress] = []
@@ -181,6 +223,38 @@ def test_failing_pull_hands_over_the_last_event_to_idle_sinks_and_waits_for_none
             break
     assert cancelled == ["a"]
     assert events[-1] == Progress("b", "Downloading", 7, 9)
+
+
+@pytest.mark.parametrize("action", ["Pulling fs layer", "Downloading"])
+def test_sink_that_fails_when_it_is_cancelled_does_not_hide_why_its_pull_failed(
+    action: str,
+) -> None:
+    """Not even with a nursery of its own, whose group holds the cancellation too."""
+
+    async def sink(progress: Progress) -> None:
+        async def child() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise SinkError("stopped")
+
+        if progress.action == action and progress.id == "b":
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(child)
+                await trio.sleep_forever()
+
+    async def main() -> None:
+        sources = [
+            FakeSource("a", failing(DoNotRetry("denied"), 3)),
+            FakeSource("b", counting(10)),
+        ]
+        async with open_download_manager(MemoryStore()) as manager:
+            with pytest.raises(DoNotRetry, match="denied"):
+                async with manager.download(sources, progress=sink):
+                    pass
+        assert [source.closed for source in sources] == [1, 1]
+
+    run(main)
 
 
 def test_equal_publications_are_each_delivered() -> None:

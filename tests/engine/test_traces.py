@@ -33,6 +33,11 @@ FILES = trace_files()
 def test_trace(path: Path) -> None:
     """A recorded scenario, replayed under many orders of scheduling, ends as recorded."""
     trace = json.loads(path.read_text())
+    if trace["scenario"]["manager"].get("max_attempts") == 0:
+        # Docker's engine tries once; for ours nothing is left to compare.
+        with pytest.raises(ValueError, match="max_download_attempts"):
+            run(World(trace["scenario"]).play)
+        return
     expected = trace["ours"] if trace.get("quirk") else trace["expected"]
     # An empty list means that the reference forgot it, except where the trace is ours already.
     recorded_close = trace["expected"]["descriptor_close"]
@@ -155,7 +160,11 @@ def waits_for_slot(world: World, pull: str, layer: str) -> bool | None:
         for record in world.downloads
         if record["layer"] in {f"{pull}/{index}" for index in indices}
     ]
-    return min(starts) > spec["at"] if starts else None
+    events = world.pulls[pull]["progress"].get(layer)
+    if not starts or not events:
+        return None
+    # It is asked for when the sink has taken "Pulling fs layer".
+    return min(starts) > rounded(events[0][0] + (spec.get("output_seconds") or 0))
 
 
 def same_progress(ours: list, theirs: list, must_wait: bool | None) -> bool:
@@ -196,10 +205,9 @@ def broken_invariants(world: World) -> list[str]:
         if len(times) != 1
     ]
     problems += [
-        f"a stream of {source} was closed at {times}"
-        for source, times in world.reader_close.items()
-        if len(times) > sum(d["layer"] == source for d in world.downloads)
-        and not source.startswith("tar of")
+        f"a stream of {body.name} was closed {body.closes} times"
+        for body in world.bodies
+        if body.closes != 1
     ]
     sharers = defaultdict(list)
     for pull in world.scenario["pulls"]:

@@ -16,6 +16,8 @@ from trio_layers._errors import DecompressionError, DoNotRetry
 from trio_layers._store.memory import decompressed
 
 END = 1000.0
+# The most that Docker's engine reads of a layer at once (Go's io.Copy).
+MOST_READ = 32 * 1024
 
 
 def diff_id_of(content: bytes) -> str:
@@ -36,35 +38,39 @@ class Body(trio.abc.ReceiveStream):
     def __init__(self, world: World, name: str, data: bytes, spec: dict) -> None:
         self._world, self._name, self._rest, self._spec = world, name, data, spec
         self._reads = 0
-        self._over = False
+        self.name, self.closes = name, 0
+        world.bodies.append(self)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        assert not self._over, "read after it was closed"
+        assert not self.closes, "read after it was closed"
         await trio.lowlevel.checkpoint()
         if self._reads == self._spec.get("fail_after"):
             raise ScenarioError(self._spec["error"])
         self._reads += 1
         if self._rest and self._spec.get("chunk_seconds"):
             await trio.sleep_until(trio.current_time() + self._spec["chunk_seconds"])
-        size = min(self._spec.get("chunk") or 65536, max_bytes or 65536)
+        size = min(self._spec.get("chunk") or MOST_READ, max_bytes or MOST_READ, MOST_READ)
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
 
     async def aclose(self) -> None:
-        self._over = True
+        self.closes += 1
         self._world.reader_close.setdefault(self._name, []).append(now())
 
 
 class FirstRead(trio.abc.ReceiveStream):
-    """Notes when the first read returned."""
+    """Notes when the first read of Docker's store would have returned: when the 10 bytes were
+    there that are looked at before it is asked, or the end. ``None``: it was not asked."""
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream
+        self._count = 0
         self.at: float | None = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         data = await self._stream.receive_some(max_bytes)
-        if self.at is None:
+        self._count += len(data)
+        if self.at is None and (self._count >= 10 or not data):
             self.at = now()
         return data
 
@@ -154,10 +160,14 @@ class Store:
                     self._give_back(parent.chain_id)
                 parent = above
 
-    def _add(self, content: bytes, parent: StoredLayer | None) -> StoredLayer:
+    def _add(
+        self, content: bytes, parent: StoredLayer | None, *, drop_parent: bool = False
+    ) -> StoredLayer:
         diff_id = diff_id_of(content)
         chain = extend_chain(parent.chain_id if parent else None, diff_id)
         if chain not in self.layers:
+            # Its chain ID still tells what it was registered on, as with the mock of moby's tests.
+            parent = None if drop_parent else parent
             self.layers[chain] = StoredLayer(self._world, diff_id, chain, parent, content)
             if parent is not None:
                 self.references[parent.chain_id] += 1
@@ -179,7 +189,7 @@ class Store:
         try:
             content = await decompressed(first)
             diff_id = record["diff_id"] = diff_id_of(content)
-            work = self._work.get(diff_id) or self._work.get("*") or {}
+            work = self._work.get(diff_id, self._work.get("*", {}))
             with trio.CancelScope(shield=True):
                 await trio.sleep_until(trio.current_time() + work.get("seconds", 0))
             if work.get("error"):
@@ -187,14 +197,14 @@ class Store:
         except DecompressionError:
             raise  # Docker's store is not asked before the stream is open
         except BaseException as error:
+            if first.at is None:
+                raise  # nor then
             cancelled = isinstance(error, trio.Cancelled)
             record["error"] = "context canceled" if cancelled else str(error)
             self.log["register"].append({"start": first.at, "end": now(), **record})
             raise
         below = self.layers[parent] if parent is not None else None
-        if work.get("drop_parent"):
-            below = None
-        layer = self._add(content, below)
+        layer = self._add(content, below, drop_parent=work.get("drop_parent", False))
         record["chain"] = layer.chain_id
         self.log["register"].append({"start": first.at, "end": now(), **record})
         return layer
@@ -222,6 +232,7 @@ class World:
         self.downloads: list[dict] = []
         self.descriptor_close: dict[str, list[float]] = {}
         self.reader_close: dict[str, list[float]] = {}
+        self.bodies: list[Body] = []
         self.registered: list[list] = []
         self.pulls: dict[str, dict] = {}
         self.store = Store(self, scenario["store"])
@@ -244,7 +255,10 @@ class World:
             self.final = dict(self.store.references)
             idle = manager.statistics()
             assert (idle.transfers, idle.downloading, idle.queued, idle.pulls) == (0, 0, 0, 0)
+            released = list(self.store.log["release"])
             nursery.cancel_scope.cancel()
+        # Without what the end of the test released.
+        self.store.log["release"] = released
         await trio.testing.wait_all_tasks_blocked()
 
     async def _set_concurrency(self, manager, change: dict) -> None:

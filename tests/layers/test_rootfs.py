@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,52 @@ def test_damaged_list(lines: list[bytes]) -> None:
     """A list that is not whole, or not a list, is an error of the store."""
     with pytest.raises(StoreError, match="list of entries"):
         parse_entries(lines)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [put_line(Entry(path=b"a/b", type="file"))],
+        [put_line(Entry(path=b"", type="dir")), put_line(Entry(path=b"a/b", type="file"))],
+        [b'{"p":5,"t":"dir"}\n'],
+        [put_line(Entry(path=b"", type="dir")), b'{"p":"a","k":"b\n'],
+    ],
+    ids=["no-root", "no-parent", "no-path", "cut-off"],
+)
+def test_damaged_list_of_a_tree(tmp_path: Path, lines: list[bytes]) -> None:
+    """However a list is damaged, and whatever is asked, it is an error of the store."""
+    (tmp_path / "entries").write_bytes(b"".join([*lines, summary_line(SUMMARY)]))
+    with pytest.raises(StoreError, match="list of entries"):
+        MergedTree([tmp_path]).lookup(b"a")
+    with pytest.raises(StoreError, match="list of entries"):
+        MergedTree([tmp_path]).survey([b"a", b"a/b"])
+
+
+def test_deep_links_are_linear(tmp_path: Path) -> None:
+    """Links that lead deep down and up again, one to the next: a step is a step anywhere, since
+    it is taken in trio's thread."""
+    depth, links = 600, 35
+    down, up = "/".join("a" * depth), "/.." * depth
+    entries: list[dict] = [{"name": "./", "type": "dir"}, {"name": down, "type": "dir"}]
+    for number in range(links):
+        target = f"{down}{up}/l{number + 1}"
+        entries.append({"name": f"l{number}", "type": "symlink", "linkname": target})
+    entries.append({"name": f"l{links}", "text": "x"})
+    (tree,) = unpack_stack([archive(*entries)], tmp_path)
+    merged = MergedTree([tree])
+    merged.load()
+    steps = 0
+
+    def count(frame: object, event: str, argument: object) -> object:
+        nonlocal steps
+        steps += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        found = merged.resolve(b"l0", follow=True)
+    finally:
+        sys.settrace(before)
+    assert found.path == b"l%d" % links
+    assert steps < 20 * 2 * depth * links

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from layers.plain import archive
 from layers.stack import diff_id, listed, unpack_blob, unpack_stack
 
 from trio_layers._entries import Entry
-from trio_layers._errors import LimitExceeded, StoreReadOnly, UnpackError
+from trio_layers._errors import LimitExceeded, StoreError, StoreFull, StoreReadOnly, UnpackError
 from trio_layers._store.rootfs import MergedTree
 from trio_layers._unpack.directories import Directories
 from trio_layers._unpack.worker import Limits, holds, unpack
@@ -203,6 +205,20 @@ def test_overlay_attributes_are_not_taken(tmp_path: Path) -> None:
     assert not listed(tmp_path / "t")[0][1].xattrs
 
 
+def test_attributes_in_another_locale(tmp_path: Path) -> None:
+    """Names of attributes are the layer's bytes, whatever the locale's encoding is."""
+    pax = {"SCHILY.xattr.user.\u20ac": "1"}
+    program = "import io, pathlib, sys; from trio_layers._unpack.worker import unpack; "
+    program += "unpack(io.BytesIO(sys.stdin.buffer.read()).read, pathlib.Path(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        input=archive({"name": "f", "pax": pax}),
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        check=True,
+    )
+    assert os.listxattr(tmp_path / "fs/f") == ["user.\u20ac"]
+
+
 def test_null_device_of_a_layer_is_a_whiteout(tmp_path: Path) -> None:
     """Character device 0/0 means the same wherever it comes from, and the list says so."""
     there = merged(DEBIAN, [{"name": "usr/bin/old", "type": "char"}], base=tmp_path)
@@ -253,6 +269,75 @@ def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == ["t"]
 
 
+@pytest.mark.parametrize(
+    "upper",
+    [
+        # What follows a link that is not there yet, …
+        [
+            {"name": "h/", "type": "dir"},
+            {"name": "h", "type": "hardlink", "linkname": "usr/bin/old"},
+            {"name": "more", "type": "hardlink", "linkname": "h"},
+        ],
+        # … and one to what is a directory only as long as nothing is below.
+        [{"name": "bin/new"}, {"name": "more", "type": "hardlink", "linkname": "bin"}],
+    ],
+)
+def test_alone_is_not_stricter(tmp_path: Path, upper: list[dict]) -> None:
+    """A layer that fits on its parent is not refused for what it looks like without."""
+    there = merged(DEBIAN, upper, base=tmp_path)
+    assert there[b"more"].links in (b"h", b"bin")
+    assert not (tmp_path / "1-alone/fs/more").exists()
+
+
+def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:
+    """A file brought up for a hard link takes no more space than it did below."""
+    sparse = {"format": "pax-1.0", "realsize": 1 << 26, "map": [[1 << 25, 4]]}
+    below = archive({"name": "./", "type": "dir"}, {"name": "s", "text": "data", "sparse": sparse})
+    link = archive({"name": "new", "type": "hardlink", "linkname": "s"})
+    trees = unpack_stack([below, link], tmp_path)
+    now = (trees[1] / "fs/new").stat()
+    assert (now.st_size, now.st_nlink) == (1 << 26, 2)
+    assert now.st_blocks * 512 < 1 << 20
+    there = {entry.path: entry for entry in listed(trees[1])[0]}
+    assert there[b"s"].sha256 == listed(trees[0])[0][1].sha256
+
+
+def test_borrowing_can_be_cancelled(tmp_path: Path) -> None:
+    """The check is called for each chunk of a file that is brought up."""
+    big = {"name": "big", "fill": {"byte": 1, "count": 1 << 22}}
+    unpack_blob(archive({"name": "./", "type": "dir"}, big), tmp_path / "below")
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+
+    (tmp_path / "t").mkdir()
+    link = archive({"name": "new", "type": "hardlink", "linkname": "big"})
+    lower = MergedTree([tmp_path / "below"])
+    unpack(io.BytesIO(link).read, tmp_path / "t", lower=lower, check_cancelled=check)
+    assert calls >= 16
+
+
+def test_what_is_below_cannot_be_read(tmp_path: Path) -> None:
+    """A damaged tree below is an error of the store, not of the layer."""
+    unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "old"}), tmp_path / "below")
+    (tmp_path / "below/fs/old").unlink()
+    link = archive({"name": "new", "type": "hardlink", "linkname": "old"})
+    with pytest.raises(StoreError, match=r"'old'.*layers below") as caught:
+        unpack_blob(link, tmp_path / "t", MergedTree([tmp_path / "below"]))
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_an_acl_does_not_change_the_mode(tmp_path: Path) -> None:
+    """The entry's mode is the one on the disk, as moby and containerd have it."""
+    acl = "02000000" + "01000700ffffffff" + "02000700e8030000" + "04000700ffffffff"
+    acl += "10000700ffffffff" + "20000700ffffffff"
+    pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": acl}}
+    unpack_blob(archive({"name": "f", "mode": "2640", "pax": pax}), tmp_path / "t")
+    assert stat.S_IMODE((tmp_path / "t/fs/f").stat().st_mode) == 0o2640
+
+
 class Stop(BaseException):
     """As trio.Cancelled is: no Exception."""
 
@@ -281,6 +366,44 @@ def test_cancelled_anywhere(tmp_path: Path) -> None:
         else:
             break
     assert stop_at > 10
+
+
+def test_checked_without_output(tmp_path: Path) -> None:
+    """The check is called while input gives nothing: here, a frame of zstd to be skipped."""
+    blob = bytes.fromhex("502a4d18") + (1 << 22).to_bytes(4, "little") + bytes(1 << 22)
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+
+    unpack(io.BytesIO(blob).read, tmp_path, check_cancelled=check)
+    assert calls >= 16
+
+
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_list_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None
+) -> None:
+    """A full disk is named when the list meets it, and hides no error that came first."""
+
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trio_layers._unpack.worker.io.FileIO", Full)
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise Stop
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Stop if stop_at else StoreFull):
+        unpack(io.BytesIO(archive(*DEBIAN)).read, tmp_path, check_cancelled=check)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_errors_of_the_source_come_out(tmp_path: Path) -> None:

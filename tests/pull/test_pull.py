@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
@@ -371,6 +372,51 @@ class TestBadInput:
             reference = registry.add(built, "library/big:1")
             registry.remove("library/big", digest)
             await stored.refuses(reference, trio_layers.NotFound, digest)
+
+    @pytest.mark.parametrize("first", ["right", "lie"])
+    async def test_config_that_lies_about_a_layer_it_shares(
+        self, tmp_path: Path, first: str
+    ) -> None:
+        """Whoever of the two started the download: the lie is refused, the other one comes."""
+        right = build_image([BIG], compression="none")
+        diff_id = right.diff_ids[0].encode()
+        config = right.config.replace(diff_id, b"sha256:" + b"1" * 64)
+        lying_config = f"sha256:{hashlib.sha256(config).hexdigest()}"
+        manifest = right.manifest.replace(
+            right.config_descriptor.digest.encode(), lying_config.encode()
+        )
+        outcomes: dict[str, str | None] = {}
+        async with open_registry() as registry:
+            registry.add(right, "library/demo:right")
+            registry.add_blob("library/demo", config)
+            media_type = right.descriptor.media_type
+            registry.add_manifest("library/demo", manifest, media_type=media_type, tag="lie")
+            digest = right.layers[0].descriptor.digest
+            registry.inject(f"*/blobs/{digest}", Slow(3_000_000), times=None)
+            async with open_puller(tmp_path) as puller, trio.open_nursery() as nursery:
+                joined = {"right": trio.Event(), "lie": trio.Event()}
+
+                async def run(tag: str) -> None:
+                    async def sink(event: Progress) -> None:
+                        if event.action == "Downloading":
+                            joined[tag].set()
+
+                    reference = f"{registry.host}/library/demo:{tag}"
+                    try:
+                        async with puller.pull(reference, progress=sink):
+                            outcomes[tag] = None
+                    except trio_layers.VerificationError as error:
+                        outcomes[tag] = str(error)
+
+                nursery.start_soon(run, first)
+                await joined[first].wait()
+                nursery.start_soon(run, "lie" if first == "right" else "right")
+            assert [name for name, _ in blob_requests(registry)].count(digest) == 1
+        assert outcomes["right"] is None
+        assert outcomes["lie"] is not None
+        assert "1" * 64 in outcomes["lie"]
+        async with open_store(tmp_path) as store:
+            assert [image.reference[-6:] for image in await store.images()] == [":right"]
 
     async def test_layer_with_another_diff_id_than_the_config_says(self, stored: Stored) -> None:
         right = build_image([[File("a", b"right")]])

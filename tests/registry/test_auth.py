@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 
 import httpx
 import pytest
@@ -130,6 +131,41 @@ async def test_the_least_lifetime(autojump_clock: MockClock, lifetime: object) -
         await trio.sleep(10)
         await fetch(client)
         assert server.given == 2
+
+
+@pytest.mark.parametrize("lifetime", [pytest.param(10**400, id="huge"), float("inf"), 10**9])
+async def test_the_greatest_lifetime(autojump_clock: MockClock, lifetime: float) -> None:
+    """Whatever a server says, it is asked again after a day."""
+    server = TokenRegistry()
+    answer = json.dumps({"token": "t", "expires_in": lifetime}).encode()
+
+    def tokens(request: httpx.Request) -> httpx.Response:
+        server.good.add("t")
+        return httpx.Response(200, content=answer)
+
+    server.network.hosts[TOKENS] = tokens
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        for _ in range(2):
+            await fetch(client)
+        assert len(server.token_requests()) == 1
+        await trio.sleep(24 * 60 * 60)
+        await fetch(client)
+        assert len(server.token_requests()) == 2
+
+
+async def test_a_lifetime_that_is_no_number(autojump_clock: MockClock) -> None:
+    """JSON has none, but Python reads it: it counts as the least."""
+    server = TokenRegistry()
+
+    def tokens(request: httpx.Request) -> httpx.Response:
+        server.good.add("t")
+        return httpx.Response(200, content=b'{"token": "t", "expires_in": NaN}')
+
+    server.network.hosts[TOKENS] = tokens
+    async with server.network.client() as http, open_registry_client(client=http) as client:
+        for _ in range(2):
+            await fetch(client)
+    assert len(server.token_requests()) == 1
 
 
 async def test_a_token_that_is_revoked() -> None:
@@ -305,7 +341,16 @@ async def test_no_valid_token(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "realm", ["", "token", "http://tokens.example/", "ftp://x/", "https://a:x"]
+    "realm",
+    [
+        "",
+        "token",
+        "http://tokens.example/",
+        "ftp://x/",
+        "https://a:x",
+        "https://xn--a/",
+        "http://127.0.0.1:1/",
+    ],
 )
 async def test_realms_that_are_not_asked(realm: str) -> None:
     """Neither credentials nor tokens travel without TLS, unless that is allowed."""

@@ -126,6 +126,22 @@ async def test_ranges_that_do_not_fit(content_range: str) -> None:
     assert (sink.data, sink.restarts) == (CONTENT, 1)
 
 
+async def test_a_registry_that_is_never_done() -> None:
+    """A byte that was not asked for as such, and then no more: started over once, no oftener."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if "Range" in request.headers:
+            return httpx.Response(416)
+        headers = {"Content-Range": "bytes 0-0/1024"}
+        return httpx.Response(206, headers=headers, stream=Body([CONTENT[:1]]))
+
+    network = Network(**{HOST: answer})
+    with pytest.raises(RegistryError, match=r"answered 416 .* asked for from byte 1 on"):
+        with trio.fail_after(5):
+            await fetch(network, MemorySink())
+    assert len(network.requests) == 4
+
+
 @pytest.mark.parametrize("status", [204, 206])
 async def test_an_answer_that_was_not_asked_for(status: int) -> None:
     """Not the blob, and no range was asked for: the error names the status."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from functools import partial
 
 import httpx
 import pytest
@@ -24,6 +25,7 @@ from trio_layers._errors import (
     AuthenticationError,
     InvalidDigest,
     InvalidReference,
+    LayersError,
     ManifestError,
     NotFound,
     PlatformError,
@@ -165,6 +167,27 @@ async def test_digest_that_the_registry_promised() -> None:
         await resolve(Network(**{HOST: lying}))
 
 
+async def test_a_promise_that_would_rewrite_a_terminal() -> None:
+    """Header fields may hold escapes; errors do not."""
+
+    def lying(request: httpx.Request) -> httpx.Response:
+        headers = {"Docker-Content-Digest": "sha256:\x1b[2J"}
+        return httpx.Response(200, headers=headers, content=b"{}")
+
+    with pytest.raises(VerificationError, match=r"which should be sha256: \[2J$"):
+        await resolve(Network(**{HOST: lying}))
+
+
+async def test_platforms_in_an_error_are_bounded() -> None:
+    """An index may name what it likes."""
+    registry = FakeRegistry()
+    platform = {"os": "linux", "architecture": "a" * 5000}
+    registry.add_index([as_json(registry.add_image(), platform=platform)], tag="latest")
+    with pytest.raises(PlatformError, match="but for linux/aaaa") as caught:
+        await resolve(Network(**{HOST: registry}), platform=ARM)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("change", [b" ", b""])
 async def test_documents_found_by_descriptor(change: bytes) -> None:
     """A manifest of an index, and a config, must be what their descriptors say."""
@@ -231,7 +254,7 @@ async def test_a_digest_that_cannot_be_verified() -> None:
     assert network.requests == []
 
 
-@pytest.mark.parametrize("domain", ["[:::]", "example.com:99999"])
+@pytest.mark.parametrize("domain", ["[:::]", "example.com:99999", "xn--a.example"])
 async def test_a_domain_that_is_no_host(domain: str) -> None:
     """The grammar of references lets it through; there is nobody to ask."""
     with pytest.raises(InvalidReference, match="is no host"):
@@ -284,6 +307,13 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
             120.0,
         ),
         ({"Retry-After": "soon"}, None),
+        (
+            {
+                "Retry-After": "Wed, 21 Oct 2015 07:30:00 +99999999999999",
+                "Date": "Wed, 21 Oct 2015 07:28:00 GMT",
+            },
+            None,
+        ),
         ({}, None),
     ],
 )
@@ -363,6 +393,49 @@ async def test_contradictory_options() -> None:
         with pytest.raises(ValueError, match="verify=False"):
             async with open_registry_client(client=http, tls_verify=False):
                 pass  # pragma: no cover
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("NO_PROXY", "fd00::/8"),
+        ("ALL_PROXY", "other://proxy.example"),
+        ("SSL_CERT_FILE", "/nowhere/certificates"),
+    ],
+)
+async def test_an_environment_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """The error says where to look."""
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(LayersError, match=f"{variable}.* cannot be used: "):
+        async with open_registry_client():
+            pass  # pragma: no cover
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """As with Docker: whoever has a proxy has no way through it to this machine."""
+    asked: list[str] = []
+
+    async def proxy(stream: trio.SocketStream) -> None:
+        asked.append((await stream.receive_some()).decode())
+        await stream.send_all(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, proxy, 0, host="127.0.0.1"))
+        port = listener.socket.getsockname()[1]
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        async with open_registry_client() as client:
+            for name in (f"{host}:1", "registry.example"):
+                with pytest.raises(RegistryError):
+                    await client.resolve(parse_reference(f"{name}/app"))
+        nursery.cancel_scope.cancel()
+    assert [request.partition("\r\n")[0] for request in asked] == [
+        "CONNECT registry.example:443 HTTP/1.1"
+    ]
 
 
 async def test_own_client() -> None:

@@ -116,17 +116,31 @@ async def test_the_clients_own_authorization_goes_nowhere() -> None:
 async def test_endless_redirects() -> None:
     """They end with an error that names the registry."""
     network = Network(**{HOST: lambda request: redirect(str(request.url))})
-    with pytest.raises(RegistryError, match=r"registry\.example redirects more than 5 times"):
+    with pytest.raises(
+        RegistryError, match=r"registry\.example redirects more than 5 times for blob"
+    ):
         await fetch(network)
     assert len(network.requests) == MAX_REDIRECTS + 1
 
 
-@pytest.mark.parametrize("location", ["http://storage.example/x", "ftp://storage.example", "//:x"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://storage.example/x",
+        "ftp://storage.example",
+        "//:x",
+        "https://xn--a/",
+        f"https://{'é' * 5000}/",
+    ],
+)
 async def test_redirects_that_are_not_followed(location: str) -> None:
-    """Not from HTTPS to plain HTTP, unless that is allowed, nor to what is no HTTP at all."""
+    """Not from HTTPS to plain HTTP, unless that is allowed, nor to what is no HTTP at all. The
+    error is a line that can be read."""
     network = Network(**{HOST: lambda request: redirect(location)})
-    with pytest.raises(RegistryError, match=r"^registry\.example (redirects|could)"):
+    with pytest.raises(RegistryError, match=r"^registry\.example (redirects|could)") as caught:
         await fetch(network)
+    assert len(str(caught.value)) < 600
+    assert f"for blob {BLOB.digest} of registry.example/team/app" in str(caught.value)
     assert len(network.requests) == 1
 
 
@@ -166,6 +180,19 @@ async def test_logs_have_no_signatures(caplog: pytest.LogCaptureFixture) -> None
     assert "storage.example/blob" in text
     assert "signature" not in text
     assert "dXNlcjpzZWNyZXQ=" not in text
+
+
+async def test_logs_have_no_control_characters(caplog: pytest.LogCaptureFixture) -> None:
+    """A path is logged as it is sent, not decoded."""
+    hosts = {HOST: lambda request: redirect(f"{STORAGE}/%1b%5b2J%0aGET"), STORAGE: _content}
+    with caplog.at_level(logging.DEBUG, "trio_layers"):
+        await fetch(Network(**hosts))
+    assert "GET storage.example/%1b%5b2J%0aGET: 200" in caplog.text.replace("B", "b")
+    assert "\x1b" not in caplog.text
+
+
+def _content(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, stream=Body([CONTENT]))
 
 
 async def test_slots() -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import trio
-from store.world import Stream, describe, layer_of, opened
+from store.world import Stream, describe, digest_of, layer_of, opened
 
 from trio_layers._store import content, trees
 
@@ -46,6 +46,10 @@ async def main(path: Path, what: str) -> None:
         elif what == "tree-renamed":
             trees.sync_directory = stop
             await store.register(Stream(LAYER.data), None, LAYER.descriptor)
+        elif what == "use":
+            assert await store.blob(digest_of(b"theirs")) is not None
+            await store.put_blob(describe(b"ours"), b"ours")
+            ready()
         elif what == "lease":
             async with store.lease(LAYER.digest):
                 ready()

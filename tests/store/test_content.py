@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import io
 import os
 import sqlite3
+import threading
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
-from store.world import arriving, describe, digest_of, ingest, opened, visible
+from store.world import Stream, arriving, describe, digest_of, ingest, opened, visible
 
-from trio_layers._errors import StoreError, VerificationError
+from trio_layers._digest import Digest
+from trio_layers._errors import InvalidDigest, StoreError, StoreFull, VerificationError
+from trio_layers._manifest import Descriptor
 from trio_layers._store import content
 
 DATA = bytes(range(256)) * 16 * 1024  # 4 MiB
@@ -187,6 +192,95 @@ async def test_a_row_that_could_not_be_written_is_written_by_another_commit(
         assert await store.read_blob(DESCRIPTOR.digest) == DATA
 
 
+async def test_a_row_that_another_wrote_meanwhile_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise sqlite3.OperationalError("the row")
+
+    async with opened(tmp_path) as store, store.ingest(DESCRIPTOR) as sink:
+        await sink.write(DATA)
+        with monkeypatch.context() as patch:
+            patch.setattr(content, "add_blob", fail)
+            with pytest.raises(StoreError, match="the row"):
+                await sink.commit()
+        await store.put_blob(DESCRIPTOR, DATA)
+        await sink.commit()
+        assert sink.committed
+
+
+async def test_what_could_not_be_cut_off_is_cut_off_before_more_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class File(io.FileIO):
+        """On a disk that is full in the middle of a write, and stays so for a while."""
+
+        room = 1000
+
+        def write(self, data: memoryview) -> int:  # type: ignore[override]
+            if not self.room:
+                raise OSError(errno.ENOSPC, "full")
+            written = super().write(data[: self.room])
+            self.room -= written
+            return written
+
+        def truncate(self, size: int | None = None) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "full")
+            return super().truncate(size)
+
+    files = []
+
+    def make(*args: str) -> File:
+        files.append(File(*args))
+        return files[-1]
+
+    async with opened(tmp_path) as store:
+        monkeypatch.setattr(content.io, "FileIO", make)
+        async with store.ingest(DESCRIPTOR) as sink:
+            with pytest.raises(StoreFull):
+                await sink.write(DATA)
+            files[0].room = len(DATA)
+            await sink.commit()
+        path = await store.blob(DESCRIPTOR.digest)
+        assert path is not None
+        assert path.read_bytes() == DATA
+
+
+async def test_what_the_disk_may_have_lost_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk")
+
+    async with opened(tmp_path) as store, store.ingest(DESCRIPTOR) as sink:
+        await sink.write(DATA)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(StoreError, match="the disk"):
+                await sink.commit()
+        assert sink.offset == 0
+        with pytest.raises(VerificationError):
+            await sink.commit()
+        await sink.write(DATA)
+        await sink.commit()
+        assert await store.read_blob(DESCRIPTOR.digest) == DATA
+
+
+@pytest.mark.parametrize("digest", ["sha256:../../evil", "sha256:", "md5:0", "/evil"])
+async def test_a_digest_that_is_none_leads_nowhere(tmp_path: Path, digest: str) -> None:
+    descriptor = Descriptor("x", Digest(digest), 4)
+    async with opened(tmp_path / "store") as store:
+        with pytest.raises(InvalidDigest):
+            async with store.ingest(descriptor):
+                pytest.fail("entered")
+        with pytest.raises(InvalidDigest):
+            await store.register(Stream(b""), None, descriptor)
+        assert await store.blob(descriptor.digest) is None
+        assert arriving(store.path) == []
+    assert os.listdir(tmp_path) == ["store"]
+
+
 async def test_two_tasks_share_one_arrival(tmp_path: Path) -> None:
     waiting = trio.Event()
     order = []
@@ -301,6 +395,35 @@ async def test_a_stream_of_a_blob(tmp_path: Path) -> None:
         with pytest.raises(trio.ClosedResourceError):
             await stream.receive_some()
         gc.collect()
+
+
+async def test_a_stream_closed_under_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = trio.Event(), threading.Event()
+    read = content.BlobStream._read
+
+    def slow(stream: content.BlobStream, size: int) -> bytes:
+        trio.from_thread.run_sync(reading.set)
+        go_on.wait()
+        return read(stream, size)
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+    monkeypatch.setattr(content.BlobStream, "_read", slow)
+    async with opened(tmp_path) as store:
+        await ingest(store, DATA)
+        stream = await store.open_blob(DESCRIPTOR.digest)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await reading.wait()
+            await stream.aclose()
+            closed_at_once = stream._file.closed
+            go_on.set()
+        assert not closed_at_once
+        assert stream._file.closed
 
 
 async def test_no_lock_file_and_no_descriptor_is_left(tmp_path: Path) -> None:

@@ -143,3 +143,19 @@ async def test_a_process_that_is_interrupted_leaves_as_clean(tmp_path: Path, wha
         assert await trio.to_thread.run_sync(process.wait) != 0
     assert os.listdir(tmp_path / "leases") == []
     assert {name.rpartition(".")[2] for name in arriving(tmp_path)} <= {"partial", "trash"}
+
+
+async def test_a_process_that_opened_it_twice_and_another_lose_nothing(tmp_path: Path) -> None:
+    """SQLite's locks are the process's, and lost when it closes any descriptor of the file."""
+    async with opened(tmp_path) as store:
+        async with opened(tmp_path):
+            await store.put_blob(describe(b"theirs"), b"theirs")
+        for _ in range(2):
+            async with running(tmp_path, "use") as process:
+                assert await trio.to_thread.run_sync(process.wait) == 0
+            assert (tmp_path / "catalog.sqlite-wal").exists()
+            assert await store.read_blob(digest_of(b"ours")) == b"ours"
+        await store.put_blob(describe(b"last"), b"last")
+    async with opened(tmp_path) as store:
+        for data in (b"theirs", b"ours", b"last"):
+            assert await store.read_blob(digest_of(data)) == data

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import sqlite3
 import stat
 from collections.abc import Callable
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from store.world import (
     Stream,
     arriving,
+    describe,
     layer_of,
     mounted_tmpfs,
     opened,
@@ -209,6 +213,77 @@ async def test_the_path_may_be_relative_and_a_link(
     monkeypatch.chdir(tmp_path)
     async with opened(Path("link")) as store:
         assert store.path == tmp_path / "real"
+
+
+async def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(UnsupportedStore, match="not a directory"):
+        async with opened(tmp_path / "link"):
+            pytest.fail("entered")
+
+
+async def test_a_store_that_was_opened_to_others_is_closed_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await make(path)
+    path.chmod(0o755)
+    async with opened(path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def foreign_link(path: Path) -> None:
+    (path / "ingest").symlink_to(path.parent)
+
+
+def foreign_owner(path: Path) -> None:
+    (path / "ingest").mkdir()
+    os.chown(path / "ingest", 12345, 12345)
+
+
+@pytest.mark.parametrize("plant", [foreign_link, pytest.param(foreign_owner, marks=as_root)])
+async def test_what_others_left_in_a_directory_is_not_made_a_store_of(
+    tmp_path: Path, plant: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "catalog.sqlite").touch()
+    plant(path)
+    before = snapshot(path)
+    with pytest.raises(UnsupportedStore, match="ingest in it is a link or of another user"):
+        async with opened(path):
+            pytest.fail("entered")
+    assert snapshot(path) == before
+    assert os.listdir(tmp_path) == ["store"]
+
+
+async def test_a_sweep_that_fails_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listdir = os.listdir
+    failed = trio.Event()
+
+    def fail(path: Path) -> list[str]:
+        if path.name != "ingest":
+            return listdir(path)
+        trio.from_thread.run_sync(failed.set)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with opened(tmp_path) as store:
+        monkeypatch.setattr(os, "listdir", fail)
+        await store.put_blob(describe(b"data"), b"data")
+        await failed.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert await store.read_blob(describe(b"data").digest) == b"data"
+    assert "too many open files" in caplog.text
+
+
+async def test_a_store_that_is_removed_while_it_is_open(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(tmp_path / "store") as store:
+        shutil.rmtree(store.path)
+        with pytest.raises(StoreError):
+            await store.put_blob(describe(b"data"), b"data")
+    assert str(store.path) in caplog.text
 
 
 async def test_what_dead_holders_left_is_swept_and_what_live_ones_make_is_not(

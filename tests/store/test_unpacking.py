@@ -95,6 +95,21 @@ async def test_a_hard_link_to_a_file_below(tmp_path: Path) -> None:
         assert await store.get(chain_of(LINKING)) is None
 
 
+async def test_a_tree_that_was_made_upon_nothing_is_not_shared(tmp_path: Path) -> None:
+    """A whiteout is dropped where there is nothing to hide, and not where there is."""
+    whiteout = layer(**{"home__.wh.secret": ""})
+    below = layer(member("home", tarfile.DIRTYPE), home__secret="s", home__other="o")
+    async with open_store(tmp_path, unpacker=worker) as store:
+        alone = await register(store, whiteout)
+        assert alone.chain_id == alone.diff_id
+        assert not is_shared(alone)
+        assert await register(store, whiteout) is alone
+        top = await register(store, below, whiteout)
+        assert is_shared(top)
+        rootfs = await store.rootfs(top.chain_id)
+        assert [entry.path for entry in await rootfs.walk()] == [b"", b"home", b"home/other"]
+
+
 async def test_a_stream_that_fails_in_the_middle_of_a_file_fails_as_itself(tmp_path: Path) -> None:
     failure = PermissionError(13, "not our disk")
     blob = layer_of(big=random.Random(1).randbytes(300_000))

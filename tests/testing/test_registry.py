@@ -134,6 +134,8 @@ async def test_tags_come_in_pages(connect) -> None:
         rest = await client.get(page.links["next"]["url"])
         assert rest.json()["tags"] == ["c"]
         assert "Link" not in rest.headers
+        endless = await client.get(f"/v2/{NAME}/tags/list?n={'9' * 5000}")
+        assert endless.json() == whole.json()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,9 @@ async def test_a_range_is_sent_and_named(connect, asked: str, start: int, stop: 
         assert got.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(DATA)}"
 
 
-@pytest.mark.parametrize("asked", ["bytes=5-4", "bytes=0-1,5-6", "bytes=-", "lines=1-2"])
+@pytest.mark.parametrize(
+    "asked", ["bytes=5-4", "bytes=0-1,5-6", "bytes=-", "lines=1-2", f"bytes={'9' * 5000}-"]
+)
 async def test_an_odd_range_is_ignored(connect, asked: str) -> None:
     async with connect() as (registry, client):
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
@@ -549,6 +553,14 @@ async def test_a_client_that_speaks_no_http_is_cut_and_harms_nobody() -> None:
         await exchange_raw(registry, too_long + bytes(99_999))
         assert not registry.requests
         assert (await client.get("/v2/")).status_code == 200
+
+
+async def test_credentials_that_are_none_harm_nobody() -> None:
+    async with open_registry(auth=BasicAuth("u", "p")) as registry:
+        for _ in range(2):
+            head = b"GET /v2/ HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
+            received = await exchange_raw(registry, head + b"Authorization: Basic \xe9\r\n\r\n")
+            assert received.startswith(b"HTTP/1.1 401")
 
 
 async def test_a_client_that_leaves_ends_its_request_only() -> None:

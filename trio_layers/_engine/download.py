@@ -210,13 +210,18 @@ class _Pull:
     async def run(self) -> RootFS:
         try:
             await trio.lowlevel.checkpoint()  # a pull that is cancelled already starts nothing
-            async with open_hidden_nursery() as self._nursery:
-                try:
-                    await self._get_all_layers()
-                except Exception as error:
-                    self._fail(error)
-                except BaseException:
-                    self._let_go()
+            try:
+                async with open_hidden_nursery() as self._nursery:
+                    try:
+                        await self._get_all_layers()
+                    except Exception as error:
+                        self._fail(error)
+                    except BaseException:
+                        self._let_go()
+                        raise
+            except Exception:
+                # A sink with a nursery of its own failed when it was cancelled.
+                if self._error is None:
                     raise
             if self._error is not None:
                 raise self._error
@@ -295,8 +300,13 @@ class _Pull:
         self._result = RootFS(self._base.diff_ids + self._diff_ids_down_from(top.layer))
         # What is below stays because of the top one.
         self._watched.pop()
+        below = self._watched
         self._let_go()
         self._watched.append(top)
+        for transfer in below:
+            # One may still run if what is above it was joined, and stands on another's.
+            if not transfer.done.is_set():
+                transfer.wake()
 
     async def _take_existing(self) -> RootFS:
         """Pass over the layers at the bottom that the store has."""
@@ -323,7 +333,11 @@ class _Pull:
         """Start or join a transfer for each layer; the top one, or ``None`` if the pull has
         failed before."""
         first = len(self._sources) - len(sources)
-        key = _key_of_base(base)
+        key = _key_of_base(self._base.chain_id)
+        # Those that are there count as well: for a pull that came before they were missing, and
+        # what is above them is shared with it all the same.
+        for source in self._sources[:first]:
+            key = _key_on(key, source.key)
         parent: Transfer | None = None
         by_source_key: dict[str, tuple[Transfer, LayerSource]] = {}
         for index, source in enumerate(sources, first):
@@ -399,7 +413,7 @@ class _Pull:
 
     async def _deliver(self, transfer: Transfer, id: str, sink: ProgressSink) -> None:
         try:
-            await transfer.deliver(id, sink)
+            await transfer.deliver(self, id, sink)
         except Exception as error:
             self._fail(error)
 
@@ -424,6 +438,8 @@ class _Job:
         transfer.now_inactive()
         reader = LayerReader(stream, size, transfer.report)
         try:
+            # A source may be deaf to a cancellation: then the store is not asked.
+            await trio.lowlevel.checkpoint_if_cancelled()
             if self.parent is not None:
                 await self.parent.done.wait()
                 if self.parent.error is not None:
@@ -486,7 +502,7 @@ class _Job:
 
 
 def _key_of_base(base: ChainID | None) -> bytes:
-    """What a pull's first missing layer stands on, as the beginning of a chain of keys."""
+    """What a pull's bottom layer stands on, as the beginning of a chain of keys."""
     return hashlib.sha256(b"base " + (base or "").encode()).digest()
 
 

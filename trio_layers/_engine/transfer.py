@@ -137,18 +137,23 @@ class Transfer:
         self._published += 1
         self._news.unpark_all()
 
-    async def deliver(self, id: str, sink: ProgressSink) -> None:
+    async def deliver(self, watcher: Watcher, id: str, sink: ProgressSink) -> None:
         """Hand the latest publication to ``sink``, then each later one it is fast enough for,
-        until the transfer is done and its last one handed over."""
+        until the transfer is done, or the watcher gone, and the last one handed over."""
         seen = 0
         while True:
+            over = self.done.is_set() or watcher not in self._watchers
             if seen < self._published:
                 seen = self._published
                 await sink(Progress(id, *self._latest))
-            elif self.done.is_set():
-                return
-            else:
+            elif not over:
                 await self._news.park()
+            if over:
+                return
+
+    def wake(self) -> None:
+        """Make `deliver` see that a watcher is gone."""
+        self._news.unpark_all()
 
     # What it does.
 
@@ -167,6 +172,14 @@ class Transfer:
                 outcome = TransferCancelled(self.if_cancelled)
         except Exception as error:
             outcome = error
+        except BaseExceptionGroup as group:
+            stopped, failed = group.split(trio.Cancelled)
+            if stopped is None or not isinstance(failed, ExceptionGroup):
+                raise
+            # What failed while the manager's end stopped it must not become what the manager's
+            # block raises.
+            logger.debug("transfer %s: %r while it stopped", self._key.hex()[:12], failed)
+            raise stopped from None
         finally:
             self._end(outcome)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from .._errors import (
     AuthenticationError,
@@ -13,7 +13,9 @@ from .._errors import (
     RateLimited,
     RegistryError,
 )
-from .transport import Answer
+
+if TYPE_CHECKING:
+    from .transport import Answer
 
 __all__ = ["give_up", "read_error", "readable"]
 
@@ -90,5 +92,5 @@ def _retry_after(answer: Answer) -> float | None:
         then = email.utils.parsedate_to_datetime(value)
         now = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
         return max(0.0, (then - now).total_seconds())
-    except (ValueError, TypeError):  # TypeError: one of them has no time zone
+    except (ValueError, TypeError, OverflowError):  # TypeError: one of them has no time zone
         return None

@@ -21,7 +21,7 @@ import trio
 from .._errors import AuthenticationError, LayersError, RegistryError
 from .._reference import Reference
 from .answers import give_up, read_error, readable
-from .hosts import is_loopback
+from .hosts import base_urls, is_loopback, parse_url
 from .transport import Answer, Transport
 
 __all__ = ["Authenticator", "Challenge", "Credentials", "CredentialsFor", "parse_challenges"]
@@ -29,6 +29,8 @@ __all__ = ["Authenticator", "Challenge", "Credentials", "CredentialsFor", "parse
 MAX_TOKEN_SIZE: Final = 1024 * 1024
 # The specification's default, and the least that it has servers give, for old clients' sake.
 MIN_TOKEN_LIFETIME: Final = 60.0
+# One that is good for longer is asked for again all the same.
+MAX_TOKEN_LIFETIME: Final = 24 * 60 * 60.0
 # A token that would end while a request is on its way is of no use.
 EXPIRY_MARGIN: Final = 5.0
 MAX_TOKENS: Final = 1000
@@ -271,16 +273,18 @@ class Authenticator:
                 raise await read_error(answer, what)
             body = await answer.read(MAX_TOKEN_SIZE)
         value, lifetime = _decode_token(body, answer.host, reference)
-        return value, began + max(lifetime, MIN_TOKEN_LIFETIME) - EXPIRY_MARGIN
+        return value, began + lifetime - EXPIRY_MARGIN
 
     def _realm(self, realm: str, reference: Reference) -> httpx.URL:
         """The token server's URL: credentials and tokens travel there, so it has to be HTTPS
         where the registry has to be."""
         try:
-            url = httpx.URL(realm)
+            url = parse_url(realm)
         except httpx.InvalidURL:
             url = httpx.URL()
-        plain = url.scheme == "http" and (self._plain_http or is_loopback(url))
+        # A registry elsewhere has no business with what listens on this machine.
+        local = is_loopback(url) and is_loopback(base_urls(reference, plain_http=False)[0])
+        plain = url.scheme == "http" and (self._plain_http or local)
         if not url.host or not (url.scheme == "https" or plain):
             raise give_up(
                 AuthenticationError(
@@ -315,10 +319,11 @@ def _decode_token(body: bytes, host: str, reference: Reference) -> tuple[str, fl
     if isinstance(document, dict):
         token = document.get("token") or document.get("access_token")
         lifetime = document.get("expires_in")
-        if not isinstance(lifetime, int | float):
-            lifetime = 0.0
+        # Not a number, which json.loads() takes for one, is not greater either.
+        if not isinstance(lifetime, int | float) or not lifetime > MIN_TOKEN_LIFETIME:
+            lifetime = MIN_TOKEN_LIFETIME
         if isinstance(token, str) and _FIT_FOR_A_HEADER.match(token):
-            return token, lifetime
+            return token, float(min(lifetime, MAX_TOKEN_LIFETIME))
     # Not even the beginning of what came is shown: it may be half a token.
     raise RegistryError(
         f"{host} gave no valid token to pull {reference.name}", host=host, status=200

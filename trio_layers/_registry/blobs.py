@@ -65,6 +65,7 @@ class BlobFetch:
     progress: ReportProgress
     tags: EntityTags
     open: Open
+    started_over: bool = False
 
     async def run(self) -> None:
         sink, size, digest = self.sink, self.descriptor.size, self.descriptor.digest
@@ -106,14 +107,17 @@ class BlobFetch:
             end = _range_end(answer.headers.get("Content-Range", ""), sink.offset, size)
         if end is not None:
             self.tags.see(self.descriptor.digest, answer)
-        elif sink.offset == 0:
+        elif sink.offset == 0 or self.started_over:
+            # Twice in one attempt, and it might go on like this for ever.
+            asked = "as a whole" if sink.offset == 0 else f"from byte {sink.offset} on"
             raise RegistryError(
                 f"{answer.host} answered {answer.status} for blob {self.descriptor.digest}, "
-                "which was asked for as a whole",
+                f"which was asked for {asked}",
                 host=answer.host,
                 status=answer.status,
             )
         else:
+            self.started_over = True
             await self._start_over()
         return end
 

@@ -17,7 +17,7 @@ import httpx
 import trio
 
 from .._digest import DiffID, Digest, parse_digest
-from .._errors import ManifestError, PlatformError, VerificationError
+from .._errors import LayersError, ManifestError, PlatformError, VerificationError
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -35,7 +35,7 @@ from .._platform import Platform, choose, host_platform
 from .._reference import Reference
 from .._version import __version__
 from ..abc import BlobSink, ReportProgress
-from .answers import read_error
+from .answers import read_error, readable
 from .auth import Authenticator, CredentialsFor
 from .blobs import BlobFetch, EntityTags
 from .hosts import base_urls
@@ -124,7 +124,8 @@ async def open_registry_client(
         client: Sends the requests, and is closed by whoever made it. It must allow
             ``max_connections`` connections, and nothing else should use it meanwhile: see
             encode/httpcore#961. ``None``: one of our own, which takes proxies and certificates
-            from the environment, and closes its connections at the end.
+            from the environment, asks this machine without a proxy, and closes its connections
+            at the end.
         credentials: For those who ask for them. They are sent over plain HTTP only where that
             may be used at all.
         plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
@@ -135,6 +136,7 @@ async def open_registry_client(
     Raises:
         ValueError: if ``max_connections`` is less than 1, or if ``tls_verify`` is switched off
             for a client that was given.
+        LayersError: if the environment's proxies or certificates cannot be used.
     """
     if max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
@@ -149,8 +151,21 @@ async def open_registry_client(
 
 
 def _make_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
+    try:
+        return _new_client(tls_verify, max_connections)
+    # ImportError: a SOCKS proxy needs a package that httpx does not bring.
+    except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
+        raise LayersError(
+            "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
+            f"NO_PROXY, SSL_CERT_FILE and their like) cannot be used: {error}"
+        ) from error
+
+
+def _new_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         verify=tls_verify,
+        # As Go's programs have it: a proxy is no way to this machine.
+        mounts=dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]")),
         limits=httpx.Limits(
             max_connections=max_connections, max_keepalive_connections=max_connections
         ),
@@ -315,7 +330,7 @@ class RegistryClient:
         # A digest of another algorithm is one that cannot be checked.
         if promised is not None and promised.startswith("sha256:") and promised != digest:
             raise VerificationError(
-                f"{answer.host} sent {digest} as {what}, which should be {promised[:128]}",
+                f"{answer.host} sent {digest} as {what}, which should be {readable(promised)}",
                 digest=promised,
             )
         return Descriptor(media_type, digest, len(data)), data
@@ -383,7 +398,7 @@ def _no_image(reference: Reference, wanted: Platform, platforms: list[Platform |
     there = sorted({str(platform) for platform in platforms if platform is not None})
     shown = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
     raise PlatformError(
-        f"{reference} has no image for {wanted}, but for {shown or 'nothing'}: "
+        f"{reference} has no image for {wanted}, but for {readable(shown) or 'nothing'}: "
         "ask for one of these platforms"
     )
 

@@ -9,7 +9,7 @@ import httpx
 from .._errors import InvalidReference
 from .._reference import Reference
 
-__all__ = ["base_urls", "is_loopback"]
+__all__ = ["base_urls", "is_loopback", "parse_url"]
 
 # Docker Hub's registry does not answer under the name that its images have.
 _REGISTRY_OF = {"docker.io": "registry-1.docker.io"}
@@ -26,15 +26,29 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[httpx.URL, ...
     """
     domain = _REGISTRY_OF.get(reference.domain, reference.domain)
     try:
-        https = httpx.URL(f"https://{domain}/v2/")
-        if (https.port or 0) > 65535:
-            raise httpx.InvalidURL("a port is 65535 at most")
+        https = parse_url(f"https://{domain}/v2/")
     except httpx.InvalidURL as error:
         message = f"{domain!r} is no host: {error}"
         raise InvalidReference(str(reference), "invalid-format", message) from error
     if plain_http or is_loopback(https):
         return https, https.copy_with(scheme="http")
     return (https,)
+
+
+def parse_url(text: str) -> httpx.URL:
+    """A URL whose host and port can be asked: httpx looks at some of it when it is used only.
+
+    Raises:
+        httpx.InvalidURL: if it is none.
+    """
+    url = httpx.URL(text)
+    try:
+        host = url.host  # decodes a name that begins with "xn--"
+    except UnicodeError as error:
+        raise httpx.InvalidURL(str(error)) from error
+    if host and (url.port or 0) > 65535:
+        raise httpx.InvalidURL("a port is 65535 at most")
+    return url
 
 
 def is_loopback(url: httpx.URL) -> bool:

@@ -18,6 +18,7 @@ import httpx
 import trio
 
 from .._errors import RegistryError
+from .answers import readable
 from .hosts import is_loopback
 
 __all__ = ["Answer", "Transport"]
@@ -128,20 +129,20 @@ class Transport:
                     yield answer
                     return
                 await answer.skip()
-            target = self._redirected(target, answer.location)
+            target = self._redirected(target, answer.location, what)
         raise RegistryError(
-            f"{_host(url)} redirects more than {MAX_REDIRECTS} times", host=_host(url)
+            f"{_host(url)} redirects more than {MAX_REDIRECTS} times for {what}", host=_host(url)
         )
 
-    def _redirected(self, url: httpx.URL, target: httpx.URL) -> httpx.URL:
+    def _redirected(self, url: httpx.URL, target: httpx.URL, what: str) -> httpx.URL:
         allowed = target.scheme == "https" or (
             target.scheme == "http"
             and (url.scheme == "http" or self._plain_http or is_loopback(target))
         )
         if not allowed:
             raise RegistryError(
-                f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)}, which "
-                "is not followed: allow plain HTTP if that is meant",
+                f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)} for "
+                f"{what}, which is not followed: allow plain HTTP if that is meant",
                 host=_host(url),
             )
         # A name and password in it would be sent to whoever the registry likes.
@@ -171,10 +172,13 @@ class Transport:
                 response = await self._client.send(
                     request, stream=True, follow_redirects=False, auth=None
                 )
-            except httpx.HTTPError as error:
+            # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
+            except (httpx.HTTPError, UnicodeError) as error:
                 raise _failed(f"{host} could not be asked for {what}", host, error) from error
-            # Host and path only: a query may hold a signature.
-            log.debug("GET %s%s: %d", host, url.path, response.status_code)
+            # Host and path only: a query may hold a signature. Decoded, a path could hold
+            # whatever rewrites a terminal.
+            path = url.raw_path.partition(b"?")[0].decode("ascii")
+            log.debug("GET %s%s: %d", host, path, response.status_code)
             async with _open_body(response, host, what) as chunks:
                 following = response.next_request
                 yield Answer(
@@ -226,7 +230,7 @@ async def _read_body(response: httpx.Response, host: str, what: str) -> AsyncIte
 
 
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
-    return RegistryError(f"{text}: {str(error) or type(error).__name__}", host=host)
+    return RegistryError(f"{text}: {readable(str(error)) or type(error).__name__}", host=host)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

@@ -8,6 +8,7 @@ none may be replaced by anyone, in a transaction of his own.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ __all__ = [
     "find_images",
     "find_layer",
     "find_tree",
+    "is_open_here",
     "put_image",
     "set_diff_id",
     "transaction",
@@ -68,7 +70,7 @@ CREATE TABLE blobs (
 ) WITHOUT ROWID;
 
 CREATE TABLE trees (
-    id TEXT PRIMARY KEY,        -- a diff ID, or a chain ID where the layer depends on its parents
+    id TEXT PRIMARY KEY,        -- a diff ID, or what tree_upon gives for one base only
     diff_id TEXT NOT NULL,
     size INTEGER NOT NULL,      -- of the tar, in bytes
     entries INTEGER NOT NULL,
@@ -139,7 +141,7 @@ class StoredTree:
     """An unpacked layer.
 
     Attributes:
-        id: Its diff ID; for one that depends on what lies below, its chain ID.
+        id: Its diff ID; for one that depends on what lies below, what `tree_upon` gives.
         diff_id: The digest of its tar.
         size: The length of its tar in bytes.
         entries: How many files, directories and so on it holds.
@@ -228,11 +230,46 @@ class Catalog:
         return await self.read(run)
 
 
+@final
+class _Connection(sqlite3.Connection):
+    """One that `is_open_here` knows of until it is closed."""
+
+    file: tuple[int, int]
+
+    def close(self) -> None:
+        super().close()
+        _OPEN_HERE.discard(self)
+
+
+_OPEN_HERE: Final[set[_Connection]] = set()
+
+
+def is_open_here(path: Path) -> bool:
+    """Whether this process has the catalog file open. Then nobody in it may open the file but
+    SQLite: when any descriptor of a file is closed, the process loses all its POSIX locks on it
+    ("How To Corrupt An SQLite Database File", 2.2), and another process takes itself for the
+    last user and deletes the log that is still written here."""
+    try:
+        file = _identity(path)
+    except FileNotFoundError:
+        return False
+    return any(connection.file == file for connection in tuple(_OPEN_HERE))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """Open the catalog file; made if it is not there."""
     # Not bound to the thread: Catalog lets one thread at a time use it.
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        path, timeout=10, isolation_level=None, check_same_thread=False, factory=_Connection
+    )
     try:
+        connection.file = _identity(path)
+        _OPEN_HERE.add(connection)
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = FULL")
     except BaseException:

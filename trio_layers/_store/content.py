@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ from .._digest import Digest
 from .._errors import StoreError, VerificationError
 from .._manifest import Descriptor
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
-from .files import disk_errors, sync_directory
+from .files import disk_errors, file_name, sync_directory
 from .scratch import Scratch, hold_lock
 
 __all__ = ["BlobStream", "Content", "Ingest", "Partial"]
@@ -46,6 +47,7 @@ class Partial:
         self.path = path
         self.size = 0
         self._hash = hashlib.sha256()
+        self._torn = False  # more may be in the file than is counted
         with disk_errors(path.parent):
             self._file = io.FileIO(path, "wb" if fresh else "a+b")
         try:
@@ -69,25 +71,39 @@ class Partial:
         """Write all of ``data``, or raise and leave the file as it was."""
         rest = memoryview(data)
         with disk_errors(self.path.parent):
+            self._mend()
+            self._torn = True
             try:
                 while rest:
                     rest = rest[self._file.write(rest) :]
             except BaseException:
-                self._cut(self.size)
+                self._mend()
                 raise
+            self._torn = False
         self._count(data)
 
     def restart(self) -> None:
         """Drop all that is there."""
         with disk_errors(self.path.parent):
             self._cut(0)
+        self._torn = False
         self.size = 0
         self._hash = hashlib.sha256()
 
     def sync(self) -> None:
-        """Make what is there durable."""
+        """Make what is there durable, or drop it: after a failure the kernel takes what it could
+        not write for written, so that another try would succeed and prove nothing."""
         with disk_errors(self.path.parent):
-            os.fsync(self._file.fileno())
+            self._mend()
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                self.size = 0
+                self._hash = hashlib.sha256()
+                self._torn = True
+                with contextlib.suppress(OSError):
+                    self._mend()
+                raise
 
     def close(self) -> None:
         self._file.close()
@@ -102,6 +118,12 @@ class Partial:
     def _count(self, data: bytes) -> None:
         self.size += len(data)
         self._hash.update(data)
+
+    def _mend(self) -> None:
+        # Cutting off may fail too, on a disk that is full: then it is tried again.
+        if self._torn:
+            self._cut(self.size)
+            self._torn = False
 
     def _cut(self, size: int) -> None:
         self._file.seek(size)
@@ -178,7 +200,7 @@ class Ingest:
         """Verify the blob and put it into the store; then it is visible and durable.
 
         If this is cancelled or fails it is not visible, and its bytes stay unless they are
-        wrong. A blob that is in the store already stays as it is.
+        wrong, or the disk may have lost them. A blob that is in the store already stays as it is.
 
         Raises:
             VerificationError: if size or digest differ; the bytes are dropped.
@@ -226,6 +248,8 @@ class BlobStream(trio.abc.ReceiveStream):
     def __init__(self, file: io.FileIO, path: Path) -> None:
         self._file = file
         self._path = path
+        self._closed = False
+        self._reading = 0
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes, at most 1 MiB; none at the end.
@@ -235,15 +259,29 @@ class BlobStream(trio.abc.ReceiveStream):
         """
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
-        if self._file.closed:
+        if self._closed:
             await trio.lowlevel.checkpoint()
             raise trio.ClosedResourceError
         size = _CHUNK if max_bytes is None else min(max_bytes, _BATCH)
-        return await trio.to_thread.run_sync(self._read, size)
+        self._reading += 1
+        try:
+            data = await trio.to_thread.run_sync(self._read, size)
+        finally:
+            self._reading -= 1
+            self._close_if_idle()
+        if self._closed:
+            raise trio.ClosedResourceError
+        return data
 
     async def aclose(self) -> None:
-        self._file.close()
+        self._closed = True
+        self._close_if_idle()
         await trio.lowlevel.checkpoint()
+
+    def _close_if_idle(self) -> None:
+        # Not under a thread that reads: the descriptor's number could be another file's by then.
+        if self._closed and not self._reading:
+            self._file.close()
 
     def _read(self, size: int) -> bytes:
         with disk_errors(self._path):
@@ -261,7 +299,7 @@ class Content:
 
     def path(self, digest: Digest) -> Path:
         """Where a blob is, if it is there."""
-        return self._blobs / digest.removeprefix("sha256:")
+        return self._blobs / file_name(digest)
 
     async def find(self, digest: Digest) -> StoredBlob | None:
         return await self._catalog.read(find_blob, digest)
@@ -338,7 +376,8 @@ class Content:
 
     def _place(self, connection: sqlite3.Connection, source: Path, descriptor: Descriptor) -> None:
         if find_blob(connection, descriptor.digest) is not None:
-            os.unlink(source)
+            # Not there if a commit before this one renamed it, and another wrote the row.
+            source.unlink(missing_ok=True)
             return
         target = self.path(descriptor.digest)
         try:
@@ -364,9 +403,13 @@ def _wrong(descriptor: Descriptor, digest: Digest, size: int) -> VerificationErr
 
 def _resume(path: Path, descriptor: Descriptor) -> Partial:
     partial = Partial(path)
-    # Nothing that comes could complete it.
-    if partial.size >= descriptor.size and not partial.matches(descriptor):
-        partial.restart()
+    try:
+        # Nothing that comes could complete it.
+        if partial.size >= descriptor.size and not partial.matches(descriptor):
+            partial.restart()
+    except BaseException:
+        partial.close()
+        raise
     return partial
 
 

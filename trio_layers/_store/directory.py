@@ -30,7 +30,7 @@ from .catalog import (
     put_image,
 )
 from .content import BlobStream, Content, Ingest
-from .files import replace_file
+from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
 from .leases import Lease, open_lease
 from .rootfs import MergedTree, RootfsView
@@ -61,7 +61,7 @@ async def open_store(
     Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
     where the block fails or is cancelled, the next who opens the store does.
     """
-    root = await trio.to_thread.run_sync(Path(path).resolve)
+    root = await trio.to_thread.run_sync(_resolved, Path(path))
     connection = await trio.to_thread.run_sync(open_directory, root)
     try:
         catalog = Catalog(connection, root)
@@ -248,6 +248,7 @@ class DirectoryStore:
         one blob while taking in another, or for `register` of this one.
 
         Raises:
+            InvalidDigest: if the descriptor's digest is none.
             VerificationError: if the blob is there and has another size.
             StoreError: for what the disk does.
         """
@@ -395,6 +396,12 @@ class DirectoryStore:
     def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
         self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
         return layer
+
+
+def _resolved(path: Path) -> Path:
+    # Path.resolve raises RuntimeError for links that lead in a circle, before Python 3.13.
+    with disk_errors(path):
+        return Path(os.path.realpath(path))
 
 
 def _trees(layer: DirectoryLayer | None) -> tuple[Path, ...]:

@@ -17,11 +17,13 @@ from typing import Final
 
 import trio
 
+from .._digest import Digest, parse_digest
 from .._errors import StoreError, StoreFull, StoreReadOnly
 
 __all__ = [
     "DIRECTORY",
     "disk_errors",
+    "file_name",
     "lock_directory",
     "remove_directory",
     "replace_file",
@@ -70,6 +72,15 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
     if busy:
         return StoreError(f"{path} was held by another process for too long: try again")
     return StoreError(f"{path} failed: {reason}")
+
+
+def file_name(digest: Digest) -> str:
+    """What a digest's files are called.
+
+    Raises:
+        InvalidDigest: if it is none: a descriptor may come from anywhere, and this becomes a path.
+    """
+    return parse_digest(digest).removeprefix("sha256:")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVarTuple
@@ -25,6 +26,7 @@ from .catalog import (
     StoredImage,
     connect,
     create_schema,
+    is_open_here,
     transaction,
 )
 from .files import disk_errors, lock_directory, replace_file, sync_directory
@@ -123,12 +125,15 @@ def index_document(images: Iterable[StoredImage]) -> bytes:
 
 def _open_locked(root: Path) -> sqlite3.Connection:
     made = _recognise(root)
+    if not made:
+        _take(root)
     connection = connect(root / _CATALOG)
     try:
         # A crash while it was made: SQLite has rolled that back only now.
         made = made and _is_made(connection)
         if made:
             _check_flavour(root, connection)
+            _close_to_others(root)
         else:
             _make(root, connection)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -143,6 +148,8 @@ def _recognise(root: Path) -> bool:
     names = set(os.listdir(root))
     if not names:
         return False
+    if is_open_here(root / _CATALOG):
+        return True  # so it was found when it was opened
     # Read without SQLite, which would write its own files beside what may be a stranger's.
     try:
         with open(root / _CATALOG, "rb") as file:
@@ -168,6 +175,26 @@ def _recognise(root: Path) -> bool:
     return True
 
 
+def _take(root: Path) -> None:
+    """Make a directory that is no store yet ours alone. Whoever could write in it may have left
+    something there for us to write through, such as a link."""
+    _close_to_others(root)
+    _recognise(root)
+    for name in os.listdir(root):
+        found = os.lstat(root / name)
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
+            raise UnsupportedStore(
+                f"{root} is no store, and {name} in it is a link or of another user: "
+                "choose a new or empty directory"
+            )
+
+
+def _close_to_others(root: Path) -> None:
+    """Trees hold set-uid files of strangers."""
+    if stat.S_IMODE(root.stat().st_mode) != 0o700:
+        os.chmod(root, 0o700)
+
+
 def _is_made(connection: sqlite3.Connection) -> bool:
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     return version == VERSION
@@ -178,7 +205,6 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
 
     They are made before the catalog is in WAL mode, so that the file itself tells its version.
     """
-    os.chmod(root, 0o700)
     for name in _DIRECTORIES:
         (root / name).mkdir(0o700, exist_ok=True)
     replace_file(root / "oci-layout", _OCI_LAYOUT, temporary=root / "ingest" / "oci-layout")

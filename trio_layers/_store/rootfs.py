@@ -83,6 +83,43 @@ class MergedTree:
         node = self._find(path)
         return None if node is None else node.entry
 
+    def resolve(self, path: bytes, *, follow: bool) -> Entry:
+        """What a process inside finds at ``path``; ``follow``: also if the last part is a link.
+
+        Raises:
+            OSError: as `RootfsView.stat`.
+        """
+        self.load()
+        if self._root is None:
+            raise _error(errno.ENOENT, path)
+        # All from the root to here: a step takes no longer where it is deep.
+        trail = [self._root]
+        todo = path.split(b"/")[::-1]
+        links = 0
+        while todo:
+            part = todo.pop()
+            if trail[-1].entry.type != "dir":
+                raise _error(errno.ENOTDIR, path)
+            if part in (b"", b"."):
+                continue
+            if part == b"..":
+                del trail[max(1, len(trail) - 1) :]
+                continue
+            node = trail[-1].children.get(part)
+            if node is None:
+                raise _error(errno.ENOENT, path)
+            target = node.entry.linkname
+            if target is None or not (todo or follow):
+                trail.append(node)
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise _error(errno.ELOOP, path)
+            todo.extend(reversed(target.split(b"/")))
+            if target.startswith(b"/"):
+                del trail[1:]
+        return trail[-1].entry
+
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
         """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
 
@@ -162,9 +199,12 @@ class MergedTree:
         if entry.path:
             parent = self._root
             for part in above.split(b"/") if above else ():
-                assert parent is not None
-                parent = parent.children[part]
-            assert parent is not None
+                parent = parent and parent.children.get(part)
+            if parent is None:
+                raise StoreError(
+                    f"{self._trees[tree]}: its list of entries is damaged (one is in a directory "
+                    "that is not listed); remove the layer and pull it again"
+                )
             known = parent.children.get(name)
         else:
             known = self._root
@@ -302,32 +342,7 @@ class RootfsView:
         return b"".join(chunks)
 
     def _resolve(self, path: str | bytes, *, follow: bool) -> Entry:
-        asked = _encoded(path)
-        todo = asked.split(b"/")[::-1]
-        here = self._tree.lookup(b"")
-        links = 0
-        while todo:
-            part = todo.pop()
-            if here is None:
-                break
-            if here.type != "dir":
-                raise _error(errno.ENOTDIR, asked)
-            if part in (b"", b"."):
-                continue
-            if part == b"..":
-                here = self._tree.lookup(here.path.rpartition(b"/")[0])
-                continue
-            parent = here
-            here = self._tree.lookup(parent.path + b"/" + part if parent.path else part)
-            if here is not None and here.linkname is not None and (todo or follow):
-                links += 1
-                if links > _MAX_LINKS:
-                    raise _error(errno.ELOOP, asked)
-                todo.extend(reversed(here.linkname.split(b"/")))
-                here = self._tree.lookup(b"") if here.linkname.startswith(b"/") else parent
-        if here is None:
-            raise _error(errno.ENOENT, asked)
-        return here
+        return self._tree.resolve(_encoded(path), follow=follow)
 
 
 def _encoded(path: str | bytes) -> bytes:

@@ -26,7 +26,7 @@ from .._digest import Digest
 from .._errors import StoreError
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog, drop_leases
-from .files import disk_errors, remove_directory, try_lock, unlock
+from .files import disk_errors, file_name, remove_directory, try_lock, unlock
 
 __all__ = ["Scratch", "hold_lock", "open_scratch"]
 
@@ -102,11 +102,11 @@ class Scratch:
 
     def partial(self, digest: Digest) -> Path:
         """Where a blob arrives."""
-        return self._ingest / f"{digest.removeprefix('sha256:')}.partial"
+        return self._ingest / f"{file_name(digest)}.partial"
 
     def lock(self, digest: Digest) -> Path:
         """The lock file that is held while a blob arrives or is unpacked."""
-        return self._ingest / f"{digest.removeprefix('sha256:')}.lock"
+        return self._ingest / f"{file_name(digest)}.lock"
 
     def discard(self, path: Path) -> None:
         """Move a file or directory out of the way, for the next sweep. Blocking, in any thread;
@@ -178,7 +178,12 @@ class Scratch:
                 unlock(path, descriptor)
 
     def _remove(self, holder: str, suffix: str) -> None:
-        for name in os.listdir(self._ingest):
+        try:
+            names = os.listdir(self._ingest)
+        except OSError as error:
+            logger.warning("cannot remove what is left in %s: %s", self._ingest, error)
+            return
+        for name in names:
             match = _HELD.fullmatch(name)
             if not match or match[1] != holder or not name.endswith(suffix):
                 continue

@@ -34,7 +34,7 @@ from .catalog import (
     set_diff_id,
 )
 from .content import Content, Partial
-from .files import disk_errors, store_error, sync_directory, sync_file_system
+from .files import disk_errors, file_name, store_error, sync_directory, sync_file_system
 from .rootfs import MergedTree
 from .scratch import Scratch
 
@@ -189,7 +189,7 @@ class Trees:
 
     def path(self, id: Digest) -> Path:
         """Where a tree is, if it is there."""
-        return self._trees / id.removeprefix("sha256:")
+        return self._trees / file_name(id)
 
     async def register(
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor | None
@@ -246,7 +246,7 @@ class Trees:
                 unpacked, _ = await self._unpack(
                     _Reader(stream), target, lower=base.lower, expected=blob
                 )
-            tree = _stored_tree(unpacked, extend_chain(base.chain_id, unpacked.diff_id))
+            tree = _stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
             return await self._catalog.write(self._place, target, tree, base, blob.digest)
 
     async def _holds(self, tree: StoredTree, base: Base) -> bool:
@@ -324,6 +324,12 @@ class Trees:
             add_layer(connection, layer)
         set_diff_id(connection, blob, tree.diff_id)
         return layer
+
+
+def tree_upon(base: ChainID | None, diff_id: DiffID) -> Digest:
+    """The ID of a layer's tree that is for one base only: the layer's chain ID. Upon nothing
+    that would be the diff ID, which is the ID of the tree that others share."""
+    return extend_chain(ChainID(Digest("")) if base is None else base, diff_id)
 
 
 def _blob_descriptor(digest: Digest, size: int) -> Descriptor:

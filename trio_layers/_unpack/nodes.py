@@ -11,7 +11,9 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Final, final
 
 import attrs
@@ -22,6 +24,7 @@ from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 __all__ = ["Nodes", "Powers", "naming", "probe"]
 
 _ZEROS: Final = bytes(1 << 18)
+_NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEVICES: Final = {"char": stat.S_IFCHR, "block": stat.S_IFBLK, "fifo": stat.S_IFIFO}
 # What a layer can ask for and no file system has, as against what this disk lacks.
 _ITS_FAULT: Final = frozenset(
@@ -38,13 +41,30 @@ _ITS_FAULT: Final = frozenset(
 _NAMESPACES: Final = ("user.", "trusted.", "security.", "system.")
 
 
-@contextlib.contextmanager
-def naming(path: bytes) -> Iterator[None]:
+@final
+class _Naming:
+    # A class: of a million files each comes by here several times, and a generator costs more.
+    __slots__ = ("_path",)
+
+    def __init__(self, path: bytes) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, OSError):
+            raise _named(error, self._path) from error
+
+
+def naming(path: bytes) -> AbstractContextManager[None]:
     """Turn an `OSError` of the block into an error of ours that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise _named(error, path) from error
+    return _Naming(path)
 
 
 def _named(error: OSError, path: bytes) -> UnpackError | StoreError:
@@ -128,18 +148,22 @@ class Nodes:
         self._powers = powers
         self.incomplete = False
 
+    def create(self, parent: int, name: bytes) -> int:
+        """A descriptor of a new, empty file, for `file`.
+
+        Raises:
+            FileExistsError: if something of that name is there.
+        """
+        return os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
+
     def file(
         self,
-        parent: int,
-        name: bytes,
+        descriptor: int,
         entry: Entry,
         data: Iterable[bytes | int],
         check: Callable[[], None],
     ) -> Entry:
-        """Write a new file; ``entry`` comes back with the digest of what was written."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with naming(entry.path):
-            descriptor = os.open(name, flags, 0o600, dir_fd=parent)
+        """Write a new file, and close it; ``entry`` comes back with the digest of its content."""
         try:
             digest = hashlib.sha256()
             size = 0
@@ -210,7 +234,8 @@ class Nodes:
     def attribute(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
         """Set one extended attribute of what is open, or of what its handle leads to."""
         try:
-            os.setxattr(subject, attribute, value)
+            # As bytes: the locale's encoding is not the layer's.
+            os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
         except OSError as error:
             known = attribute.startswith(_NAMESPACES)
             if known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
@@ -235,8 +260,9 @@ class Nodes:
         *,
         handle: str | None = None,
     ) -> None:
-        """Owner, mode, xattrs, in this order: a change of owner drops set-id bits and
-        capabilities. ``handle`` reaches what a descriptor opened as a mere path stands for."""
+        """Owner, xattrs, mode, in this order: a change of owner drops set-id bits and
+        capabilities, an ACL changes the mode. ``handle`` reaches what a descriptor opened as a
+        mere path stands for."""
         subject = descriptor if handle is None else handle
         now = os.fstat(descriptor)
         if (now.st_uid, now.st_gid) != (entry.uid, entry.gid):
@@ -244,6 +270,8 @@ class Nodes:
                 self.incomplete = True
             else:
                 os.chown(subject, entry.uid, entry.gid)
+        for attribute, value in xattrs.items():
+            self.attribute(subject, attribute, value, entry.path)
         if not stat.S_ISLNK(now.st_mode):
             mode = entry.mode
             if not self._powers.owners:
@@ -251,8 +279,6 @@ class Nodes:
                 mode = mode & 0o1777 | (0o700 if stat.S_ISDIR(now.st_mode) else 0o600)
                 self.incomplete |= mode != entry.mode
             os.chmod(subject, mode)
-        for attribute, value in xattrs.items():
-            self.attribute(subject, attribute, value, entry.path)
 
 
 def _write(descriptor: int, data: bytes) -> None:

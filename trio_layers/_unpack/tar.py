@@ -130,7 +130,9 @@ def _number(field: bytes, name: bytes, what: str) -> int:
         if not -_MAX <= value <= _MAX:
             raise _damaged(name, f"its {what} is out of range")
         return value
-    text = _until_nul(field.strip(b" \0")).strip(b" ")
+    text = field.strip(b" \0")
+    if b"\0" in text:
+        text = _until_nul(text).strip(b" ")
     if not text:
         return 0
     if text.isdigit():

@@ -15,18 +15,21 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import Final, final
+from typing import Final, ParamSpec, TypeVar, final
 
 import attrs
 
 from .._entries import Entry, EntryType, link_line, opaque_line, put_line, removal_line
-from .._errors import LimitExceeded, UnpackError
+from .._errors import LimitExceeded, StoreError, UnpackError
 from ..abc import LowerTree
 from .directories import Directories, join, split
 from .nodes import Nodes, Powers, naming
 from .tar import Limits, Member
 
 __all__ = ["TreeWriter", "implied_directory"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _WHITEOUT: Final = b".wh."
 _META: Final = b".wh..wh."
@@ -49,6 +52,17 @@ def implied_directory(path: bytes) -> Entry:
 def _shown(path: bytes) -> str:
     text = path.decode("utf-8", "backslashreplace")
     return repr(text if len(text) <= 256 else f"{text[:120]}…{text[-120:]}")
+
+
+def _readable(path: bytes, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call what opens or reads a file from below: it is no fault of the layer if it fails."""
+    try:
+        return call(*args, **kwargs)
+    except OSError as error:
+        raise StoreError(
+            f"{_shown(path)}: cannot be read from the layers below ({error.strerror}); "
+            "remove them and pull again"
+        ) from error
 
 
 def _parts(name: bytes) -> list[bytes]:
@@ -124,15 +138,19 @@ class TreeWriter:
             UnpackError: if it cannot be unpacked.
             StoreError: if the file system cannot take it.
         """
-        parts = _parts(member.name)
-        if any(part.startswith(_META) for part in parts):
-            # aufs keeps its books under such names; moby passes over them, too.
-            if parts[-1] == _OPAQUE and not any(part.startswith(_META) for part in parts[:-1]):
-                with naming(member.name):
-                    self._hide(self._parent(parts[:-1]))
+        if self.needs_lower:
+            # The tree is worth nothing, and what follows may look wrong in it that is not.
             return
-        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
-            raise UnpackError(f"{_shown(member.name)}: a whiteout is no directory")
+        parts = _parts(member.name)
+        if _WHITEOUT in member.name:
+            if any(part.startswith(_META) for part in parts):
+                # aufs keeps its books under such names; moby passes over them, too.
+                if parts[-1] == _OPAQUE and not any(part.startswith(_META) for part in parts[:-1]):
+                    with naming(member.name):
+                        self._hide(self._parent(parts[:-1]))
+                return
+            if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+                raise UnpackError(f"{_shown(member.name)}: a whiteout is no directory")
         if not parts:
             if member.type != "dir":
                 raise UnpackError(f"{_shown(member.name)}: the root can only be a directory")
@@ -150,12 +168,8 @@ class TreeWriter:
             with naming(path):
                 self._remove_below(parent, name[len(_WHITEOUT) :])
         elif member.type == "file":
-            with naming(path):
-                self._clear(path)
-                descriptor = self._directories.open(parent)
             entry = self._entry(member, path, "file")
-            entry = self._nodes.file(descriptor, name, entry, data, self._check)
-            self._log(put_line(entry))
+            self._file(entry, parent, name, data)
         elif member.type == "hardlink":
             self._hardlink(member, path)
         elif member.type == "dir":
@@ -341,6 +355,15 @@ class TreeWriter:
         self._times[entry.path] = entry.mtime_ns
         self._log(put_line(entry))
 
+    def _file(self, entry: Entry, parent: bytes, name: bytes, data: Iterable[bytes | int]) -> None:
+        with naming(entry.path):
+            try:
+                descriptor = self._nodes.create(self._directories.open(parent), name)
+            except FileExistsError:
+                self._clear(entry.path)
+                descriptor = self._nodes.create(self._directories.open(parent), name)
+        self._log(put_line(self._nodes.file(descriptor, entry, data, self._check)))
+
     def _special(self, entry: Entry) -> None:
         self._clear(entry.path)
         if entry.type == "char" and entry.dev == (0, 0):
@@ -370,6 +393,10 @@ class TreeWriter:
                 return
             self._borrow(target, self._lower, wanted)
         elif stat.S_ISDIR(found.st_mode):
+            if target in self._assumed and target in self._implied:
+                # Below, it may be a link.
+                self.needs_lower = True
+                return
             raise UnpackError(wanted + "which is a directory")
         entry = self._entry(member, path, "file")
         with naming(path):
@@ -400,17 +427,15 @@ class TreeWriter:
         with naming(target):
             self._ensure(parent)
         if entry.type == "file":
-            source = lower.open(target)
+            source = _readable(target, lower.open, target)
             try:
-                pieces = iter(lambda: os.read(source, _CHUNK), b"")
-                directory = self._directories.open(parent)
-                entry = self._nodes.file(directory, name, entry, pieces, self._check)
+                self._file(entry, parent, name, self._content(target, source))
             finally:
                 os.close(source)
         else:
             with naming(target):
                 self._nodes.special(self._directories.open(parent), name, entry)
-        self._log(put_line(entry))
+            self._log(put_line(entry))
         self._borrowed.add(target)
         for other in lower.links(target):
             if other == target or not self._shows(other):
@@ -420,6 +445,12 @@ class TreeWriter:
                 self._join(target, other)
             self._log(link_line(attrs.evolve(entry, path=other), target))
             self._borrowed.add(other)
+
+    def _content(self, path: bytes, source: int) -> Iterator[bytes | int]:
+        """What an open file from below holds; what is all zeros is made a hole again."""
+        while piece := _readable(path, os.read, source, _CHUNK):
+            self._check()
+            yield len(piece) if piece == bytes(len(piece)) else piece
 
     def _shows(self, path: bytes) -> bool:
         """Whether what is below at ``path`` is not covered by this layer."""

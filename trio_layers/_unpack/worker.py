@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, final
+from types import TracebackType
+from typing import Final, Self, final
 
 import attrs
 
@@ -83,7 +85,7 @@ def unpack(
     try:
         with naming(os.fsencode(target)):
             powers = probe(root)
-            log = open(target / "entries", "xb", buffering=PIECE)  # noqa: SIM115
+            log = _Log(target / "entries")
         with log:
             source = _Source(read, limits, check_cancelled)
             return _unpack(source, root, powers, lower, limits, log.write)
@@ -126,8 +128,7 @@ def _unpack(
         needs_lower=tree.needs_lower,
         incomplete=tree.incomplete,
     )
-    with naming(b"entries"):
-        log(summary_line(Summary(**attrs.asdict(unpacked, recurse=False))))
+    log(summary_line(Summary(**attrs.asdict(unpacked, recurse=False))))
     return unpacked
 
 
@@ -162,6 +163,35 @@ def _differs(below: Entry) -> bool:
         made.gid,
         made.xattrs,
     )
+
+
+@final
+class _Log:
+    """The file ``entries``. After an error it is closed as it is: to write what is still held
+    could fail, too, and would stand in the place of that error."""
+
+    def __init__(self, path: Path) -> None:
+        self._raw = io.FileIO(path, "xb")
+        self._file = io.BufferedWriter(self._raw, PIECE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._raw.close()
+            return
+        with naming(b"entries"):
+            self._file.close()
+
+    def write(self, line: bytes) -> None:
+        with naming(b"entries"):
+            self._file.write(line)
 
 
 @final
@@ -220,6 +250,8 @@ class _Source:
     def _inflate(self) -> Iterator[bytes]:
         decompressor = Decompressor()
         while data := self._read(_SLICE):
+            # Not all input gives output.
+            self.check()
             yield from self._count(decompressor.feed(data))
         yield from self._count(decompressor.finish())
 

@@ -4,7 +4,6 @@ token protocol of ``distribution/docs/spec/auth``)."""
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import secrets
 from collections.abc import Iterable
@@ -153,7 +152,7 @@ def _basic_credentials(request: Request) -> tuple[str, str] | None:
         return None
     try:
         username, _, password = base64.b64decode(encoded).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, not even ASCII, or no UTF-8
         return None
     return username, password
 

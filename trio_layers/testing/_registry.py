@@ -37,7 +37,8 @@ _NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-
 _ROUTE = re.compile(
     rf"/v2/(?P<name>{_NAME})/(?P<kind>manifests|blobs|tags)/(?P<reference>[A-Za-z0-9_.:-]+)"
 )
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @attrs.define(eq=False)
@@ -371,7 +372,7 @@ def _tags(name: str, repository: _Repository, reference: str, request: Request) 
     tags = sorted(tag for tag in repository.tags if tag > last)
     headers = {"Content-Type": "application/json"}
     limit = query.get("n", [""])[0]
-    if limit.isascii() and limit.isdigit() and int(limit) < len(tags):
+    if _NUMBER.fullmatch(limit) and int(limit) < len(tags):
         tags = tags[: int(limit)]
         if tags:
             following = f"/v2/{name}/tags/list?n={limit}&last={tags[-1]}"
