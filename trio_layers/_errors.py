@@ -42,7 +42,14 @@ class LayersError(Exception):
         """A new object of the same type and fields: a traceback of its own for each who waits."""
         again = type(self).__new__(type(self), *self.args)
         again.__dict__.update(self.__dict__)
+        if hasattr(self, "__notes__"):
+            again.__notes__ = list(self.__notes__)
         return again
+
+
+class DoNotRetry(LayersError):
+    """Raised by a layer source, as itself or as the cause of what it raises: another attempt
+    would end the same way (moby ``distribution/xfer/transfer.go``, ``DoNotRetry``)."""
 
 
 # Mend what you asked for.
@@ -135,11 +142,6 @@ class VerificationError(LayersError):
 # The engine.
 
 
-class DoNotRetry(LayersError):
-    """Raised by a layer source, as itself or as the cause of what it raises: another attempt
-    would end the same way (moby ``distribution/xfer/transfer.go``, ``DoNotRetry``)."""
-
-
 class TransferError(LayersError):
     """A transfer failed with an error that is not ours, and says what that says; the original
     is its ``__cause__``."""
@@ -183,8 +185,11 @@ class LimitExceeded(UnpackError):
 # The disk.
 
 
-class StoreError(LayersError):
-    """The store's directory cannot do what is asked of it; the message says what to do."""
+class StoreError(DoNotRetry):
+    """The store's directory cannot do what is asked of it; the message says what to do.
+
+    No other attempt at a download is made then: a disk is not mended by a registry.
+    """
 
 
 class StoreFull(StoreError):

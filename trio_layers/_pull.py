@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import final
+from typing import Final, final
 
 import attrs
 import httpx
@@ -27,6 +27,9 @@ from ._unpack import worker
 from .abc import ProgressSink, ReportProgress
 
 __all__ = ["Image", "ImageLayer", "Puller", "open_puller", "open_store"]
+
+UNLIMITED_DOWNLOADS: Final = 90
+"""With those for other requests, as many connections as httpx allows if it is not told."""
 
 
 @attrs.frozen
@@ -105,7 +108,8 @@ async def open_puller(
         credentials: For the registries asked; ``None``: anonymous.
         plain_http: Whether registries that are not on this machine may be asked without TLS.
         tls_verify: Whether certificates are checked.
-        max_concurrent_downloads: How many layers move data at once; 0 means no limit.
+        max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
+            90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.
         retry_tick: Seconds between two steps of the countdown to another attempt.
 
@@ -118,7 +122,12 @@ async def open_puller(
             store = await stack.enter_async_context(open_store(store))
         registry = await stack.enter_async_context(
             open_registry_client(
-                client=client, credentials=credentials, plain_http=plain_http, tls_verify=tls_verify
+                client=client,
+                credentials=credentials,
+                plain_http=plain_http,
+                tls_verify=tls_verify,
+                # Some more, so that downloads never hold up those who ask for a manifest.
+                max_connections=(max_concurrent_downloads or UNLIMITED_DOWNLOADS) + 10,
             )
         )
         manager = await stack.enter_async_context(

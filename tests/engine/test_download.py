@@ -20,6 +20,7 @@ from trio_layers._errors import (
     LayersError,
     ManifestError,
     RegistrationError,
+    StoreFull,
     TransferError,
     VerificationError,
 )
@@ -597,6 +598,27 @@ def test_do_not_retry_is_honoured_wherever_it_is(where: str) -> None:
         assert source.calls == 1
 
     run(main)
+
+
+def test_disk_that_is_full_is_not_tried_again() -> None:
+    async def main() -> None:
+        source = FakeSource("a", failing(StoreFull("no space left on device: free some")))
+        async with open_download_manager(MemoryStore()) as manager:
+            with pytest.raises(StoreFull, match="free some"):
+                async with manager.download([source]):
+                    pass
+        assert source.calls == 1
+
+    run(main)
+
+
+def test_notes_of_a_copied_error_are_its_own() -> None:
+    original = VerificationError("differs", digest="sha256:12")
+    original.add_note("seen here")
+    again = original._again()
+    again.add_note("and there")
+    assert original.__notes__ == ["seen here"]
+    assert again.__notes__ == ["seen here", "and there"]
 
 
 def test_suppressed_do_not_retry_does_not_count() -> None:

@@ -1,0 +1,292 @@
+"""One pull: which of its layers are there, which are on their way, and in which order it asks.
+
+A pull asks for its layers bottom first. Those at the bottom that the store has are taken from
+there; each other one becomes a transfer, or joins the transfer of another pull. Downloads run
+side by side; each layer is registered once the one below it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from functools import partial
+from typing import final
+
+import trio
+
+from .._digest import ChainID, DiffID, RootFS, extend_chain
+from .._errors import LayersError
+from .._nursery import open_hidden_nursery
+from .._progress import Progress, Status
+from ..abc import DigestRegisterer, Layer, LayerSource, ProgressSink
+from .layer import LayerJob
+from .retry import RetryPolicy
+from .transfer import Transfer, Transfers
+
+__all__ = ["Pull"]
+
+logger = logging.getLogger("trio_layers.engine")
+
+
+@final
+class Pull:
+    """One call of `DownloadManager.download`, and the watcher of its transfers."""
+
+    def __init__(
+        self,
+        transfers: Transfers,
+        retry: RetryPolicy,
+        sources: tuple[LayerSource, ...],
+        base: RootFS,
+        sink: ProgressSink | None,
+    ) -> None:
+        self._transfers = transfers
+        self._store = transfers.store
+        self._retry = retry
+        self._sources = sources
+        self._base = base
+        self._sink = sink
+        self._nursery: trio.Nursery | None = None
+        self._error: Exception | None = None
+        self._result = base
+        # The topmost layer that was there, while the pull has a reference to it.
+        self._existing: Layer | None = None
+        # Those it watches, bottom first; those it was the last to watch and that have to stop.
+        self._watched: list[Transfer] = []
+        self._stopping: list[Transfer] = []
+        # Those that started no transfer of their own, by index: the pull closes them.
+        self._unused = dict(enumerate(sources))
+
+    async def run(self) -> RootFS:
+        try:
+            await trio.lowlevel.checkpoint()  # a pull that is cancelled already starts nothing
+            try:
+                async with open_hidden_nursery() as self._nursery:
+                    try:
+                        await self._get_all_layers()
+                    except Exception as error:
+                        self._fail(error)
+                    except BaseException:
+                        self._let_go()
+                        raise
+            except Exception:
+                # A sink with a nursery of its own failed when it was cancelled.
+                if self._error is None:
+                    raise
+            if self._error is not None:
+                raise self._error
+            if self._watched:
+                self._release_existing()  # the layers above hold it now
+            return self._result
+        except BaseException:
+            self._let_go()
+            await self._wait_until_stopped()
+            self._release_existing()
+            raise
+        finally:
+            for source in self._unused.values():
+                _close(source)
+
+    def release(self) -> None:
+        self._let_go()
+        self._release_existing()
+
+    # How it ends.
+
+    def transfer_ended(self, transfer: Transfer) -> None:
+        if transfer.error is not None:
+            self._fail(transfer.own_error())
+
+    def _fail(self, error: Exception) -> None:
+        """End the pull with ``error``, unless something else has ended it."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._let_go()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._wind_up, self._nursery.cancel_scope)
+
+    async def _wind_up(self, scope: trio.CancelScope) -> None:
+        # The tasks that deliver progress have been woken by now, and run in this step of the
+        # scheduler or have run: whoever is idle still gets the last event.
+        await trio.lowlevel.checkpoint()
+        scope.cancel()
+
+    def _let_go(self) -> None:
+        """Stop watching, from the top layer down: so a layer is never cancelled below one that
+        is still wanted."""
+        watched, self._watched = self._watched, []
+        for transfer in reversed(watched):
+            transfer.let_go(self)
+            if transfer.scope.cancel_called and not transfer.done.is_set():
+                self._stopping.append(transfer)
+
+    async def _wait_until_stopped(self) -> None:
+        # No timer: a layer that went on writing behind its pull's back would be worse.
+        with trio.CancelScope(shield=True):
+            for transfer in self._stopping:
+                if not transfer.done.is_set():
+                    await transfer.done.wait()
+
+    def _release_existing(self) -> None:
+        layer, self._existing = self._existing, None
+        if layer is not None:
+            self._store.release(layer)
+
+    # How it gets there.
+
+    async def _get_all_layers(self) -> None:
+        known = await self._take_existing()
+        missing = self._sources[len(known.diff_ids) - len(self._base.diff_ids) :]
+        if not missing:
+            self._result = known
+            return
+        top = await self._ask_for(missing, known.chain_id)
+        if top is None:
+            return  # failed meanwhile
+        await top.done.wait()
+        if top.layer is None:
+            return  # failed: transfer_ended was told
+        self._result = RootFS(self._base.diff_ids + self._diff_ids_down_from(top.layer))
+        # What is below stays because of the top one.
+        self._watched.pop()
+        below = self._watched
+        self._let_go()
+        self._watched.append(top)
+        for transfer in below:
+            # One may still run if what is above it was joined, and stands on another's.
+            if not transfer.done.is_set():
+                transfer.wake()
+
+    async def _take_existing(self) -> RootFS:
+        """Pass over the layers at the bottom that the store has."""
+        diff_ids, chain = list(self._base.diff_ids), self._base.chain_id
+        for source in self._sources:
+            diff_id = source.diff_id()
+            if diff_id is None:
+                break
+            chain = extend_chain(chain, diff_id)
+            layer = await self._store.get(chain)
+            if layer is None:
+                break
+            self._release_existing()
+            self._existing = layer
+            diff_ids.append(diff_id)
+            await self._tell(source, Status.ALREADY_EXISTS)
+            if isinstance(source, DigestRegisterer):
+                source.registered(diff_id)
+        return RootFS(diff_ids)
+
+    async def _ask_for(
+        self, sources: tuple[LayerSource, ...], base: ChainID | None
+    ) -> Transfer | None:
+        """Start or join a transfer for each layer; the top one, or ``None`` if the pull has
+        failed before."""
+        first = len(self._sources) - len(sources)
+        key = _key_of_base(self._base.chain_id)
+        # Those that are there count as well: for a pull that came before they were missing, and
+        # what is above them is shared with it all the same.
+        for source in self._sources[:first]:
+            key = _key_on(key, source.key)
+        parent: Transfer | None = None
+        by_source_key: dict[str, tuple[Transfer, LayerSource]] = {}
+        for index, source in enumerate(sources, first):
+            key = _key_on(key, source.key)
+            repeated = by_source_key.get(source.key)
+            if repeated is None:
+                await self._tell(source, Status.PULLING)
+            while (transfer := self._transfers.get(key)) and transfer.scope.cancel_called:
+                await transfer.done.wait()
+            # From here to the end of the round there is no checkpoint.
+            if self._error is not None:
+                return None
+            if transfer is None:
+                transfer = self._start(key, index, base, parent, repeated)
+            transfer.watch(self)
+            self._watched.append(transfer)
+            if repeated is None:
+                by_source_key[source.key] = transfer, source
+                if self._sink is not None:
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._deliver, transfer, source.id, self._sink)
+            parent = transfer
+        return parent
+
+    def _start(
+        self,
+        key: bytes,
+        index: int,
+        base: ChainID | None,
+        parent: Transfer | None,
+        repeated: tuple[Transfer, LayerSource] | None,
+    ) -> Transfer:
+        source = self._sources[index]
+        job = LayerJob(self._store, self._retry, source, base, parent)
+        if repeated is not None:
+            assert parent is not None
+            original, its_source = repeated
+            return self._transfers.start(
+                key,
+                partial(job.copy, original, its_source),
+                builds_on=(parent, original),
+                close=_nothing,
+                needs_slot=False,
+            )
+        transfer = self._transfers.start(
+            key,
+            job.fetch,
+            builds_on=() if parent is None else (parent,),
+            close=partial(_close, source),
+            needs_slot=True,
+        )
+        del self._unused[index]
+        return transfer
+
+    def _diff_ids_down_from(self, top: Layer) -> tuple[DiffID, ...]:
+        diff_ids: list[DiffID] = []
+        layer: Layer | None = top
+        # Exactly as many as were asked for: what is below them is the base.
+        for _ in self._sources:
+            if layer is None:
+                raise LayersError("internal error: too few parent layers")
+            diff_ids.append(layer.diff_id)
+            layer = layer.parent
+        return tuple(reversed(diff_ids))
+
+    # What it tells.
+
+    async def _tell(self, source: LayerSource, action: str) -> None:
+        if self._sink is not None:
+            await self._sink(Progress(source.id, action))
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def _deliver(self, transfer: Transfer, id: str, sink: ProgressSink) -> None:
+        try:
+            await transfer.deliver(self, id, sink)
+        except Exception as error:
+            self._fail(error)
+
+
+def _key_of_base(base: ChainID | None) -> bytes:
+    """What a pull's bottom layer stands on, as the beginning of a chain of keys."""
+    return hashlib.sha256(b"base " + (base or "").encode()).digest()
+
+
+def _key_on(below: bytes, key: str) -> bytes:
+    """The key of a transfer: what it stands on, and its source's key.
+
+    Hashed, as chain IDs are, so that a key among 10,000 layers costs what the first one does.
+    """
+    return hashlib.sha256(b"on " + below + key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _close(source: LayerSource) -> None:
+    try:
+        source.close()
+    except Exception:
+        logger.exception("closing the source of layer %s failed", source.id)
+
+
+def _nothing() -> None:
+    pass
