@@ -22,7 +22,7 @@ import attrs
 import trio
 
 from ._display import open_display
-from ._errors import LayersError
+from ._errors import LayersError, text_of
 from ._nursery import open_hidden_nursery
 from ._pull import Image, open_puller, open_store
 from ._registry.auth import Credentials
@@ -108,7 +108,7 @@ def _complain(error: BaseException, about: str | None = None) -> None:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
-        text = str(error) or type(error).__name__
+        text = text_of(error)
     line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
     if sys.stderr is not None:  # print() would take stdout instead
         print(_shown(line), file=sys.stderr)

@@ -32,6 +32,7 @@ __all__ = [
     "UnpackError",
     "UnsupportedStore",
     "VerificationError",
+    "text_of",
 ]
 
 
@@ -202,3 +203,8 @@ class StoreReadOnly(StoreError):
 
 class UnsupportedStore(StoreError):
     """The directory is not a store, is one of a newer version, or was made by another user."""
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing."""
+    return str(error) or type(error).__name__

@@ -364,6 +364,20 @@ async def test_documents_are_put_whole(tmp_path: Path) -> None:
     assert arriving(tmp_path) == []
 
 
+async def test_a_document_that_is_there_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull of what is there syncs none of its documents; a wrong one is refused all the same."""
+    async with opened(tmp_path) as store:
+        await store.put_blob(DESCRIPTOR, DATA)
+        synced: list[int] = []
+        monkeypatch.setattr(os, "fsync", synced.append)
+        await store.put_blob(DESCRIPTOR, DATA)
+        assert synced == []
+        with pytest.raises(VerificationError):
+            await store.put_blob(DESCRIPTOR, DATA + b"more")
+
+
 async def test_reading_is_bounded_and_verified(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         await ingest(store, DATA)

@@ -9,13 +9,13 @@ import attrs
 import trio
 
 from .._digest import ChainID
-from .._errors import DecompressionError, RegistrationError, TransferCancelled
+from .._errors import DecompressionError, RegistrationError, TransferCancelled, text_of
 from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import DescribedSource, DigestRegisterer, Layer, LayerSource, LayerStore
 from .reader import LayerReader
 from .retry import RetryPolicy
-from .transfer import Transfer, text_of
+from .transfer import Transfer
 
 __all__ = ["LayerJob"]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import attrs
 import trio
 
-from .._errors import DoNotRetry
+from .._errors import DoNotRetry, text_of
 from .._progress import retrying
 from ..abc import LayerSource
-from .transfer import CONTEXT_CANCELED, Transfer, text_of
+from .transfer import CONTEXT_CANCELED, Transfer
 
 __all__ = ["RetryPolicy", "is_final"]
 

@@ -26,12 +26,12 @@ from typing import Final, Protocol, TypeAlias, final
 
 import trio
 
-from .._errors import LayersError, ManagerClosed, TransferCancelled, TransferError
+from .._errors import LayersError, ManagerClosed, TransferCancelled, TransferError, text_of
 from .._progress import Progress, Status
 from ..abc import Layer, LayerStore, ProgressSink
 from .slots import Slots
 
-__all__ = ["Transfer", "Transfers", "Watcher", "Work", "text_of"]
+__all__ = ["Transfer", "Transfers", "Watcher", "Work"]
 
 logger = logging.getLogger("trio_layers.engine")
 
@@ -271,8 +271,3 @@ class Transfers:
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
             self._nursery = None
-
-
-def text_of(error: BaseException) -> str:
-    """What an error says, or its type where it says nothing."""
-    return str(error) or type(error).__name__

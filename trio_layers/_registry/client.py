@@ -6,7 +6,6 @@ registry protocol, version 2.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -16,7 +15,7 @@ import attrs
 import httpx
 import trio
 
-from .._digest import DiffID, Digest, parse_digest
+from .._digest import DiffID, digest_of, parse_digest
 from .._errors import LayersError, ManifestError, PlatformError, VerificationError
 from .._manifest import (
     INDEX_TYPES,
@@ -326,7 +325,7 @@ class RegistryClient:
             data = await answer.read(MAX_DOCUMENT_SIZE)
         if len(data) > MAX_DOCUMENT_SIZE:
             raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
-        digest = _digest(data)
+        digest = digest_of(data)
         # A digest of another algorithm is one that cannot be checked.
         if promised is not None and promised.startswith("sha256:") and promised != digest:
             raise VerificationError(
@@ -344,7 +343,7 @@ class RegistryClient:
         headers = {"Accept": descriptor.media_type}
         async with self._ask(reference, f"{kind}/{digest}", what, headers) as answer:
             data = await answer.read(size)
-        if len(data) != size or _digest(data) != digest:
+        if len(data) != size or digest_of(data) != digest:
             raise VerificationError(
                 f"what {answer.host} sent as {what} is not that: its digest or size differs",
                 digest=digest,
@@ -401,10 +400,6 @@ def _no_image(reference: Reference, wanted: Platform, platforms: list[Platform |
         f"{reference} has no image for {wanted}, but for {readable(shown) or 'nothing'}: "
         "ask for one of these platforms"
     )
-
-
-def _digest(data: bytes) -> Digest:
-    return Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
 
 
 async def _decode(decode: Callable[[bytes, Unpack[Ts]], T], data: bytes, *args: *Ts) -> T:

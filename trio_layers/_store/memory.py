@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import final
 
 import attrs
 import trio
 
 from .._compression import Decompressor
-from .._digest import ChainID, DiffID, Digest, extend_chain
-from .._errors import DecompressionError, StoreError
+from .._digest import ChainID, DiffID, digest_of, extend_chain
+from .._errors import DecompressionError, StoreError, text_of
 from .._manifest import Descriptor
 from ..abc import Layer
 
@@ -116,7 +115,7 @@ class MemoryStore:
             below = self._layers.get(parent)
             if below is None:
                 raise StoreError(f"there is no layer {parent} to put another on")
-        diff_id = DiffID(Digest(f"sha256:{hashlib.sha256(data).hexdigest()}"))
+        diff_id = DiffID(digest_of(data))
         chain = extend_chain(parent, diff_id)
         layer = self._layers.get(chain)
         if layer is None:
@@ -147,7 +146,7 @@ async def decompressed(stream: trio.abc.ReceiveStream) -> bytes:
         except Exception as error:
             if decompressor.opened:
                 raise
-            raise DecompressionError(str(error) or type(error).__name__) from error
+            raise DecompressionError(text_of(error)) from error
         if not data:
             break
         for piece in decompressor.feed(bytes(data)):

@@ -20,7 +20,7 @@ import trio
 
 from .._compression import Decompressor
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
-from .._errors import DecompressionError, VerificationError
+from .._errors import DecompressionError, VerificationError, text_of
 from .._manifest import Descriptor
 from .catalog import (
     Catalog,
@@ -137,7 +137,7 @@ class _Reader:
             self.failure = error
             if self._opened():
                 raise
-            raise DecompressionError(str(error) or type(error).__name__) from error
+            raise DecompressionError(text_of(error)) from error
         if self._kept is not None:
             self._kept.append(data)
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from .._digest import DiffID, Digest
+from .._digest import DiffID, Digest, digest_of
 from .._manifest import Descriptor
 from ._layers import (
     BuiltLayer,
@@ -329,8 +329,7 @@ def _in_format(
 
 
 def _describe(document: bytes, media_type: str) -> Descriptor:
-    digest = Digest(f"sha256:{hashlib.sha256(document).hexdigest()}")
-    return Descriptor(media_type, digest, len(document))
+    return Descriptor(media_type, digest_of(document), len(document))
 
 
 def _descriptor_json(descriptor: Descriptor) -> dict[str, object]:

@@ -7,7 +7,6 @@ waits. Two carriers take answers to clients: sockets (``_serve``) and memory (``
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import re
 import ssl
@@ -21,7 +20,7 @@ import attrs
 import httpx
 import trio
 
-from .._digest import Digest
+from .._digest import Digest, digest_of
 from .._nursery import open_hidden_nursery
 from ._auth import TOKEN_PATH, Auth, Gate
 from ._faults import Fault
@@ -117,7 +116,7 @@ class Registry:
         self, repository: str, manifest: bytes, *, media_type: str, tag: str | None = None
     ) -> Digest:
         """Make any bytes available as a manifest, be it one or not; returns their digest."""
-        digest = _digest(manifest)
+        digest = digest_of(manifest)
         place = self._repository(repository)
         place.manifests[digest] = (media_type, Blob(manifest, len(manifest)))
         if tag is not None:
@@ -140,7 +139,7 @@ class Registry:
         """
         if isinstance(content, bytes):
             size = len(content)
-            digest = _digest(content) if digest is None else digest
+            digest = digest_of(content) if digest is None else digest
         elif digest is None:
             raise ValueError(f"the digest of {content} has to be given")
         else:
@@ -299,10 +298,6 @@ async def open_registry(
         await nursery.start(serve, registry.respond, listeners, scheme, ssl_context)
         yield registry
         nursery.cancel_scope.cancel()
-
-
-def _digest(content: bytes) -> Digest:
-    return Digest(f"sha256:{hashlib.sha256(content).hexdigest()}")
 
 
 def _whole(blob: Blob, headers: dict[str, str]) -> Answer:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import final
 
 import attrs
 import trio
 
-from .._digest import DiffID, Digest
+from .._digest import DiffID, digest_of
 from .._store.memory import MemoryStream
 from ..abc import ReportProgress
 
@@ -65,7 +64,7 @@ class ScriptedSource:
         attempts: Iterable[Attempt] = (Attempt(),),
         known: bool = False,
     ) -> None:
-        digest = Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
+        digest = digest_of(data)
         self.key: str = digest if key is None else key
         self.id: str = self.key[-12:] if id is None else id
         self.calls: int = 0
