@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -20,7 +20,7 @@ import trio
 
 from .._compression import Decompressor
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
-from .._errors import DecompressionError, VerificationError, text_of
+from .._errors import DecompressionError, UnpackError, VerificationError, text_of
 from .._manifest import Descriptor
 from .catalog import (
     Catalog,
@@ -35,7 +35,8 @@ from .catalog import (
 )
 from .content import Content, Partial
 from .files import disk_errors, file_name, store_error, sync_directory, sync_file_system
-from .rootfs import MergedTree
+from .merged import MergedTree
+from .rootfs import Exporter
 from .scratch import Scratch
 
 __all__ = ["Base", "Trees", "Unpacked", "Unpacker"]
@@ -75,8 +76,9 @@ class Unpacked(Protocol):
         ...
 
 
-class Unpacker(Protocol):
-    """Makes trees. Both functions block, and are called in worker threads, several at once."""
+class Unpacker(Exporter, Protocol):
+    """Makes trees, and writes them elsewhere. Its functions block, and are called in worker
+    threads, several at once."""
 
     def unpack(
         self,
@@ -161,8 +163,10 @@ class _Reader:
         if self._beginning is None:
             return True
         decompressor = Decompressor()
-        for _ in decompressor.feed(self._beginning):
-            pass
+        # The unpacker's limits may be others, and what fails is the stream.
+        with suppress(DecompressionError, UnpackError):
+            for _ in decompressor.feed(self._beginning):
+                pass
         return decompressor.opened
 
 
@@ -299,6 +303,10 @@ class Trees:
             if error is reader.failure:
                 raise
             raise store_error(error, target.parent) from error
+        except (DecompressionError, UnpackError) as error:
+            if expected is not None and error.layer is None:
+                error.layer = expected.digest
+            raise
         return unpacked, expected
 
     def _place(
