@@ -31,7 +31,7 @@ MIB = 1 << 20
 
 def header(name: str, *, size: int = 0, type: bytes = b"0") -> bytes:
     """A ustar header."""
-    fields = b"%-100b" % name.encode().ljust(100, b"\0")
+    fields = name.encode().ljust(100, b"\0")
     fields += b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"14371573000\0"
     fields += b" " * 8 + type + bytes(100) + b"ustar\x0000"
     block = fields.ljust(BLOCK, b"\0")

@@ -193,7 +193,9 @@ async def _mount(arguments: argparse.Namespace) -> int:
         image.rootfs.mount(arguments.target, writable=arguments.writable) as path,
     ):
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            print(path, flush=True)
+            if sys.stdout is not None:
+                # Not by print(): a path need not be text in the encoding of stdout.
+                await _Stdout().send_all(bytes(path) + b"\n")
             async for _ in signals:
                 break
     return 0

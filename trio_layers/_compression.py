@@ -179,6 +179,7 @@ class Decompressor:
         Raises:
             DecompressionError: if the input's beginning is not valid.
             UnpackError: if it is damaged later.
+            LimitExceeded: if it asks for more than ``max_window``, wherever it does.
         """
         return self._run(data, end=False)
 
@@ -255,13 +256,14 @@ class Decompressor:
         while True:
             try:
                 plain = codec.decompress(part, PIECE)
+            except MemoryError:
+                raise
             except Exception as error:  # each library raises a class of its own
                 text = str(error)
                 # … and none has one for this.
                 if "memory" in text.lower():
                     text += f"; the limit max_window is {self._max_window}"
-                    if self.opened:
-                        raise LimitExceeded(self._where(text)) from error
+                    raise LimitExceeded(self._where(text)) from error
                 raise self._error(text) from error
             if plain:
                 yield plain

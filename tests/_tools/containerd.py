@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from _tools.docker_registry import require
+from _tools.docker_registry import require, stop
 
 CONFIG = """\
 version = 2
@@ -65,8 +65,7 @@ def run_containerd(directory: Path) -> Iterator[Containerd]:
             _wait_until_it_answers(process, containerd)
             yield containerd
         finally:
-            process.terminate()
-            process.wait(timeout=20)
+            stop(process)
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], containerd: Containerd) -> None:

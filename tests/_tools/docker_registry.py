@@ -70,8 +70,18 @@ def run_docker_registry(directory: Path) -> Iterator[DockerRegistry]:
     try:
         yield DockerRegistry(_wait_until_it_listens(process, log), log)
     finally:
-        process.terminate()
-        process.wait(timeout=10)
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a child process. One that does not end when asked is killed, and that is an error."""
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _wait_until_it_listens(process: subprocess.Popen[bytes], log: Path) -> str:

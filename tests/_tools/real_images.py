@@ -83,8 +83,10 @@ class Buildah:
 
     def close(self) -> None:
         """Nothing stays mounted."""
-        self.run("rm", "--all")
-        subprocess.run(["umount", "--quiet", self.directory / "storage" / "overlay"])
+        try:
+            self.run("rm", "--all")
+        finally:
+            subprocess.run(["umount", "--quiet", self.directory / "storage" / "overlay"])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import trio
+from pull.mounting import unmount_below
 
 from trio_layers import ExportReport, _cli, _commands, open_puller
 from trio_layers.testing import (
@@ -33,6 +34,12 @@ SAMPLE = sample_image()
 LARGE = bytes(range(256)) * 40_000
 
 TRIO_LAYERS = [sys.executable, "-P", "-m", "trio_layers"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not unmount_below(tmp_path)
 
 
 def environment(store: Path) -> dict[str, str]:
@@ -98,7 +105,7 @@ async def test_cat_gives_bytes(tmp_path: Path) -> None:
     ("path", "said"),
     [
         ("/no\x1bsuch", b"trio-layers: /no\xef\xbf\xbdsuch: No such file or directory\n"),
-        ("/etc", b"trio-layers: etc: Is a directory\n"),
+        ("/etc", b"trio-layers: /etc: Is a directory\n"),
         ("/etc/os-release/x", b"trio-layers: /etc/os-release/x: Not a directory\n"),
     ],
 )
@@ -286,6 +293,27 @@ async def test_mount(own: bool, number: signal.Signals, tmp_path: Path) -> None:
 
 def is_mount(path: Path) -> bool:
     return path.is_mount()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+async def test_mount_with_any_name(tmp_path: Path) -> None:
+    """A path is bytes, and stdout's encoding is none of its business."""
+    target = tmp_path / "\udcff"
+    target.mkdir()
+    async with pulled(tmp_path / "store") as reference, trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(
+            partial(
+                trio.run_process,
+                [*TRIO_LAYERS, "mount", reference, target],
+                env={**environment(tmp_path / "store"), "PYTHONIOENCODING": "utf-8:strict"},
+                stdout=subprocess.PIPE,
+            )
+        )
+        assert process.stdout is not None
+        async with process.stdout:
+            assert await process.stdout.receive_some() == bytes(target) + b"\n"
+        process.terminate()
+        assert await process.wait() == 0
 
 
 async def test_mount_that_fails(tmp_path: Path) -> None:

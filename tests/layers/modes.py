@@ -10,13 +10,12 @@ import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -34,59 +33,83 @@ MODES = {
 
 _NEW_USER, _NEW_MOUNT = 0x10000000, 0x00020000
 _SET_DUMPABLE = 4
-# No case blocks; one that does is stopped. Long, since a machine may be busy with other things.
-_SECONDS = 600
 
 
 class Refused(Exception):
     """The kernel does not let us make such a process."""
 
 
+class Died(Exception):
+    """The child is no more, and has not said what is wrong with its case."""
+
+
 class Child:
     """A process with less privilege, and a directory of its own."""
 
     def __init__(self, mode: str, base: Path) -> None:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "layers.modes", mode, str(base)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             text=True,
         )
-        if mode == "userns-range":
-            self._receive()
+        try:
+            ready = self._receive()
+            if ready == "unshared":
+                self._map_range()
+                ready = self._receive()
+            if ready != "ready":
+                raise Refused(ready)
+        except BaseException:
+            self.close()
+            raise
+
+    def _map_range(self) -> None:
+        try:
             for kind in ("uid", "gid"):
-                Path(f"/proc/{self._process.pid}/{kind}_map").write_text(f"0 {FIRST} {RANGE}\n")
-            self._send("mapped")
-        ready = self._receive()
-        if ready != "ready":
-            raise Refused(ready)
+                Path(f"/proc/{self.process.pid}/{kind}_map").write_text(f"0 {FIRST} {RANGE}\n")
+        except OSError as error:
+            raise Refused(f"{kind}_map: {error.strerror}") from error
+        self._send("mapped")
 
     def run(self, case: dict) -> str:
-        """What is wrong; an empty text if nothing is."""
+        """What is wrong; an empty text if nothing is.
+
+        Raises:
+            Died: if the child dies of it. It is of no further use.
+        """
         self._send(case)
         return self._receive()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            # Of one that has died there may be something left to write.
+            self.process.stdin.close()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def _send(self, value: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(value) + "\n")
-        self._process.stdin.flush()
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
 
     def _receive(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the child ended with {self._process.wait()}")
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.endswith("\n"):
+            raise self._died()
         answer = json.loads(line)
         assert isinstance(answer, str)
         return answer
+
+    def _died(self) -> Died:
+        return Died(f"the child has died; its return code is {self.process.wait()}")
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +133,39 @@ def running(mode: str) -> Iterator[Child]:
             yield child
     finally:
         shutil.rmtree(base)
+
+
+class Children:
+    """A child for each mode, started when a case first asks for it, and again after one died."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._children: dict[str, Child | Refused] = {}
+
+    def run(self, mode: str, case: dict) -> str:
+        """As `Child.run`.
+
+        Raises:
+            Died: if the child dies of it.
+            Refused: if the kernel has no such child.
+        """
+        child = self[mode]
+        try:
+            return child.run(case)
+        except Died:
+            del self._children[mode]
+            raise
+
+    def __getitem__(self, mode: str) -> Child:
+        if mode not in self._children:
+            try:
+                self._children[mode] = self._stack.enter_context(running(mode))
+            except Refused as refused:
+                self._children[mode] = refused
+        child = self._children[mode]
+        if isinstance(child, Refused):
+            raise child
+        return child
 
 
 def become(mode: str) -> None:
@@ -153,7 +209,6 @@ def main(mode: str, base: Path) -> None:
     os.umask(0o22)
     answer("ready")
     for number, line in enumerate(sys.stdin):
-        signal.alarm(_SECONDS)
         where = base / str(number)
         where.mkdir()
         try:
@@ -164,7 +219,6 @@ def main(mode: str, base: Path) -> None:
             answer(traceback.format_exc())
         else:
             answer("")
-        signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def any_entry(draw: st.DrawFn) -> dict:
     return entry
 
 
-OTHERS = ["symlink", "symlink", "hardlink", "whiteout", "opaque", "char", "fifo", "root"]
+OTHERS = ["symlink", "symlink", *["hardlink"] * 3, "whiteout", "opaque", "char", "fifo", "root"]
 FILE_MODES = st.sampled_from(["0644", "4755", "0600"])
 DIRECTORY_MODES = st.sampled_from(["0755", "0755", "0711", "2755", "0000"])
 
@@ -86,9 +86,25 @@ MERGED_USR: list[dict] = [
     {"name": "c", "type": "symlink", "linkname": "/a"},
 ]
 
+# One file, and one link, of several names: what becomes of one matters to the others.
+LINKED: list[dict] = [
+    {"name": "./", "type": "dir"},
+    {"name": "a/", "type": "dir", "mtime": 5},
+    {"name": "b/", "type": "dir", "mtime": 6},
+    {"name": "a/b/", "type": "dir", "mtime": 6},
+    {"name": "a/a", "text": "below"},
+    {"name": "b/a", "type": "hardlink", "linkname": "a/a"},
+    {"name": "a/b/a", "type": "hardlink", "linkname": "a/a"},
+    {"name": "b/b", "type": "symlink", "linkname": "/a"},
+    {"name": "a/b/b", "type": "hardlink", "linkname": "b/b"},
+]
+
 STACKS = st.one_of(
     st.lists(LAYERS, min_size=2, max_size=4),
-    st.lists(LAYERS, min_size=1, max_size=3).map(lambda above: [MERGED_USR, *above]),
+    *(
+        st.lists(LAYERS, min_size=1, max_size=3).map(lambda above, base=base: [base, *above])
+        for base in (MERGED_USR, LINKED)
+    ),
 )
 
 

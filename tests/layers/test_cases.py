@@ -17,7 +17,7 @@ from pathlib import Path
 import attrs
 import pytest
 from cases.layers import maketar
-from layers.modes import MODES, Child, Refused, running
+from layers.modes import MODES, Children, Refused
 from layers.running import ROOT, run_case
 from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
 
@@ -54,25 +54,6 @@ ITEMS = [
 ]
 
 
-class Children:
-    """A child for each mode, started when it is first asked for."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._children: dict[str, Child | Refused] = {}
-
-    def __getitem__(self, mode: str) -> Child:
-        if mode not in self._children:
-            try:
-                self._children[mode] = self._stack.enter_context(running(mode))
-            except Refused as refused:
-                self._children[mode] = refused
-        child = self._children[mode]
-        if isinstance(child, Refused):
-            pytest.skip(f"kernel: no process of the kind {mode!r}: {child}")
-        return child
-
-
 @pytest.fixture(scope="module")
 def children() -> Iterator[Children]:
     with ExitStack() as stack:
@@ -85,7 +66,10 @@ def test_case(mode: str, case: dict, tmp_path: Path, children: Children) -> None
     if mode == "root":
         run_case(case, tmp_path, ROOT)
     else:
-        wrong = children[mode].run(case)
+        try:
+            wrong = children.run(mode, case)
+        except Refused as refused:
+            pytest.skip(f"kernel: no process of the kind {mode!r}: {refused}")
         assert not wrong, wrong
 
 

@@ -165,6 +165,18 @@ def test_bomb_in_constant_memory(name: str) -> None:
         tracemalloc.stop()
 
 
+def test_no_memory_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a codec raises where the machine has none comes out as it is."""
+
+    class Codec:
+        def decompress(self, data: bytes, max_length: int = -1) -> bytes:
+            raise MemoryError
+
+    monkeypatch.setitem(_compression._CODECS, "xz", lambda window: Codec())
+    with pytest.raises(MemoryError):
+        decompress(STREAMS["xz"])
+
+
 def test_zeros_between_tiny_members() -> None:
     """Thousands of them in one piece, with all a header can have."""
     data = (FULL + gzip.compress(b"x", mtime=0)[10:] + bytes(3)) * 5000

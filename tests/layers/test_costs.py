@@ -10,6 +10,7 @@ import pytest
 from layers.plain import archive
 from layers.stack import unpack_blob
 
+from trio_layers._errors import LimitExceeded
 from trio_layers._unpack.directories import Directories
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
@@ -40,6 +41,21 @@ def test_depth_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     unpack_blob(archive(*files), tmp_path / "t")
     # Each directory is looked for, opened when it is made, and again for its times.
     assert opened() < len(files) + 4 * 3 * 300
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "l", "type": "hardlink", "linkname": "d/" * 3000 + "f"},
+        {"name": "d/" * 3000 + ".wh..wh..opq"},
+        {"name": "d/" * 3000 + ".wh.f"},
+    ],
+    ids=range(3),
+)
+def test_long_paths_are_refused_as_they_stand(tmp_path: Path, entry: dict) -> None:
+    """None is looked up first, which would take the square of its length."""
+    with pytest.raises(LimitExceeded, match=rf"^'{entry['name'][:50]}.*max_path"):
+        unpack_blob(archive({"name": "d"}, entry), tmp_path / "t")
 
 
 @pytest.mark.parametrize(

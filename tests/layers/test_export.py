@@ -22,6 +22,7 @@ from layers.plain import Plain
 from layers.plain import archive as tar_of
 from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
 from layers.test_cases import CASES, without_times
+from pull.mounting import unmount
 
 from trio_layers import ExportError, ExportReport, StoreError
 from trio_layers._entries import Entry
@@ -280,7 +281,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        unmount(path)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +394,48 @@ def test_a_damaged_store(damage: str, view: MergedTree, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(StoreError, match="'su' cannot be read from the store"):
         packed(view)
+
+
+def test_no_more_files(view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files are no damage: nobody is told to remove the image."""
+
+    def refuse(path: bytes) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fsdecode(path))
+
+    monkeypatch.setattr(view, "open", refuse)
+    with pytest.raises(ExportError, match="Too many open files"):
+        exported(view, tmp_path / "out")
+    with pytest.raises(OSError, match="Too many open files"):
+        packed(view)
+
+
+def test_a_disk_that_cannot_be_read(view: MergedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar's errors are the store's, whose files it is made of."""
+
+    def fails(descriptor: int, size: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="Input/output error"):
+        patched.setattr(os, "read", fails)
+        list(archive(view, check_cancelled=lambda: None))
+
+
+def test_no_more_files_for_the_target(
+    view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that was made goes again, even if it cannot be opened."""
+    view.load()
+    really = os.open
+
+    def refuse(path: object, *arguments: int, **options: int) -> int:
+        if path == tmp_path / "out":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ExportError, match="out: Too many open files"):
+        exported(view, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_layers(tmp_path: Path) -> None:

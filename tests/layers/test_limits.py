@@ -17,7 +17,7 @@ import pytest
 from cases.layers import maketar
 from layers.plain import archive
 
-from trio_layers import LayersError, LimitExceeded, Limits
+from trio_layers import LimitExceeded, Limits
 from trio_layers._store.merged import MergedTree
 from trio_layers._unpack.worker import Unpacked, unpack
 
@@ -149,6 +149,15 @@ def test_ratio_of_what_does_not_pack(tmp_path: Path) -> None:
     unpacked([gzip.compress(data)], tmp_path / "tree", max_ratio=2, max_ratio_from=0)
 
 
+def test_a_blob_without_entries(tmp_path: Path) -> None:
+    """An error does not make one up."""
+    blob = gzip.compress(bytes(MIB))
+    with pytest.raises(LimitExceeded, match=r"^more bytes, unpacked"):
+        unpacked([blob], tmp_path / "bytes", max_unpacked_bytes=MIB - 1)
+    with pytest.raises(LimitExceeded, match=r"^\d+ bytes, unpacked, of \d+"):
+        unpacked([blob], tmp_path / "ratio", max_ratio=1, max_ratio_from=0)
+
+
 def test_entries(tmp_path: Path) -> None:
     """The one that is too many is named."""
     data = archive({"name": "a"}, {"name": "b"})
@@ -196,7 +205,7 @@ def test_window(form: str, tmp_path: Path) -> None:
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 32 * MIB}]
         blob = lzma.compress(data, filters=filters)
     unpacked([blob], tmp_path / "fits", max_window=32 * MIB)
-    with pytest.raises(LayersError, match=f"{form} data, .*max_window is {8 * MIB}"):
+    with pytest.raises(LimitExceeded, match=f"{form} data, .*max_window is {8 * MIB}"):
         unpacked([blob], tmp_path / "does not", max_window=8 * MIB)
 
 

@@ -112,6 +112,16 @@ def test_hard_link_to_a_file_below(tmp_path: Path) -> None:
     assert (there[b"usr/bin"].mode, there[b"usr/bin"].uid) == (0o711, 3)
 
 
+@pytest.mark.parametrize("kind", ["dir", "file", "symlink"])
+def test_hard_link_to_a_file_whose_other_name_is_replaced(tmp_path: Path, kind: str) -> None:
+    """Of the names of a file below, those come up with it that this layer has not replaced."""
+    mine = {"name": "usr/bin/same", "type": kind, "linkname": "x" if kind == "symlink" else ""}
+    link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
+    there = merged(DEBIAN, [mine, link], base=tmp_path)
+    assert there[b"usr/bin/same"].type == kind
+    assert {there[name].links for name in (b"new", b"usr/bin/old")} == {b"new"}
+
+
 def test_what_was_brought_up_can_be_removed(tmp_path: Path) -> None:
     """A file that is there only for a hard link is still one of below to a whiteout."""
     link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
@@ -161,6 +171,20 @@ def test_alone_is_not_stricter(tmp_path: Path, upper: list[dict]) -> None:
     there = merged(DEBIAN, upper, base=tmp_path)
     assert there[b"more"].links in (b"h", b"bin")
     assert not (tmp_path / "1-alone/fs/more").exists()
+
+
+def test_hard_link_by_way_of_what_it_replaces(tmp_path: Path) -> None:
+    """Alone it cannot be told that the way does not end in what is replaced."""
+    below = [
+        {"name": "./", "type": "dir"},
+        {"name": "a/", "type": "dir"},
+        {"name": "a/f"},
+        {"name": "b/", "type": "dir"},
+        {"name": "b/l", "type": "symlink", "linkname": "/a"},
+    ]
+    link = {"name": "b", "type": "hardlink", "linkname": "b/l/f"}
+    there = merged(below, [link], base=tmp_path)
+    assert there[b"b"].links == there[b"a/f"].links == b"a/f"
 
 
 def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ async def test_read_bytes(view: RootfsView) -> None:
         ("no/where", errno.ENOENT),
         ("loop", errno.ELOOP),
         ("usr/lib", errno.EISDIR),
+        ("/lib/", errno.EISDIR),
+        ("/", errno.EISDIR),
         ("usr/lib/os-release/x", errno.ENOTDIR),
         ("usr/lib/os-release/", errno.ENOTDIR),
     ],
@@ -424,6 +426,23 @@ def test_damaged_list_of_a_tree(tmp_path: Path, lines: list[bytes]) -> None:
         MergedTree([tmp_path]).lookup(b"a")
     with pytest.raises(StoreError, match="list of entries"):
         MergedTree([tmp_path]).survey([b"a", b"a/b"])
+
+
+def test_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files are no damage: nobody is told to remove the layer."""
+    (tree,) = unpack_stack([archive(*LOWER)], tmp_path)
+
+    def refuse(path: Path, mode: str) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fspath(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    merged = MergedTree([tree])
+    with pytest.raises(StoreError, match=r"\(Too many open files\); try again$"):
+        merged.load()
+    with pytest.raises(StoreError, match=r"\(Too many open files\); try again$"):
+        merged.survey([b"a"])
+    monkeypatch.undo()
+    assert merged.lookup(b"gone") is not None
 
 
 def test_deep_links_are_linear(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def test_sparse_map_must_fit(layout: list[list[int]]) -> None:
         {"size": "2d31"},
         {"size": "38"},
         {"size": "315f30"},
+        # Go reads what is behind a NUL, Python does not.
+        {"size": "0030303030303030303134"},
         {"uid": "ffffffffffffffff"},
         {"uid": "80000000ffffffff"},
         {"mtime": "787878"},
@@ -280,9 +282,19 @@ def header_with(area: bytes, *, magic: bytes, end: bytes = b"") -> bytes:
         (header_with(b"14371573000\0" * 2, magic=b"ustar  \0"), b"name"),
         (header_with(b"\x80" + bytes(11), magic=b"ustar  \0"), b"name"),
         (header_with(b"usr/share/doc", magic=b"ustar  \0"), b"usr/share/doc/name"),
-        (header_with(b"usr", magic=bytes(8)), b"name"),
+        (header_with(b"1999", magic=b"ustar  \0"), b"1999/name"),
+        (header_with(b"14371573000\0" + b"\0zzz", magic=b"ustar  \0"), b"name"),
     ],
-    ids=["ustar", "none", "star", "gnu", "gnu-base-256", "old-go", "v7"],
+    ids=[
+        "ustar",
+        "none",
+        "star",
+        "gnu",
+        "gnu-base-256",
+        "old-go",
+        "old-go-digits",
+        "gnu-no-ctime",
+    ],
 )
 def test_what_stands_before_a_name(block: bytes, name: bytes) -> None:
     """The end of a header is a prefix in ustar, a shorter one in star, and times in GNU's."""
@@ -290,9 +302,49 @@ def test_what_stands_before_a_name(block: bytes, name: bytes) -> None:
     assert member.name == name
 
 
+@pytest.mark.parametrize("magic", [bytes(8), b"ustar 00"])
+def test_a_prefix_in_no_known_format(magic: bytes) -> None:
+    """Python heeds it whatever the format is, Go does not."""
+    assert members(header_with(b"", magic=magic))[0][0].name == b"name"
+    with pytest.raises(UnpackError, match=r"'name': .* a prefix"):
+        members(header_with(b"usr", magic=magic))
+
+
 def test_an_empty_record_takes_back_the_one_before() -> None:
     """As POSIX has it: then the header's field counts."""
     assert only({"name": "a", "pax": [["path", "b"], ["path", ""]]}).name == b"a"
+
+
+@pytest.mark.parametrize("key", [" path", "\tpath"])
+def test_blanks_before_a_key(key: str) -> None:
+    """GNU tar passes over them; to Go, and to Python, they are part of the key."""
+    with pytest.raises(UnpackError, match="blank before"):
+        only({"name": "a", "pax": [[key, "b"]]})
+
+
+@pytest.mark.parametrize("key", ["size", "GNU.sparse.size"])
+def test_sizes_for_all_are_an_error(key: str) -> None:
+    """Python and GNU tar take a global size for that of each entry, Go does not."""
+    body = maketar.pax_record(key.encode(), b"512")
+    with pytest.raises(UnpackError, match="a size in a global header"):
+        members(archive(extension("g", body), FILE))
+
+
+@pytest.mark.parametrize("flag", "LK")
+def test_an_empty_long_name_is_an_error(flag: str) -> None:
+    """Go reads the header's own, Python and GNU tar the empty one."""
+    with pytest.raises(UnpackError, match="long name that is empty"):
+        members(archive(long(flag, ""), FILE))
+
+
+@pytest.mark.parametrize(("header", "record"), [("a/", "b"), ("a", "b/")])
+def test_a_slash_in_one_of_two_names(header: str, record: str) -> None:
+    """Without a type it makes a directory: to Python in the header, to Go in the record; and what
+    follows a directory is another header."""
+    with pytest.raises(UnpackError, match="a directory by one of its names"):
+        only({"name": header, "type": "\0", "text": "text", "pax": {"path": record}})
+    member = only({"name": "a/", "type": "\0", "pax": {"path": "b/"}})
+    assert (member.name, member.type) == (b"b/", "dir")
 
 
 def test_nuls_in_records() -> None:
@@ -345,6 +397,11 @@ def test_only_files_are_sparse() -> None:
     """A name that only some readers take from such records is none for a directory."""
     with pytest.raises(UnpackError, match="no plain file"):
         only({"name": "a", "type": "dir", "pax": {"GNU.sparse.name": "b"}})
+    hole = {"GNU.sparse.size": "9", "GNU.sparse.numblocks": "0"}
+    with pytest.raises(UnpackError, match="no plain file"):
+        only({"name": "a/", "type": "\0", "pax": hole})
+    with pytest.raises(UnpackError, match="by its type and by its records"):
+        only({"name": "a", "type": "S", "pax": hole})
     with pytest.raises(UnpackError, match="not in GNU's format"):
         only({"name": "a", "type": "S"})
 

@@ -133,13 +133,33 @@ def test_limits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../a", "a/../../b", "/..", ".wh.", "d/.wh...", ".wh.d/x", "d/.wh.."]
+    "name",
+    ["../a", "a/../../b", "/..", ".wh.", "d/.wh...", ".wh.d/x", ".wh.d/.wh..wh..opq", "d/.wh.."],
 )
 def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
     """Names that lead out, and whiteouts that name nothing, are errors."""
     with pytest.raises(UnpackError):
         unpack_blob(archive({"name": name}), tmp_path / "t")
     assert os.listdir(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "rule"),
+    [
+        ({"name": "./l/f/x"}, "'dd/f': not a directory, but entries below it follow"),
+        ({"name": "l/.wh.."}, "a whiteout in 'dd' names nothing that can be removed"),
+        ({"name": "l/y", "type": "hardlink", "linkname": "dd"}, "'dd/y': .*, which is a directory"),
+        ({"name": "l/longer"}, "'dd/longer': .*; the limit max_path is 8"),
+    ],
+    ids=range(4),
+)
+def test_errors_name_the_entry(tmp_path: Path, entry: dict, rule: str) -> None:
+    """As the layer has it, also where that leads elsewhere by a link."""
+    before = [{"name": "dd/", "type": "dir"}, {"name": "dd/f"}]
+    before.append({"name": "l", "type": "symlink", "linkname": "dd"})
+    name = entry["name"].removeprefix("./")
+    with pytest.raises(UnpackError, match=f"^'{name}': {rule}"):
+        unpack_blob(archive(*before, entry), tmp_path / "t", limits=Limits(max_path=8))
 
 
 def test_an_acl_does_not_change_the_mode(tmp_path: Path) -> None:
@@ -236,6 +256,28 @@ def test_cancelled_anywhere(tmp_path: Path) -> None:
         else:
             break
     assert stop_at > 10
+
+
+def test_removal_can_be_cancelled(tmp_path: Path) -> None:
+    """The check is called for each file that goes with a directory, also where one entry that
+    replaces it takes many away."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+
+    files = [{"name": f"d/{number}"} for number in range(300)]
+    unpack(io.BytesIO(archive(*files)).read, make(tmp_path / "before"), check_cancelled=check)
+    without, calls = calls, 0
+    blob = archive(*files, {"name": "d", "text": "file"})
+    unpack(io.BytesIO(blob).read, make(tmp_path / "after"), check_cancelled=check)
+    assert calls - without >= 300
+
+
+def make(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def test_checked_without_output(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from layers.modes import MODES, NOBODY, Refused, running
+from layers import modes
+from layers.modes import MODES, NOBODY, Children, Died, Refused, running
 from layers.plain import archive
 from layers.stack import listed, on_disk, unpack_blob
 
@@ -178,9 +180,54 @@ def test_children_see_what_is_wrong(mode: str) -> None:
         pytest.skip(f"kernel: no process of the kind {mode!r}: {refused}")
 
 
+def test_a_child_that_dies() -> None:
+    """It fails the case that it had, and the next one has another child."""
+    case = {"layers": [{"entries": [{"name": "x"}]}], "expected": {"outcome": "ok"}}
+    with ExitStack() as stack:
+        children = Children(stack)
+        for _ in range(2):
+            assert children.run("unprivileged", case) == ""
+            children["unprivileged"].process.kill()
+            with pytest.raises(Died, match="return code is -9"):
+                children.run("unprivileged", case)
+        assert children.run("unprivileged", case) == ""
+
+
+def test_a_child_that_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused once and for all, and nothing of it is left."""
+    # Beyond the last ID that there is.
+    monkeypatch.setattr(modes, "FIRST", 2**32 - 1)
+    before = len(os.listdir("/proc/self/fd"))
+    with ExitStack() as stack:
+        children = Children(stack)
+        for _ in range(2):
+            with pytest.raises(Refused):
+                children.run("userns-range", {})
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_set_group_id_that_is_not_kept(tmp_path: Path) -> None:
+    """Root without CAP_FSETID gives it to no file of a strange group, and is not told so."""
+    program = "import io, os, pathlib, sys; from trio_layers._unpack.worker import unpack; "
+    program += "os.setgroups([]); data = sys.stdin.buffer.read(); "
+    program += "print(unpack(io.BytesIO(data).read, pathlib.Path(sys.argv[1])).incomplete)"
+    blob = archive({"name": "f", "mode": "2755", "gid": 5})
+    for bounds, incomplete in (("-fsetid", True), ("+fsetid", False)):
+        target = tmp_path / bounds
+        target.mkdir()
+        command = ["setpriv", "--bounding-set", bounds, sys.executable, "-c", program, target]
+        done = subprocess.run(command, input=blob, check=True, stdout=subprocess.PIPE)
+        assert done.stdout.decode() == f"{incomplete}\n"
+        assert ((target / "fs/f").stat().st_mode == stat.S_IFREG | 0o2755) is not incomplete
+        assert listed(target)[0][1].mode == 0o2755
+
+
 def test_a_disk_without_user_attributes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where a file system takes none of ours, the list alone has what could not be set."""
     really: Callable[..., None] = os.setxattr
+
+    def none(subject: object) -> list[str]:
+        raise OSError(95, "Operation not supported")
 
     def refuse(subject: object, name: str | bytes, value: bytes) -> None:
         if os.fsencode(name).startswith((b"user.", b"trusted.")):
@@ -193,6 +240,7 @@ def test_a_disk_without_user_attributes(monkeypatch: pytest.MonkeyPatch, tmp_pat
         make(name, mode, device, **kwargs)
 
     make: Callable[..., None] = os.mknod
+    monkeypatch.setattr(os, "listxattr", none)
     monkeypatch.setattr(os, "setxattr", refuse)
     monkeypatch.setattr(os, "mknod", no_device)
     unpacked = unpack_blob(archive(*LAYER), tmp_path / "t")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -84,3 +85,20 @@ def mounts_below(directory: Path) -> list[str]:
     points = [line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines]
     inside = str(directory).encode() + b"/"
     return [point.decode() for point in points if point.startswith(inside)]
+
+
+def unmount_below(directory: Path) -> list[str]:
+    """Take away whatever is mounted there; returns where that was."""
+    left = mounts_below(directory)
+    for path in reversed(left):
+        subprocess.run(["umount", "--lazy", path], check=True)
+    return left
+
+
+def unmount(path: Path) -> None:
+    """It fails if something in it is still in use; it goes all the same."""
+    try:
+        subprocess.run(["umount", path], check=True)
+    except subprocess.CalledProcessError:
+        subprocess.run(["umount", "--recursive", "--lazy", path], check=True)
+        raise

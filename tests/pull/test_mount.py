@@ -18,7 +18,7 @@ import pytest
 import trio
 from layers.plain import archive
 from layers.stack import on_disk
-from pull.mounting import fill, mounts_below
+from pull.mounting import fill, mounts_below, unmount_below
 
 from trio_layers import MountError, RootfsView, open_store
 from trio_layers._store import mount
@@ -36,10 +36,7 @@ ALL = {"name": "all/", "type": "dir"}
 @pytest.fixture(autouse=True)
 def nothing_stays(tmp_path: Path) -> Iterator[None]:
     yield
-    left = mounts_below(tmp_path)
-    for path in reversed(left):
-        subprocess.run(["umount", "--lazy", path], check=True)
-    assert not left
+    assert not unmount_below(tmp_path)
 
 
 def need_single_layers() -> None:
@@ -147,6 +144,20 @@ async def test_more_layers_than_the_kernel_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["by page"], indirect=True)
 async def test_more_layers_than_a_page_takes(tmp_path: Path, way: str) -> None:
     with pytest.raises(MountError, match=r"names of 300 layers do not fit: use Linux 6\.8"):
+        async with Stack(tmp_path, 300).mount():
+            pass
+
+
+async def test_more_layers_than_a_page_takes_without_privilege(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not their number then, and no other kernel would mount them."""
+
+    def refuse(overlay: mount._Overlay, target: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(mount, "_mount_by_layer", refuse)
+    with pytest.raises(MountError, match="mounting takes root"):
         async with Stack(tmp_path, 300).mount():
             pass
 
@@ -262,6 +273,18 @@ async def test_target(tmp_path: Path, way: str, name: str, monkeypatch: pytest.M
         assert (path / "all" / "1").read_text() == "all/1"
         assert "root" not in os.listdir(stack.scratch / "0.mount")
     assert not list((tmp_path / name).iterdir())
+
+
+async def test_target_beyond_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``..`` leads where it does for the kernel: up from what the link leads to."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    for parent in (tmp_path, tmp_path / "a"):
+        (parent / "target").mkdir()
+    monkeypatch.chdir(tmp_path)
+    async with Stack(tmp_path, 2).mount("link/../target") as path:
+        assert mounts_below(tmp_path) == [str(tmp_path / "a" / "target")]
+        assert (path / "all" / "1").read_text() == "all/1"
 
 
 async def test_targets_that_are_none(tmp_path: Path) -> None:

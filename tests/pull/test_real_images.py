@@ -26,6 +26,7 @@ from _tools.real_images import (
     make_many_files,
     open_buildah,
 )
+from pull.mounting import unmount
 from pull.trees import Node, describe, differences
 
 from trio_layers import Entry, open_puller
@@ -74,8 +75,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         yield path
     finally:
-        # It fails, and so does the run, if something in it is still in use.
-        subprocess.run(["umount", path], check=True)
+        unmount(path)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -57,4 +58,6 @@ async def main(path: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
+    # A shell ignores it for what it runs in the background, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trio.run(main, Path(sys.argv[1]), sys.argv[2])

@@ -25,6 +25,9 @@ _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 # As many as Linux follows for one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
 
+# What says that the process or the system is at its limits, and nothing about the store.
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
 # How many entries between two looks whether to go on: a few milliseconds.
 _STRIDE: Final = 1024
 
@@ -307,9 +310,11 @@ def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]
                 return parse_entries(_polled(file, check))[0]
             return parse_entries(chosen)[0]
     except OSError as error:
+        advice = "remove the layer and pull it again"
+        if error.errno in _EXHAUSTED:
+            advice = "try again"
         raise StoreError(
-            f"{tree}: its list of entries cannot be read ({error.strerror}); "
-            "remove the layer and pull it again"
+            f"{tree}: its list of entries cannot be read ({error.strerror}); {advice}"
         ) from error
 
 

@@ -81,8 +81,9 @@ async def open_mount(
         writable: Whether what is mounted can be written.
     """
     async with scratch("mount") as place:
-        # No link is followed: this asks for the working directory and nothing else.
-        path = place / _ROOT if target is None else Path(os.path.abspath(target))  # noqa: ASYNC240
+        # This asks for the working directory, and nothing else. The kernel resolves the rest:
+        # after a link, ".." is not what it looks like.
+        path = place / _ROOT if target is None else Path(target).absolute()  # noqa: ASYNC240
         mount = await trio.to_thread.run_sync(
             partial(_mount, trees, path, place=place, writable=writable)
         )
@@ -162,7 +163,13 @@ def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) ->
                 # Not known to this kernel, or to a filter that lets mount(2) pass.
                 if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
                     raise
-                return _mount_by_page(overlay, target, path)
+                try:
+                    return _mount_by_page(overlay, target, path)
+                except MountError:
+                    # They are too many, but who may not mount would not mount fewer.
+                    if error.errno == errno.EPERM:
+                        raise error from None
+                    raise
         except OSError as error:
             raise _mount_error(error, len(overlay.lower)) from error
 

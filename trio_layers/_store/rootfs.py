@@ -167,6 +167,7 @@ class RootfsView:
 
         Raises:
             StoreError: if the store is damaged.
+            OSError: if a file cannot be opened since too many are.
         """
         pieces = self._exporter.archive(
             self._tree, check_cancelled=trio.from_thread.check_cancelled
@@ -220,6 +221,10 @@ class RootfsView:
 
     def _open(self, path: str | bytes) -> io.BufferedReader:
         entry = self._resolve(path, follow=True)
+        if entry.type != "file":
+            # About what was asked for: the root's own path says nothing.
+            number = errno.EISDIR if entry.type == "dir" else errno.EINVAL
+            raise path_error(number, _encoded(path))
         return open(self._tree.open(entry.path), "rb")
 
     def _read(self, path: str | bytes) -> bytes:

@@ -21,6 +21,7 @@ def archive(source: Source, *, check_cancelled: Callable[[], None]) -> Generator
 
     Raises:
         StoreError: if the store is damaged.
+        OSError: if a file cannot be opened since too many are.
     """
     held: list[bytes] = []
     size = 0
@@ -45,7 +46,10 @@ def _parts(source: Source, check_cancelled: Callable[[], None]) -> Iterator[byte
             left = member.size
             while left:
                 check_cancelled()
-                data = os.read(descriptor, min(left, _PIECE))
+                try:
+                    data = os.read(descriptor, min(left, _PIECE))
+                except OSError as error:
+                    raise damaged(entry.path, error.strerror) from error
                 if not data:
                     raise damaged(entry.path, "it ends early")
                 left -= len(data)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 from .._entries import Entry
 from .._errors import StoreError
 
 __all__ = ["Source", "damaged", "reading"]
+
+# What says that the process or the system is at its limits, and nothing about the store.
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Source(Protocol):
@@ -31,10 +35,13 @@ def reading(source: Source, entry: Entry) -> Iterator[int]:
 
     Raises:
         StoreError: if it does not, or cannot be opened.
+        OSError: if nothing more can be opened at all.
     """
     try:
         descriptor = source.open(entry.path)
     except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise
         raise damaged(entry.path, error.strerror) from error
     try:
         if os.fstat(descriptor).st_size != entry.size:

@@ -73,6 +73,9 @@ def export(source: Source, target: Path, *, check_cancelled: Callable[[], None])
         # The way to it is the caller's, links and all.
         root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(target)
         raise ExportError(os.fspath(target), error.strerror) from error
     try:
         if not made and os.listdir(root):

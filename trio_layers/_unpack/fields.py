@@ -68,9 +68,11 @@ def number(field: bytes, name: bytes, what: str) -> int:
     elif field[0] & 0x80:
         return _base_256(field, name, what)
     else:
-        text = until_nul(text.lstrip(b"\0 ")).rstrip(b" ")
+        text = text.lstrip(b" ")
         if not text:
             return 0
+        # A NUL before the digits ends the number for some readers, for others it does not.
+        text = until_nul(text).rstrip(b" ")
         if text.isdigit() and not text.strip(b"01234567"):
             return int(text, 8)
     raise damaged(name, f"its {what} is not a number: {field!r}")
@@ -146,6 +148,9 @@ def records(body: bytes, name: bytes) -> dict[bytes, bytes]:
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
         if not key or not equals:
             raise damaged(name, "a record of its extended header has no key")
+        if key[0] in b" \t":
+            # GNU tar passes over it, and takes the record for one that others do not know.
+            raise damaged(name, f"a blank before the key {key[:64]!r} in its extended header")
         if b"\0" in key or (key in _TEXTS and b"\0" in value):
             raise damaged(name, f"a NUL in the record {key[:64]!r} of its extended header")
         if key in _PAIR:

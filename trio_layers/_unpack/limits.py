@@ -38,8 +38,8 @@ class Limits:
         max_ratio_from: The bytes of tar and holes that are never too many for their blob.
             16 GiB, so that an image may have a disk that is still empty.
         max_entries: Entries in the tar. 10 million.
-        max_path: Bytes in a path, links on the way resolved. 4,095, which is all that a Linux
-            system call takes (``PATH_MAX`` without the NUL).
+        max_path: Bytes in a path, links on the way resolved or not. 4,095, which is all that a
+            Linux system call takes (``PATH_MAX`` without the NUL).
         max_depth: Components in such a path. 512: several times what build tools make, and few
             enough for programs that walk a tree by recursion (Python's ``shutil.rmtree`` gives
             up below a thousand).

@@ -19,6 +19,7 @@ from typing import Final, Protocol, final
 from .._acl import ACCESS_ACL, DEFAULT_ACL
 from .._entries import Entry
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
+from .fields import shown
 from .powers import OVERRIDE, Powers
 
 __all__ = ["Metadata", "Nodes", "named", "naming"]
@@ -83,7 +84,7 @@ class naming:
 
 def named(error: OSError, path: bytes) -> UnpackError | StoreError:
     """What an error of the disk means to whoever unpacks ``path``."""
-    text = f"{_shown(path)}: {error.strerror}"
+    text = f"{shown(path)}: {error.strerror}"
     if error.errno in _FULL:
         return StoreFull(f"unpacking {text}. Free some space and pull again")
     if error.errno == errno.EROFS:
@@ -100,8 +101,14 @@ def _is_full(subject: int | str) -> bool:
     return there.f_blocks > 0 and there.f_bavail < 64
 
 
-def _shown(path: bytes) -> str:
-    return repr(path.decode("utf-8", "backslashreplace")[:256])
+def _listed(descriptor: int) -> list[str]:
+    try:
+        return os.listxattr(descriptor)
+    except OSError as error:
+        # FUSE has it so where there are none at all.
+        if error.errno != errno.ENOTSUP:
+            raise
+        return []
 
 
 @final
@@ -178,7 +185,7 @@ class Nodes:
         """Give an open directory its metadata, its times apart. ``fresh``: it has none yet."""
         if not fresh:
             ours = self._powers.overlay
-            for attribute in os.listxattr(descriptor):
+            for attribute in _listed(descriptor):
                 if attribute not in xattrs and not (ours and attribute.startswith(ours)):
                     try:
                         os.removexattr(descriptor, attribute)
@@ -240,7 +247,7 @@ class Nodes:
             if unmapped or (known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP)):
                 self.incomplete = True
                 return
-            what = f"the attribute {attribute[:256]!r} of {_shown(path)}"
+            what = f"the attribute {attribute[:256]!r} of {shown(path)}"
             if error.errno in _FULL:
                 if error.errno == errno.EDQUOT or _is_full(subject):
                     raise StoreFull(
@@ -343,9 +350,14 @@ class Nodes:
                 # What is ours must stay in our reach, and must not run as us.
                 mode = mode & 0o1777 | (0o700 if there == stat.S_IFDIR else 0o600)
             os.chmod(subject, mode)
-            if mode & stat.S_ISGID and there == stat.S_IFDIR:
-                # What is made in it gets its group.
-                self._ids = None
+            if mode & stat.S_ISGID:
+                if there == stat.S_IFDIR:
+                    # What is made in it gets its group.
+                    self._ids = None
+                if not os.fstat(descriptor).st_mode & stat.S_ISGID:
+                    # Dropped without an error: with a strange group it takes CAP_FSETID.
+                    mode &= ~stat.S_ISGID
+                    self.incomplete = True
         if not limited:
             return
         right = owned and (there == stat.S_IFLNK or mode == about.mode) and kind in _REAL_TYPES

@@ -5,7 +5,7 @@ GNU tar's manual, "Storing Sparse Files", has the four formats: GNU's own, and P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from .._errors import LimitExceeded, UnpackError
@@ -20,9 +20,9 @@ _PREFIX: Final = b"GNU.sparse."
 _WHAT: Final = "sparse map"
 
 
-def is_sparse(pax: Mapping[bytes, bytes]) -> bool:
-    """Whether an entry's records speak of a sparse file."""
-    return any(key.startswith(_PREFIX) for key in pax)
+def is_sparse(keys: Iterable[bytes]) -> bool:
+    """Whether records with these keys speak of a sparse file."""
+    return any(key.startswith(_PREFIX) for key in keys)
 
 
 def gnu_map(header: bytes, name: bytes, read: Callable[[int], bytes], max_bytes: int) -> SparseMap:

@@ -108,12 +108,11 @@ class TreeState:
 
     def shows(self, path: bytes) -> bool:
         """Whether what is below at ``path`` is not covered by this layer."""
-        if self.hidden(path):
+        if self.hidden(path) or self.stat(path) is not None:
             return False
-        while path:
+        while path := split(path)[0]:
             if self.stat(path) is not None:
                 return path in self.times
-            path = split(path)[0]
         return True
 
     def assume(self, path: bytes) -> bool:
@@ -258,6 +257,7 @@ class TreeState:
         self._gone(path)
 
     def _gone(self, path: bytes) -> None:
+        self._check()
         self.times.pop(path, None)
         self.default_acls.pop(path, None)
         for paths in (self.implied, self.opaque, self.whiteouts, self.borrowed):

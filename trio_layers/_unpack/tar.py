@@ -2,7 +2,8 @@
 
 It reads what Go's ``archive/tar`` reads, since that is what writes and reads most layers: ustar,
 PAX (POSIX.1-2001, ``pax`` interchange format), star, GNU names, numbers and sparse files, v7.
-What two readers might understand differently is an error rather than a guess.
+What two readers might understand differently is an error rather than a guess; but where layers
+have it, it is what Go makes of it.
 """
 
 from __future__ import annotations
@@ -195,6 +196,8 @@ class TarReader:
             if flag not in b"xgLK":
                 raise UnpackError(f"{shown(name)}: an entry of the unknown type {chr(flag)!r}")
             body = self._extension(header, name)
+            if flag in b"LK" and not until_nul(body):
+                raise damaged(name, "a long name that is empty")
             # One that comes twice, some readers replace and others add to.
             if flag == ord("x") and pax is None:
                 pax = records(body, name)
@@ -204,7 +207,10 @@ class TarReader:
                 longlink = until_nul(body)
             elif flag == ord("g") and pax is None and not longname and not longlink:
                 # Global records are read and not applied, as moby and containerd do it.
-                records(body, name)
+                found = records(body, name)
+                if b"size" in found or is_sparse(found):
+                    # Who does apply it looks for the next header elsewhere.
+                    raise damaged(name, "a size in a global header")
             else:
                 raise damaged(name, "an extended header where the entry should be that it extends")
 
@@ -260,8 +266,8 @@ class TarReader:
             name = pax.get(b"path", name)
             linkname = pax.get(b"linkpath", linkname)
             if is_sparse(pax):
-                if sparse or kind != "file":
-                    raise damaged(name, "a sparse file that is no plain file")
+                if sparse:
+                    raise damaged(name, "a sparse file by its type and by its records")
                 sparse = True
                 name = pax.get(b"GNU.sparse.name", name)
         if longname:
@@ -273,8 +279,14 @@ class TarReader:
                 raise damaged(name, f"a link to {shown(longlink)} and {shown(linkname)}")
             linkname = longlink
         self.name = name
-        if not flag and name.endswith(b"/"):
-            kind = "dir"
+        if not flag:
+            slash = name.endswith(b"/")
+            if slash != until_nul(header[:100]).endswith(b"/"):
+                raise damaged(name, "a directory by one of its names, and not by the other")
+            if slash:
+                kind = "dir"
+        if sparse and kind != "file":
+            raise damaged(name, "a sparse file that is no plain file")
         size = self._stored(header[124:136], pax.get(b"size"))
         if kind != "file":
             size = 0
@@ -381,8 +393,17 @@ def _with_prefix(header: bytes, name: bytes) -> bytes:
     if header[257:265] == b"ustar  \0":
         # GNU has times there. But Go before 1.8 wrote prefixes in such headers, and so did docker.
         prefix = until_nul(header[345:500])
-        times = header[345:357].strip(b"\0 "), header[357:369].strip(b"\0 ")
-        numeric = all(time.isdigit() or not time or time[0] & 0x80 for time in times)
-        if not numeric and prefix.isascii():
+        if prefix.isascii() and not (_is_time(header[345:357]) and _is_time(header[357:369])):
             return prefix + b"/" + name
-    return name
+        return name
+    raise damaged(name, "a prefix of its name, but in no known format")
+
+
+def _is_time(field: bytes) -> bool:
+    """Whether it is one, or nothing, for Go."""
+    try:
+        if field[0]:
+            number(field, b"", "time")
+    except UnpackError:
+        return False
+    return True

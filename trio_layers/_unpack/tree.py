@@ -104,6 +104,12 @@ class TreeWriter:
             file = self._place(member)
         except OSError as error:
             raise named(error, member.name) from error
+        except UnpackError as error:
+            # Of an entry below a link, or of a link, the error may name another path only.
+            name = shown(member.name.removeprefix(b"./").rstrip(b"/"))
+            if name in str(error) or shown(member.name) in str(error):
+                raise
+            raise type(error)(f"{name}: {error}") from error
         except Unsettled:
             self.needs_lower = True
             return
@@ -114,6 +120,7 @@ class TreeWriter:
         """Set the directories' times, which every change in them has moved, and default ACLs."""
         with naming(b"."):
             for path, acl in self._state.default_acls.items():
+                self._check()
                 self._nodes.attribute(self._directories.open(path), DEFAULT_ACL, acl, path)
             times = self._state.times
             for path in sorted(times):
@@ -138,12 +145,12 @@ class TreeWriter:
         if parent not in self._state.times or last in (b"", b".", b"..") or _WHITEOUT in name:
             # Not simply a name in a directory that is known.
             parts = parts_of(name)
+            self._check_path(b"/".join(parts))
             if _WHITEOUT in name and self._is_meta(parts):
                 return None
             if not parts:
                 self._root(member)
                 return None
-            self._check_path(b"/".join(parts))
             parent, last = self._parent(parts[:-1]), parts[-1]
             self._state.fits(join(parent, last))
         else:
@@ -165,13 +172,14 @@ class TreeWriter:
     def _is_meta(self, parts: list[bytes]) -> bool:
         """Whether it is one of the names under which aufs keeps its books; moby passes over
         them, too, but for the mark of an opaque directory, which is obeyed."""
-        if any(part.startswith(_META) for part in parts):
-            if parts[-1] == _OPAQUE and not any(part.startswith(_META) for part in parts[:-1]):
-                self._hide(self._parent(parts[:-1]))
+        above, last = parts[:-1], b"".join(parts[-1:])
+        if any(part.startswith(_META) for part in above):
             return True
-        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+        if any(part.startswith(_WHITEOUT) for part in above):
             raise UnpackError(f"{shown(b'/'.join(parts))}: a whiteout is no directory")
-        return False
+        if last == _OPAQUE:
+            self._hide(self._parent(above))
+        return last.startswith(_META)
 
     def _root(self, member: Member) -> None:
         if member.type != "dir":
@@ -290,10 +298,16 @@ class TreeWriter:
         wanted = f"{shown(path)}: a hard link to {shown(member.linkname)}, "
         if not parts or any(part.startswith(_WHITEOUT) for part in parts):
             raise UnpackError(wanted + "which is no file")
+        try:
+            self._check_path(b"/".join(parts))
+        except LimitExceeded as error:
+            raise LimitExceeded(f"{wanted}{error}") from None
         target = join(state.follow(parts[:-1]), parts[-1])
         state.fits(target)
         found = state.stat(target)
-        if target == path or target.startswith(path + b"/"):
+        # What is not here may be a link below, and the way lead elsewhere.
+        known = found is not None or state.lower is not None or state.hidden(target)
+        if target == path or (known and target.startswith(path + b"/")):
             raise state.refusal(wanted + "which it replaces")
         if target in state.whiteouts or (found is None and state.hidden(target)):
             raise state.refusal(wanted + "which this layer removes")
@@ -341,9 +355,9 @@ class TreeWriter:
             self._special(attrs.evolve(entry, links=None))
         self._state.borrowed.add(target)
         for other in lower.links(target):
+            self._check()
             if other == target or not self._state.shows(other):
                 continue
-            self._check()
             self._ensure(split(other)[0])
             self._join(target, other)
             self._log(link_line(attrs.evolve(entry, path=other), target))

@@ -330,13 +330,16 @@ class _Source:
     def _allow(self, size: int) -> None:
         if size > self._limits.max_unpacked_bytes:
             raise LimitExceeded(
-                f"{shown(self.entry)}: more bytes, unpacked, than the limit max_unpacked_bytes, "
+                f"{self._where()}more bytes, unpacked, than the limit max_unpacked_bytes, "
                 f"{self._limits.max_unpacked_bytes}, allows"
             )
 
     def _allow_of_blob(self, size: int) -> None:
         if size > self._limits.max_ratio_from and size > self._limits.max_ratio * self._compressed:
             raise LimitExceeded(
-                f"{shown(self.entry)}: {size} bytes, unpacked, of {self._compressed}: more than "
+                f"{self._where()}{size} bytes, unpacked, of {self._compressed}: more than "
                 f"the limit max_ratio, {self._limits.max_ratio}, allows"
             )
+
+    def _where(self) -> str:
+        return f"{shown(self.entry)}: " if self.entry else ""
