@@ -29,6 +29,7 @@ from .catalog import (
     find_layer,
     put_image,
 )
+from .commits import Commits, open_commits
 from .content import BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
@@ -65,8 +66,8 @@ async def open_store(
     connection = await trio.to_thread.run_sync(open_directory, root)
     try:
         catalog = Catalog(connection, root)
-        async with open_scratch(root, catalog) as scratch:
-            store = DirectoryStore(root, catalog, scratch, unpacker)
+        async with open_scratch(root, catalog) as scratch, open_commits(catalog, root) as commits:
+            store = DirectoryStore(root, catalog, scratch, commits, unpacker)
             await catalog.write(store._write_index)
             yield store
     finally:
@@ -132,13 +133,20 @@ class DirectoryStore:
     or has done its work.
     """
 
-    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch, unpacker: Unpacker) -> None:
+    def __init__(
+        self, root: Path, catalog: Catalog, scratch: Scratch, commits: Commits, unpacker: Unpacker
+    ) -> None:
         self._root = root
         self._catalog = catalog
         self._scratch = scratch
-        self._content = Content(root, catalog, scratch)
+        self._content = Content(root, catalog, scratch, commits)
         self._trees = Trees(
-            root, catalog=catalog, content=self._content, scratch=scratch, unpacker=unpacker
+            root,
+            catalog=catalog,
+            content=self._content,
+            scratch=scratch,
+            commits=commits,
+            unpacker=unpacker,
         )
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
