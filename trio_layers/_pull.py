@@ -24,7 +24,7 @@ from ._store import directory
 from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
 from ._unpack import worker
-from .abc import ProgressSink, ReportProgress
+from .abc import BlobSink, ProgressSink, ReportProgress
 
 __all__ = ["Image", "ImageLayer", "Puller", "open_puller", "open_store"]
 
@@ -306,6 +306,9 @@ class _RegistryLayer:
                 await self._registry.fetch_blob(self._reference, self.descriptor, ingest, progress)
                 await ingest.commit()
         return await self._store.open_blob(digest), self.descriptor.size
+
+    async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
+        await self._registry.fetch_blob(self._reference, self.descriptor, sink, progress)
 
     def close(self) -> None:
         """What arrived stays in the store."""

@@ -430,9 +430,7 @@ class Content:
             raise _wrong(descriptor, blob.digest, blob.size)
         return blob
 
-    def place(
-        self, connection: sqlite3.Connection, *, path: Path, descriptor: Descriptor
-    ) -> None:
+    def place(self, connection: sqlite3.Connection, *, path: Path, descriptor: Descriptor) -> None:
         """A job for `Commits`: give the blob at ``path`` its place, and its row."""
         if find_blob(connection, descriptor.digest) is not None:
             # Not there if a commit before this one renamed it, and another wrote the row.

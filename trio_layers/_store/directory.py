@@ -23,6 +23,7 @@ from .catalog import (
     Catalog,
     StoredImage,
     StoredLayer,
+    StoredTree,
     find_blob,
     find_image,
     find_images,
@@ -36,6 +37,7 @@ from .layout import index_document, open_directory
 from .leases import Lease, open_lease
 from .rootfs import MergedTree, RootfsView
 from .scratch import Scratch, open_scratch
+from .staging import DirectoryStage, Staging
 from .trees import Base, Trees, Unpacker
 
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
@@ -148,6 +150,7 @@ class DirectoryStore:
             commits=commits,
             unpacker=unpacker,
         )
+        self._staging = Staging(self._content, self._trees, scratch, commits, self._put)
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
@@ -206,15 +209,40 @@ class DirectoryStore:
             StoreError: if there is no layer ``parent``, or for what the disk does.
             Exception: what the stream raises when read.
         """
+        async with self._on(parent) as (base, below):
+            row = await self._trees.register(stream, base, descriptor)
+            return self._refer(self._layer([row], below))
+
+    def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[DirectoryStage]:
+        """Take a blob in, and unpack it while it arrives, in the block; see
+        `~trio_layers.abc.StagingStore`.
+
+        Raises:
+            InvalidDigest: if the descriptor's digest is none.
+            VerificationError: if the blob is there and has another size.
+            StoreError: for what the disk does.
+        """
+        return self._staging.open(descriptor)
+
+    async def _put(
+        self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
+    ) -> DirectoryLayer:
+        async with self._on(parent) as (base, below):
+            row = await self._trees.put_on(base, tree, blob)
+            return self._refer(self._layer([row], below))
+
+    @asynccontextmanager
+    async def _on(
+        self, parent: ChainID | None
+    ) -> AsyncIterator[tuple[Base, DirectoryLayer | None]]:
+        """What a layer is put on, with a reference to it for the block."""
         below = None
         if parent is not None:
             below = await self.get(parent)
             if below is None:
                 raise StoreError(f"there is no layer {parent} to put another on")
         try:
-            base = Base(parent, MergedTree(_trees(below)))
-            row = await self._trees.register(stream, base, descriptor)
-            return self._refer(self._layer([row], below))
+            yield Base(parent, MergedTree(_trees(below))), below
         finally:
             if below is not None:
                 self.release(below)

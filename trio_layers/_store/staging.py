@@ -11,17 +11,18 @@ do with another layer.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import final
+from typing import Final, TypeAlias, final
 
-import attrs
 import trio
 
+from .._digest import ChainID, Digest
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
+from ..abc import Layer, ReportUnpacked
 from .catalog import StoredTree, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
@@ -29,106 +30,133 @@ from .growth import Follower, Growth, StartedOver
 from .scratch import Scratch
 from .trees import Trees, Unpacked, stored_tree
 
-__all__ = ["StagedLayer", "Staging"]
+__all__ = ["DirectoryStage", "Staging"]
+
+Put: TypeAlias = Callable[[ChainID | None, StoredTree | None, Digest], Awaitable[Layer]]
+
+
+# What is written to, or unpacked, at once: each has two files open. More than there are downloads
+# and workers, so that neither waits for the other.
+_AT_ONCE: Final = 64
+
+# Seconds between two looks at how far a worker is.
+_LOOK: Final = 0.1
 
 
 @final
-@attrs.frozen
 class Staging:
-    """Where layers are staged."""
+    """Where layers are staged.
 
-    content: Content
-    trees: Trees
-    scratch: Scratch
-    commits: Commits
+    Args:
+        put: Puts a layer on what is below it, given its tree, if it has one to share, and its
+            blob; `DirectoryStore` does it.
+    """
+
+    def __init__(
+        self, content: Content, trees: Trees, scratch: Scratch, commits: Commits, put: Put
+    ) -> None:
+        self.content = content
+        self.trees = trees
+        self.scratch = scratch
+        self.commits = commits
+        self.put = put
+        self.limiter = trio.CapacityLimiter(_AT_ONCE)
 
     @asynccontextmanager
-    async def open(self, descriptor: Descriptor) -> AsyncIterator[StagedLayer]:
-        """Stage a layer in the block; see `DirectoryStore.stage`."""
-        layer = StagedLayer(self, descriptor)
+    async def open(self, descriptor: Descriptor) -> AsyncIterator[DirectoryStage]:
+        stage = DirectoryStage(self, descriptor)
         async with open_hidden_nursery() as nursery:
+            stage._nursery = nursery
             try:
-                await nursery.start(layer.work)
-                yield layer
+                await nursery.start(stage._work)
+                yield stage
             finally:
                 # The worker thread heeds no other cancellation.
-                layer.growth.abandon()
+                stage._growth.abandon()
                 nursery.cancel_scope.cancel()
 
 
 @final
-class StagedLayer:
-    """A layer between its first byte and its registration.
+class DirectoryStage:
+    """One layer between its first byte and its registration: a `~trio_layers.abc.Stage`."""
 
-    Attributes:
-        descriptor: Its blob.
-        sink: Takes its bytes, until `arrived`.
-        growth: How much of them is there.
-        failed: It cannot become a layer, whatever comes.
-    """
-
-    sink: Ingest
+    _sink: Ingest
+    _nursery: trio.Nursery
 
     def __init__(self, staging: Staging, descriptor: Descriptor) -> None:
-        self.descriptor = descriptor
-        self.growth = Growth()
-        self.failed = trio.Event()
         self._staging = staging
-        self._arrived = trio.Event()
-        self._ended = trio.Event()
+        self._descriptor = descriptor
+        self._growth = Growth()
         self._follower: Follower | None = None
+        self._complete = trio.Event()
+        self._failed = trio.Event()
+        self._ended = trio.Event()
         self._tree: StoredTree | None = None
         self._error: Exception | None = None
 
     @property
-    def unpacked(self) -> int:
-        """How many bytes of the blob have been unpacked."""
-        if self._ended.is_set():
-            return self.descriptor.size
-        return 0 if self._follower is None else self._follower.position
+    def complete(self) -> bool:
+        return self._complete.is_set()
 
-    async def arrived(self) -> None:
-        """All bytes have come. They are verified, and unpacked to their end.
+    @property
+    def offset(self) -> int:
+        return self._sink.offset
 
-        Raises:
-            VerificationError: if they are not what the descriptor names; they are dropped.
-            StoreError: for what the disk does.
-        """
-        await self.sink.finish()
-        self._arrived.set()
+    @property
+    def digest(self) -> Digest:
+        return self._sink.digest
 
-    async def wait(self) -> StoredTree | None:
-        """Wait until blob and tree are visible, and return the tree; ``None`` if the layer must
-        be unpacked on what is below it.
+    async def write(self, data: bytes) -> None:
+        await self._sink.write(data)
 
-        Raises:
-            UnpackError: (and others) what unpacking has failed with.
-        """
+    async def restart(self) -> None:
+        await self._sink.restart()
+
+    async def wait_failed(self) -> Exception:
+        await self._failed.wait()
+        assert self._error is not None
+        return self._error
+
+    async def finish(self, progress: ReportUnpacked) -> None:
+        await self._sink.finish()
+        self._complete.set()
+        self._nursery.start_soon(self._report, progress)
+
+    async def commit(self, parent: ChainID | None) -> Layer:
         await self._ended.wait()
         if self._error is not None:
             raise self._error
-        return self._tree
+        return await self._staging.put(parent, self._tree, self._descriptor.digest)
 
-    async def work(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _report(self, progress: ReportUnpacked) -> None:
+        while not self._ended.is_set():
+            if self._follower is not None and self._follower.position:
+                progress(self._follower.position)
+            with trio.move_on_after(_LOOK):
+                await self._ended.wait()
+        if self._error is None:
+            progress(self._descriptor.size)
+
+    async def _work(self, task_status: trio.TaskStatus[None]) -> None:
         """Hold the lock while there is something to do under it."""
         content, trees = self._staging.content, self._staging.trees
-        async with content.ingest(self.descriptor) as self.sink:
-            if self.sink.committed:
-                self._arrived.set()
-                self.growth.grow(self.descriptor.size)
-                self.growth.complete()
-                self._tree = await trees.find(await content.stored(self.descriptor.digest))
+        async with self._staging.limiter, content.ingest(self._descriptor) as self._sink:
+            if self._sink.committed:
+                self._complete.set()
+                self._growth.grow(self._descriptor.size)
+                self._growth.complete()
+                self._tree = await trees.find(await content.stored(self._descriptor.digest))
             else:
-                self.growth = self.sink.growth
+                self._growth = self._sink.growth
             task_status.started()
             try:
                 if self._tree is None:
                     await self._build()
             except Exception as error:
                 self._error = error
-                self.failed.set()
+                self._failed.set()
                 # Until then the lock is for those who write.
-                await self._arrived.wait()
+                await self._complete.wait()
         self._ended.set()
 
     async def _build(self) -> None:
@@ -138,27 +166,27 @@ class StagedLayer:
         while True:
             async with staging.scratch.name("tree") as target:
                 try:
-                    unpacked = await staging.trees.follow(self._follow, target, self.descriptor)
+                    unpacked = await staging.trees.follow(self._follow, target, self._descriptor)
                 except StartedOver:
                     continue
                 if not unpacked.needs_lower:
                     self._tree = stored_tree(unpacked, unpacked.diff_id)
                 job = partial(self._place, target=target, unpacked=unpacked)
-                await self.sink.commit_with(job, since=since)
+                await self._sink.commit_with(job, since=since)
                 return
 
     def _follow(self) -> Follower:
-        path = self._staging.content.path(self.descriptor.digest)
-        if not self.sink.committed:
-            path = self._staging.scratch.partial(self.descriptor.digest)
-        self._follower = Follower(path, self.growth, self.descriptor)
+        path = self._staging.content.path(self._descriptor.digest)
+        if not self._sink.committed:
+            path = self._staging.scratch.partial(self._descriptor.digest)
+        self._follower = Follower(path, self._growth, self._descriptor)
         return self._follower
 
     def _place(self, connection: sqlite3.Connection, *, target: Path, unpacked: Unpacked) -> None:
-        staging, digest = self._staging, self.descriptor.digest
-        if not self.sink.committed:
+        staging, digest = self._staging, self._descriptor.digest
+        if not self._sink.committed:
             path = staging.scratch.partial(digest)
-            staging.content.place(connection, path=path, descriptor=self.descriptor)
+            staging.content.place(connection, path=path, descriptor=self._descriptor)
         if self._tree is not None:
             staging.trees.add_tree(connection, target=target, tree=self._tree, blob=digest)
         set_diff_id(connection, digest, unpacked.diff_id)
