@@ -179,7 +179,9 @@ class Puller:
             reference = parse_reference(reference)
         if isinstance(platform, str):
             platform = parse_platform(platform)
-        return await self._registry.resolve(reference, platform=platform)
+        return await self._registry.resolve(
+            reference, platform=platform, known=self._store.find_document
+        )
 
     @asynccontextmanager
     async def pull(
@@ -207,7 +209,6 @@ class Puller:
         resolved = await self.resolve(reference, platform=platform)
         layers = _layers_of(resolved)
         async with self._store.lease(*_digests_of(resolved, layers)):
-            await self._store_documents(resolved)
             sources = [
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)
                 for layer in layers
@@ -222,6 +223,7 @@ class Puller:
                     platform=str(resolved.config.platform),
                     chain_id=chain,
                     index=resolved.index,
+                    documents=_documents_of(resolved),
                 )
                 yield Image(
                     reference=str(resolved.reference),
@@ -232,11 +234,15 @@ class Puller:
                     rootfs=await self._store.rootfs(chain),
                 )
 
-    async def _store_documents(self, resolved: ResolvedImage) -> None:
-        await self._store.put_blob(resolved.manifest.config, resolved.config_bytes)
-        await self._store.put_blob(resolved.descriptor, resolved.manifest_bytes)
-        if resolved.index is not None and resolved.index_bytes is not None:
-            await self._store.put_blob(resolved.index, resolved.index_bytes)
+
+def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
+    documents = {
+        resolved.manifest.config.digest: resolved.config_bytes,
+        resolved.descriptor.digest: resolved.manifest_bytes,
+    }
+    if resolved.index is not None and resolved.index_bytes is not None:
+        documents[resolved.index.digest] = resolved.index_bytes
+    return documents
 
 
 def _layers_of(resolved: ResolvedImage) -> tuple[ImageLayer, ...]:

@@ -9,7 +9,7 @@ import io
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final, final
 
@@ -394,10 +394,36 @@ class Content:
             await trio.to_thread.run_sync(_verify_whole, descriptor, data)
             return
         since = self._commits.failures
-        async with self._scratch.name("blob") as path:
-            await trio.to_thread.run_sync(_write_whole, path, descriptor, data)
-            job = functools.partial(self.place, path=path, descriptor=descriptor)
+        async with self.written([(descriptor, data)]) as job:
             await self._commits.commit(job, since=since)
+
+    @asynccontextmanager
+    async def written(self, documents: Iterable[tuple[Descriptor, bytes]]) -> AsyncIterator[Job]:
+        """Write documents, and give the job that makes them visible, for the block."""
+        async with AsyncExitStack() as stack:
+            jobs: list[Job] = []
+            for descriptor, data in documents:
+                path = await stack.enter_async_context(self._scratch.name("blob"))
+                await trio.to_thread.run_sync(_write_whole, path, descriptor, data)
+                jobs.append(functools.partial(self.place, path=path, descriptor=descriptor))
+
+            def place(connection: sqlite3.Connection) -> None:
+                for job in jobs:
+                    job(connection)
+
+            yield place
+
+    async def find_document(self, digest: Digest, *, limit: int) -> bytes | None:
+        """A small blob, not verified; ``None`` if it is not there."""
+        return await self._catalog.read(self._read_document, digest, limit)
+
+    def _read_document(
+        self, connection: sqlite3.Connection, digest: Digest, limit: int
+    ) -> bytes | None:
+        blob = find_blob(connection, digest)
+        if blob is None or blob.size > limit:
+            return None
+        return self.path(digest).read_bytes()
 
     async def read(self, digest: Digest, *, limit: int) -> bytes:
         blob = await self.stored(digest)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, final
 from weakref import WeakValueDictionary
@@ -30,7 +31,7 @@ from .catalog import (
     find_layer,
     put_image,
 )
-from .commits import Commits, open_commits
+from .commits import Commits, Job, open_commits
 from .content import BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
@@ -43,6 +44,7 @@ from .trees import Base, Trees, Unpacker
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
+_NOTHING: Final[Mapping[Digest, bytes]] = {}
 
 
 @asynccontextmanager
@@ -141,6 +143,7 @@ class DirectoryStore:
         self._root = root
         self._catalog = catalog
         self._scratch = scratch
+        self._commits = commits
         self._content = Content(root, catalog, scratch, commits)
         self._trees = Trees(
             root,
@@ -182,7 +185,11 @@ class DirectoryStore:
 
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
         """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
-        layer = await self._find(chain_id)
+        layer = self._layers.get(chain_id)
+        if layer is not None:
+            await trio.lowlevel.checkpoint()
+        else:
+            layer = await self._find(chain_id)
         return None if layer is None else self._refer(layer)
 
     async def register(
@@ -312,6 +319,15 @@ class DirectoryStore:
         """
         return await self._content.read(digest, limit=limit)
 
+    async def find_document(self, digest: Digest) -> bytes | None:
+        """All of a blob; ``None`` if it is not there, is no SHA-256 one, or is larger than what
+        registries allow a manifest. It is not verified.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        return await self._content.find_document(digest, limit=_DOCUMENT_LIMIT)
+
     async def open_blob(self, digest: Digest) -> BlobStream:
         """A stream of a blob; whoever opens it closes it.
 
@@ -331,8 +347,10 @@ class DirectoryStore:
         platform: str | None,
         chain_id: ChainID | None,
         index: Descriptor | None = None,
+        documents: Mapping[Digest, bytes] = _NOTHING,
     ) -> None:
-        """Let a reference stand for an image from now on; all of it must be in the store.
+        """Let a reference stand for an image from now on; all of it must be in the store, or in
+        ``documents``. Nothing is written if it does already.
 
         An image that had the reference on the same platform loses it, and stays. Other tools
         find the image in the layout under its reference: ``skopeo inspect oci:STORE:REFERENCE``.
@@ -345,15 +363,23 @@ class DirectoryStore:
                 an image for each.
             chain_id: The image's top layer; ``None`` if it has none, or they are not unpacked.
             index: The index the image was chosen from, if that is in the store.
+            documents: Its manifest, config and index, if they may be missing yet.
 
         Raises:
             StoreError: if something of the image is not in the store.
+            VerificationError: if a document is not what its digest says.
             PlatformError: if ``platform`` is none.
         """
         if platform is not None:
             parse_platform(platform)
         image = StoredImage(reference, platform, manifest, config, chain_id, index)
-        await self._catalog.write(self._put_image, image)
+        if await self._catalog.read(find_image, reference, None) == image:
+            return
+        blobs = [blob for blob in (manifest, config, index) if blob is not None]
+        new = [(blob, documents[blob.digest]) for blob in blobs if blob.digest in documents]
+        since = self._commits.failures
+        async with self._content.written(new) as place:
+            await self._commits.commit(partial(self._put_image, image, place), since=since)
 
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
         """What a reference stands for; ``None`` if that is nothing.
@@ -379,7 +405,8 @@ class DirectoryStore:
             await lease.hold(*digests)
             yield lease
 
-    def _put_image(self, connection: sqlite3.Connection, image: StoredImage) -> None:
+    def _put_image(self, image: StoredImage, place: Job, connection: sqlite3.Connection) -> None:
+        place(connection)
         for blob in (image.manifest, image.config, image.index):
             if blob is not None and find_blob(connection, blob.digest) is None:
                 raise StoreError(f"{image.reference} lacks the blob {blob.digest}: store it first")

@@ -258,7 +258,8 @@ class Trees:
         none to share, it is unpacked once more, from its blob, which is stored."""
         if tree is None or not await self._holds(tree, base):
             tree = await self._upon(base, blob)
-        return await self._catalog.write(self._add_layer, tree, base, blob)
+        # Trees and blobs are durable; the row is with the image's.
+        return await self._catalog.note(self._add_layer, tree, base, blob)
 
     async def follow(
         self, open_follower: Callable[[], Follower], target: Path, blob: Descriptor
