@@ -30,10 +30,10 @@ def trace_files() -> list[Path]:
 FILES = trace_files()
 
 
-BOTH_WAYS = pytest.mark.parametrize("staged", [False, True], ids=["streamed", "staged"])
+IN_BOTH_WAYS = pytest.mark.parametrize("staged", [False, True], ids=["streamed", "staged"])
 
 
-@BOTH_WAYS
+@IN_BOTH_WAYS
 @pytest.mark.parametrize("path", FILES, ids=[f"{i}-{p.stem}" for i, p in enumerate(FILES)])
 def test_trace(path: Path, staged: bool) -> None:
     """A recorded scenario, replayed under many orders of scheduling, ends as recorded; with

@@ -350,7 +350,7 @@ class Stage:
 
     async def wait_failed(self) -> Exception:
         await trio.lowlevel.checkpoint()
-        while self.run.failure is None or not self.complete:
+        while not (self.run.failure and (self.complete or self.run.pace.get("certain"))):
             await self.news.park()
         return self.run.failure
 
