@@ -74,13 +74,18 @@ def failing_at(seconds: float, error: Exception, *, key: str | None = None) -> S
 
 
 def failed_at(store: MemoryStore, sources: list, error: type[Exception], text: str) -> float:
-    """When a pull fails, with that error."""
+    """When a pull fails, with that error, and has not announced another attempt just then."""
+    words: list[str] = []
+
+    async def sink(event: Progress) -> None:
+        words.append(event.action)
 
     async def main() -> float:
         async with open_download_manager(store) as manager:
             with pytest.raises(error) as caught:
-                async with manager.download(sources):
+                async with manager.download(sources, progress=sink):
                     pass
+            assert words[-1] != "Retrying in 5 seconds"
             assert type(caught.value) is error
             assert str(caught.value) == text
             assert manager.statistics().transfers == 0
