@@ -352,7 +352,7 @@ def test_failure_in_the_instant_in_which_the_parent_fails(seed: int) -> None:
     run(main, seed)
 
 
-@pytest.mark.parametrize("how", ["raises", "deaf", "returns"])
+@pytest.mark.parametrize("how", ["raises", "raises for good", "deaf", "returns"])
 def test_failure_counts_whatever_the_source_makes_of_being_stopped(how: str) -> None:
     async def download(progress) -> None:
         if how == "deaf":
@@ -363,6 +363,8 @@ def test_failure_counts_whatever_the_source_makes_of_being_stopped(how: str) -> 
         except trio.Cancelled:
             if how == "raises":
                 raise OSError("interrupted") from None
+            if how == "raises for good":
+                raise DoNotRetry("interrupted") from None
             raise
 
     async def swallow(progress) -> None:
@@ -372,7 +374,7 @@ def test_failure_counts_whatever_the_source_makes_of_being_stopped(how: str) -> 
     source = FakeSource("a", swallow if how == "returns" else download)
     store = failing_at(3, LimitExceeded("large"))
     text = "failed to register layer: large"
-    expected = 3 if how == "raises" else 5
+    expected = 3 if how.startswith("raises") else 5
     assert failed_at(store, [source], RegistrationError, text) == expected
     assert source.calls == 1
 
@@ -426,6 +428,37 @@ def test_damage_of_a_verified_blob_is_final(beginning: bool) -> None:
         assert str(caught.value) == f"{problem}: {caught.value.reason}"
         assert trio.current_time() == 10
         assert source.calls == 1
+
+    run(main)
+
+
+def test_memory_stage_tells_of_damage_once_the_blob_is_complete() -> None:
+    """Neither before, nor of bytes that were dropped."""
+
+    async def main() -> None:
+        source = FakeSource("a")
+        told: list[Exception] = []
+        async with MemoryStore().stage(source.descriptor) as stage, trio.open_nursery() as nursery:
+            tasks = trio.lowlevel.current_statistics().tasks_living
+
+            async def wait() -> None:
+                told.append(await stage.wait_failed())
+
+            nursery.start_soon(wait)
+            for _ in range(2):
+                await stage.write(damaged(gzip.compress(TEXT)))
+                await trio.testing.wait_all_tasks_blocked()
+                assert not told
+                await stage.restart()
+            await stage.write(damaged(gzip.compress(TEXT)))
+            await trio.testing.wait_all_tasks_blocked()
+            # The one that waits, and no worker but the last, which is through.
+            assert trio.lowlevel.current_statistics().tasks_living == tasks
+            await stage.finish(lambda count: None)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(UnpackError) as caught:
+                await stage.commit(None)
+            assert told == [caught.value]
 
     run(main)
 
