@@ -83,8 +83,7 @@ class LayerJob:
         try:
             async with store.stage(source.descriptor) as stage:
                 attempt = partial(self._receive, source, stage, transfer)
-                # An error that is returned is one that no other attempt would mend.
-                error = await self.retry.run(partial(_unless_failed, stage, attempt), transfer)
+                error = await _unless_failed(stage, partial(self.retry.run, attempt, transfer))
                 if error is not None:
                     return _registration_error(error)
                 transfer.if_cancelled = REGISTRATION_CANCELLED

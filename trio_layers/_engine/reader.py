@@ -39,6 +39,7 @@ class Extraction:
         self._step = min(STEP, size // 100) if size > 0 else STEP
         self._count_at_step = 0
         self._reported_at = -math.inf
+        self._all_unpacked = False
 
     def reached(self, count: int) -> None:
         """So many bytes have been read."""
@@ -57,10 +58,11 @@ class Extraction:
 
     def unpacked(self, count: int) -> None:
         """As a stage tells it, of a blob whose size is known for sure."""
-        if count >= self._size:
-            self.ended(count)
-        else:
+        if count < self._size:
             self.reached(count)
+        elif not self._all_unpacked:
+            self._all_unpacked = True
+            self.ended(count)
 
     def _report(self, count: int, *, last: bool) -> None:
         self._report_to(Status.EXTRACTING, count, self._size, last)

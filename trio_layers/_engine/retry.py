@@ -61,6 +61,8 @@ class RetryPolicy:
                     text_of(error),
                 )
             transfer.if_cancelled = "download cancelled during retry delay"
+            # An attempt that was stopped may have raised on account of that.
+            await trio.lowlevel.checkpoint_if_cancelled()
             for ticks_left in range(attempt * 5, 0, -1):
                 transfer.report(retrying(ticks_left))
                 await trio.sleep(self.tick)

@@ -295,7 +295,7 @@ class MemoryStage:
             self._news.unpark_all()
 
     def _taken(self, run: Run) -> None:
-        if run is self._run and self._progress is not None:
+        if self._progress is not None:
             self._progress(run.position)
 
 
