@@ -15,15 +15,18 @@ from ._engine.download import DownloadManager as DownloadManager
 from ._engine.download import DownloadStatistics as DownloadStatistics
 from ._engine.download import open_download_manager as open_download_manager
 from ._entries import Entry as Entry
+from ._entries import ExportReport as ExportReport
 from ._errors import AuthenticationError as AuthenticationError
 from ._errors import DecompressionError as DecompressionError
 from ._errors import DoNotRetry as DoNotRetry
+from ._errors import ExportError as ExportError
 from ._errors import InvalidDigest as InvalidDigest
 from ._errors import InvalidReference as InvalidReference
 from ._errors import LayersError as LayersError
 from ._errors import LimitExceeded as LimitExceeded
 from ._errors import ManagerClosed as ManagerClosed
 from ._errors import ManifestError as ManifestError
+from ._errors import MountError as MountError
 from ._errors import NotFound as NotFound
 from ._errors import PlatformError as PlatformError
 from ._errors import RateLimited as RateLimited
@@ -47,6 +50,7 @@ from ._progress import Status as Status
 from ._pull import Image as Image
 from ._pull import ImageLayer as ImageLayer
 from ._pull import Puller as Puller
+from ._pull import PullPolicy as PullPolicy
 from ._pull import open_puller as open_puller
 from ._pull import open_store as open_store
 from ._reference import Reference as Reference
@@ -58,6 +62,7 @@ from ._store.memory import MemoryLayer as MemoryLayer
 from ._store.memory import MemoryStore as MemoryStore
 from ._store.memory import MemoryStream as MemoryStream
 from ._store.rootfs import RootfsView as RootfsView
+from ._unpack.limits import Limits as Limits
 from ._util import export_as_public
 from ._version import __version__ as __version__
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,14 +17,14 @@ from typing import Final, Protocol, final
 
 from isal import igzip_lib
 
-from ._errors import DecompressionError, UnpackError
+from ._errors import DecompressionError, LimitExceeded, UnpackError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
-__all__ = ["PIECE", "Decompressor"]
+__all__ = ["MAX_WINDOW", "PIECE", "Decompressor"]
 
 PIECE: Final = 256 * 1024
 """The most bytes that come out at once."""
@@ -31,12 +32,16 @@ PIECE: Final = 256 * 1024
 # moby peeks at this many bytes; what fails within them has not been opened.
 _BEGINNING: Final = 10
 
-# xz and zstd name the memory they need. These cover `xz -9` and `zstd --long`.
-_XZ_MEMORY: Final = 192 * 1024 * 1024
-_ZSTD_WINDOW_LOG: Final = 27
+MAX_WINDOW: Final = 128 * 1024 * 1024
+"""How many bytes of its output a codec may want to look back on, if nothing else is said."""
+
+# What xz needs besides: its manual's table, "DecMem" less the dictionary, with room to spare.
+_XZ_BESIDES: Final = 16 * 1024 * 1024
 
 # Go's gzip reader, and so every registry client in Go, refuses longer names and comments.
 _GZIP_TEXT: Final = 512
+
+_ZEROS: Final = re.compile(rb"\0*")
 
 
 class _Codec(Protocol):
@@ -53,22 +58,29 @@ class _Codec(Protocol):
 
 # Headers are parsed here: igzip gets a header checksum wrong whose bytes come in two parts,
 # and we want to know where the header ends.
-def _gzip() -> _Codec:
+def _gzip(_: int) -> _Codec:
     return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)
 
 
-def _zstd() -> _Codec:
-    window: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
-    return zstd.ZstdDecompressor(options=window)
+def _bzip2(_: int) -> _Codec:
+    return bz2.BZ2Decompressor()
 
 
-def _xz() -> _Codec:
-    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+def _zstd(window: int) -> _Codec:
+    # It is told in powers of two, and takes some of them only.
+    key = zstd.DecompressionParameter.window_log_max
+    low, high = key.bounds()
+    options: dict[int, int] = {key: min(max(window.bit_length() - 1, low), high)}
+    return zstd.ZstdDecompressor(options=options)
 
 
-_CODECS: Final[dict[str, Callable[[], _Codec]]] = {
+def _xz(window: int) -> _Codec:
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=window + _XZ_BESIDES)
+
+
+_CODECS: Final[dict[str, Callable[[int], _Codec]]] = {
     "gzip": _gzip,
-    "bzip2": bz2.BZ2Decompressor,
+    "bzip2": _bzip2,
     "xz": _xz,
     "zstd": _zstd,
 }
@@ -90,15 +102,15 @@ def _recognise(head: bytes) -> str | None:
     return None
 
 
-def _gzip_header(data: bytes) -> int | None:
-    """How long the gzip header is that ``data`` begins with (RFC 1952, 2.3); ``None`` if it
-    goes on behind what is there. Raises `ValueError` if it is none."""
-    if not b"\x1f\x8b\x08".startswith(data[:3]):
+def _gzip_header(data: bytes, start: int) -> int | None:
+    """Where the gzip header ends that begins at ``start`` (RFC 1952, 2.3); ``None`` if it goes
+    on behind what is there. Raises `ValueError` if it is none."""
+    if not b"\x1f\x8b\x08".startswith(data[start : start + 3]):
         raise ValueError("invalid gzip header")
-    if len(data) < 10:
+    end = start + 10
+    if len(data) < end:
         return None
-    flags = data[3]
-    end = 10
+    flags = data[start + 3]
     if flags & 0x04:
         if len(data) < end + 2:
             return None
@@ -114,10 +126,17 @@ def _gzip_header(data: bytes) -> int | None:
     if flags & 0x02:
         if len(data) < end + 2:
             return None
-        if zlib.crc32(data[:end]) & 0xFFFF != int.from_bytes(data[end : end + 2], "little"):
+        if zlib.crc32(data[start:end]) & 0xFFFF != int.from_bytes(data[end : end + 2], "little"):
             raise ValueError("a gzip header with a wrong checksum")
         end += 2
     return end if len(data) >= end else None
+
+
+def _zeros_end(data: bytes, start: int) -> int:
+    """Where zeros that begin at ``start`` end."""
+    match = _ZEROS.match(data, start)
+    assert match is not None
+    return match.end()
 
 
 @final
@@ -126,8 +145,11 @@ class Decompressor:
 
     Push compressed bytes through `feed` and end with `finish`; exhaust each iterator before the
     next call. Memory stays bounded whatever the input expands to, apart from the window that
-    zstd (128 MiB) and xz ask for. Several members or frames in a row are one stream, and zeros
-    behind the last are ignored. No bytes at all are valid, and give none. Checksums are checked.
+    zstd and xz ask for. Several members or frames in a row are one stream, and zeros behind the
+    last are ignored. No bytes at all are valid, and give none. Checksums are checked.
+
+    Args:
+        max_window: The most bytes of memory for that window; zstd's is a power of two.
 
     Attributes:
         opened: Whether the beginning is behind us: 10 bytes or the end of the input were seen
@@ -136,9 +158,10 @@ class Decompressor:
         compression: ``gzip``, ``zstd``, ``bzip2``, ``xz``; ``None`` for none, or not yet known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_window: int = MAX_WINDOW) -> None:
         self.opened = False
         self.compression: str | None = None
+        self._max_window = max_window
         self._recognised = False
         self._codec: _Codec | None = None
         self._members = 0
@@ -210,20 +233,20 @@ class Decompressor:
         """Set up the codec for the member that begins at ``start``, behind zeros if it is not
         the first. Returns where its body begins, or where to go on when more is there."""
         if self._members and data[start] == 0:
-            start = len(data) - len(data[start:].lstrip(b"\0"))
+            start = _zeros_end(data, start)
             if start == len(data):
                 return start
         assert self.compression is not None
         if self.compression == "gzip":
             try:
-                length = _gzip_header(data[start : start + 2**16 + 2 * _GZIP_TEXT + 16])
+                end = _gzip_header(data, start)
             except ValueError as error:
                 raise self._error(str(error)) from None
-            if length is None:
+            if end is None:
                 return start
-            start += length
+            start = end
             self.opened = True
-        self._codec = _CODECS[self.compression]()
+        self._codec = _CODECS[self.compression](self._max_window)
         self._members += 1
         self._step = _BEGINNING
         return start
@@ -233,7 +256,13 @@ class Decompressor:
             try:
                 plain = codec.decompress(part, PIECE)
             except Exception as error:  # each library raises a class of its own
-                raise self._error(str(error)) from error
+                text = str(error)
+                # … and none has one for this.
+                if "memory" in text.lower():
+                    text += f"; the limit max_window is {self._max_window}"
+                    if self.opened:
+                        raise LimitExceeded(self._where(text)) from error
+                raise self._error(text) from error
             if plain:
                 yield plain
             if codec.eof or codec.needs_input:
@@ -241,5 +270,8 @@ class Decompressor:
             part = b""
 
     def _error(self, text: str) -> DecompressionError | UnpackError:
-        where = f"{self.compression} data, near byte {self._position}: {text}"
+        where = self._where(text)
         return UnpackError(where) if self.opened else DecompressionError(where)
+
+    def _where(self, text: str) -> str:
+        return f"{self.compression} data, near byte {self._position}: {text}"

@@ -13,12 +13,14 @@ __all__ = [
     "AuthenticationError",
     "DecompressionError",
     "DoNotRetry",
+    "ExportError",
     "InvalidDigest",
     "InvalidReference",
     "LayersError",
     "LimitExceeded",
     "ManagerClosed",
     "ManifestError",
+    "MountError",
     "NotFound",
     "PlatformError",
     "RateLimited",
@@ -171,12 +173,29 @@ class ManagerClosed(LayersError):
 # What a layer holds.
 
 
-class DecompressionError(LayersError):
-    """The beginning of a layer could not be read or is no valid compressed stream."""
+class _OfALayer(LayersError):
+    layer: str | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.layer is None else f"layer {self.layer}: {text}"
 
 
-class UnpackError(LayersError):
-    """A layer's tar is damaged, or holds something that must not be unpacked. Names the path."""
+class DecompressionError(_OfALayer):
+    """The beginning of a layer could not be read or is no valid compressed stream.
+
+    Attributes:
+        layer: The digest of the layer's blob, which the message begins with; ``None`` where it
+            is not known: to an unpacker, and of a stream that nobody has described.
+    """
+
+
+class UnpackError(_OfALayer):
+    """A layer's tar is damaged, or holds something that must not be unpacked. Names the path.
+
+    Attributes:
+        layer: The digest of the layer's blob, as for `DecompressionError`.
+    """
 
 
 class LimitExceeded(UnpackError):
@@ -201,8 +220,26 @@ class StoreReadOnly(StoreError):
     """The store's file system, or its directory, cannot be written."""
 
 
+class MountError(StoreError):
+    """The layers cannot be mounted here, or not so many of them. Exporting them is no matter of
+    the kernel."""
+
+
 class UnsupportedStore(StoreError):
     """The directory is not a store, is one of a newer version, or was made by another user."""
+
+
+class ExportError(LayersError):
+    """A directory could not take a root file system: it is not empty, or what the operating
+    system raised is the ``__cause__``. The store is not concerned.
+
+    Attributes:
+        path: What could not be written.
+    """
+
+    def __init__(self, path: str, reason: str | None) -> None:
+        super().__init__(f"cannot export to {path}: {reason}")
+        self.path = path
 
 
 def text_of(error: BaseException) -> str:

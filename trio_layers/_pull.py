@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Final, final
+from typing import Final, Literal, TypeAlias, final
 
 import attrs
 import httpx
@@ -13,20 +13,26 @@ import trio
 
 from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain
 from ._engine.download import DownloadManager, open_download_manager
-from ._errors import VerificationError
-from ._manifest import Descriptor, ImageConfig
-from ._platform import Platform, parse_platform
+from ._errors import StoreError, VerificationError
+from ._manifest import Descriptor, ImageConfig, Manifest, decode_config, decode_manifest
+from ._platform import Platform, choose, host_platform, parse_platform
 from ._progress import Status
 from ._reference import Reference, parse_reference
 from ._registry.auth import CredentialsFor
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
 from ._store import directory
+from ._store.catalog import StoredImage
 from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
-from ._unpack import worker
+from ._unpack.limits import Limits
+from ._unpack.worker import Unpacker
 from .abc import BlobSink, ProgressSink, ReportProgress
 
-__all__ = ["Image", "ImageLayer", "Puller", "open_puller", "open_store"]
+__all__ = ["Image", "ImageLayer", "PullPolicy", "Puller", "open_puller", "open_store"]
+
+PullPolicy: TypeAlias = Literal["always", "missing", "never"]
+"""When a registry is asked: each time, so that the newest image is had; if the store has no such
+image; or not at all."""
 
 UNLIMITED_DOWNLOADS: Final = 90
 """With those for other requests, as many connections as httpx allows if it is not told."""
@@ -68,11 +74,17 @@ class Image:
     rootfs: RootfsView = attrs.field(eq=False, repr=False)
 
 
-def open_store(path: str | os.PathLike[str]) -> AbstractAsyncContextManager[DirectoryStore]:
+def open_store(
+    path: str | os.PathLike[str],
+    *,
+    limits: Limits = Limits(),  # noqa: B008  a frozen value
+) -> AbstractAsyncContextManager[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
     Args:
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
+        limits: How much a layer may hold that is unpacked in the block. Layers that are there
+            stay, whatever they hold.
 
     Raises:
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
@@ -82,7 +94,7 @@ def open_store(path: str | os.PathLike[str]) -> AbstractAsyncContextManager[Dire
 
     Entering and leaving are checkpoints.
     """
-    return directory.open_store(path, unpacker=worker)
+    return directory.open_store(path, unpacker=Unpacker(limits))
 
 
 @asynccontextmanager
@@ -96,6 +108,7 @@ async def open_puller(
     max_concurrent_downloads: int = 3,
     max_download_attempts: int = 5,
     retry_tick: float = 1.0,
+    limits: Limits | None = None,
 ) -> AsyncIterator[Puller]:
     """Open a puller, in whose block images are pulled into ``store``.
 
@@ -112,14 +125,19 @@ async def open_puller(
             90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.
         retry_tick: Seconds between two steps of the countdown to another attempt.
+        limits: How much a layer may hold; ``None``: the defaults, or those of an open store.
 
     Raises:
         StoreError: if the directory is not a store, or cannot be used as one.
-        ValueError: for options that make no sense; see `open_download_manager`.
+        ValueError: for options that make no sense (see `open_download_manager`), as are limits
+            for a store that was opened with its own.
     """
     async with AsyncExitStack() as stack:
         if not isinstance(store, DirectoryStore):
-            store = await stack.enter_async_context(open_store(store))
+            opened = open_store(store, limits=limits or Limits())
+            store = await stack.enter_async_context(opened)
+        elif limits is not None:
+            raise ValueError("an open store has its limits already: give them to open_store")
         registry = await stack.enter_async_context(
             open_registry_client(
                 client=client,
@@ -175,10 +193,7 @@ class Puller:
             RegistryError: if it cannot be had; its subclasses say why.
             VerificationError: if what came is not what was asked for.
         """
-        if isinstance(reference, str):
-            reference = parse_reference(reference)
-        if isinstance(platform, str):
-            platform = parse_platform(platform)
+        reference, platform = _parsed(reference, platform)
         return await self._registry.resolve(
             reference, platform=platform, known=self._store.find_document
         )
@@ -189,6 +204,7 @@ class Puller:
         reference: str | Reference,
         *,
         platform: str | Platform | None = None,
+        policy: PullPolicy = "always",
         progress: ProgressSink | None = None,
     ) -> AsyncIterator[Image]:
         """Get an image into the store, and keep it there while the block runs.
@@ -201,13 +217,27 @@ class Puller:
         Args:
             reference: As for `resolve`.
             platform: As for `resolve`.
-            progress: Takes the pull's events; see `DownloadManager.download`.
+            policy: When the registry is asked what the reference stands for. With ``"missing"``
+                an image that the store has under this reference, for this platform, is taken
+                as it is, and with ``"never"`` there is no other: both do without a network then.
+            progress: Takes the pull's events; see `DownloadManager.download`. There are none for
+                an image that is taken from the store.
 
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
+            StoreError: if the image is not in the store, and never to be pulled.
         """
+        reference, platform = _parsed(reference, platform)
+        if policy != "always":
+            async with self._open_stored(reference, platform) as image:
+                if image is not None:
+                    yield image
+                    return
+        if policy == "never":
+            what = f" for {platform}" if platform else ""
+            raise StoreError(f"{reference}{what} is not in the store: pull it")
         resolved = await self.resolve(reference, platform=platform)
-        layers = _layers_of(resolved)
+        layers = _layers_of(resolved.layers, resolved.diff_ids)
         async with self._store.lease(*_digests_of(resolved, layers)):
             sources = [
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)
@@ -234,6 +264,37 @@ class Puller:
                     rootfs=await self._store.rootfs(chain),
                 )
 
+    @asynccontextmanager
+    async def _open_stored(
+        self, reference: Reference, platform: Platform | None
+    ) -> AsyncIterator[Image | None]:
+        """An image of the store, kept there for the block; ``None`` if there is none."""
+        stored = _chosen(await self._store.images(str(reference)), platform)
+        if stored is None:
+            yield None
+            return
+        index = None if stored.index is None else stored.index.digest
+        held = (stored.manifest.digest, stored.config.digest, index, stored.chain_id)
+        async with self._store.lease(*held):
+            manifest_bytes = await self._store.read_blob(stored.manifest.digest)
+            config_bytes = await self._store.read_blob(stored.config.digest)
+            manifest = await trio.to_thread.run_sync(
+                decode_manifest, manifest_bytes, stored.manifest.media_type
+            )
+            config = await trio.to_thread.run_sync(decode_config, config_bytes)
+            assert isinstance(manifest, Manifest)
+            if stored.chain_id is None and manifest.layers:
+                yield None  # its layers were never unpacked
+                return
+            yield Image(
+                reference=str(reference),
+                digest=stored.manifest.digest,
+                platform=config.platform,
+                config=config,
+                layers=_layers_of(manifest.layers, config.diff_ids),
+                rootfs=await self._store.rootfs(stored.chain_id),
+            )
+
 
 def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
     documents = {
@@ -245,10 +306,34 @@ def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
     return documents
 
 
-def _layers_of(resolved: ResolvedImage) -> tuple[ImageLayer, ...]:
+def _parsed(
+    reference: str | Reference, platform: str | Platform | None
+) -> tuple[Reference, Platform | None]:
+    if isinstance(reference, str):
+        reference = parse_reference(reference)
+    if isinstance(platform, str):
+        platform = parse_platform(platform)
+    return reference, platform
+
+
+def _chosen(images: Sequence[StoredImage], platform: Platform | None) -> StoredImage | None:
+    """The one of a reference's images that a pull for the platform would bring, see
+    `RegistryClient.resolve`; of equals the one put last."""
+    offered = [parse_platform(image.platform) if image.platform else None for image in images]
+    index = choose(platform or host_platform(), offered)
+    if index is not None:
+        return images[index]
+    if platform is not None:
+        return None
+    return next((image for image in images if image.index is None), None)
+
+
+def _layers_of(
+    descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
+) -> tuple[ImageLayer, ...]:
     layers = []
     chain: ChainID | None = None
-    for descriptor, diff_id in zip(resolved.layers, resolved.diff_ids, strict=True):
+    for descriptor, diff_id in zip(descriptors, diff_ids, strict=True):
         chain = extend_chain(chain, diff_id)
         layers.append(ImageLayer(descriptor, diff_id, chain))
     return tuple(layers)

@@ -17,6 +17,7 @@ from ._manifest import Descriptor
 from ._progress import Progress
 
 __all__ = [
+    "BinaryFile",
     "BlobSink",
     "DescribedSource",
     "DigestRegisterer",
@@ -302,4 +303,20 @@ class LowerTree(Protocol):
 
     def open(self, path: bytes) -> int:
         """A descriptor to read the file that is there; its taker closes it."""
+        ...
+
+
+class BinaryFile(Protocol):
+    """A file that is open for reading: one of trio's asynchronous files, as far as it goes."""
+
+    async def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes, fewer only at the end; negative: all to the end."""
+        ...
+
+    async def seek(self, target: int, whence: int = 0, /) -> int:
+        """Go to a byte, counted from the start, from here (1) or from the end (2)."""
+        ...
+
+    async def tell(self) -> int:
+        """How many bytes are before here."""
         ...

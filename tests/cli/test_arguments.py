@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_layers import _cli
+from trio_layers import _cli, _commands
 from trio_layers._errors import InvalidReference, NotFound, StoreFull
 from trio_layers._progress import Progress, Status
 
@@ -65,8 +65,8 @@ class FakePuller:
 @pytest.fixture
 def puller(monkeypatch: pytest.MonkeyPatch) -> FakePuller:
     fake = FakePuller()
-    monkeypatch.setattr(_cli, "open_puller", fake)
-    monkeypatch.setattr(_cli, "open_store", fake)
+    monkeypatch.setattr(_commands, "open_puller", fake)
+    monkeypatch.setattr(_commands, "open_store", fake)
     return fake
 
 
@@ -94,7 +94,7 @@ def test_pull_passes_everything_on(puller: FakePuller) -> None:
     [(store, options)] = puller.opened
     credentials = options.pop("credentials")
     assert store == "S"
-    assert credentials == _cli.Credentials("me", "it's:secret")
+    assert credentials == _commands.Credentials("me", "it's:secret")
     assert options == {
         "plain_http": True,
         "tls_verify": False,
@@ -332,7 +332,7 @@ def test_help_and_version_leave_with_0(capsys: pytest.CaptureFixture[str]) -> No
 def test_password_is_asked_for(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getpass.getpass", lambda prompt: f"answer to {prompt}")
     assert _cli.main(["pull", "-q", "one", "--creds", "me"]) == 0
-    assert puller.opened[0][1]["credentials"] == _cli.Credentials(
+    assert puller.opened[0][1]["credentials"] == _commands.Credentials(
         "me", "answer to Password of me: "
     )
 

@@ -28,6 +28,9 @@ CANARIES = {
 }
 
 
+OVERLAY = ("trusted.overlay.", "user.overlay.")
+
+
 class Pieces:
     """A blob that is made while it is read: of some, no more than the beginning ever is."""
 
@@ -170,8 +173,8 @@ def on_disk(root: Path) -> list[Entry]:
             name: os.getxattr(full, name, follow_symlinks=False)
             for name in os.listxattr(full, follow_symlinks=False)
         }
-        opaque = xattrs.pop("trusted.overlay.opaque", None) == b"y"
-        xattrs = {k: v for k, v in xattrs.items() if not k.startswith("trusted.overlay.")}
+        opaque = b"y" in [xattrs.pop(f"{prefix}opaque", None) for prefix in OVERLAY]
+        xattrs = {k: v for k, v in xattrs.items() if not k.startswith(OVERLAY)}
         if device == (0, 0):
             entries.append(Entry(path=path, type="whiteout", mode=0))
             continue

@@ -2,35 +2,28 @@
 
 `tests/cases/layers/FORMAT.md` says what is in a case; more come from the directory that
 ``TRIO_LAYERS_CASES`` names. Each layer is unpacked alone, and on top of its parent where that is
-called for, so that both ways are used.
+called for, so that both ways are used; as root, and by children that are not (`layers.modes`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
 from cases.layers import maketar
-from layers.stack import (
-    Pieces,
-    described,
-    listed,
-    mounted,
-    on_disk,
-    plant,
-    surroundings,
-    unpack_blob,
-    unpack_stack,
-)
+from layers.modes import MODES, Child, Refused, running
+from layers.running import ROOT, run_case
+from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
 
 from trio_layers import _errors
 from trio_layers._entries import Entry
 from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack.worker import Limits
 
 HERE = Path(__file__).parents[1] / "cases" / "layers"
 
@@ -54,101 +47,56 @@ def load() -> list[tuple[str, dict]]:
 
 
 CASES = load()
+ITEMS = [
+    pytest.param(mode, case, id=f"{mode}-{name}")
+    for mode in ("root", *MODES)
+    for name, case in CASES
+]
 
 
-@pytest.mark.parametrize("case", [case for _, case in CASES], ids=[name for name, _ in CASES])
-def test_case(case: dict, tmp_path: Path) -> None:
+class Children:
+    """A child for each mode, started when it is first asked for."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._children: dict[str, Child | Refused] = {}
+
+    def __getitem__(self, mode: str) -> Child:
+        if mode not in self._children:
+            try:
+                self._children[mode] = self._stack.enter_context(running(mode))
+            except Refused as refused:
+                self._children[mode] = refused
+        child = self._children[mode]
+        if isinstance(child, Refused):
+            pytest.skip(f"kernel: no process of the kind {mode!r}: {child}")
+        return child
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    with ExitStack() as stack:
+        yield Children(stack)
+
+
+@pytest.mark.parametrize(("mode", "case"), ITEMS)
+def test_case(mode: str, case: dict, tmp_path: Path, children: Children) -> None:
     """A stack of layers gives the recorded tree or an error, and touches nothing else."""
-    outside = tmp_path / "outside"
-    plant(outside)
-    before = surroundings(tmp_path)
-    limits = Limits(**case.get("limits", {}))
-    blobs = [Pieces(partial(maketar.iter_layer, layer, str(outside))) for layer in case["layers"]]
-    try:
-        trees = unpack_stack(blobs, tmp_path, limits)
-    except (_errors.UnpackError, _errors.DecompressionError):
-        if not may_fail(case):
-            raise
+    if mode == "root":
+        run_case(case, tmp_path, ROOT)
     else:
-        tree = described(list(MergedTree(trees).walk()))
-        problems = wrong(case, tree, str(outside))
-        assert not problems, problems
-        for path in trees:
-            entries, summary = listed(path)
-            entries = [attrs.evolve(entry, implied=False) for entry in entries]
-            assert summary.incomplete or on_disk(path / "fs") == entries
-    after = surroundings(tmp_path)
-    canary = str(outside)
-    assert {k: v for k, v in after.items() if k.startswith(canary)} == before
-    for name in os.listdir(tmp_path):
-        assert name == "outside" or set(os.listdir(tmp_path / name)) <= {"outside", "fs", "entries"}
-        for path in (tmp_path / name).glob("outside/file"):
-            assert path.read_bytes() == b"canary\n"
-            assert path.lstat().st_nlink == 1
-
-
-def may_fail(case: dict) -> bool:
-    expected = case["expected"]["outcome"]
-    return (
-        expected == "error" or case.get("also_error") or "error" in case.get("also_acceptable", ())
-    )
-
-
-def wrong(case: dict, tree: dict, outside: str) -> object:
-    """How a result differs from all that are accepted; nothing if it is one of them."""
-    expected = case["expected"]
-    if expected["outcome"] == "error":
-        if "also_tree" in case:
-            return differences(case["also_tree"], tree, outside)
-        return None if "contained" in case.get("also_acceptable", ()) else "no error"
-    if "tree" not in expected:
-        count = expected.get("tree_count")
-        return None if count is None or count == len(tree) else f"{len(tree)} paths, not {count}"
-    accepted = [expected["tree"]]
-    for name in case.get("also_ok", ()):
-        other = case.get("observed", {}).get(name, {}).get("tree")
-        if isinstance(other, dict):
-            accepted.append(other)
-    found = [differences(each, tree, outside) for each in accepted]
-    return None if not all(found) else found[0]
-
-
-def differences(expected: dict, tree: dict, outside: str) -> dict:
-    inner = outside.strip("/")
-    wanted: dict[str, dict] = {}
-    for path, attributes in expected.items():
-        there = {
-            k: v
-            for k, v in attributes.items()
-            if k != "mtime_ns" or attributes["mtime"] is not None
-        }
-        if "linkname" in there:
-            there["linkname"] = there["linkname"].replace("{OUTSIDE}", outside)
-        if "links" in there:
-            there["links"] = there["links"].replace("{OUTSIDE}", inner)
-        wanted[path.replace("{OUTSIDE}", inner)] = there
-    ways = {inner[:end] for end, char in enumerate(inner) if char == "/"}
-    got = {path: there for path, there in tree.items() if path in wanted or path not in ways}
-    found: dict[str, object] = {}
-    for path in wanted.keys() | got.keys():
-        want, have = dict(wanted.get(path, {})), dict(got.get(path, {}))
-        if want and have and want.get("mtime") is None:
-            for there in (want, have):
-                there.pop("mtime", None)
-                there.pop("mtime_ns", None)
-        if want != have:
-            found[path] = (want, have)
-    return found
+        wrong = children[mode].run(case)
+        assert not wrong, wrong
 
 
 def test_every_case_is_an_item(request: pytest.FixtureRequest) -> None:
-    """Not fewer cases are run than there are."""
+    """Not fewer cases are run than there are, in each mode."""
     items = [item for item in request.session.items if item.name.startswith("test_case[")]
     selected = request.config.getoption("keyword") or any(
         "::" in arg for arg in request.config.args
     )
     assert CASES
-    assert selected or len(items) >= len(CASES)
+    assert selected or len(items) == len(CASES) * (1 + len(MODES))
 
 
 UNLIMITED = [(name, case) for name, case in CASES if "limits" not in case]

@@ -165,13 +165,19 @@ def test_bomb_in_constant_memory(name: str) -> None:
         tracemalloc.stop()
 
 
+def test_zeros_between_tiny_members() -> None:
+    """Thousands of them in one piece, with all a header can have."""
+    data = (FULL + gzip.compress(b"x", mtime=0)[10:] + bytes(3)) * 5000
+    assert b"".join(Decompressor().feed(data)) == b"x" * 5000
+
+
 def test_many_tiny_members_are_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a member leaves unused comes back as a copy, so it is not handed much at first."""
     handed: list[int] = []
 
     class Counting:
-        def __init__(self) -> None:
-            self.inner = _compression._gzip()
+        def __init__(self, window: int) -> None:
+            self.inner = _compression._gzip(window)
 
         def __getattr__(self, name: str) -> object:
             return getattr(self.inner, name)

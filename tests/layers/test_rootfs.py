@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import os
 import re
 import sys
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from layers.plain import archive
-from layers.stack import unpack_stack
+from layers.stack import on_disk, unpack_blob, unpack_stack
 
 from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import (
@@ -23,8 +27,10 @@ from trio_layers._entries import (
     removal_line,
     summary_line,
 )
-from trio_layers._errors import StoreError
-from trio_layers._store.rootfs import MergedTree, RootfsView
+from trio_layers._errors import ExportError, StoreError
+from trio_layers._store.merged import MergedTree
+from trio_layers._store.rootfs import RootfsView
+from trio_layers._unpack import worker
 
 LOWER = [
     {"name": "./", "type": "dir"},
@@ -81,9 +87,22 @@ def test_survey(layers: list, tmp_path: Path) -> None:
     assert not alone.loaded
 
 
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 @pytest.fixture
 def view(tmp_path: Path) -> RootfsView:
-    return RootfsView(MergedTree(unpack_stack([archive(*LOWER), archive(*UPPER)], tmp_path)))
+    return view_of(unpack_stack([archive(*LOWER), archive(*UPPER)], tmp_path))
+
+
+def no_scratch(kind: str) -> AbstractAsyncContextManager[Path]:
+    raise NotImplementedError("nothing is mounted here")
+
+
+def view_of(trees: list[Path]) -> RootfsView:
+    tree = MergedTree(trees, check_cancelled=trio.from_thread.check_cancelled)
+    return RootfsView(tree, worker, no_scratch)
 
 
 async def test_read_bytes(view: RootfsView) -> None:
@@ -147,6 +166,167 @@ async def test_every_call_is_a_checkpoint(view: RootfsView) -> None:
         scope.cancel()
         await view.read_bytes("/etc/os-release")
     assert scope.cancelled_caught
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        async with view.open("/etc/os-release"):
+            raise AssertionError
+    assert scope.cancelled_caught
+
+
+async def test_open(tmp_path: Path) -> None:
+    """A file to seek in, closed with its block."""
+    content = bytes(range(256)) * 1000
+    view = view_of(unpack_stack([archive(*LOWER, {"name": "f", "b64": b64(content)})], tmp_path))
+    before = os.listdir("/proc/self/fd")
+    async with view.open("f") as file:
+        assert await file.read(10) == content[:10]
+        assert await file.seek(-7, os.SEEK_END) == len(content) - 7
+        assert await file.tell() == len(content) - 7
+        assert await file.read() == content[-7:]
+        assert await file.read() == b""
+        await file.seek(1000)
+        assert await file.read(5) == content[1000:1005]
+    with pytest.raises(ValueError, match="closed file"):
+        await file.read()
+    with pytest.raises(ZeroDivisionError):
+        async with view.open("/f"):
+            raise ZeroDivisionError
+    with trio.CancelScope() as scope:
+        async with view.open("/f"):
+            scope.cancel()
+    assert os.listdir("/proc/self/fd") == before
+    for path, number in (("gone?", errno.ENOENT), ("usr", errno.EISDIR), ("loop", errno.ELOOP)):
+        with pytest.raises(OSError, match=re.escape(path)) as caught:
+            async with view.open(path):
+                raise AssertionError
+        assert caught.value.errno == number
+
+
+async def test_nothing_on_the_disk_is_followed(view: RootfsView, tmp_path: Path) -> None:
+    """What is a link on the disk, where the list has none, leads nowhere; the error says where."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    file = view._tree.trees[1] / "fs/usr/lib/os-release"
+    file.unlink()
+    file.symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match="usr/lib/os-release"):
+        await view.read_bytes("/etc/os-release")
+    with pytest.raises(OSError, match="usr/lib/os-release"):
+        async with view.open("/etc/os-release"):
+            raise AssertionError
+
+
+@pytest.mark.parametrize("method", ["stat", "walk", "read_bytes", "export", "export_tar"])
+async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> None:
+    """It ends within some thousand lines, also for one who waits, and the next one gets all."""
+    entries = [{"name": f"{number}"} for number in range(3000)]
+    trees = unpack_stack([archive(*entries)], tmp_path)
+    scope = trio.CancelScope()
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 2:
+            trio.from_thread.run_sync(scope.cancel)
+        trio.from_thread.check_cancelled()
+
+    view = RootfsView(MergedTree(trees, check_cancelled=check), worker, no_scratch)
+    argument = {
+        "walk": (),
+        "export": (tmp_path / "out",),
+        "export_tar": (trio.testing.MemorySendStream(),),
+    }.get(method, ("/5",))
+    with scope:
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(getattr(view, method), *argument)
+    assert scope.cancelled_caught
+    assert checks < 10
+    assert not (tmp_path / "out").exists()
+    checks = 10
+    assert len(await view.walk()) == 3001
+
+
+async def test_export(view: RootfsView, tmp_path: Path) -> None:
+    report = await view.export(tmp_path / "out")
+    entries = await view.walk()
+    assert report.entries == len(entries)
+    assert on_disk(tmp_path / "out") == entries
+    with pytest.raises(ExportError, match="not empty"):
+        await view.export(str(tmp_path / "out"))
+
+
+async def test_export_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a large file: nothing is left, nothing is open."""
+    large = {"name": "large", "fill": {"byte": 65, "count": 30_000_000}}
+    view = view_of(unpack_stack([archive({"name": "a"}, large)], tmp_path))
+    copy, copied = os.copy_file_range, []
+
+    def cancel(*arguments: int) -> int:
+        trio.from_thread.run_sync(scope.cancel)
+        copied.append(copy(*arguments))
+        return copied[-1]
+
+    monkeypatch.setattr(os, "copy_file_range", cancel)
+    before = os.listdir("/proc/self/fd")
+    with trio.CancelScope() as scope:
+        await view.export(tmp_path / "out")
+    assert scope.cancelled_caught
+    assert sum(copied) < 30_000_000
+    assert not (tmp_path / "out").exists()
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def test_export_tar(view: RootfsView, tmp_path: Path) -> None:
+    """Unpacked it is the same again; the stream stays open."""
+    stream = trio.testing.MemorySendStream()
+    await view.export_tar(stream)
+    unpack_blob(bytes(stream.get_data_nowait()), tmp_path / "again")
+    await stream.send_all(b"x")
+    assert MergedTree([tmp_path / "again"]).walk() == await view.walk()
+
+
+class Slow(trio.abc.SendStream):
+    """Takes one piece and no more."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.asked = trio.Event()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self.taken:
+            self.asked.set()
+            await trio.sleep_forever()
+        self.taken += 1
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        raise AssertionError
+
+
+async def test_a_stream_sets_the_pace(tmp_path: Path) -> None:
+    """While it takes nothing no thread is held, and cancellation leaves nothing open."""
+    large = {"name": "large", "fill": {"byte": 65, "count": 5_000_000}}
+    view = view_of(unpack_stack([archive(large)], tmp_path))
+    before = os.listdir("/proc/self/fd")
+    stream = Slow()
+    limiter = trio.to_thread.current_default_thread_limiter()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(view.export_tar, stream)
+        await stream.asked.wait()
+        assert limiter.borrowed_tokens == 0
+        nursery.cancel_scope.cancel()
+    assert stream.taken == 1
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def test_what_a_stream_raises_comes_out(view: RootfsView) -> None:
+    send, receive = trio.testing.memory_stream_one_way_pair()
+    await receive.aclose()
+    with pytest.raises(trio.BrokenResourceError):
+        await view.export_tar(send)
 
 
 def test_open_does_not_follow_what_is_on_the_disk(tmp_path: Path) -> None:
@@ -249,7 +429,7 @@ def test_damaged_list_of_a_tree(tmp_path: Path, lines: list[bytes]) -> None:
 def test_deep_links_are_linear(tmp_path: Path) -> None:
     """Links that lead deep down and up again, one to the next: a step is a step anywhere, since
     it is taken in trio's thread."""
-    depth, links = 600, 35
+    depth, links = 500, 35
     down, up = "/".join("a" * depth), "/.." * depth
     entries: list[dict] = [{"name": "./", "type": "dir"}, {"name": down, "type": "dir"}]
     for number in range(links):

@@ -194,3 +194,202 @@ def test_unread_content_is_passed_over() -> None:
         if member.name == b"a":
             assert next(reader.data())
     assert names == [b"a", b"b"]
+
+
+def extension(flag: str, body: bytes) -> dict:
+    """An extended header by itself, of no entry yet."""
+    return {"raw": maketar.meta(flag.encode(), b"extension", body, "pax").hex()}
+
+
+def long(flag: str, name: str) -> dict:
+    return extension(flag, name.encode() + b"\0")
+
+
+PAX = extension(
+    "x", maketar.pax_record(b"path", b"by-pax") + maketar.pax_record(b"linkpath", b"to-pax")
+)
+GLOBAL = extension("g", maketar.pax_record(b"comment", b"c"))
+FILE = {"name": "file", "text": "text"}
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [PAX, PAX],
+        [long("L", "a"), long("L", "a")],
+        [long("K", "a"), PAX, long("K", "b")],
+        [PAX, GLOBAL],
+        [long("L", "a"), GLOBAL],
+        [long("K", "a"), GLOBAL],
+    ],
+)
+def test_extended_headers_stand_before_what_they_extend(before: list[dict]) -> None:
+    """Of two, or of one with a global header behind it, readers make different things."""
+    with pytest.raises(UnpackError, match="an extended header where"):
+        members(archive(*before, FILE))
+
+
+def test_extended_headers_may_be_mixed() -> None:
+    """GNU's and PAX's for one entry, in any order, if they agree; global ones before them."""
+    for entries in ([PAX, long("K", "to-pax")], [long("L", "by-pax"), PAX, long("K", "to-pax")]):
+        member = only(GLOBAL, *entries, {"name": "short", "type": "symlink", "linkname": "l"})
+        assert (member.name, member.linkname) == (b"by-pax", b"to-pax")
+    with pytest.raises(UnpackError, match="named 'by-pax', too"):
+        members(archive(PAX, long("L", "other"), FILE))
+    with pytest.raises(UnpackError, match="a link to 'other' and 'to-pax'"):
+        members(archive(PAX, long("K", "other"), FILE))
+
+
+@pytest.mark.parametrize("header", [0, 4, 0o77777777777])
+def test_the_size_in_a_record_counts(header: int) -> None:
+    """It overrides a header that has none, the same, or as much as fits."""
+    field = (b"%011o\0" % header).hex()
+    entry = FILE | {"pax": {"size": "4"}, "fields": {"size": field}}
+    (first, content), (second, _) = members(archive(entry, {"name": "second"}))
+    assert (first.size, content, second.name) == (4, b"text", b"second")
+
+
+@pytest.mark.parametrize(("header", "record"), [(4, 0), (4, 3), (512, 4), (4, 1024)])
+def test_two_sizes_are_an_error(header: int, record: int) -> None:
+    """One reader would take for an entry what is data to another (CVE-2025-62518)."""
+    fields = {"size": (b"%011o\0" % header).hex()}
+    with pytest.raises(UnpackError, match=f"'file': .* its size is {header}, and {record} in a"):
+        members(archive(FILE | {"pax": {"size": str(record)}, "fields": fields}))
+
+
+def header_with(area: bytes, *, magic: bytes, end: bytes = b"") -> bytes:
+    """The header of an empty file ``name`` with ``area`` where ustar has the prefix."""
+    fields = {"name": b"name", "mode": b"0000644\0", "typeflag": b"0", "magic": magic}
+    block = bytearray(maketar.header(fields | {"prefix": area[:155]}))
+    block[508 : 508 + len(end)] = end
+    block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("block", "name"),
+    [
+        (header_with(b"p" * 155, magic=b"ustar\x0000"), b"p" * 155 + b"/name"),
+        (header_with(b"", magic=b"ustar\x0000"), b"name"),
+        # star: 131 bytes, then times.
+        (
+            header_with(b"p" * 131 + b"00000000001 " * 2, magic=b"ustar\x0000", end=b"tar\0"),
+            b"p" * 131 + b"/name",
+        ),
+        # GNU: times, but not where Go before 1.8 wrote them.
+        (header_with(b"14371573000\0" * 2, magic=b"ustar  \0"), b"name"),
+        (header_with(b"\x80" + bytes(11), magic=b"ustar  \0"), b"name"),
+        (header_with(b"usr/share/doc", magic=b"ustar  \0"), b"usr/share/doc/name"),
+        (header_with(b"usr", magic=bytes(8)), b"name"),
+    ],
+    ids=["ustar", "none", "star", "gnu", "gnu-base-256", "old-go", "v7"],
+)
+def test_what_stands_before_a_name(block: bytes, name: bytes) -> None:
+    """The end of a header is a prefix in ustar, a shorter one in star, and times in GNU's."""
+    ((member, _),) = members(block)
+    assert member.name == name
+
+
+def test_an_empty_record_takes_back_the_one_before() -> None:
+    """As POSIX has it: then the header's field counts."""
+    assert only({"name": "a", "pax": [["path", "b"], ["path", ""]]}).name == b"a"
+
+
+def test_nuls_in_records() -> None:
+    """A NUL would end a name early; other values are anybody's."""
+    assert only({"name": "a", "pax": {"comment": {"hex": "00"}}}).name == b"a"
+    for key in ("path", "linkpath", "uname", "GNU.sparse.name"):
+        with pytest.raises(UnpackError, match="NUL"):
+            only({"name": "a", "pax": {key: {"hex": "6100"}}})
+    with pytest.raises(UnpackError, match="NUL"):
+        only({"name": "a", "pax": [[{"hex": "6100"}, "v"]]})
+
+
+PAIRS = [["GNU.sparse.offset", "0"], ["GNU.sparse.numbytes", "4"]]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [["GNU.sparse.size", "4"], ["GNU.sparse.numblocks", "1"], *reversed(PAIRS)],
+        [["GNU.sparse.size", "4"], ["GNU.sparse.numblocks", "1"], *PAIRS, PAIRS[0]],
+        [["GNU.sparse.size", "4"], ["GNU.sparse.numblocks", "2"], *PAIRS],
+        [["GNU.sparse.size", "4"], *PAIRS],
+        [["GNU.sparse.numblocks", "1"], *PAIRS],
+        [
+            *(["GNU.sparse.size", "4"], ["GNU.sparse.realsize", "5"]),
+            *(["GNU.sparse.numblocks", "1"], *PAIRS),
+        ],
+        [["GNU.sparse.map", "0,4"], ["GNU.sparse.numblocks", "1"], *PAIRS],
+        [["GNU.sparse.major", "1"], ["GNU.sparse.minor", "1"], ["GNU.sparse.size", "4"]],
+        [["GNU.sparse.major", "1"], ["GNU.sparse.size", "4"]],
+        [["GNU.sparse.name", "other"]],
+    ],
+)
+def test_a_sparse_file_is_described_once_and_in_full(records: list[list[str]]) -> None:
+    """Records that leave something open, or say two things, are an error."""
+    with pytest.raises(UnpackError, match="sparse"):
+        only(FILE | {"pax": records}, {"name": "x"})
+
+
+def test_explicit_versions_of_sparse_files() -> None:
+    """Formats 0.0 and 0.1 may say what they are."""
+    records = [["GNU.sparse.size", "6"], ["GNU.sparse.numblocks", "1"], *PAIRS]
+    for minor in "01":
+        version = [["GNU.sparse.major", "0"], ["GNU.sparse.minor", minor]]
+        ((_, content),) = members(archive(FILE | {"pax": [*version, *records]}))
+        assert content == b"text\0\0"
+
+
+def test_only_files_are_sparse() -> None:
+    """A name that only some readers take from such records is none for a directory."""
+    with pytest.raises(UnpackError, match="no plain file"):
+        only({"name": "a", "type": "dir", "pax": {"GNU.sparse.name": "b"}})
+    with pytest.raises(UnpackError, match="not in GNU's format"):
+        only({"name": "a", "type": "S"})
+
+
+class Counting(Plain):
+    """Counts how much is asked for."""
+
+    asked = 0
+
+    def read(self, size: int) -> bytes:
+        self.asked += size
+        return super().read(size)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax-1.0", "pax-0.1"])
+def test_many_tiny_segments_are_linear(form: str) -> None:
+    """What is read for a map is its length, once."""
+    count = 20_000
+    sparse = {"format": form, "realsize": 2 * count, "map": [[2 * n, 1] for n in range(count)]}
+    data = archive({"name": "s", "text": "s" * count, "sparse": sparse})
+    source = Counting(data)
+    reader = TarReader(source, Limits())
+    (pieces,) = [list(reader.data()) for _ in reader]
+    assert pieces == [b"s", 1] * count
+    assert source.asked <= len(data) + 512
+
+
+def test_a_sparse_map_has_a_limit() -> None:
+    """The one for headers, in each format."""
+    for form in ("gnu", "pax-1.0", "pax-0.1"):
+        sparse = {"format": form, "realsize": 2000, "map": [[2 * n, 1] for n in range(1000)]}
+        data = archive({"name": "s", "text": "s" * 1000, "sparse": sparse})
+        assert len(members(data)) == 1
+        with pytest.raises(LimitExceeded, match="max_header"):
+            members(data, Limits(max_header=4096))
+
+
+def test_errors_name_the_entry() -> None:
+    """The one that is damaged, or the one before where there is no name to be had."""
+    data = archive({"name": "first", "text": "x"}, {"name": "second", "text": "x" * 600})
+    for damage, text in (
+        (data[:1600], "'second': .* its data ends 536 bytes early"),
+        (data[:1100], "in a header after the entry 'first'"),
+        (data[:100], "in a header at its beginning"),
+        (data[:1024] + bytes(512) + data[1024:], "a single block of zeros after the entry 'first'"),
+    ):
+        with pytest.raises(UnpackError, match=text):
+            members(damage)

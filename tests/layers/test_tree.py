@@ -1,4 +1,4 @@
-"""One layer to one tree: what it records of what is below, and what it makes of it."""
+"""One layer to one tree: what is put on the disk, and what is said when it cannot be."""
 
 from __future__ import annotations
 
@@ -11,35 +11,13 @@ from pathlib import Path
 
 import pytest
 from layers.plain import archive
-from layers.stack import diff_id, listed, unpack_blob, unpack_stack
+from layers.stack import diff_id, listed, on_disk, unpack_blob
+from layers.test_parents import DEBIAN, merged
 
-from trio_layers._entries import Entry
-from trio_layers._errors import LimitExceeded, StoreError, StoreFull, StoreReadOnly, UnpackError
-from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack.directories import Directories
-from trio_layers._unpack.worker import Limits, holds, unpack
+from trio_layers._errors import LimitExceeded, StoreFull, StoreReadOnly, UnpackError
+from trio_layers._unpack.worker import Limits, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
-
-DEBIAN = [
-    {"name": "./", "type": "dir"},
-    {"name": "usr/", "type": "dir", "mtime": 5},
-    {"name": "usr/bin/", "type": "dir", "mode": "0711", "uid": 3, "mtime": 6},
-    {"name": "usr/bin/old", "text": "old", "mode": "4755", "uid": 9},
-    {
-        "name": "usr/bin/same",
-        "type": "hardlink",
-        "linkname": "usr/bin/old",
-        "mode": "4755",
-        "uid": 9,
-    },
-    {"name": "bin", "type": "symlink", "linkname": "usr/bin"},
-]
-
-
-def merged(*layers: list[dict], base: Path) -> dict[bytes, Entry]:
-    trees = unpack_stack([archive(*layer) for layer in layers], base)
-    return {entry.path: entry for entry in MergedTree(trees).walk()}
 
 
 def test_unpacked(tmp_path: Path) -> None:
@@ -52,99 +30,6 @@ def test_unpacked(tmp_path: Path) -> None:
     assert listed(tmp_path / "t")[1].diff_id == unpacked.diff_id
 
 
-def test_listed_directories_assume_nothing(tmp_path: Path) -> None:
-    """A layer that describes each directory fits on any parent."""
-    assert unpack_blob(archive(*DEBIAN), tmp_path / "t").assumed == ()
-
-
-def test_assumptions(tmp_path: Path) -> None:
-    """Directories without an entry are assumed, and whiteouts need something below."""
-    blob = archive({"name": "a/b/c"}, {"name": "d/.wh.e"}, {"name": "f/", "type": "dir"})
-    unpacked = unpack_blob(blob, tmp_path / "t")
-    assert set(unpacked.assumed) == {b"", b"a", b"a/b", b"d", b"d/"}
-
-
-def test_no_assumption_where_the_layer_hides_what_is_below(tmp_path: Path) -> None:
-    """Below an opaque directory, or in the place of a whiteout, nothing shows through."""
-    blob = archive(
-        {"name": "./", "type": "dir"},
-        {"name": "o/", "type": "dir"},
-        {"name": "o/.wh..wh..opq"},
-        {"name": "o/in/file"},
-        {"name": ".wh.w"},
-        {"name": "w/file"},
-    )
-    unpacked = unpack_blob(blob, tmp_path / "t")
-    assert unpacked.assumed == (b"/",)
-    there = {entry.path: entry for entry in listed(tmp_path / "t")[0]}
-    assert there[b"w"].opaque
-
-
-@pytest.mark.parametrize(
-    ("below", "fits"),
-    [
-        (None, True),
-        ({"type": "dir", "mtime": 77}, True),
-        ({"type": "dir", "mode": "0750"}, False),
-        ({"type": "dir", "gid": 4}, False),
-        ({"type": "dir", "pax": {"SCHILY.xattr.user.x": "1"}}, False),
-        ({"type": "symlink", "linkname": "elsewhere"}, False),
-        ({"type": "file"}, False),
-    ],
-    ids=str,
-)
-def test_holds(tmp_path: Path, below: dict | None, fits: bool) -> None:
-    """An assumed directory is absent below, or one with the metadata it was made with."""
-    entries = [{"name": "./", "type": "dir"}]
-    if below is not None:
-        entries.append({"name": "a", **below})
-    unpack_blob(archive(*entries), tmp_path / "below")
-    unpacked = unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "a/b"}), tmp_path / "t")
-    assert holds(unpacked.assumed, MergedTree([tmp_path / "below"])) is fits
-
-
-def test_usr_merge(tmp_path: Path) -> None:
-    """A file in ``bin``, which is a link below, comes to be where the link leads, and the
-    directory there stays what it was."""
-    there = merged(DEBIAN, [{"name": "bin/new", "text": "n"}], base=tmp_path)
-    assert there[b"bin"].type == "symlink"
-    assert there[b"usr/bin/new"].type == "file"
-    assert (there[b"usr/bin"].mode, there[b"usr/bin"].uid) == (0o711, 3)
-    assert b"usr/bin/old" in there
-
-
-def test_hard_link_to_a_file_below(tmp_path: Path) -> None:
-    """The file is brought up with all its names, content and metadata, and stays one file."""
-    link = {"name": "new", "type": "hardlink", "linkname": "bin/old", "mode": "0700", "uid": 1}
-    trees = unpack_stack([archive(*DEBIAN), archive(link)], tmp_path)
-    there = {entry.path: entry for entry in MergedTree(trees).walk()}
-    names = (b"new", b"usr/bin/old", b"usr/bin/same")
-    assert {there[name].links for name in names} == {b"new"}
-    assert {(there[name].mode, there[name].uid) for name in names} == {(0o700, 1)}
-    assert (trees[1] / "fs/usr/bin/same").stat().st_nlink == 3
-    assert (trees[0] / "fs/usr/bin/old").stat().st_mode & 0o7777 == 0o4755
-    assert (there[b"usr/bin"].mode, there[b"usr/bin"].uid) == (0o711, 3)
-
-
-def test_what_was_brought_up_can_be_removed(tmp_path: Path) -> None:
-    """A file that is there only for a hard link is still one of below to a whiteout."""
-    link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
-    for number, removal in enumerate([["usr/bin/.wh.old", "usr/bin/.wh.same"], ["usr/.wh.bin"]]):
-        base = tmp_path / str(number)
-        base.mkdir()
-        there = merged(DEBIAN, [link, *({"name": name} for name in removal)], base=base)
-        assert there[b"new"].type == "file"
-        assert there[b"new"].links is None
-        assert not {b"usr/bin/old", b"usr/bin/same"} & there.keys()
-
-
-def test_hard_link_below_what_the_layer_removes(tmp_path: Path) -> None:
-    """A target whose directory has gone in the same layer is not there any more."""
-    link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
-    with pytest.raises(UnpackError, match="removes"):
-        merged(DEBIAN, [{"name": ".wh.usr"}, link], base=tmp_path)
-
-
 def test_default_acl_is_not_inherited(tmp_path: Path) -> None:
     """What is unpacked into a directory with a default ACL has the attributes of its own entry."""
     acl = "02000000" + "01000600ffffffff" + "02000700e8030000" + "04000500ffffffff"
@@ -155,18 +40,6 @@ def test_default_acl_is_not_inherited(tmp_path: Path) -> None:
     assert os.listxattr(tmp_path / "t/fs/d") == ["system.posix_acl_default"]
     assert os.listxattr(tmp_path / "t/fs/d/f") == []
     assert os.listxattr(tmp_path / "t/fs/d/s") == []
-
-
-def test_whiteout_of_an_implied_directory(tmp_path: Path) -> None:
-    """A directory made for a whiteout alone goes when it is removed itself; one that holds a
-    file of the layer stays, and hides the rest."""
-    gone = [{"name": "usr/bin/.wh.old"}, {"name": "usr/.wh.bin"}]
-    there = merged(DEBIAN, gone, base=tmp_path)
-    assert b"usr/bin" not in there
-    base = tmp_path / "2"
-    base.mkdir()
-    there = merged(DEBIAN, [{"name": "usr/bin/mine"}, {"name": "usr/.wh.bin"}], base=base)
-    assert {p for p in there if p.startswith(b"usr/bin/")} == {b"usr/bin/mine"}
 
 
 def test_replaced_within_a_layer(tmp_path: Path) -> None:
@@ -269,66 +142,6 @@ def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == ["t"]
 
 
-@pytest.mark.parametrize(
-    "upper",
-    [
-        # What follows a link that is not there yet, …
-        [
-            {"name": "h/", "type": "dir"},
-            {"name": "h", "type": "hardlink", "linkname": "usr/bin/old"},
-            {"name": "more", "type": "hardlink", "linkname": "h"},
-        ],
-        # … and one to what is a directory only as long as nothing is below.
-        [{"name": "bin/new"}, {"name": "more", "type": "hardlink", "linkname": "bin"}],
-    ],
-)
-def test_alone_is_not_stricter(tmp_path: Path, upper: list[dict]) -> None:
-    """A layer that fits on its parent is not refused for what it looks like without."""
-    there = merged(DEBIAN, upper, base=tmp_path)
-    assert there[b"more"].links in (b"h", b"bin")
-    assert not (tmp_path / "1-alone/fs/more").exists()
-
-
-def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:
-    """A file brought up for a hard link takes no more space than it did below."""
-    sparse = {"format": "pax-1.0", "realsize": 1 << 26, "map": [[1 << 25, 4]]}
-    below = archive({"name": "./", "type": "dir"}, {"name": "s", "text": "data", "sparse": sparse})
-    link = archive({"name": "new", "type": "hardlink", "linkname": "s"})
-    trees = unpack_stack([below, link], tmp_path)
-    now = (trees[1] / "fs/new").stat()
-    assert (now.st_size, now.st_nlink) == (1 << 26, 2)
-    assert now.st_blocks * 512 < 1 << 20
-    there = {entry.path: entry for entry in listed(trees[1])[0]}
-    assert there[b"s"].sha256 == listed(trees[0])[0][1].sha256
-
-
-def test_borrowing_can_be_cancelled(tmp_path: Path) -> None:
-    """The check is called for each chunk of a file that is brought up."""
-    big = {"name": "big", "fill": {"byte": 1, "count": 1 << 22}}
-    unpack_blob(archive({"name": "./", "type": "dir"}, big), tmp_path / "below")
-    calls = 0
-
-    def check() -> None:
-        nonlocal calls
-        calls += 1
-
-    (tmp_path / "t").mkdir()
-    link = archive({"name": "new", "type": "hardlink", "linkname": "big"})
-    lower = MergedTree([tmp_path / "below"])
-    unpack(io.BytesIO(link).read, tmp_path / "t", lower=lower, check_cancelled=check)
-    assert calls >= 16
-
-
-def test_what_is_below_cannot_be_read(tmp_path: Path) -> None:
-    """A damaged tree below is an error of the store, not of the layer."""
-    unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "old"}), tmp_path / "below")
-    (tmp_path / "below/fs/old").unlink()
-    link = archive({"name": "new", "type": "hardlink", "linkname": "old"})
-    with pytest.raises(StoreError, match=r"'old'.*layers below") as caught:
-        unpack_blob(link, tmp_path / "t", MergedTree([tmp_path / "below"]))
-    assert isinstance(caught.value.__cause__, FileNotFoundError)
-
-
 def test_an_acl_does_not_change_the_mode(tmp_path: Path) -> None:
     """The entry's mode is the one on the disk, as moby and containerd have it."""
     acl = "02000000" + "01000700ffffffff" + "02000700e8030000" + "04000700ffffffff"
@@ -336,6 +149,63 @@ def test_an_acl_does_not_change_the_mode(tmp_path: Path) -> None:
     pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": acl}}
     unpack_blob(archive({"name": "f", "mode": "2640", "pax": pax}), tmp_path / "t")
     assert stat.S_IMODE((tmp_path / "t/fs/f").stat().st_mode) == 0o2640
+
+
+@pytest.mark.parametrize(
+    ("acl", "mode", "kept"),
+    [
+        # Owner, a user, group, mask, others: three of them are the mode's.
+        ("0100070000000000 02000700e8030000 0400070000000000 1000070000000000 2000070000000000",
+         0o640, {0: 6, 1: 7, 2: 7, 3: 4, 4: 0}),
+        # One that says no more than a mode is none to the kernel.
+        ("01000700ffffffff 04000700ffffffff 20000700ffffffff", 0o640, None),
+    ],
+)  # fmt: skip
+def test_the_list_has_the_acl_that_a_mode_leaves(
+    tmp_path: Path, acl: str, mode: int, kept: dict[int, int] | None
+) -> None:
+    """The mode comes after the ACL, as in moby and containerd, and the list says what is left,
+    also after a hard link's entry has brought another mode."""
+    pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": "02000000" + acl.replace(" ", "")}}
+    file = {"name": "f", "mode": f"{mode:04o}", "pax": pax}
+    link = {"name": "g", "type": "hardlink", "linkname": "f", "mode": "0604"}
+    for number, entries in enumerate([[file], [file, link]]):
+        tree = tmp_path / str(number)
+        unpack_blob(archive(*entries), tree)
+        [found] = [entry for entry in listed(tree)[0] if entry.path == b"f"]
+        assert on_disk(tree / "fs")[1] == found
+        left = found.xattrs.get("system.posix_acl_access")
+        if kept is None:
+            assert left is None
+        elif number == 0:
+            assert left is not None
+            assert {n: left[4 + 8 * n + 2] for n in range(5)} == kept
+
+
+def test_an_acl_that_is_not_valid(tmp_path: Path) -> None:
+    """The kernel refuses it, and so do we."""
+    pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": "0200000001"}}
+    with pytest.raises(UnpackError, match=r"posix_acl_access' of 'f'"):
+        unpack_blob(archive({"name": "f", "pax": pax}), tmp_path / "t")
+
+
+def test_more_attributes_than_the_file_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says whether it is the disk that is full, or what one file may have of it."""
+    pax = {"SCHILY.xattr.user.big": "x"}
+
+    def refuse(subject: object, attribute: object, value: bytes) -> None:
+        if value == b"x":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    with pytest.raises(UnpackError, match=r"'user\.big' of 'f': .* more than the file system"):
+        unpack_blob(archive({"name": "f", "pax": pax}), tmp_path / "t")
+    full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 50, 50, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda subject: full)
+    with pytest.raises(StoreFull, match=r"'user\.big' of 'f': No space.*pull again"):
+        unpack_blob(archive({"name": "f", "pax": pax}), tmp_path / "u")
 
 
 class Stop(BaseException):
@@ -432,22 +302,3 @@ def test_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unpack_blob(
             archive({"name": "some/link", "type": "symlink", "linkname": "x"}), tmp_path / "t"
         )
-
-
-def test_directory_cache_is_bounded(tmp_path: Path) -> None:
-    """However many directories are visited, few stay open, and each is the right one."""
-    root = os.open(tmp_path, os.O_RDONLY)
-    directories = Directories(root)
-    before = len(os.listdir("/proc/self/fd"))
-    deep = b"/".join([b"d"] * 300)
-    os.makedirs(os.fsencode(tmp_path) + b"/" + deep)
-    for number in range(300):
-        (tmp_path / str(number)).mkdir()
-        there = os.fstat(directories.open(b"%d" % number))
-        assert there.st_ino == (tmp_path / str(number)).stat().st_ino
-    there = os.fstat(directories.open(deep))
-    assert there.st_ino == os.stat(os.fsencode(tmp_path) + b"/" + deep).st_ino
-    assert len(os.listdir("/proc/self/fd")) <= before + 128
-    directories.close()
-    assert len(os.listdir("/proc/self/fd")) == before
-    os.close(root)

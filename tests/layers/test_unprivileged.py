@@ -8,16 +8,15 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from layers.modes import MODES, NOBODY, Refused, running
 from layers.plain import archive
-from layers.stack import listed, on_disk
+from layers.stack import listed, on_disk, unpack_blob
 
 from trio_layers._store.rootfs import MergedTree
-
-NOBODY = 65534
 
 # Privilege is dropped when all is imported: the interpreter may be in a directory of root's own.
 CHILD = """
@@ -31,6 +30,8 @@ unpacked = unpack(io.BytesIO(sys.stdin.buffer.read()).read, Path(sys.argv[1]))
 assert unpacked.incomplete
 """
 
+OVERRIDE = "user.containers.override_stat"
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="dropping privilege needs some")
 
 # cap_net_bind_service, in the form of setcap (struct vfs_cap_data, version 2).
@@ -42,10 +43,19 @@ LAYER = [
     {"name": "closed/.wh.gone"},
     {"name": "closed/.wh..wh..opq"},
     {"name": "su", "mode": "4755", "pax": {"SCHILY.xattr.security.capability": CAPABILITY}},
+    {"name": "mine", "mode": "6755", "uid": NOBODY, "gid": NOBODY},
     {"name": "more", "type": "hardlink", "linkname": "closed/file", "mode": "0400", "uid": 8},
     {"name": "disk", "type": "block", "devmajor": 8, "devminor": 1, "mode": "0660"},
+    {"name": "disk2", "type": "hardlink", "linkname": "disk", "mode": "0600", "uid": 6},
     {"name": "pipe", "type": "fifo"},
     {"name": "link", "type": "symlink", "linkname": "/etc", "uid": 9},
+    {"name": "liar", "uid": 7, "pax": {f"SCHILY.xattr.{OVERRIDE}": "0:0:4777:file"}},
+    {
+        "name": "liar2",
+        "uid": NOBODY,
+        "gid": NOBODY,
+        "pax": {f"SCHILY.xattr.{OVERRIDE}": "0:0:4777:file"},
+    },
     {"name": ".wh.other"},
 ]
 
@@ -72,6 +82,7 @@ def test_unprivileged(target: Path) -> None:
     assert entries[b"su"].xattrs == {"security.capability": bytes.fromhex(CAPABILITY["hex"])}
     assert (entries[b"disk"].type, entries[b"disk"].dev) == ("block", (8, 1))
     assert entries[b"link"].uid == 9
+    assert entries[b"liar"].xattrs == {OVERRIDE: b"0:0:4777:file"}
     assert b"closed/gone" not in entries
     assert entries[b"other"].type == "whiteout"
     disk = {entry.path: entry for entry in on_disk(target / "fs")}
@@ -79,7 +90,7 @@ def test_unprivileged(target: Path) -> None:
     assert {entry.uid for entry in disk.values()} <= {NOBODY, 0}
     assert disk[b"closed"].mode == 0o700
     assert disk[b"closed/file"].mode == 0o600
-    assert disk[b"su"].mode == 0o755
+    assert disk[b"su"].mode == disk[b"mine"].mode == 0o755
     assert disk[b"disk"].type == "file"
     assert disk[b"pipe"].type == "fifo"
     assert os.getxattr(target / "fs/closed", "user.overlay.opaque") == b"y"
@@ -87,3 +98,110 @@ def test_unprivileged(target: Path) -> None:
     paths = [entry.path for entry in MergedTree([target]).walk()]
     assert b"other" not in paths
     assert b"disk" in paths
+
+
+def test_override_stat(target: Path) -> None:
+    """Files and directories say what they should be, as podman reads it; a layer says nothing
+    of the kind in our place."""
+    command = [sys.executable, "-c", CHILD, str(target)]
+    subprocess.run(command, input=archive(*LAYER), check=True)
+    found = {entry.path: entry.xattrs.get(OVERRIDE) for entry in on_disk(target / "fs")}
+    assert found == {
+        b"": b"0:0:0755:dir",
+        b"closed": b"5:6:0000:dir",
+        b"closed/file": b"8:0:0400:file",
+        b"more": b"8:0:0400:file",
+        b"su": b"0:0:4755:file",
+        b"mine": b"65534:65534:6755:file",
+        b"disk": b"6:0:0600:block-8-1",
+        b"disk2": b"6:0:0600:block-8-1",
+        b"liar": b"7:0:0644:file",
+        b"liar2": None,
+        b"pipe": None,
+        b"link": None,
+        b"other": None,
+    }
+
+
+@pytest.mark.parametrize("mode", ["userns", "userns-range"])
+def test_roots_of_user_namespaces(mode: str) -> None:
+    """IDs that the namespace has are set, and set-id bits with them; others are in the list."""
+    expected: dict[str, object] = {
+        "type": "file",
+        "uid": 0,
+        "gid": 0,
+        "mode": "4755",
+        "mtime": 0,
+        "size": 0,
+        "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    }
+    others = {"in": 1000, "out": 10**6}
+    root = {"type": "dir", "mode": "0755", "uid": 0, "gid": 0, "mtime": 0}
+    case = {
+        "layers": [
+            {
+                "entries": [
+                    {"name": "./", "type": "dir"},
+                    {"name": "root", "mode": "4755"},
+                    *({"name": name, "mode": "4755", "uid": id} for name, id in others.items()),
+                ]
+            }
+        ],
+        "expected": {
+            "outcome": "ok",
+            "tree": {
+                ".": root,
+                "root": expected,
+                **{name: {**expected, "uid": id} for name, id in others.items()},
+            },
+        },
+    }
+    try:
+        with running(mode) as child:
+            wrong = child.run(case)
+    except Refused as refused:
+        pytest.skip(f"kernel: no process of the kind {mode!r}: {refused}")
+    # What is on the disk was looked at there, from inside (`layers.running.check_disk`).
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_children_see_what_is_wrong(mode: str) -> None:
+    """A child that is asked for another tree, or whose case must fail and does not, says so."""
+    layers = [{"entries": [{"name": "x"}]}]
+    try:
+        with running(mode) as child:
+            assert child.run({"layers": layers, "expected": {"outcome": "ok"}}) == ""
+            for expected in ({"outcome": "error"}, {"outcome": "ok", "tree": {}}):
+                assert "AssertionError" in child.run({"layers": layers, "expected": expected})
+    except Refused as refused:
+        pytest.skip(f"kernel: no process of the kind {mode!r}: {refused}")
+
+
+def test_a_disk_without_user_attributes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a file system takes none of ours, the list alone has what could not be set."""
+    really: Callable[..., None] = os.setxattr
+
+    def refuse(subject: object, name: str | bytes, value: bytes) -> None:
+        if os.fsencode(name).startswith((b"user.", b"trusted.")):
+            raise OSError(95, "Operation not supported")
+        really(subject, name, value)
+
+    def no_device(name: object, mode: int = 0o600, device: int = 0, **kwargs: int) -> None:
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise PermissionError(1, "Operation not permitted")
+        make(name, mode, device, **kwargs)
+
+    make: Callable[..., None] = os.mknod
+    monkeypatch.setattr(os, "setxattr", refuse)
+    monkeypatch.setattr(os, "mknod", no_device)
+    unpacked = unpack_blob(archive(*LAYER), tmp_path / "t")
+    monkeypatch.undo()
+    assert unpacked.incomplete
+    disk = {entry.path: entry for entry in on_disk(tmp_path / "t/fs")}
+    entries = {entry.path: entry for entry in listed(tmp_path / "t")[0]}
+    assert disk.keys() == entries.keys()
+    assert entries[b"closed"].opaque
+    assert not disk[b"closed"].opaque
+    assert (entries[b"other"].type, disk[b"other"].type) == ("whiteout", "file")
+    assert not any(name.startswith("user.") for e in disk.values() for name in e.xattrs)

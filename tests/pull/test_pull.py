@@ -148,6 +148,65 @@ async def test_index_by_platform(tmp_path: Path) -> None:
                     pass
 
 
+async def test_policy(tmp_path: Path) -> None:
+    """A missing image is pulled; one that is there is the same image, without a registry, until
+    the newest is asked for."""
+    old, new = (build_image([[File("version", text)]]) for text in (b"old", b"new"))
+    async with open_registry() as registry:
+        reference = registry.add(old, "library/demo:latest")
+        with pytest.raises(trio_layers.StoreError, match=r"demo:latest is not in the store"):
+            await pull(tmp_path, reference, policy="never")
+        assert not registry.requests
+        first = await pull(tmp_path, reference, policy="missing")
+        registry.add(new, "library/demo:latest")
+        before = len(registry.requests)
+        for policy in ("missing", "never"):
+            events: list[Progress] = []
+            async with open_puller(tmp_path) as puller:
+                opened = puller.pull(reference, policy=policy, progress=events.append)
+                async with opened as image:
+                    assert image == first
+                    assert await image.rootfs.read_bytes("version") == b"old"
+            assert not events
+        assert len(registry.requests) == before
+        assert (await pull(tmp_path, reference)).digest == new.digest
+    assert (await pull(tmp_path, reference, policy="missing")).digest == new.digest
+    with pytest.raises(ZeroDivisionError):
+        async with open_puller(tmp_path) as puller, puller.pull(reference, policy="never"):
+            raise ZeroDivisionError
+
+
+async def test_policy_and_platforms(tmp_path: Path) -> None:
+    """What is there for another platform is not what is wanted."""
+    host = trio_layers.host_platform()
+    other = "linux/s390x" if host.architecture != "s390x" else "linux/riscv64"
+    images = [build_image([[File("arch")]], platform=name) for name in (str(host), other)]
+    alone = build_image([[File("alone")]], platform=other)
+    async with open_registry() as registry:
+        reference = registry.add(build_index(images), "library/multi:latest")
+        theirs = await pull(tmp_path, reference, platform=other)
+        with pytest.raises(trio_layers.StoreError, match="is not in the store"):
+            await pull(tmp_path, reference, policy="never")
+        ours = await pull(tmp_path, reference, policy="missing")
+        assert (ours.digest, theirs.digest) == (images[0].digest, images[1].digest)
+        assert await pull(tmp_path, reference, policy="never") == ours
+        assert await pull(tmp_path, reference, policy="never", platform=other) == theirs
+        # One that is in no index is taken whatever it is for, unless that is asked for.
+        single = registry.add(alone, "library/single:latest")
+        pulled = await pull(tmp_path, single)
+        assert await pull(tmp_path, single, policy="never") == pulled
+        with pytest.raises(trio_layers.StoreError, match="linux/mips is not in the store"):
+            await pull(tmp_path, single, policy="never", platform="linux/mips")
+
+
+async def test_policy_and_no_layers(tmp_path: Path) -> None:
+    async with open_registry() as registry:
+        reference = registry.add(build_image([]), "library/empty:latest")
+        pulled = await pull(tmp_path, reference)
+    assert await pull(tmp_path, reference, policy="never") == pulled
+    assert pulled.layers == ()
+
+
 @pytest.mark.parametrize("compression", ["none", "gzip", "zstd", "bzip2", "xz"])
 @pytest.mark.parametrize("format", ["oci", "docker"])
 async def test_every_format(tmp_path: Path, compression: str, format: str) -> None:

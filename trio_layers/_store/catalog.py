@@ -416,9 +416,11 @@ def find_image(
     return next(_images(rows), None)
 
 
-def find_images(connection: sqlite3.Connection) -> list[StoredImage]:
-    """All of them: by reference, and the one put last first."""
-    return list(_images(connection.execute(_IMAGES + "ORDER BY r.reference, r.serial DESC")))
+def find_images(connection: sqlite3.Connection, reference: str | None = None) -> list[StoredImage]:
+    """All of them, or those of one reference: by reference, and the one put last first."""
+    where, parameters = ("", ()) if reference is None else ("WHERE r.reference = ? ", (reference,))
+    rows = connection.execute(_IMAGES + where + "ORDER BY r.reference, r.serial DESC", parameters)
+    return list(_images(rows))
 
 
 def _images(rows: sqlite3.Cursor) -> Iterator[StoredImage]:

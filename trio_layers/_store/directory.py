@@ -36,7 +36,8 @@ from .content import BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
 from .leases import Lease, open_lease
-from .rootfs import MergedTree, RootfsView
+from .merged import MergedTree
+from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Base, Trees, Unpacker
@@ -144,6 +145,7 @@ class DirectoryStore:
         self._catalog = catalog
         self._scratch = scratch
         self._commits = commits
+        self._unpacker = unpacker
         self._content = Content(root, catalog, scratch, commits)
         self._trees = Trees(
             root,
@@ -249,7 +251,7 @@ class DirectoryStore:
             if below is None:
                 raise StoreError(f"there is no layer {parent} to put another on")
         try:
-            yield Base(parent, MergedTree(_trees(below))), below
+            yield Base(parent, _merged(below)), below
         finally:
             if below is not None:
                 self.release(below)
@@ -273,7 +275,7 @@ class DirectoryStore:
             layer = await self._find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-        return RootfsView(MergedTree(_trees(layer)))
+        return RootfsView(_merged(layer), self._unpacker, self._scratch.name)
 
     # Blobs.
 
@@ -390,9 +392,13 @@ class DirectoryStore:
         """
         return await self._catalog.read(find_image, reference, platform)
 
-    async def images(self) -> list[StoredImage]:
-        """All images, by reference; of one reference's platforms, the one put last first."""
-        return await self._catalog.read(find_images)
+    async def images(self, reference: str | None = None) -> list[StoredImage]:
+        """All images, by reference; of one reference's platforms, the one put last first.
+
+        Args:
+            reference: The full name of those wanted; ``None``: all.
+        """
+        return await self._catalog.read(find_images, reference)
 
     @asynccontextmanager
     async def lease(self, *digests: Digest | None) -> AsyncIterator[Lease]:
@@ -467,10 +473,10 @@ def _resolved(path: Path) -> Path:
         return Path(os.path.realpath(path))
 
 
-def _trees(layer: DirectoryLayer | None) -> tuple[Path, ...]:
-    """The trees of a layer and those below it, bottom first."""
+def _merged(layer: DirectoryLayer | None) -> MergedTree:
+    """The trees of a layer and those below it."""
     trees = []
     while layer is not None:
         trees.append(layer.tree)
         layer = layer.parent
-    return tuple(reversed(trees))
+    return MergedTree(trees[::-1], check_cancelled=trio.from_thread.check_cancelled)

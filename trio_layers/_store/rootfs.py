@@ -1,280 +1,66 @@
-"""Stacks of trees as one: what a container on top of them would see, without a mount.
-
-`MergedTree` is the synchronous core, for worker threads; `RootfsView` is its face for trio.
-What is seen comes from the trees' lists of entries; only contents are read from their ``fs``.
-"""
+"""The face that a root file system shows to trio."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Protocol, final
 
-import attrs
 import trio
 
-from .._entries import Entry, lines_about, parse_entries
-from .._errors import StoreError
+from .._entries import Entry, ExportReport
+from ..abc import BinaryFile
+from .merged import MergedTree, path_error
+from .mount import OpenScratch, open_mount
 
-__all__ = ["MergedTree", "RootfsView"]
+__all__ = ["Exporter", "RootfsView"]
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CHUNK: Final = 1 << 20
 
-# As many as Linux follows for one path (path_resolution(7)).
-_MAX_LINKS: Final = 40
 
+class Exporter(Protocol):
+    """Writes merged trees elsewhere. Both functions block, and are called in worker threads."""
 
-class _Node:
-    """One path of the merged view: what is there, from which tree, what is in it."""
+    def export(
+        self, source: MergedTree, target: Path, *, check_cancelled: Callable[[], None]
+    ) -> ExportReport:
+        """Write all of ``source`` into a directory; see `RootfsView.export`."""
+        ...
 
-    __slots__ = ("children", "entry", "tree")
-
-    def __init__(self, entry: Entry, tree: int) -> None:
-        self.entry = entry
-        self.tree = tree
-        self.children: dict[bytes, _Node] = {}
-
-
-@final
-class MergedTree:
-    """The merged view of unpacked layers, by overlayfs' rules.
-
-    It blocks, so it is for worker threads, several at once if need be. The lists of entries are
-    read when something is first asked for.
-
-    Args:
-        trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last.
-
-    Raises:
-        StoreError: (all methods) if a list of entries is damaged or cannot be read.
-    """
-
-    def __init__(self, trees: Sequence[Path]) -> None:
-        self._trees = tuple(trees)
-        self._lock = threading.Lock()
-        self._root: _Node | None = None
-        self._loaded = False
-        self._only: frozenset[bytes] | None = None
-        self._names: dict[tuple[int, bytes], tuple[bytes, ...]] = {}
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the lists are in memory, so that `lookup` does not touch the disk."""
-        return self._loaded
-
-    def load(self) -> None:
-        """Read the lists of entries, unless that was done."""
-        with self._lock:
-            if self._loaded:
-                return
-            for number, tree in enumerate(self._trees):
-                for entry in _listed(tree, self._only):
-                    self._put(entry, number)
-            self._number_links()
-            self._loaded = True
-
-    def lookup(self, path: bytes) -> Entry | None:
-        """What is there; ``None`` for nothing. Links on the way are not followed."""
-        node = self._find(path)
-        return None if node is None else node.entry
-
-    def resolve(self, path: bytes, *, follow: bool) -> Entry:
-        """What a process inside finds at ``path``; ``follow``: also if the last part is a link.
-
-        Raises:
-            OSError: as `RootfsView.stat`.
-        """
-        self.load()
-        if self._root is None:
-            raise _error(errno.ENOENT, path)
-        # All from the root to here: a step takes no longer where it is deep.
-        trail = [self._root]
-        todo = path.split(b"/")[::-1]
-        links = 0
-        while todo:
-            part = todo.pop()
-            if trail[-1].entry.type != "dir":
-                raise _error(errno.ENOTDIR, path)
-            if part in (b"", b"."):
-                continue
-            if part == b"..":
-                del trail[max(1, len(trail) - 1) :]
-                continue
-            node = trail[-1].children.get(part)
-            if node is None:
-                raise _error(errno.ENOENT, path)
-            target = node.entry.linkname
-            if target is None or not (todo or follow):
-                trail.append(node)
-                continue
-            links += 1
-            if links > _MAX_LINKS:
-                raise _error(errno.ELOOP, path)
-            todo.extend(reversed(target.split(b"/")))
-            if target.startswith(b"/"):
-                del trail[1:]
-        return trail[-1].entry
-
-    def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
-        """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
-
-        Unless the lists are in memory, only what tells of these paths is parsed: of most layers
-        little is asked when another is put on them.
-        """
-        paths = tuple(paths)
-        view = self
-        if not self._loaded:
-            wanted = {b""}
-            for path in paths:
-                while path not in wanted:
-                    wanted.add(path)
-                    path = path.rpartition(b"/")[0]
-            view = MergedTree(self._trees)
-            view._only = frozenset(wanted)
-        return {path: view.lookup(path) for path in paths}
-
-    def links(self, path: bytes) -> tuple[bytes, ...]:
-        """All names, sorted, of the file that is there."""
-        node = self._find(path)
-        if node is None:
-            raise _error(errno.ENOENT, path)
-        return self._names.get((node.tree, node.entry.links or b""), (path,))
-
-    def open(self, path: bytes) -> int:
-        """A descriptor to read the file that is there; its taker closes it.
-
-        Raises:
-            OSError: if there is no regular file, with the path in it.
-        """
-        node = self._find(path)
-        if node is None:
-            raise _error(errno.ENOENT, path)
-        if node.entry.type != "file":
-            raise _error(errno.EISDIR if node.entry.type == "dir" else errno.EINVAL, path)
-        parts = path.split(b"/")
-        here = os.open(self._trees[node.tree] / "fs", _DIRECTORY)
-        for part in parts[:-1]:
-            try:
-                inner = os.open(part, _DIRECTORY, dir_fd=here)
-            finally:
-                os.close(here)
-            here = inner
-        try:
-            return os.open(parts[-1], _FILE, dir_fd=here)
-        finally:
-            os.close(here)
-
-    def walk(self) -> Iterator[Entry]:
-        """All there is, sorted by path (bytes); the root is first."""
-        self.load()
-        found: list[Entry] = []
-        todo = [] if self._root is None else [self._root]
-        while todo:
-            node = todo.pop()
-            found.append(node.entry)
-            todo.extend(node.children.values())
-        found.sort(key=lambda entry: entry.path)
-        return iter(found)
-
-    def _find(self, path: bytes) -> _Node | None:
-        self.load()
-        node = self._root
-        if path:
-            for name in path.split(b"/"):
-                if node is None:
-                    return None
-                node = node.children.get(name)
-        return node
-
-    def _put(self, entry: Entry, tree: int) -> None:
-        """Lay an entry over what is there; a list has parents before what is in them."""
-        above, _, name = entry.path.rpartition(b"/")
-        node = _Node(entry, tree)
-        parent: _Node | None = None
-        if entry.path:
-            parent = self._root
-            for part in above.split(b"/") if above else ():
-                parent = parent and parent.children.get(part)
-            if parent is None:
-                raise StoreError(
-                    f"{self._trees[tree]}: its list of entries is damaged (one is in a directory "
-                    "that is not listed); remove the layer and pull it again"
-                )
-            known = parent.children.get(name)
-        else:
-            known = self._root
-        if entry.type == "dir" and known and known.entry.type == "dir":
-            if not entry.opaque:
-                node.children = known.children
-            if entry.implied:
-                entry = attrs.evolve(entry, mtime_ns=known.entry.mtime_ns)
-        if entry.opaque or entry.implied:
-            entry = attrs.evolve(entry, opaque=False, implied=False)
-        node.entry = entry
-        if parent is None:
-            self._root = node
-        elif entry.type == "whiteout":
-            parent.children.pop(name, None)
-        else:
-            parent.children[name] = node
-
-    def _number_links(self) -> None:
-        """Of a file's names, those count that are still to be seen."""
-        groups: dict[tuple[int, bytes], list[_Node]] = {}
-        todo = [] if self._root is None else [self._root]
-        while todo:
-            node = todo.pop()
-            todo.extend(node.children.values())
-            if node.entry.links is not None:
-                groups.setdefault((node.tree, node.entry.links), []).append(node)
-        for (tree, _), nodes in groups.items():
-            names = tuple(sorted(node.entry.path for node in nodes))
-            first = names[0] if len(names) > 1 else None
-            for node in nodes:
-                node.entry = attrs.evolve(node.entry, links=first)
-            if first is not None:
-                self._names[tree, first] = names
-
-
-def _listed(tree: Path, only: frozenset[bytes] | None) -> list[Entry]:
-    """A tree's entries; with ``only``, at least those of the paths in it."""
-    try:
-        with open(tree / "entries", "rb") as lines:
-            chosen = None if only is None else lines_about(only, lines)
-            if chosen is None:
-                lines.seek(0)
-                return parse_entries(lines)[0]
-            return parse_entries(chosen)[0]
-    except OSError as error:
-        raise StoreError(
-            f"{tree}: its list of entries cannot be read ({error.strerror}); "
-            "remove the layer and pull it again"
-        ) from error
-
-
-def _error(number: int, path: bytes) -> OSError:
-    return OSError(number, os.strerror(number), path.decode("utf-8", "surrogateescape"))
+    def archive(
+        self, source: MergedTree, *, check_cancelled: Callable[[], None]
+    ) -> Generator[bytes, None, None]:
+        """The bytes of a tar of all of ``source``; see `RootfsView.export_tar`."""
+        ...
 
 
 @final
 class RootfsView:
-    """An image's root file system, to look at and read from.
+    """An image's root file system, to look at, read from and take out. It comes from
+    `DirectoryStore.rootfs`, or with an `Image`.
 
     Paths are ``str`` (UTF-8, with surrogate escapes for other bytes) or ``bytes``, with or
     without a leading slash. Links are followed inside the root, as in a container: an absolute
     target starts there, and ``..`` does not lead out of it. What fails raises the builtin
-    `OSError` that the same call on a real directory would, with the path in it.
+    `OSError` that the same call on a real directory would, with the path in it; a store that is
+    damaged is a `StoreError`.
 
-    Work on the disk is done in worker threads. Cancelled, a call gives up between chunks.
+    Owners, modes and attributes are those that the layers say, also where the store was filled
+    without the privilege to set them.
+
+    Work on the disk is done in worker threads. Cancelled, a call gives up between chunks, and
+    the view stays as good as it was. What is read must stay in the store meanwhile: see
+    `DirectoryStore.lease`; the block of a pull holds one.
     """
 
-    def __init__(self, tree: MergedTree) -> None:
+    def __init__(self, tree: MergedTree, exporter: Exporter, scratch: OpenScratch) -> None:
         self._tree = tree
+        self._exporter = exporter
+        self._scratch = scratch
 
     async def stat(self, path: str | bytes, *, follow_symlinks: bool = True) -> Entry:
         """What is there; its ``path`` is the real one.
@@ -305,23 +91,126 @@ class RootfsView:
         await self._load()
         entry = self._resolve(path, follow=False)
         if entry.linkname is None:
-            raise _error(errno.EINVAL, _encoded(path))
+            raise path_error(errno.EINVAL, _encoded(path))
         return entry.linkname
 
     async def read_bytes(self, path: str | bytes) -> bytes:
-        """A file's content.
+        """A file's content, all of it in memory; `open` is for large ones.
 
         Raises:
             OSError: as for `stat`, ``EISDIR`` for a directory, ``EINVAL`` for what is no file.
         """
         return await trio.to_thread.run_sync(self._read, path)
 
+    @asynccontextmanager
+    async def open(self, path: str | bytes) -> AsyncIterator[BinaryFile]:
+        """Open a file for the block, to be read from anywhere in it.
+
+        It is one of trio's asynchronous files (`trio.wrap_file`), binary and buffered. Leaving
+        the block closes it.
+
+        Raises:
+            OSError: as for `read_bytes`.
+        """
+        file = trio.wrap_file(await trio.to_thread.run_sync(self._open, path))
+        try:
+            yield file
+        finally:
+            await file.aclose()
+
     async def walk(self) -> list[Entry]:
         """All there is, sorted by path (bytes), links not followed; the root is first.
 
-        A list, since all of it is in memory anyway.
+        A list, since all of it is in memory anyway. No file is touched.
         """
-        return await trio.to_thread.run_sync(lambda: list(self._tree.walk()))
+        return await trio.to_thread.run_sync(self._tree.walk)
+
+    async def export(self, directory: str | os.PathLike[str]) -> ExportReport:
+        """Write all of it into a plain directory: contents, owners, modes, times in nanoseconds,
+        extended attributes, links, devices. Holes stay holes, and where the file system can
+        share blocks (btrfs, XFS) they are shared with the store. Nothing is synced to disk.
+
+        Without privilege owners stay ours, as with ``umoci unpack --rootless``: permissions are
+        set as they are, though set-id bits only where the owner is right; of a device an empty
+        file is made. The report says how much was lost that way. `export_tar` loses nothing.
+
+        Nothing in the directory is followed or replaced: whatever appears in it meanwhile is
+        an error. Cancelled, or failed, what was written is removed again, and the directory, too,
+        if it was made; that may take as long as writing it did, and is not cancelled.
+
+        Args:
+            directory: Where to. It is made if it is not there (its parent must be), else it must
+                be empty; it gets the root's own owner, mode and time.
+
+        Raises:
+            ExportError: if the directory is not empty, or cannot take what is to be written.
+            StoreError: if the store is damaged.
+        """
+        target = Path(directory)
+        return await trio.to_thread.run_sync(
+            lambda: self._exporter.export(
+                self._tree, target, check_cancelled=trio.from_thread.check_cancelled
+            )
+        )
+
+    async def export_tar(self, stream: trio.abc.SendStream) -> None:
+        """Write all of it to a stream, as one tar in PAX format, at whose end it is whole.
+
+        Equal root file systems give equal bytes. Owners, modes, times in nanoseconds, extended
+        attributes (``SCHILY.xattr``), devices and hard links are those of the layers, whatever
+        the privilege. Names are kept byte for byte; in extended headers those that are not UTF-8
+        stand as they are, as Go and GNU tar write them. Holes are written as zeros.
+
+        Args:
+            stream: Takes the bytes, at its own pace. Closing it is the caller's. What it raises
+                comes out as it is; cancelled or failed, part of the tar has been sent.
+
+        Raises:
+            StoreError: if the store is damaged.
+        """
+        pieces = self._exporter.archive(
+            self._tree, check_cancelled=trio.from_thread.check_cancelled
+        )
+        with closing(pieces):
+            # Not one thread for all of it: none is kept while the stream does not take more.
+            while piece := await trio.to_thread.run_sync(next, pieces, b""):
+                await stream.send_all(piece)
+
+    def mount(
+        self, target: str | os.PathLike[str] | None = None, *, writable: bool = False
+    ) -> AbstractAsyncContextManager[Path]:
+        """Mount all of it for the block, with overlayfs, and get the path where that is.
+
+        Entering and leaving take the same short time for images of any size. What is seen is what
+        the trees have on the disk: where the store was filled without privilege, owners are ours
+        and devices are empty files. A directory that no layer lists has the time 0.
+
+        The mount is where all mounts of this process are (mount_namespaces(7)); any number of
+        them may be had of the same layers. Set-user-ID bits work in it, as in a container, and
+        devices do not. So give no target that users can reach whom you do not trust with the
+        image's programs; without one, it is in the store's directory, which is closed to others.
+
+        Leaving unmounts it, whatever happens in the block, and is not cancelled. It goes with all
+        that was mounted in it, though it be in use: whoever has a file of it open keeps that.
+        Entering is cancelled before the mount is made, or not at all. A process that is killed
+        leaves its mount. The next to open the store takes it away, unless a target was given.
+
+        Args:
+            target: Where to: an empty directory, which stays. ``None``: a new one, which does not.
+            writable: What is written is kept in the store's directory until the block is left,
+                and then thrown away. Files with several names are copied by the first write, and
+                their other names stay as they were (overlayfs.rst of the kernel, "Non-standard
+                behavior").
+
+        Raises:
+            MountError: if the process may not mount: it takes root, or the root of a user and a
+                mount namespace (``unshare --user --map-root-user --mount``) in which the store
+                was made, and Linux 5.11; if the target is no empty directory; if there are more
+                layers than the kernel mounts (500; before Linux 6.8, as many as fit into a page of
+                options, about 220); or if it does not mount them for another reason.
+            StoreError: for what the disk does.
+        """
+        return open_mount(self._tree.trees, target, scratch=self._scratch, writable=writable)
 
     async def _load(self) -> None:
         if self._tree.loaded:
@@ -329,16 +218,16 @@ class RootfsView:
         else:
             await trio.to_thread.run_sync(self._tree.load)
 
-    def _read(self, path: str | bytes) -> bytes:
+    def _open(self, path: str | bytes) -> io.BufferedReader:
         entry = self._resolve(path, follow=True)
-        descriptor = self._tree.open(entry.path)
+        return open(self._tree.open(entry.path), "rb")
+
+    def _read(self, path: str | bytes) -> bytes:
         chunks: list[bytes] = []
-        try:
-            while chunk := os.read(descriptor, _CHUNK):
+        with self._open(path) as file:
+            while chunk := file.read(_CHUNK):
                 chunks.append(chunk)
                 trio.from_thread.check_cancelled()
-        finally:
-            os.close(descriptor)
         return b"".join(chunks)
 
     def _resolve(self, path: str | bytes, *, follow: bool) -> Entry:

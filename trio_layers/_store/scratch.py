@@ -27,6 +27,7 @@ from .._errors import StoreError
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog, drop_leases
 from .files import disk_errors, file_name, remove_directory, try_lock, unlock
+from .mount import detach_stale
 
 __all__ = ["Scratch", "hold_lock", "open_scratch"]
 
@@ -189,6 +190,8 @@ class Scratch:
                 continue
             path = self._ingest / name
             try:
+                if name.endswith(".mount"):
+                    detach_stale(path)
                 if path.is_dir() and not path.is_symlink():
                     remove_directory(
                         path,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, final
@@ -37,7 +37,8 @@ from .commits import Commits
 from .content import Content, Partial
 from .files import disk_errors, file_name, store_error
 from .growth import Follower
-from .rootfs import MergedTree
+from .merged import MergedTree
+from .rootfs import Exporter
 from .scratch import Scratch
 
 __all__ = ["Base", "Trees", "Unpacked", "Unpacker", "stored_tree"]
@@ -77,8 +78,9 @@ class Unpacked(Protocol):
         ...
 
 
-class Unpacker(Protocol):
-    """Makes trees. Both functions block, and are called in worker threads, several at once."""
+class Unpacker(Exporter, Protocol):
+    """Makes trees, and writes them elsewhere. Its functions block, and are called in worker
+    threads, several at once."""
 
     def unpack(
         self,
@@ -185,8 +187,10 @@ class _Reader:
         if self._beginning is None:
             return True
         decompressor = Decompressor()
-        for _ in decompressor.feed(self._beginning):
-            pass
+        # The unpacker's limits may be others, and what fails is the stream.
+        with suppress(DecompressionError, UnpackError):
+            for _ in decompressor.feed(self._beginning):
+                pass
         return decompressor.opened
 
 
@@ -386,6 +390,10 @@ class Trees:
             if error is reader.failure:
                 raise
             raise store_error(error, target.parent) from error
+        except (DecompressionError, UnpackError) as error:
+            if expected is not None and error.layer is None:
+                error.layer = expected.digest
+            raise
         return unpacked, expected
 
     def _add_layer(

@@ -14,6 +14,8 @@ __all__ = ["Directories", "join", "split"]
 
 _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEPT: Final = 128
+# Of the directories on the way to one: what is next is often near, and few are pushed out.
+_NEAR: Final = 16
 
 
 def join(parent: bytes, name: bytes) -> bytes:
@@ -31,17 +33,13 @@ def split(path: bytes) -> tuple[bytes, bytes]:
 class Directories:
     """A cache of open directories, the most recently used ones.
 
-    A descriptor it returns is good until the next call: that may close it. The cache has to be
-    told of each directory that is replaced or removed (`forget`).
+    A descriptor it returns is good for the next call, too, not for longer: then it may be closed.
+    The cache has to be told of each directory that is replaced or removed (`forget`).
     """
 
     def __init__(self, root: int) -> None:
         self._root = root
         self._open: OrderedDict[bytes, int] = OrderedDict()
-
-    def __contains__(self, path: bytes) -> bool:
-        """Whether ``path`` is known to be a directory; if not, it may be one all the same."""
-        return not path or path in self._open
 
     def open(self, path: bytes) -> int:
         """The descriptor of a directory.
@@ -59,23 +57,27 @@ class Directories:
         end = len(path)
         while end > 0 and path[:end] not in self._open:
             end = path.rfind(b"/", 0, end)
-        here = self._open[path[:end]] if end > 0 else self._root
-        end = max(end, 0)
-        while end < len(path):
-            start = end + 1 if end else 0
-            end = path.find(b"/", start)
-            if end < 0:
-                end = len(path)
-            # If this closes the one `here` stands for, it does so after `here` was used.
-            here = self._keep(path[:end], os.open(path[start:end], _FLAGS, dir_fd=here))
-        return here
-
-    def find(self, path: bytes) -> int | None:
-        """As `open`; ``None`` if there is no such directory."""
+        here, end = self._root, max(end, 0)
+        if end:
+            here = self._open[path[:end]]
+            self._open.move_to_end(path[:end])
+        names = path[end + 1 if end else 0 :].split(b"/")
+        passed = None
         try:
-            return self.open(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            for left, name in zip(range(len(names) - 1, -1, -1), names, strict=True):
+                here = os.open(name, _FLAGS, dir_fd=here)
+                if passed is not None:
+                    os.close(passed)
+                    passed = None
+                end += len(name) + (1 if end else 0)
+                if left < _NEAR:
+                    self._keep(path[:end], here)
+                else:
+                    passed = here
+        finally:
+            if passed is not None:
+                os.close(passed)
+        return here
 
     def forget(self, path: bytes) -> None:
         """Close ``path`` and all below it."""
@@ -88,8 +90,7 @@ class Directories:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _keep(self, path: bytes, descriptor: int) -> int:
+    def _keep(self, path: bytes, descriptor: int) -> None:
         self._open[path] = descriptor
         if len(self._open) > _KEPT:
             os.close(self._open.popitem(last=False)[1])
-        return descriptor

@@ -1,31 +1,35 @@
 """How one entry gets on the disk, with its metadata, as far as privilege goes.
 
-Whatever cannot be set is left, and noted in `Nodes.incomplete`: the list of entries has it.
-Every entry has something of its name on the disk, an empty file where nothing better can be made.
+Whatever cannot be set is left, and noted in `Nodes.incomplete`: the list of entries has it. Of a
+file or directory, the attribute ``user.containers.override_stat`` has it as well where one can be
+set: podman and fuse-overlayfs read that (containers/storage ``pkg/idtools``, ``Stat``). Every
+entry has something of its name on the disk, an empty file where nothing better can be made.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Final, final
+from typing import Final, Protocol, final
 
-import attrs
-
+from .._acl import ACCESS_ACL, DEFAULT_ACL
 from .._entries import Entry
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
+from .powers import OVERRIDE, Powers
 
-__all__ = ["Nodes", "Powers", "naming", "probe"]
+__all__ = ["Metadata", "Nodes", "named", "naming"]
 
 _ZEROS: Final = bytes(1 << 18)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEVICES: Final = {"char": stat.S_IFCHR, "block": stat.S_IFBLK, "fifo": stat.S_IFIFO}
+# None: a node of its own type, which takes no attribute of ours.
+_REAL_TYPES: Final = ("file", "dir", None)
+_CAPABILITY: Final = "security.capability"
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 # What a layer can ask for and no file system has, as against what this disk lacks.
 _ITS_FAULT: Final = frozenset(
     {
@@ -39,11 +43,26 @@ _ITS_FAULT: Final = frozenset(
     }
 )
 _NAMESPACES: Final = ("user.", "trusted.", "security.", "system.")
+_ACLS: Final = (ACCESS_ACL, DEFAULT_ACL)
+
+
+class Metadata(Protocol):
+    """Of an entry, what any type has."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
 
 
 @final
-class _Naming:
-    # A class: of a million files each comes by here several times, and a generator costs more.
+class naming:
+    """Turn an `OSError` of the block into an error of ours that names ``path``."""
+
     __slots__ = ("_path",)
 
     def __init__(self, path: bytes) -> None:
@@ -59,18 +78,13 @@ class _Naming:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, OSError):
-            raise _named(error, self._path) from error
+            raise named(error, self._path) from error
 
 
-def naming(path: bytes) -> AbstractContextManager[None]:
-    """Turn an `OSError` of the block into an error of ours that names ``path``."""
-    return _Naming(path)
-
-
-def _named(error: OSError, path: bytes) -> UnpackError | StoreError:
-    name = path.decode("utf-8", "backslashreplace")
-    text = f"{name[:256]!r}: {error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def named(error: OSError, path: bytes) -> UnpackError | StoreError:
+    """What an error of the disk means to whoever unpacks ``path``."""
+    text = f"{_shown(path)}: {error.strerror}"
+    if error.errno in _FULL:
         return StoreFull(f"unpacking {text}. Free some space and pull again")
     if error.errno == errno.EROFS:
         return StoreReadOnly(f"unpacking {text}")
@@ -79,61 +93,15 @@ def _named(error: OSError, path: bytes) -> UnpackError | StoreError:
     return StoreError(f"unpacking {text}")
 
 
-@attrs.frozen(kw_only=True)
-class Powers:
-    """What this process can do in a directory.
-
-    Attributes:
-        owners: Give files to others, and set-id bits.
-        devices: Make device nodes.
-        whiteouts: Make the character device 0/0, overlayfs' whiteout.
-        overlay: The prefix of overlayfs' own xattrs, ``trusted.overlay.`` or ``user.overlay.``;
-            ``None`` if neither can be set.
-    """
-
-    owners: bool
-    devices: bool
-    whiteouts: bool
-    overlay: str | None
+def _is_full(subject: int | str) -> bool:
+    """Whether it is the disk that has no space left, and not what one file may have of it."""
+    there = os.statvfs(subject)
+    # More than the largest attribute takes; no number of blocks: no limit.
+    return there.f_blocks > 0 and there.f_bavail < 64
 
 
-def probe(directory: int) -> Powers:
-    """Try what can be done in an open directory; what is made for it is removed again."""
-    name = b".probe"
-
-    def node(device: int) -> bool:
-        try:
-            os.mknod(name, stat.S_IFCHR | 0o600, device, dir_fd=directory)
-        except OSError:
-            return False
-        os.unlink(name, dir_fd=directory)
-        return True
-
-    os.mkdir(name, 0o700, dir_fd=directory)
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
-        try:
-            overlay = None
-            for prefix in ("trusted.overlay.", "user.overlay."):
-                with contextlib.suppress(OSError):
-                    os.setxattr(descriptor, prefix + "opaque", b"y")
-                    overlay = prefix
-                    break
-            try:
-                os.chown(descriptor, 1, 1)
-                owners = True
-            except OSError:
-                owners = False
-        finally:
-            os.close(descriptor)
-    finally:
-        os.rmdir(name, dir_fd=directory)
-    return Powers(
-        owners=owners,
-        devices=node(os.makedev(1, 3)),
-        whiteouts=node(os.makedev(0, 0)),
-        overlay=overlay,
-    )
+def _shown(path: bytes) -> str:
+    return repr(path.decode("utf-8", "backslashreplace")[:256])
 
 
 @final
@@ -146,6 +114,8 @@ class Nodes:
 
     def __init__(self, powers: Powers) -> None:
         self._powers = powers
+        # Whom a new node belongs to; not known where a directory passes on its group.
+        self._ids = powers.ids
         self.incomplete = False
 
     def create(self, parent: int, name: bytes) -> int:
@@ -159,11 +129,16 @@ class Nodes:
     def file(
         self,
         descriptor: int,
-        entry: Entry,
+        path: bytes,
+        about: Metadata,
+        xattrs: Mapping[str, bytes],
         data: Iterable[bytes | int],
         check: Callable[[], None],
-    ) -> Entry:
-        """Write a new file, and close it; ``entry`` comes back with the digest of its content."""
+    ) -> tuple[int, str]:
+        """Write a new file, and close it; returns its size and the SHA-256 of its content.
+
+        What ``data`` raises comes out as it is.
+        """
         try:
             digest = hashlib.sha256()
             size = 0
@@ -174,55 +149,77 @@ class Nodes:
                     for start in range(0, piece, len(_ZEROS)):
                         digest.update(_ZEROS[: piece - start])
                         check()
-                    with naming(entry.path):
+                    with naming(path):
                         os.lseek(descriptor, size, os.SEEK_SET)
                         os.ftruncate(descriptor, size)
                     continue
                 size += len(piece)
                 digest.update(piece)
-                with naming(entry.path):
-                    _write(descriptor, piece)
-            entry = attrs.evolve(entry, size=size, sha256=digest.hexdigest())
-            with naming(entry.path):
-                self._finish(descriptor, entry, entry.xattrs)
-                os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
+                try:
+                    written = os.write(descriptor, piece)
+                    while written < len(piece):
+                        written += os.write(descriptor, memoryview(piece)[written:])
+                except OSError as error:
+                    raise named(error, path) from error
+            try:
+                self._describe(
+                    descriptor, descriptor, path, about, stat.S_IFREG, xattrs, "file", fresh=True
+                )
+                os.utime(descriptor, ns=(about.mtime_ns, about.mtime_ns))
+            except OSError as error:
+                raise named(error, path) from error
         finally:
             os.close(descriptor)
-        return entry
+        return size, digest.hexdigest()
 
-    def directory(self, descriptor: int, entry: Entry, *, fresh: bool) -> None:
+    def directory(
+        self, descriptor: int, entry: Entry, xattrs: Mapping[str, bytes], *, fresh: bool
+    ) -> None:
         """Give an open directory its metadata, its times apart. ``fresh``: it has none yet."""
         if not fresh:
+            ours = self._powers.overlay
             for attribute in os.listxattr(descriptor):
-                ours = self._powers.overlay
-                if attribute not in entry.xattrs and not (ours and attribute.startswith(ours)):
-                    with contextlib.suppress(PermissionError):
+                if attribute not in xattrs and not (ours and attribute.startswith(ours)):
+                    try:
                         os.removexattr(descriptor, attribute)
-        self._finish(descriptor, entry, entry.xattrs)
+                    except PermissionError:
+                        pass
+        self._describe(
+            descriptor, descriptor, entry.path, entry, stat.S_IFDIR, xattrs, "dir", fresh=fresh
+        )
 
     def special(self, parent: int, name: bytes, entry: Entry) -> None:
-        """Make a symlink, fifo, device or whiteout."""
+        """Make a symlink, fifo, device or whiteout.
+
+        Raises:
+            FileExistsError: if something of that name is there.
+        """
         if entry.type == "symlink":
             assert entry.linkname is not None
             os.symlink(entry.linkname, name, dir_fd=parent)
-        elif entry.type == "whiteout":
-            self._node(parent, name, stat.S_IFCHR, 0, able=self._powers.whiteouts)
+            if not entry.xattrs and self._ids == (entry.uid, entry.gid):
+                # The most frequent ones need no more.
+                times = (entry.mtime_ns, entry.mtime_ns)
+                os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+                return
+            self._through_handle(parent, name, entry)
             return
+        if entry.type == "whiteout":
+            able, kind, device = self._powers.whiteouts, stat.S_IFCHR, 0
         else:
             able = entry.type == "fifo" or self._powers.devices
+            kind = _DEVICES[entry.type]
             device = os.makedev(*entry.dev) if entry.dev else 0
-            self._node(parent, name, _DEVICES[entry.type], device, able=able)
-        self.metadata(parent, name, entry, entry.xattrs)
+        if not able:
+            self.incomplete = True
+            kind, device = stat.S_IFREG, 0
+        os.mknod(name, kind | 0o600, device, dir_fd=parent)
+        if entry.type != "whiteout":
+            self._through_handle(parent, name, entry, real=able)
 
-    def metadata(self, parent: int, name: bytes, entry: Entry, xattrs: Mapping[str, bytes]) -> None:
-        """Give what is there its metadata, without opening or following it."""
-        descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            self._finish(descriptor, entry, xattrs, handle=f"/proc/self/fd/{descriptor}")
-        finally:
-            os.close(descriptor)
-        times = (entry.mtime_ns, entry.mtime_ns)
-        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+    def link(self, parent: int, name: bytes, entry: Entry) -> None:
+        """Give what is there the metadata of one more name of it."""
+        self._through_handle(parent, name, entry, fresh=False)
 
     def opaque(self, descriptor: int) -> None:
         """Mark an open directory as one that hides what is below it."""
@@ -238,50 +235,150 @@ class Nodes:
             os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
         except OSError as error:
             known = attribute.startswith(_NAMESPACES)
-            if known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
+            # An ACL may name IDs that a user namespace does not have.
+            unmapped = error.errno == errno.EINVAL and attribute in _ACLS and self._powers.limited
+            if unmapped or (known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP)):
                 self.incomplete = True
                 return
-            name = path.decode("utf-8", "backslashreplace")
-            raise UnpackError(
-                f"cannot set the attribute {attribute[:256]!r} of {name[:256]!r}: {error.strerror}"
-            ) from error
+            what = f"the attribute {attribute[:256]!r} of {_shown(path)}"
+            if error.errno in _FULL:
+                if error.errno == errno.EDQUOT or _is_full(subject):
+                    raise StoreFull(
+                        f"cannot set {what}: {error.strerror}. Free some space and pull again"
+                    ) from error
+                raise UnpackError(
+                    f"cannot set {what}: all attributes of the file together are more than the "
+                    "file system takes. Others may take them, such as XFS or Btrfs"
+                ) from error
+            raise UnpackError(f"cannot set {what}: {error.strerror}") from error
 
-    def _node(self, parent: int, name: bytes, kind: int, device: int, *, able: bool) -> None:
-        if not able:
-            self.incomplete = True
-            kind, device = stat.S_IFREG, 0
-        os.mknod(name, kind | 0o600, device, dir_fd=parent)
+    def _own(self, descriptor: int, subject: int | str, about: Metadata, *, fresh: bool) -> bool:
+        """Give it to whom the entry says; whether it is theirs now."""
+        wanted = (about.uid, about.gid)
+        if fresh and self._ids is not None:
+            if self._ids == wanted:
+                return True
+        else:
+            now = os.fstat(descriptor)
+            if (now.st_uid, now.st_gid) == wanted:
+                return True
+        if self._powers.owners:
+            try:
+                os.chown(subject, *wanted)
+                return True
+            except OSError as error:
+                # An ID that the user namespace does not have.
+                if error.errno != errno.EINVAL:
+                    raise
+        if not fresh:
+            # As a change of owner does it.
+            try:
+                os.removexattr(subject, _CAPABILITY)
+            except OSError:
+                pass
+        return False
 
-    def _finish(
+    def _through_handle(
+        self, parent: int, name: bytes, entry: Entry, *, real: bool = True, fresh: bool = True
+    ) -> None:
+        """Describe what is there without opening or following it."""
+        descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        # Reaches what a descriptor opened as a mere path stands for.
+        handle = f"/proc/self/fd/{descriptor}"
+        try:
+            there = stat.S_IFMT(os.fstat(descriptor).st_mode)
+            kind = None
+            if not real:
+                kind = _override_type(entry)
+            elif there == stat.S_IFREG:
+                kind = "file" if fresh else self._overridden_type(handle)
+            self._describe(
+                descriptor, handle, entry.path, entry, there, entry.xattrs, kind, fresh=fresh
+            )
+        finally:
+            os.close(descriptor)
+        times = (entry.mtime_ns, entry.mtime_ns)
+        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    def _describe(
         self,
         descriptor: int,
-        entry: Entry,
+        subject: int | str,
+        path: bytes,
+        about: Metadata,
+        there: int,
         xattrs: Mapping[str, bytes],
+        kind: str | None,
         *,
-        handle: str | None = None,
+        fresh: bool,
     ) -> None:
         """Owner, xattrs, mode, in this order: a change of owner drops set-id bits and
-        capabilities, an ACL changes the mode. ``handle`` reaches what a descriptor opened as a
-        mere path stands for."""
-        subject = descriptor if handle is None else handle
-        now = os.fstat(descriptor)
-        if (now.st_uid, now.st_gid) != (entry.uid, entry.gid):
-            if not self._powers.owners:
-                self.incomplete = True
-            else:
-                os.chown(subject, entry.uid, entry.gid)
+        capabilities, an ACL changes the mode.
+
+        Args:
+            descriptor: Of what is described.
+            subject: The same for calls that change it: that or a handle.
+            path: For errors.
+            about: What is to be set.
+            there: The type that is on the disk, as in a ``st_mode``.
+            xattrs: To be set, besides.
+            kind: The true type, in the words of ``user.containers.override_stat``; ``None``
+                where there can be no such attribute.
+            fresh: Whether it has just been made.
+        """
+        mode = about.mode
+        owned = self._own(descriptor, subject, about, fresh=fresh)
+        limited = self._powers.limited
         for attribute, value in xattrs.items():
-            self.attribute(subject, attribute, value, entry.path)
-        if not stat.S_ISLNK(now.st_mode):
-            mode = entry.mode
-            if not self._powers.owners:
+            if limited and attribute == OVERRIDE:
+                # A layer must not speak in our place.
+                self.incomplete = True
+                continue
+            self.attribute(subject, attribute, value, path)
+        if there != stat.S_IFLNK:
+            if not owned:
+                # What is not theirs must not run as whose it is.
+                mode &= 0o1777
+            if not self._powers.root:
                 # What is ours must stay in our reach, and must not run as us.
-                mode = mode & 0o1777 | (0o700 if stat.S_ISDIR(now.st_mode) else 0o600)
-                self.incomplete |= mode != entry.mode
+                mode = mode & 0o1777 | (0o700 if there == stat.S_IFDIR else 0o600)
             os.chmod(subject, mode)
+            if mode & stat.S_ISGID and there == stat.S_IFDIR:
+                # What is made in it gets its group.
+                self._ids = None
+        if not limited:
+            return
+        right = owned and (there == stat.S_IFLNK or mode == about.mode) and kind in _REAL_TYPES
+        if not right:
+            self.incomplete = True
+        if kind is not None and self._powers.override:
+            self._override(subject, None if right else _override(about, kind), fresh=fresh)
+
+    def _override(self, subject: int | str, value: bytes | None, *, fresh: bool) -> None:
+        try:
+            if value is not None:
+                os.setxattr(subject, OVERRIDE, value)
+            elif not fresh:
+                os.removexattr(subject, OVERRIDE)
+        except OSError:
+            # There may be no room for it, or none to be removed; the list has all of it.
+            pass
+
+    def _overridden_type(self, subject: str) -> str:
+        """What a file stands for, by an attribute that can only be our own."""
+        if self._powers.limited and self._powers.override:
+            try:
+                return os.getxattr(subject, OVERRIDE).rpartition(b":")[2].decode()
+            except OSError:
+                pass
+        return "file"
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    written = os.write(descriptor, data)
-    while written < len(data):
-        written += os.write(descriptor, memoryview(data)[written:])
+def _override_type(entry: Entry) -> str:
+    if entry.dev is None:
+        return "pipe"
+    return f"{entry.type}-{entry.dev[0]}-{entry.dev[1]}"
+
+
+def _override(about: Metadata, kind: str) -> bytes:
+    return f"{about.uid}:{about.gid}:{about.mode:04o}:{kind}".encode()

@@ -15,13 +15,19 @@ import attrs
 from .._compression import PIECE, Decompressor
 from .._digest import DiffID, Digest
 from .._entries import Entry, Summary, summary_line
-from .._errors import LimitExceeded
+from .._errors import LimitExceeded, UnpackError
 from ..abc import LowerTree
-from .nodes import Powers, naming, probe
-from .tar import Limits, TarReader
-from .tree import TreeWriter, implied_directory
+from .archive import archive as archive
+from .export import export as export
+from .fields import shown
+from .limits import Limits
+from .nodes import naming
+from .powers import Powers, probe
+from .state import implied_directory
+from .tar import TarReader
+from .tree import TreeWriter
 
-__all__ = ["Limits", "Unpacked", "holds", "unpack"]
+__all__ = ["Limits", "Unpacked", "Unpacker", "archive", "export", "holds", "unpack"]
 
 # A larger slice gains nothing; a smaller one keeps cancellation near.
 _SLICE: Final = 256 * 1024
@@ -75,7 +81,8 @@ def unpack(
 
     Raises:
         DecompressionError: if the beginning of the blob is no valid compressed data.
-        UnpackError: if the layer is damaged or holds something that must not be unpacked.
+        UnpackError: if the layer is damaged or holds something that must not be unpacked. The
+            message names the entry.
         LimitExceeded: if it holds more than ``limits``.
         StoreError: if the file system cannot take it.
     """
@@ -104,17 +111,18 @@ def _unpack(
     tree = TreeWriter(root, powers=powers, lower=lower, limits=limits, log=log, check=source.check)
     try:
         entries = 0
-        content = 0
         reader = TarReader(source, limits)
         for member in reader:
             source.check()
+            source.entry = member.name
             entries += 1
-            content += member.size
             if entries > limits.max_entries:
                 raise LimitExceeded(
-                    f"more entries than the limit max_entries, {limits.max_entries}, allows"
+                    f"{shown(member.name)}: more entries than the limit max_entries, "
+                    f"{limits.max_entries}, allows"
                 )
-            source.allow(content)
+            if member.size:
+                source.expect(reader.left, reader.holes)
             tree.add(member, reader.data())
         source.drain()
         tree.finish()
@@ -165,6 +173,34 @@ def _differs(below: Entry) -> bool:
     )
 
 
+@attrs.frozen
+class Unpacker:
+    """What a store unpacks its layers with.
+
+    Attributes:
+        limits: How much each layer may hold.
+    """
+
+    limits: Limits
+
+    archive = staticmethod(archive)
+    export = staticmethod(export)
+    holds = staticmethod(holds)
+
+    def unpack(
+        self,
+        read: Callable[[int], bytes],
+        target: Path,
+        *,
+        lower: LowerTree | None,
+        check_cancelled: Callable[[], None],
+    ) -> Unpacked:
+        """See `unpack`."""
+        return unpack(
+            read, target, lower=lower, limits=self.limits, check_cancelled=check_cancelled
+        )
+
+
 @final
 class _Log:
     """The file ``entries``. After an error it is closed as it is: to write what is still held
@@ -196,69 +232,111 @@ class _Log:
 
 @final
 class _Source:
-    """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for."""
+    """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for.
+
+    Attributes:
+        entry: The name of the entry that is at work, for messages.
+        size: How many bytes were given, all that were read ahead included.
+    """
 
     def __init__(
         self, read: Callable[[int], bytes], limits: Limits, check: Callable[[], None]
     ) -> None:
         self.check = check
+        self.entry = b""
         self.size = 0
         self._read = read
         self._limits = limits
+        self._compressed = 0
+        self._holes = 0
         self._hash = hashlib.sha256()
         self._plain = self._inflate()
-        self._held = memoryview(b"")
+        # What has come and was not asked for yet, and where it goes on.
+        self._held = b""
+        self._position = 0
 
     @property
     def diff_id(self) -> DiffID:
         """The digest of all that was read so far."""
         return DiffID(Digest(f"sha256:{self._hash.hexdigest()}"))
 
-    def allow(self, size: int) -> None:
-        """Raise unless so many bytes are within the limits."""
-        if size > self._limits.max_unpacked_bytes:
-            raise LimitExceeded(
-                "more bytes, unpacked, than the limit max_unpacked_bytes, "
-                f"{self._limits.max_unpacked_bytes}, allows"
-            )
+    def expect(self, size: int, holes: int) -> None:
+        """Raise unless so many bytes more, and holes besides, are within the limits.
+
+        What there is of the blob for bytes that are still to come nobody knows; holes are here.
+        """
+        self._holes += holes
+        end = self.size - len(self._held) + self._position + size
+        self._allow(max(self.size, end) + self._holes)
+        self._allow_of_blob(self.size + self._holes)
 
     def read(self, size: int) -> bytes:
         """``size`` plain bytes, fewer only at the end."""
-        if len(self._held) >= size:
-            taken, self._held = self._held[:size], self._held[size:]
-            return bytes(taken)
+        start = self._position
+        end = start + size
+        if end <= len(self._held):
+            self._position = end
+            return self._held[start:end]
         return b"".join(self.pieces(size))
 
     def pieces(self, size: int) -> Iterator[bytes]:
         """``size`` plain bytes as they come, fewer only at the end."""
         while size > 0:
-            if not self._held:
-                piece = next(self._plain, b"")
-                if not piece:
+            start = self._position
+            if start >= len(self._held):
+                self._held, self._position = next(self._plain, b""), 0
+                if not self._held:
                     return
-                self._held = memoryview(piece)
-            taken, self._held = self._held[:size], self._held[size:]
-            size -= len(taken)
-            yield bytes(taken)
+                start = 0
+            piece = self._held[start : start + size]
+            self._position = start + len(piece)
+            size -= len(piece)
+            yield piece
 
     def drain(self) -> None:
         """Read on to the end: a diff ID covers what follows the archive, too."""
-        self._held = memoryview(b"")
+        self._held, self._position = b"", 0
         for _ in self._plain:
             pass
 
     def _inflate(self) -> Iterator[bytes]:
-        decompressor = Decompressor()
+        decompressor = Decompressor(max_window=self._limits.max_window)
         while data := self._read(_SLICE):
             # Not all input gives output.
             self.check()
+            self._compressed += len(data)
             yield from self._count(decompressor.feed(data))
         yield from self._count(decompressor.finish())
 
     def _count(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        for piece in pieces:
+        for piece in self._locate(pieces):
             self.check()
             self.size += len(piece)
-            self.allow(self.size)
+            self._allow(self.size + self._holes)
+            self._allow_of_blob(self.size + self._holes)
             self._hash.update(piece)
             yield piece
+
+    def _locate(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Tell in an error which entry was read when the compressed data proved damaged."""
+        try:
+            yield from pieces
+        except UnpackError as error:
+            if not self.entry:
+                raise
+            # Up to a piece has been inflated ahead.
+            raise type(error)(f"{shown(self.entry)}, or soon after it: {error}") from error
+
+    def _allow(self, size: int) -> None:
+        if size > self._limits.max_unpacked_bytes:
+            raise LimitExceeded(
+                f"{shown(self.entry)}: more bytes, unpacked, than the limit max_unpacked_bytes, "
+                f"{self._limits.max_unpacked_bytes}, allows"
+            )
+
+    def _allow_of_blob(self, size: int) -> None:
+        if size > self._limits.max_ratio_from and size > self._limits.max_ratio * self._compressed:
+            raise LimitExceeded(
+                f"{shown(self.entry)}: {size} bytes, unpacked, of {self._compressed}: more than "
+                f"the limit max_ratio, {self._limits.max_ratio}, allows"
+            )

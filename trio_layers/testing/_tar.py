@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Literal, Protocol, TypeAlias, assert_never
 
 from .._digest import DiffID, Digest
+from .._unpack.pax import END_OF_ARCHIVE, header, padding
+from .._unpack.tar import Member, MemberType
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -72,17 +74,17 @@ class LayerWriter:
     def add(
         self, info: tarfile.TarInfo, xattrs: Mapping[str, bytes], data: Iterable[bytes]
     ) -> None:
-        self.write(_header(info, xattrs))
+        self.write(header(_member(info, xattrs)))
         size = 0
         for chunk in data:
             self.write(chunk)
             size += len(chunk)
         if size != info.size:
             raise OSError(f"{info.name} changed its size while it was read; try again")
-        self.write(bytes(-size % 512))
+        self.write(padding(size))
 
     def end_of_archive(self) -> None:
-        self.write(bytes(1024))
+        self.write(END_OF_ARCHIVE)
 
     def write(self, data: bytes) -> None:
         self._tar_hash.update(data)
@@ -106,55 +108,28 @@ class LayerWriter:
         self._out.write(data)
 
 
-def _header(info: tarfile.TarInfo, xattrs: Mapping[str, bytes]) -> bytes:
-    """A ustar header, with a PAX header before it for what ustar cannot hold.
+_TYPES: dict[bytes, MemberType] = {
+    tarfile.REGTYPE: "file",
+    tarfile.LNKTYPE: "hardlink",
+    tarfile.SYMTYPE: "symlink",
+    tarfile.CHRTYPE: "char",
+    tarfile.BLKTYPE: "block",
+    tarfile.DIRTYPE: "dir",
+    tarfile.FIFOTYPE: "fifo",
+}
 
-    `tarfile` would do, but for xattrs that are not UTF-8: it marks those ``hdrcharset=BINARY``,
-    which nobody else does, while everyone writes them as they are.
-    """
-    records = {f"SCHILY.xattr.{name}".encode(): xattrs[name] for name in sorted(xattrs)}
-    ustar = tarfile.TarInfo()
-    ustar.type, ustar.mode = info.type, info.mode
-    ustar.devmajor, ustar.devminor = info.devmajor, info.devminor
+
+def _member(info: tarfile.TarInfo, xattrs: Mapping[str, bytes]) -> Member:
     slash = "/" if info.isdir() and not info.name.endswith("/") else ""
-    ustar.name = _short(info.name + slash, b"path", records)
-    ustar.linkname = _short(info.linkname, b"linkpath", records)
-    ustar.uid = int(_fitting(info.uid, 0o7777777, b"uid", records))
-    ustar.gid = int(_fitting(info.gid, 0o7777777, b"gid", records))
-    ustar.size = int(_fitting(info.size, 0o77777777777, b"size", records))
-    ustar.mtime = _fitting(info.mtime, 0o77777777777, b"mtime", records)
-    header = _block(ustar)
-    if not records:
-        return header
-    body = b"".join(_record(keyword, value) for keyword, value in records.items())
-    pax = tarfile.TarInfo("PaxHeader")
-    pax.type, pax.size = tarfile.XHDTYPE, len(body)
-    return _block(pax) + body + bytes(-len(body) % 512) + header
-
-
-def _block(info: tarfile.TarInfo) -> bytes:
-    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-
-
-def _short(text: str, keyword: bytes, records: dict[bytes, bytes]) -> str:
-    raw = os.fsencode(text)
-    if text.isascii() and len(raw) <= 100:
-        return text
-    records[keyword] = raw
-    return raw[:90].decode("ascii", "ignore")
-
-
-def _fitting(number: float, largest: int, keyword: bytes, records: dict[bytes, bytes]) -> float:
-    if number == int(number) and 0 <= number <= largest:
-        return number
-    records[keyword] = str(number).encode()
-    return 0
-
-
-def _record(keyword: bytes, value: bytes) -> bytes:
-    """``LENGTH KEYWORD=VALUE``, the length being that of the whole record, itself included."""
-    rest = len(keyword) + len(value) + 3
-    length = rest + len(str(rest))
-    if len(str(length)) > len(str(rest)):
-        length += 1
-    return b"%d %s=%s\n" % (length, keyword, value)
+    return Member(
+        name=os.fsencode(info.name + slash),
+        type=_TYPES[info.type],
+        mode=info.mode,
+        uid=info.uid,
+        gid=info.gid,
+        mtime_ns=round(info.mtime * 10**9),
+        size=info.size,
+        linkname=os.fsencode(info.linkname),
+        dev=(info.devmajor, info.devminor),
+        xattrs=xattrs,
+    )

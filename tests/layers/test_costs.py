@@ -1,0 +1,83 @@
+"""What depth, and removals without end, cost: no more than what they hold, once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from layers.plain import archive
+from layers.stack import unpack_blob
+
+from trio_layers._unpack.directories import Directories
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> Callable[[], int]:
+    """How often these functions of `os` have been called."""
+    calls = 0
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    return lambda: calls
+
+
+def test_depth_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files deep down, in a few directories by turns, take one opened file each and no way down."""
+    deep = "/".join(["d"] * 300)
+    files = [{"name": f"{branch}/{deep}/{number}"} for number in range(200) for branch in "abc"]
+    opened = count_calls(monkeypatch, "open")
+    unpack_blob(archive(*files), tmp_path / "t")
+    # Each directory is looked for, opened when it is made, and again for its times.
+    assert opened() < len(files) + 4 * 3 * 300
+
+
+@pytest.mark.parametrize(
+    "removals",
+    [
+        [".wh.d"] * 300,
+        ["d/.wh..wh..opq"] * 300,
+        [f"d/.wh.{number}" for number in range(300)],
+        [f"{'d/' * depth}.wh..wh..opq" for depth in range(100, 0, -1)] * 3,
+        [f"{'d/' * depth}.wh..wh..opq" for depth in range(1, 101)] * 3,
+    ],
+    ids=range(5),
+)
+def test_removals_are_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removals: list[str]
+) -> None:
+    """However often a directory is removed or hidden, what it holds is looked at once."""
+    files = [{"name": f"d/{number}"} for number in range(300)]
+    files += [{"name": f"{'d/' * depth}.wh.x"} for depth in range(2, 101)]
+    looked = count_calls(monkeypatch, "scandir", "listdir")
+    unpack_blob(archive(*files, *({"name": name} for name in removals)), tmp_path / "t")
+    assert looked() <= 4 * 101
+
+
+def test_directory_cache_is_bounded(tmp_path: Path) -> None:
+    """However many directories are visited, few stay open, and each is the right one."""
+    root = os.open(tmp_path, os.O_RDONLY)
+    directories = Directories(root)
+    before = len(os.listdir("/proc/self/fd"))
+    deep = b"/".join([b"d"] * 300)
+    os.makedirs(os.fsencode(tmp_path) + b"/" + deep)
+    for number in range(300):
+        (tmp_path / str(number)).mkdir()
+        there = os.fstat(directories.open(b"%d" % number))
+        assert there.st_ino == (tmp_path / str(number)).stat().st_ino
+    there = os.fstat(directories.open(deep))
+    assert there.st_ino == os.stat(os.fsencode(tmp_path) + b"/" + deep).st_ino
+    assert len(os.listdir("/proc/self/fd")) <= before + 128
+    directories.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(root)

@@ -1,0 +1,206 @@
+"""Limits: each stops a layer that exceeds it, in constant memory and before it is on the disk."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import itertools
+import lzma
+import os
+import random
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from cases.layers import maketar
+from layers.plain import archive
+
+from trio_layers import LayersError, LimitExceeded, Limits
+from trio_layers._store.merged import MergedTree
+from trio_layers._unpack.worker import Unpacked, unpack
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+MIB = 1 << 20
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "gzip": lambda data: gzip.compress(data, mtime=0),
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": zstd.compress,
+}
+"""Each makes members, frames or streams that may follow one another."""
+
+
+def unpacked(pieces: Iterable[bytes], path: Path, **limits: int) -> Unpacked:
+    """What comes of a blob in pieces."""
+    held = bytearray()
+    rest = iter(pieces)
+
+    def read(size: int) -> bytes:
+        while not held:
+            piece = next(rest, None)
+            if piece is None:
+                return b""
+            held.extend(piece)
+        data = bytes(held[:size])
+        del held[:size]
+        return data
+
+    path.mkdir()
+    # Upon nothing, so that nothing is left open.
+    return unpack(read, path, lower=MergedTree([]), limits=Limits(**limits))
+
+
+def header_of(size: int, name: str = "zeros") -> bytes:
+    """The header of a file with so much content, which is still to come."""
+    entry = {"name": name, "format": "gnu", "size": size}
+    return b"".join(maketar.iter_entry(entry))
+
+
+def on_disk(path: Path) -> int:
+    return sum(found.lstat().st_size for found in (path / "fs").rglob("*"))
+
+
+@pytest.mark.parametrize("form", COMPRESS)
+@pytest.mark.parametrize("where", ["one file", "many files", "behind the end"])
+def test_a_bomb_of_two_gigabytes(form: str, where: str, tmp_path: Path) -> None:
+    """It is stopped at the limit, whatever packs it and wherever its zeros are."""
+    compress = COMPRESS[form]
+    zeros = compress(bytes(16 * MIB))
+    if where == "one file":
+        pieces = itertools.chain([compress(header_of(2 << 30))], itertools.repeat(zeros, 128))
+    elif where == "many files":
+        whole = compress(header_of(16 * MIB, "another") + bytes(16 * MIB))
+        pieces = itertools.repeat(whole, 128)
+    else:
+        pieces = itertools.chain([compress(archive({"name": "a"}))], itertools.repeat(zeros, 128))
+    limit = 40 * MIB if where == "many files" else 10 * MIB
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            LimitExceeded, match=rf"'(zeros|another|a)': .*max_unpacked_bytes, {limit}"
+        ):
+            unpacked(pieces, tmp_path / "tree", max_unpacked_bytes=limit)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # What comes in pieces of 16 MiB here is held twice, at most; xz looks back on 8.
+    assert peak < {"none": 68, "xz": 14}.get(form, 4) * MIB
+    assert on_disk(tmp_path / "tree") <= limit
+
+
+def test_what_is_declared_is_stopped_before_it_comes(tmp_path: Path) -> None:
+    """Of a file that is too large, nothing is read or written."""
+    asked: list[int] = []
+
+    def pieces() -> Iterable[bytes]:
+        yield header_of(2 << 30)
+        asked.append(1)
+        yield bytes(MIB)
+
+    with pytest.raises(LimitExceeded, match=r"'zeros': .*max_unpacked_bytes"):
+        unpacked(pieces(), tmp_path / "tree", max_unpacked_bytes=10 * MIB)
+    assert asked == []
+    assert os.listdir(tmp_path / "tree" / "fs") == []
+
+
+def sparse(size: int, name: str = "sparse") -> dict:
+    layout = {"format": "pax-1.0", "realsize": size, "map": [[0, 1]]}
+    return {"name": name, "text": "s", "sparse": layout}
+
+
+def test_holes_count(tmp_path: Path) -> None:
+    """As unpacked bytes, together with the tar."""
+    data = archive(sparse(MIB), sparse(MIB, "other"))
+    holes = 2 * (MIB - 1)
+    unpacked([data], tmp_path / "fits", max_unpacked_bytes=len(data) + holes)
+    with pytest.raises(LimitExceeded, match="max_unpacked_bytes"):
+        unpacked([data], tmp_path / "does not", max_unpacked_bytes=len(data) + holes - 1)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "holes", "behind the end"])
+def test_ratio(kind: str, tmp_path: Path) -> None:
+    """So much of so little is too much, but not if there is little of it."""
+    entry = {"name": "zeros", "fill": {"byte": 0, "count": 8 * MIB}}
+    data = {
+        "zeros": archive(entry),
+        "holes": archive(sparse(8 * MIB)),
+        "behind the end": archive({"name": "a"}) + bytes(8 * MIB),
+    }[kind]
+    blob = gzip.compress(data)
+    with pytest.raises(LimitExceeded, match=r"of \d+: more than the limit max_ratio, 100"):
+        unpacked([blob], tmp_path / "exceeds", max_ratio=100, max_ratio_from=MIB)
+    unpacked([blob], tmp_path / "raised", max_ratio=80_000, max_ratio_from=MIB)
+    unpacked([blob], tmp_path / "allowed", max_ratio=100, max_ratio_from=9 * MIB)
+    unpacked([blob], tmp_path / "default")
+
+
+def test_ratio_of_what_does_not_pack(tmp_path: Path) -> None:
+    """Content that takes its room in the blob is never too much of it."""
+    chance = random.Random(1)
+    data = archive({"name": "noise", "text": {"hex": chance.randbytes(2 * MIB).hex()}})
+    unpacked([gzip.compress(data)], tmp_path / "tree", max_ratio=2, max_ratio_from=0)
+
+
+def test_entries(tmp_path: Path) -> None:
+    """The one that is too many is named."""
+    data = archive({"name": "a"}, {"name": "b"})
+    assert unpacked([data], tmp_path / "fits", max_entries=2).entries == 2
+    with pytest.raises(LimitExceeded, match=r"'b': .*max_entries, 1"):
+        unpacked([data], tmp_path / "does not", max_entries=1)
+
+
+def test_paths(tmp_path: Path) -> None:
+    """As long, and as deep, as the limit; of the root nothing is asked."""
+    data = archive({"name": "./", "type": "dir"}, {"name": "a/b/c"})
+    unpacked([data], tmp_path / "fits", max_path=5, max_depth=3)
+    with pytest.raises(LimitExceeded, match="5 bytes; the limit max_path is 4"):
+        unpacked([data], tmp_path / "long", max_path=4)
+    with pytest.raises(LimitExceeded, match=r"'a/b/c': a path of 3 components; .*max_depth is 2"):
+        unpacked([data], tmp_path / "deep", max_depth=2)
+
+
+def test_depth_by_links(tmp_path: Path) -> None:
+    """It is that of where a path leads."""
+    link = {"name": "l", "type": "symlink", "linkname": "a/b/c"}
+    data = archive(link, {"name": "l/d"})
+    unpacked([data], tmp_path / "fits", max_depth=4)
+    with pytest.raises(LimitExceeded, match="max_depth"):
+        unpacked([data], tmp_path / "deep", max_depth=3)
+
+
+def test_depth_by_default(tmp_path: Path) -> None:
+    """512 directories within one another, and nothing in the last."""
+    entries = [{"name": "/".join("d" * n), "type": "dir"} for n in range(1, 514)]
+    assert unpacked([archive(*entries[:-1])], tmp_path / "fits").entries == 512
+    with pytest.raises(LimitExceeded, match="max_depth is 512"):
+        unpacked([archive(*entries)], tmp_path / "does not")
+
+
+@pytest.mark.parametrize("form", ["zstd", "xz"])
+def test_window(form: str, tmp_path: Path) -> None:
+    """What a codec wants to keep in memory, it has to say; and then it may be too much."""
+    data = archive({"name": "a"}) + bytes(MIB)
+    if form == "zstd":
+        # All its levels' windows are as large as the content, which is not known here.
+        packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 25})
+        blob = packer.compress(data) + packer.flush()
+    else:
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 32 * MIB}]
+        blob = lzma.compress(data, filters=filters)
+    unpacked([blob], tmp_path / "fits", max_window=32 * MIB)
+    with pytest.raises(LayersError, match=f"{form} data, .*max_window is {8 * MIB}"):
+        unpacked([blob], tmp_path / "does not", max_window=8 * MIB)
+
+
+@pytest.mark.parametrize("name", [field.name for field in Limits.__attrs_attrs__])
+def test_a_limit_is_not_negative(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not be negative"):
+        Limits(**{name: -1})

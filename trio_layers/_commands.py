@@ -1,0 +1,316 @@
+"""The commands: each is a function for its arguments, one that runs it, and a row of the table.
+
+The result goes to stdout, progress and complaints to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import getpass
+import io
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Final, final
+
+import attrs
+import trio
+
+from ._display import DisplayKind, open_display
+from ._errors import LayersError, text_of
+from ._nursery import open_hidden_nursery
+from ._pull import Image, Puller, open_puller, open_store
+from ._registry.auth import Credentials
+from .abc import ProgressSink
+
+__all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain", "shown"]
+
+PROGRAM: Final = "trio-layers"
+EXIT_FAILED: Final = 1
+
+_CHUNK: Final = 1 << 20
+
+
+@attrs.frozen
+class Command:
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Awaitable[int]]
+
+
+def _pull_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("references", metavar="REF", nargs="+", help="an image, such as debian:12")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each image")
+    _pulling_arguments(parser)
+
+
+def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command has that may have to pull."""
+    add = parser.add_argument
+    add("--platform", metavar="OS/ARCH[/VARIANT]", help="default: this machine's")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    add("--progress", choices=("auto", "tty", "plain", "json", "none"), default="auto")
+    add("--plain-http", action="store_true", help="allow registries without TLS")
+    add("--no-tls-verify", action="store_true", help="accept any certificate")
+    add(
+        "--creds",
+        metavar="USER[:PASSWORD]",
+        type=_credentials,
+        help="asks for the password if it is left out",
+    )
+    add("--max-concurrent-downloads", metavar="N", type=_number(0), default=3)
+    add("--max-download-attempts", metavar="N", type=_number(1), default=5)
+
+
+async def _pull(arguments: argparse.Namespace) -> int:
+    """Pull all images at once: layers they share are downloaded once. One that fails does not
+    stop the others."""
+    references: list[str] = arguments.references
+    pulled: dict[int, Image] = {}
+    failures: list[tuple[str, Exception]] = []
+
+    async with (
+        _open_puller(arguments) as puller,
+        _open_display(arguments) as progress,
+        open_hidden_nursery() as nursery,
+    ):
+
+        async def pull(index: int, reference: str) -> None:
+            try:
+                async with puller.pull(
+                    reference, platform=arguments.platform, progress=progress
+                ) as image:
+                    pulled[index] = image
+            except (LayersError, OSError) as error:
+                failures.append((reference, error))
+
+        for index, reference in enumerate(references):
+            nursery.start_soon(pull, index, reference)
+
+    for _, image in sorted(pulled.items()):
+        if arguments.json:
+            print(_as_json(image))
+        else:
+            print(image.reference, image.platform, image.digest)
+    for reference, error in failures:
+        complain(error, reference)
+    return EXIT_FAILED if failures else 0
+
+
+def _open_puller(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Puller]:
+    return open_puller(
+        arguments.store,
+        credentials=arguments.creds,
+        plain_http=arguments.plain_http,
+        tls_verify=not arguments.no_tls_verify,
+        max_concurrent_downloads=arguments.max_concurrent_downloads,
+        max_download_attempts=arguments.max_download_attempts,
+    )
+
+
+def _open_display(arguments: argparse.Namespace) -> AbstractAsyncContextManager[ProgressSink]:
+    kind: DisplayKind = arguments.progress
+    if arguments.quiet:
+        kind = "none"
+    elif arguments.verbose and kind == "auto":
+        kind = "plain"  # bars and a log do not share a terminal
+    return open_display(kind)
+
+
+@asynccontextmanager
+async def _open_image(arguments: argparse.Namespace) -> AsyncIterator[Image]:
+    """The image a command is about, pulled if the store does not have it."""
+    async with AsyncExitStack() as stack:
+        puller = await stack.enter_async_context(_open_puller(arguments))
+        async with _open_display(arguments) as progress:
+            pull = puller.pull(
+                arguments.reference,
+                platform=arguments.platform,
+                policy="missing",
+                progress=progress,
+            )
+            image = await stack.enter_async_context(pull)
+        yield image
+
+
+def _image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reference", metavar="REF", help="an image, pulled if it is not there yet")
+    _pulling_arguments(parser)
+
+
+def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
+    _image_arguments(parser)
+    parser.add_argument(
+        "destination", metavar="DEST", help="a directory, empty or new; -: a tar to stdout"
+    )
+
+
+async def _rootfs(arguments: argparse.Namespace) -> int:
+    stdout = _Stdout() if arguments.destination == "-" else None
+    if stdout is not None and sys.stdout.isatty():
+        raise LayersError("a terminal is no place for a tar: redirect stdout")
+    async with _open_image(arguments) as image:
+        if stdout is not None:
+            await image.rootfs.export_tar(stdout)
+            return 0
+        report = await image.rootfs.export(arguments.destination)
+    if not report.complete:
+        missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
+        text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)
+        warn(f"not set, for lack of privilege: {text.replace('_', '-')}")
+    return 0
+
+
+def _cat_arguments(parser: argparse.ArgumentParser) -> None:
+    _image_arguments(parser)
+    parser.add_argument("path", metavar="PATH", help="a file in it; links are followed inside")
+
+
+async def _cat(arguments: argparse.Namespace) -> int:
+    stdout = _Stdout()
+    async with _open_image(arguments) as image, image.rootfs.open(arguments.path) as file:
+        while data := await file.read(_CHUNK):
+            await stdout.send_all(data)
+    return 0
+
+
+def _mount_arguments(parser: argparse.ArgumentParser) -> None:
+    _image_arguments(parser)
+    parser.add_argument("target", metavar="TARGET", nargs="?", help="default: a new directory")
+    parser.add_argument(
+        "--writable", action="store_true", help="what is written is thrown away in the end"
+    )
+
+
+async def _mount(arguments: argparse.Namespace) -> int:
+    """Until a signal, which here is no interruption: there is no other end."""
+    async with (
+        _open_image(arguments) as image,
+        image.rootfs.mount(arguments.target, writable=arguments.writable) as path,
+    ):
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            print(path, flush=True)
+            async for _ in signals:
+                break
+    return 0
+
+
+@final
+class _Stdout(trio.abc.SendStream):
+    """Bytes to stdout, which may be anything: not every file can be waited for."""
+
+    def __init__(self) -> None:
+        if sys.stdout is None:  # its number may be some other file's by now
+            raise OSError(errno.EBADF, "it is closed", "stdout")
+        self._file = io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        # Whoever reads it may never go on: then the thread is left behind.
+        await trio.to_thread.run_sync(self._write, data, abandon_on_cancel=True)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            written = self._file.write(rest)
+            if written is None:
+                raise BlockingIOError(errno.EAGAIN, "it does not wait", "stdout")
+            rest = rest[written:]
+
+
+def _as_json(image: Image) -> str:
+    layers = [
+        {
+            "digest": layer.descriptor.digest,
+            "size": layer.descriptor.size,
+            "diffId": layer.diff_id,
+            "chainId": layer.chain_id,
+        }
+        for layer in image.layers
+    ]
+    return json.dumps(
+        {
+            "reference": image.reference,
+            "digest": image.digest,
+            "platform": str(image.platform),
+            "layers": layers,
+        }
+    )
+
+
+def _images_arguments(parser: argparse.ArgumentParser) -> None:
+    """Nothing but what every command has."""
+
+
+async def _images(arguments: argparse.Namespace) -> int:
+    async with open_store(arguments.store) as store:
+        images = await store.images()
+    for image in images:
+        print(image.reference, image.platform or "-", image.manifest.digest)
+    return 0
+
+
+def _credentials(text: str) -> Credentials:
+    username, colon, password = text.partition(":")
+    if not colon:
+        try:
+            password = getpass.getpass(f"Password of {username}: ")
+        except (EOFError, AttributeError):  # AttributeError: stdin is closed from the start
+            raise argparse.ArgumentTypeError("no password was given") from None
+    return Credentials(username, password)
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} up")
+        return number
+
+    return parse
+
+
+# What is said.
+
+
+def complain(error: BaseException, about: str | None = None) -> None:
+    """One line on stderr, whatever the error's text holds: parts of it come from registries."""
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    else:
+        text = text_of(error)
+    warn(text, about)
+
+
+def warn(text: str, about: str | None = None) -> None:
+    line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
+    if sys.stderr is not None:  # print() would take stdout instead
+        print(shown(line), file=sys.stderr)
+
+
+def shown(text: str) -> str:
+    """Without what could rewrite a terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+COMMANDS: Final = (
+    Command("pull", "get images into the store", _pull_arguments, _pull),
+    Command("rootfs", "write an image's root file system out", _rootfs_arguments, _rootfs),
+    Command("cat", "print a file of an image", _cat_arguments, _cat),
+    Command(
+        "mount", "mount an image's root file system until interrupted", _mount_arguments, _mount
+    ),
+    Command("images", "list the images in the store", _images_arguments, _images),
+)

@@ -1,0 +1,325 @@
+"""Stacks of trees as one, by overlayfs' rules: what is at a path, and from which tree.
+
+All of it is told by the trees' lists of entries; only contents are read from their ``fs``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, final
+
+import attrs
+
+from .._entries import Entry, lines_about, parse_entries
+from .._errors import StoreError
+
+__all__ = ["MergedTree", "path_error"]
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+# As many as Linux follows for one path (path_resolution(7)).
+_MAX_LINKS: Final = 40
+
+# How many entries between two looks whether to go on: a few milliseconds.
+_STRIDE: Final = 1024
+
+# How long one who waits for another's reading looks away, in seconds.
+_POLL: Final = 0.05
+
+
+class _Node:
+    """One path of the merged view: what is there, from which tree, what is in it."""
+
+    __slots__ = ("children", "entry", "tree")
+
+    def __init__(self, entry: Entry, tree: int) -> None:
+        self.entry = entry
+        self.tree = tree
+        self.children: dict[bytes, _Node] = {} if entry.type == "dir" else _NO_CHILDREN
+
+
+# One for all that are no directories. Nothing is ever put into it.
+_NO_CHILDREN: Final[dict[bytes, _Node]] = {}
+
+
+def _never() -> None:
+    pass
+
+
+@final
+class MergedTree:
+    """The merged view of unpacked layers.
+
+    It blocks, so it is for worker threads, several at once if need be. The lists of entries are
+    read when something is first asked for. If that is given up, the next who asks starts anew.
+
+    Args:
+        trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last.
+        check_cancelled: Called now and then while lists are read; what it raises goes through.
+
+    Raises:
+        StoreError: (all methods) if a list of entries is damaged or cannot be read.
+    """
+
+    def __init__(
+        self, trees: Sequence[Path], *, check_cancelled: Callable[[], None] = _never
+    ) -> None:
+        self._trees = tuple(trees)
+        self._roots = [os.fspath(tree / "fs") for tree in trees]
+        self._check = check_cancelled
+        self._lock = threading.Lock()
+        self._stack: _Stack | None = None
+
+    @property
+    def trees(self) -> tuple[Path, ...]:
+        """The trees, the top one last."""
+        return self._trees
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the lists are in memory, so that `lookup` does not touch the disk."""
+        return self._stack is not None
+
+    def load(self) -> None:
+        """Read the lists of entries, unless that was done."""
+        self._loaded()
+
+    def lookup(self, path: bytes) -> Entry | None:
+        """What is there; ``None`` for nothing. Links on the way are not followed."""
+        node = self._loaded().find(path)
+        return None if node is None else node.entry
+
+    def resolve(self, path: bytes, *, follow: bool) -> Entry:
+        """What a process inside finds at ``path``; ``follow``: also if the last part is a link.
+
+        Raises:
+            OSError: as `RootfsView.stat`.
+        """
+        root = self._loaded().root
+        if root is None:
+            raise path_error(errno.ENOENT, path)
+        # All from the root to here: a step takes no longer where it is deep.
+        trail = [root]
+        todo = path.split(b"/")[::-1]
+        links = 0
+        while todo:
+            part = todo.pop()
+            if trail[-1].entry.type != "dir":
+                raise path_error(errno.ENOTDIR, path)
+            if part in (b"", b"."):
+                continue
+            if part == b"..":
+                del trail[max(1, len(trail) - 1) :]
+                continue
+            node = trail[-1].children.get(part)
+            if node is None:
+                raise path_error(errno.ENOENT, path)
+            target = node.entry.linkname
+            if target is None or not (todo or follow):
+                trail.append(node)
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise path_error(errno.ELOOP, path)
+            todo.extend(reversed(target.split(b"/")))
+            if target.startswith(b"/"):
+                del trail[1:]
+        return trail[-1].entry
+
+    def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
+        """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
+
+        Unless the lists are in memory, only what tells of these paths is parsed: of most layers
+        little is asked when another is put on them.
+        """
+        paths = tuple(paths)
+        stack = self._stack
+        if stack is None:
+            wanted = {b""}
+            for path in paths:
+                while path not in wanted:
+                    wanted.add(path)
+                    path = path.rpartition(b"/")[0]
+            stack = _Stack(self._trees, self._check, only=frozenset(wanted))
+        found = {path: stack.find(path) for path in paths}
+        return {path: None if node is None else node.entry for path, node in found.items()}
+
+    def links(self, path: bytes) -> tuple[bytes, ...]:
+        """All names, sorted, of the file that is there."""
+        stack = self._loaded()
+        node = stack.find(path)
+        if node is None:
+            raise path_error(errno.ENOENT, path)
+        return stack.names.get((node.tree, node.entry.links or b""), (path,))
+
+    def open(self, path: bytes) -> int:
+        """A descriptor to read the file that is there; its taker closes it.
+
+        Raises:
+            OSError: if there is no regular file, or it cannot be opened, with the path in it.
+        """
+        node = self._loaded().find(path)
+        if node is None:
+            raise path_error(errno.ENOENT, path)
+        if node.entry.type != "file":
+            raise path_error(errno.EISDIR if node.entry.type == "dir" else errno.EINVAL, path)
+        *parents, name = path.split(b"/")
+        try:
+            here = os.open(self._roots[node.tree], _DIRECTORY)
+            for part in parents:
+                try:
+                    inner = os.open(part, _DIRECTORY, dir_fd=here)
+                finally:
+                    os.close(here)
+                here = inner
+            try:
+                return os.open(name, _FILE, dir_fd=here)
+            finally:
+                os.close(here)
+        except OSError as error:
+            raise path_error(error.errno or errno.EIO, path) from error
+
+    def walk(self) -> list[Entry]:
+        """All there is, sorted by path (bytes); the root is first."""
+        found = [node.entry for node in self._loaded().nodes()]
+        found.sort(key=lambda entry: entry.path)
+        return found
+
+    def _loaded(self) -> _Stack:
+        if self._stack is None:
+            # Whoever waits can be cancelled, too.
+            while not self._lock.acquire(timeout=_POLL):
+                self._check()
+            try:
+                if self._stack is None:
+                    self._stack = _Stack(self._trees, self._check)
+            finally:
+                self._lock.release()
+        return self._stack
+
+
+@final
+class _Stack:
+    """The lists of a stack of trees, read and merged.
+
+    Attributes:
+        root: The root; ``None`` where there is no tree.
+        names: All names of each file that has several, by its tree and the first of them.
+    """
+
+    def __init__(
+        self,
+        trees: Sequence[Path],
+        check: Callable[[], None],
+        *,
+        only: frozenset[bytes] | None = None,
+    ) -> None:
+        self.root: _Node | None = None
+        self.names: dict[tuple[int, bytes], tuple[bytes, ...]] = {}
+        for number, tree in enumerate(trees):
+            for count, entry in enumerate(_listed(tree, only, check)):
+                if not count % _STRIDE:
+                    check()
+                self._put(entry, number, tree)
+        self._number_links(check)
+
+    def find(self, path: bytes) -> _Node | None:
+        node = self.root
+        if path:
+            for name in path.split(b"/"):
+                if node is None:
+                    return None
+                node = node.children.get(name)
+        return node
+
+    def nodes(self) -> Iterator[_Node]:
+        """All of them, in no order."""
+        todo = [] if self.root is None else [self.root]
+        while todo:
+            node = todo.pop()
+            todo.extend(node.children.values())
+            yield node
+
+    def _put(self, entry: Entry, number: int, tree: Path) -> None:
+        """Lay an entry over what is there; a list has parents before what is in them."""
+        parent: _Node | None = None
+        name = b""
+        known = self.root
+        if entry.path:
+            above, _, name = entry.path.rpartition(b"/")
+            parent = self.find(above)
+            if parent is None or parent.entry.type != "dir":
+                raise StoreError(
+                    f"{tree}: its list of entries is damaged (one is in a directory "
+                    "that is not listed); remove the layer and pull it again"
+                )
+            known = parent.children.get(name)
+        children = None
+        if entry.type == "dir" and known is not None and known.entry.type == "dir":
+            if not entry.opaque:
+                children = known.children
+            if entry.implied:
+                entry = attrs.evolve(entry, mtime_ns=known.entry.mtime_ns)
+        if entry.opaque or entry.implied:
+            entry = attrs.evolve(entry, opaque=False, implied=False)
+        if entry.type == "whiteout":
+            if parent is not None:
+                parent.children.pop(name, None)
+            return
+        node = _Node(entry, number)
+        if children is not None:
+            node.children = children
+        if parent is None:
+            self.root = node
+        else:
+            parent.children[name] = node
+
+    def _number_links(self, check: Callable[[], None]) -> None:
+        """Of a file's names, those count that are still to be seen."""
+        groups: dict[tuple[int, bytes], list[_Node]] = {}
+        for count, node in enumerate(self.nodes()):
+            if not count % _STRIDE:
+                check()
+            if node.entry.links is not None:
+                groups.setdefault((node.tree, node.entry.links), []).append(node)
+        for (tree, _), nodes in groups.items():
+            names = tuple(sorted(node.entry.path for node in nodes))
+            first = names[0] if len(names) > 1 else None
+            for node in nodes:
+                if node.entry.links != first:
+                    node.entry = attrs.evolve(node.entry, links=first)
+            if first is not None:
+                self.names[tree, first] = names
+
+
+def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:
+    """A tree's entries; with ``only``, at least those of the paths in it."""
+    try:
+        with open(tree / "entries", "rb") as file:
+            chosen = None if only is None else lines_about(only, _polled(file, check))
+            if chosen is None:
+                file.seek(0)
+                return parse_entries(_polled(file, check))[0]
+            return parse_entries(chosen)[0]
+    except OSError as error:
+        raise StoreError(
+            f"{tree}: its list of entries cannot be read ({error.strerror}); "
+            "remove the layer and pull it again"
+        ) from error
+
+
+def _polled(lines: Iterable[bytes], check: Callable[[], None]) -> Iterator[bytes]:
+    for number, line in enumerate(lines):
+        if not number % _STRIDE:
+            check()
+        yield line
+
+
+def path_error(number: int, path: bytes) -> OSError:
+    """The `OSError` that the operating system raises with this number, about a path."""
+    return OSError(number, os.strerror(number), path.decode("utf-8", "surrogateescape"))

@@ -1,0 +1,358 @@
+"""Stacks of trees, mounted: overlayfs shows them merged, with the kernel's own rules.
+
+Two ways lead there. Linux 6.8 and later take one lower directory at a time (``lowerdir+``, with
+the system calls of mount(2)'s successor), up to 500. Before, all options together have to fit
+into one page. Either way the kernel is given names in ``/proc/self/fd``: they are short, and
+hold none of the characters that mean something in an option.
+
+What it takes of overlayfs is in the kernel's ``Documentation/filesystems/overlayfs.rst``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+from .._errors import MountError
+from .files import disk_errors
+
+__all__ = ["OpenScratch", "detach_stale", "open_mount"]
+
+OpenScratch = Callable[[str], AbstractAsyncContextManager[Path]]
+"""Gives, for a block, a name for what is of the kind; see `Scratch.name`."""
+
+# OVL_MAX_STACK of fs/overlayfs: as many lower directories as there may be.
+_MAX_LAYERS: Final = 500
+
+# In a scratch directory, where the mount is unless a target was given.
+_ROOT: Final = "root"
+
+_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+# Numbers of system calls since Linux 5.2, the same on all machines that Python knows but Alpha:
+# the C library has functions for them only since glibc 2.36.
+_MOVE_MOUNT: Final = 429
+_FSOPEN: Final = 430
+_FSCONFIG: Final = 431
+_FSMOUNT: Final = 432
+_AT_FDCWD: Final = -100
+
+# linux/mount.h
+_FSOPEN_CLOEXEC: Final = 1
+_FSMOUNT_CLOEXEC: Final = 1
+_FSCONFIG_SET_FLAG: Final = 0
+_FSCONFIG_SET_STRING: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
+_MOVE_MOUNT_BOTH_EMPTY_PATH: Final = 0x04 | 0x40
+_MOUNT_ATTR_RDONLY: Final = 0x1
+_MOUNT_ATTR_NODEV: Final = 0x4
+# sys/mount.h
+_MS_RDONLY: Final = 0x1
+_MS_NODEV: Final = 0x4
+_MNT_DETACH: Final = 0x2
+_UMOUNT_NOFOLLOW: Final = 0x8
+
+
+@asynccontextmanager
+async def open_mount(
+    trees: Sequence[Path],
+    target: str | os.PathLike[str] | None,
+    *,
+    scratch: OpenScratch,
+    writable: bool,
+) -> AsyncIterator[Path]:
+    """Mount a stack of trees for the block; see `RootfsView.mount`.
+
+    Args:
+        trees: The layers' tree directories (with ``fs``), the top one last.
+        target: Where to; ``None``: a directory of our own.
+        scratch: Gives a name for a directory on the file system of the trees.
+        writable: Whether what is mounted can be written.
+    """
+    async with scratch("mount") as place:
+        # No link is followed: this asks for the working directory and nothing else.
+        path = place / _ROOT if target is None else Path(os.path.abspath(target))  # noqa: ASYNC240
+        mount = await trio.to_thread.run_sync(
+            partial(_mount, trees, path, place=place, writable=writable)
+        )
+        try:
+            yield path
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_unmount, mount)
+
+
+def detach_stale(place: Path) -> None:
+    """Take away the mount that a dead process left in its scratch directory, if it left one.
+
+    Whoever still has files of it open keeps them, and nobody finds others in there any more.
+    """
+    try:
+        _unmount_all(place / _ROOT, _UMOUNT_NOFOLLOW)
+    except OSError as error:
+        # There is nothing. Or we may not: if one is there, removing the directory says so.
+        if error.errno not in (errno.ENOENT, errno.EPERM):
+            raise
+
+
+@attrs.frozen
+class _Overlay:
+    """What is to be mounted.
+
+    Attributes:
+        lower: The lower directories, the top one first.
+        upper: What is written goes there; ``None``: nothing can be written.
+        work: A directory for overlayfs itself, on the same file system.
+        xattrs: Where overlayfs' own attributes are: ``trusted`` or ``user``.
+    """
+
+    lower: Sequence[Path]
+    upper: Path | None
+    work: Path | None
+    xattrs: str
+
+    def settings(self) -> list[tuple[str, str | None]]:
+        # Layers are strangers' work: no attribute of theirs leads to a file of another name or
+        # layer, whatever the kernel's defaults. (The unpacker drops such attributes besides.)
+        found: list[tuple[str, str | None]] = [
+            ("redirect_dir", "nofollow"),
+            ("metacopy", "off"),
+            ("index", "off"),
+        ]
+        if self.xattrs == "user":
+            found.append(("userxattr", None))
+        if self.upper is not None:
+            # It is thrown away: unmounting must not wait until all is on the disk.
+            found.append(("volatile", None))
+        return found
+
+
+def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) -> int:
+    """Mount on the directory ``path``, and return a descriptor of the root that is to be seen."""
+    with disk_errors(place):
+        place.mkdir(0o700)
+        if path.parent == place:
+            path.mkdir()
+        overlay = _prepare(trees, place, writable=writable)
+    with ExitStack() as stack:
+        try:
+            target = _opened(stack, path)
+            if os.listdir(_name(target)):
+                # What is in it would be out of sight; and it may be somebody's mount.
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        except OSError as error:
+            raise MountError(
+                f"{path} cannot be mounted on: {error.strerror}. Give an empty directory, or none"
+            ) from error
+        try:
+            try:
+                return _mount_by_layer(overlay, target)
+            except OSError as error:
+                # Not known to this kernel, or to a filter that lets mount(2) pass.
+                if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                    raise
+                return _mount_by_page(overlay, target, path)
+        except OSError as error:
+            raise _mount_error(error, len(overlay.lower)) from error
+
+
+def _unmount(mount: int) -> None:
+    """Take the mount away, and all that was mounted in it since; close its descriptor.
+
+    By the descriptor: it is this one that goes, whatever was renamed. It goes at once, though
+    files of it be open: they can be used until they are closed.
+    """
+    try:
+        _unmount_all(Path(_name(mount)))
+    finally:
+        os.close(mount)
+
+
+def _prepare(trees: Sequence[Path], place: Path, *, writable: bool) -> _Overlay:
+    """Choose the lower directories, and make the others in ``place``."""
+    xattrs = _overlay_xattrs(place)
+    lower: dict[Path, None] = {}
+    for tree in reversed(trees):
+        # A tree may be there twice, and the kernel takes it once. The upper one shows it all.
+        lower[tree / "fs"] = None
+        # overlayfs does not ask whether a root is opaque.
+        if _is_opaque(tree / "fs", xattrs):
+            break
+    # Without an upper directory it takes two.
+    while len(lower) < (1 if writable else 2):
+        empty = place / f"empty{len(lower)}"
+        empty.mkdir(0o755)
+        lower[empty] = None
+    if len(lower) > _MAX_LAYERS:
+        raise MountError(
+            f"these are {len(lower)} layers, and Linux mounts {_MAX_LAYERS} at most: "
+            "use export() instead"
+        )
+    if not writable:
+        return _Overlay(tuple(lower), None, None, xattrs)
+    upper, work = place / "upper", place / "work"
+    work.mkdir()
+    upper.mkdir()
+    # The root's metadata is that of the upper directory.
+    root = next(iter(lower))
+    status = root.stat()
+    os.chown(upper, status.st_uid, status.st_gid)
+    shutil.copystat(root, upper)
+    return _Overlay(tuple(lower), upper, work, xattrs)
+
+
+def _overlay_xattrs(place: Path) -> str:
+    """Where this user keeps overlayfs' attributes, the same as when the trees were made."""
+    for namespace in ("trusted", "user"):
+        try:
+            os.setxattr(place, f"{namespace}.overlay.opaque", b"y")
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+                raise
+        else:
+            return namespace
+    raise MountError(
+        f"the file system of {place.parent} keeps no extended attributes, so the layers lack what "
+        "says that a directory hides those below: use export() instead, or another store"
+    )
+
+
+def _is_opaque(root: Path, xattrs: str) -> bool:
+    try:
+        return os.getxattr(root, f"{xattrs}.overlay.opaque") == b"y"
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        return False
+
+
+def _mount_by_layer(overlay: _Overlay, target: int) -> int:
+    """Mount, the new way (Linux 6.8); a descriptor of the mount's root."""
+    with ExitStack() as stack:
+        context = _syscall(_FSOPEN, b"overlay", _FSOPEN_CLOEXEC)
+        stack.callback(os.close, context)
+
+        def set_string(key: str, value: str) -> None:
+            _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0)
+
+        def set_directory(key: str, path: Path) -> None:
+            # The kernel looks it up at once, so that one descriptor at a time does.
+            with ExitStack() as while_set:
+                set_string(key, _name(_opened(while_set, path)))
+
+        set_string("source", "overlay")
+        for path in overlay.lower:
+            set_directory("lowerdir+", path)
+        if overlay.upper is not None and overlay.work is not None:
+            set_directory("upperdir", overlay.upper)
+            set_directory("workdir", overlay.work)
+        for key, value in overlay.settings():
+            if value is None:
+                _syscall(_FSCONFIG, context, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
+            else:
+                set_string(key, value)
+        _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        flags = _MOUNT_ATTR_NODEV | (_MOUNT_ATTR_RDONLY if overlay.upper is None else 0)
+        mount = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, flags)
+    try:
+        _syscall(_MOVE_MOUNT, mount, b"", target, b"", _MOVE_MOUNT_BOTH_EMPTY_PATH)
+    except BaseException:
+        os.close(mount)
+        raise
+    return mount
+
+
+def _mount_by_page(overlay: _Overlay, target: int, path: Path) -> int:
+    """Mount on ``target``, which is ``path``, the old way: mount(2) takes no more than a page of
+    options. A descriptor of the mount's root."""
+    with ExitStack() as stack:
+        names = [_name(_opened(stack, path)) for path in overlay.lower]
+        options = [f"lowerdir={':'.join(names)}"]
+        if overlay.upper is not None and overlay.work is not None:
+            options.append(f"upperdir={_name(_opened(stack, overlay.upper))}")
+            options.append(f"workdir={_name(_opened(stack, overlay.work))}")
+        options += [k if v is None else f"{k}={v}" for k, v in overlay.settings()]
+        data = ",".join(options).encode()
+        page = os.sysconf("SC_PAGESIZE")
+        if len(data) >= page:
+            raise MountError(
+                f"this kernel takes {page} bytes of options for a mount, and the names of "
+                f"{len(names)} layers do not fit: use Linux 6.8 or later, or export() instead"
+            )
+        flags = _MS_NODEV | (_MS_RDONLY if overlay.upper is None else 0)
+        _check(_libc().mount(b"overlay", _name(target).encode(), b"overlay", _long(flags), data))
+    try:
+        return os.open(path, _PATH)
+    except OSError:
+        _unmount_all(path)
+        raise
+
+
+def _mount_error(error: OSError, layers: int) -> MountError:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return MountError(
+            "mounting takes root, of the machine or of a user and mount namespace: run in "
+            "'unshare --user --map-root-user --mount', with a store of its own, "
+            "or use export() instead"
+        )
+    if error.errno == errno.ENODEV:
+        return MountError("this kernel has no overlayfs: load it, or use export() instead")
+    return MountError(
+        f"the kernel does not mount these {layers} layers ({error.strerror}); dmesg may tell why. "
+        "Keep the store on a local file system that is no overlay, or use export() instead"
+    )
+
+
+def _opened(stack: ExitStack, path: Path) -> int:
+    """A descriptor that stands for a directory, while ``stack`` is."""
+    descriptor = os.open(path, _PATH)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _name(descriptor: int) -> str:
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _unmount_all(path: Path, flags: int = 0) -> None:
+    """Take away what is mounted there, what was mounted over it first; nothing may be."""
+    try:
+        while True:
+            _check(_libc().umount2(os.fsencode(path), flags | _MNT_DETACH))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # nothing is (any more)
+            raise
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _long(value: int) -> ctypes.c_long:
+    return ctypes.c_long(value)
+
+
+def _syscall(number: int, *args: int | bytes | None) -> int:
+    # Variadic: each argument has to have the width of a register.
+    whole = (_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args)
+    result: int = _libc().syscall(_long(number), *whole)
+    _check(result)
+    return result
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

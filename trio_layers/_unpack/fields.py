@@ -1,0 +1,163 @@
+"""What the headers of a tar archive are made of: numbers, times, records of PAX.
+
+What is accepted is what Go's ``archive/tar`` accepts (``strconv.go``), in what is sound.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Final
+
+from .._errors import UnpackError
+
+__all__ = [
+    "BLOCK",
+    "MAX",
+    "XATTR",
+    "checksum_is_right",
+    "damaged",
+    "decimal",
+    "number",
+    "pax_time",
+    "records",
+    "shown",
+    "until_nul",
+]
+
+BLOCK: Final = 512
+"""The unit of all that is in an archive, in bytes."""
+
+MAX: Final = 2**63 - 1
+"""The largest size, offset or time."""
+
+XATTR: Final = b"SCHILY.xattr."
+"""What the key of a record begins with that holds an extended attribute (from star)."""
+
+_TIME: Final = re.compile(rb"(-?)([0-9]{1,19})(?:\.([0-9]*))?\Z")
+_TEXTS: Final = frozenset({b"path", b"linkpath", b"uname", b"gname", b"GNU.sparse.name"})
+_MAP: Final = b"GNU.sparse.map"
+_PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
+
+
+def shown(name: bytes) -> str:
+    """A path for people, as one line of no great length."""
+    text = repr(name.decode("utf-8", "backslashreplace"))
+    return text if len(text) <= 256 else f"{text[:120]}…{text[-120:]}"
+
+
+def damaged(name: bytes, text: str) -> UnpackError:
+    """The error for an entry that does not keep the format's rules; ``text`` says which."""
+    return UnpackError(f"{shown(name)}: damaged tar archive: {text}")
+
+
+def until_nul(field: bytes) -> bytes:
+    """A field of text."""
+    end = field.find(b"\0")
+    return field if end < 0 else field[:end]
+
+
+def number(field: bytes, name: bytes, what: str) -> int:
+    """A numeric field: octal, or base-256 as GNU tar has it for what does not fit."""
+    text = field.rstrip(b"\0 ")
+    if text.isdigit():
+        try:
+            return int(text, 8)
+        except ValueError:
+            pass
+    elif field[0] & 0x80:
+        return _base_256(field, name, what)
+    else:
+        text = until_nul(text.lstrip(b"\0 ")).rstrip(b" ")
+        if not text:
+            return 0
+        if text.isdigit() and not text.strip(b"01234567"):
+            return int(text, 8)
+    raise damaged(name, f"its {what} is not a number: {field!r}")
+
+
+def _base_256(field: bytes, name: bytes, what: str) -> int:
+    value = int.from_bytes(field, "big")
+    bits = 8 * len(field)
+    # The top bit marks the encoding, the one below it is the sign (two's complement).
+    value -= 1 << (bits - 1)
+    if field[0] & 0x40:
+        value -= 1 << (bits - 1)
+    if not -MAX <= value <= MAX:
+        raise damaged(name, f"its {what} is out of range")
+    return value
+
+
+def checksum_is_right(header: bytes) -> bool:
+    """Whether a header is one: its bytes, those of the checksum taken as blanks, add up to it."""
+    field = header[148:156]
+    text = field.strip(b"\0 ")
+    if not text or text.strip(b"01234567"):
+        return False
+    wanted = int(text, 8) - 8 * ord(" ")
+    # The lower half of an Adler-32 is one more than the sum, exactly so for 256 bytes.
+    first, second = zlib.adler32(header[:256]), zlib.adler32(header[256:])
+    if (first & 0xFFFF) + (second & 0xFFFF) - 2 - sum(field) == wanted:
+        return True
+    # Some old writers took the bytes as signed.
+    blank = memoryview(header[:148] + header[156:]).cast("b")
+    return sum(blank) == wanted
+
+
+def decimal(value: bytes, name: bytes, what: str) -> int:
+    """A number in a record."""
+    digits = value[1:] if value[:1] == b"-" else value
+    if digits.isdigit() and len(digits) <= 19:
+        result = int(value)
+        if -MAX <= result <= MAX:
+            return result
+    raise damaged(name, f"its {what} is not a number, or out of range: {value[:64]!r}")
+
+
+def pax_time(value: bytes, name: bytes) -> int:
+    """A time in a record, in nanoseconds; what is finer is cut off."""
+    match = _TIME.match(value)
+    if match is None:
+        raise damaged(name, f"its mtime is not a time: {value[:64]!r}")
+    sign, seconds, fraction = match.groups()
+    nanoseconds = int(seconds) * 10**9
+    if fraction:
+        nanoseconds += int(fraction[:9].ljust(9, b"0"))
+    return -nanoseconds if sign else nanoseconds
+
+
+def records(body: bytes, name: bytes) -> dict[bytes, bytes]:
+    """The records of an extended header: ``length key=value`` and a newline, repeated.
+
+    Of several with one key the last counts. One without a value takes back those before it, as
+    POSIX has it; but an extended attribute may be empty. The pairs of GNU's sparse format 0.0
+    become a map as in 0.1.
+    """
+    found: dict[bytes, bytes] = {}
+    pairs: list[bytes] = []
+    position, length = 0, len(body)
+    while position < length:
+        space = body.find(b" ", position, position + 20)
+        digits = body[position:space] if space > 0 else b""
+        end = position + int(digits) if digits.isdigit() else 0
+        # The shortest record is `5 k=\n` with its length counted in.
+        if end < space + 3 or end > length or body[end - 1] != 0x0A:
+            raise damaged(name, "a record of its extended header has a wrong length")
+        key, equals, value = body[space + 1 : end - 1].partition(b"=")
+        if not key or not equals:
+            raise damaged(name, "a record of its extended header has no key")
+        if b"\0" in key or (key in _TEXTS and b"\0" in value):
+            raise damaged(name, f"a NUL in the record {key[:64]!r} of its extended header")
+        if key in _PAIR:
+            if key != _PAIR[len(pairs) % 2] or b"," in value:
+                raise damaged(name, "its sparse map is not one of pairs")
+            pairs.append(value)
+        found[key] = value
+        position = end
+    if pairs:
+        if _MAP in found:
+            raise damaged(name, "it has two sparse maps")
+        found[_MAP] = b",".join(pairs)
+    if b"" in found.values():
+        return {k: v for k, v in found.items() if v or k.startswith(XATTR)}
+    return found

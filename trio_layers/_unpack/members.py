@@ -1,0 +1,56 @@
+"""What a member of an archive says, in the words of a tree: parts of paths, entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from .._acl import ACCESS_ACL, fit_acl
+from .._entries import Entry, EntryType
+from .._errors import UnpackError
+from .fields import shown
+from .tar import Member
+
+__all__ = ["entry_of", "parts_of", "xattrs_of"]
+
+# overlayfs reads these from its layers; a layer must not speak to it.
+_PRIVATE: Final = ("trusted.overlay.", "user.overlay.")
+
+
+def parts_of(name: bytes) -> list[bytes]:
+    """The components of an entry's name, taken as relative to the root."""
+    parts: list[bytes] = []
+    for part in name.split(b"/"):
+        if part == b"..":
+            if not parts:
+                raise UnpackError(f"the path {shown(name)} leads out of the root")
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    if b"\0" in name:
+        raise UnpackError(f"the path {shown(name)} holds a NUL")
+    return parts
+
+
+def xattrs_of(member: Member) -> Mapping[str, bytes]:
+    """The attributes that are set and listed."""
+    if not member.xattrs:
+        return member.xattrs
+    xattrs = {k: v for k, v in member.xattrs.items() if not k.startswith(_PRIVATE)}
+    if ACCESS_ACL in xattrs:
+        fit_acl(xattrs, member.mode)
+    return xattrs
+
+
+def entry_of(member: Member, path: bytes, kind: EntryType) -> Entry:
+    return Entry(
+        path=path,
+        type=kind,
+        mode=0o777 if kind == "symlink" else member.mode,
+        uid=member.uid,
+        gid=member.gid,
+        mtime_ns=member.mtime_ns,
+        linkname=member.linkname if kind == "symlink" else None,
+        dev=member.dev if kind in ("char", "block") else None,
+        xattrs=xattrs_of(member),
+    )

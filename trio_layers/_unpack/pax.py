@@ -1,0 +1,118 @@
+"""Writing the headers of a tar: the opposite of `tar`, which reads them.
+
+Python's ``tarfile`` would do, but for what is not UTF-8: it marks that ``hdrcharset=BINARY``,
+which nobody else does, while Go and GNU tar write the bytes as they are; and it knows times no
+better than a float does.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .fields import BLOCK
+from .tar import Member, MemberType
+
+__all__ = ["END_OF_ARCHIVE", "header", "padding"]
+
+END_OF_ARCHIVE: Final = bytes(2 * BLOCK)
+
+_FLAGS: Final[dict[MemberType, bytes]] = {
+    "file": b"0",
+    "hardlink": b"1",
+    "symlink": b"2",
+    "char": b"3",
+    "block": b"4",
+    "dir": b"5",
+    "fifo": b"6",
+}
+
+# The largest numbers that ustar's fields hold: eight and twelve octal digits, a NUL among them.
+_SHORT: Final = 0o7777777
+_LONG: Final = 0o77777777777
+
+
+def header(member: Member) -> bytes:
+    """A ustar header, with a PAX header before it for what ustar cannot hold (POSIX.1-2001,
+    ``pax`` interchange format)."""
+    records = {b"SCHILY.xattr." + _raw(key): member.xattrs[key] for key in sorted(member.xattrs)}
+    seconds, fraction = divmod(member.mtime_ns, 10**9)
+    if fraction:
+        records[b"mtime"] = _decimal(member.mtime_ns)
+        seconds = min(max(seconds, 0), _LONG)
+    block = _block(
+        _FLAGS[member.type],
+        name=_short(member.name, b"path", records),
+        mode=member.mode,
+        uid=_fitting(member.uid, _SHORT, b"uid", records),
+        gid=_fitting(member.gid, _SHORT, b"gid", records),
+        size=_fitting(member.size, _LONG, b"size", records),
+        mtime=_fitting(seconds, _LONG, b"mtime", records),
+        linkname=_short(member.linkname, b"linkpath", records),
+        dev=b"%07o\0%07o\0" % member.dev if member.type in ("char", "block") else bytes(16),
+    )
+    if not records:
+        return block
+    body = b"".join(_record(keyword, value) for keyword, value in records.items())
+    return _block(b"x", name=b"PaxHeader", size=len(body)) + body + padding(len(body)) + block
+
+
+def padding(size: int) -> bytes:
+    """What follows ``size`` bytes of content, up to the next block."""
+    return bytes(-size % BLOCK)
+
+
+def _block(
+    flag: bytes,
+    *,
+    name: bytes,
+    mode: int = 0o644,
+    uid: int = 0,
+    gid: int = 0,
+    size: int = 0,
+    mtime: int = 0,
+    linkname: bytes = b"",
+    dev: bytes = bytes(16),
+) -> bytes:
+    before = b"%b%07o\0%07o\0%07o\0%011o\0%011o\0" % (
+        *(name.ljust(100, b"\0"), mode, uid, gid, size, mtime),
+    )
+    after = b"%b%bustar\x0000%b%b%b" % (
+        *(flag, linkname.ljust(100, b"\0"), bytes(64), dev, bytes(167)),
+    )
+    # The checksum counts its own field as spaces.
+    checksum = sum(before) + sum(after) + 8 * 0x20
+    return b"%b%06o\0 %b" % (before, checksum, after)
+
+
+def _short(path: bytes, keyword: bytes, records: dict[bytes, bytes]) -> bytes:
+    if len(path) <= 100 and path.isascii():
+        return path
+    records[keyword] = path
+    return path[:90].decode("ascii", "ignore").encode()
+
+
+def _fitting(number: int, largest: int, keyword: bytes, records: dict[bytes, bytes]) -> int:
+    if 0 <= number <= largest:
+        return number
+    records[keyword] = b"%d" % number
+    return 0
+
+
+def _decimal(nanoseconds: int) -> bytes:
+    """Seconds, with as many digits of a fraction as it takes."""
+    seconds, fraction = divmod(abs(nanoseconds), 10**9)
+    sign = b"-" if nanoseconds < 0 else b""
+    return b"%b%d.%b" % (sign, seconds, (b"%09d" % fraction).rstrip(b"0"))
+
+
+def _record(keyword: bytes, value: bytes) -> bytes:
+    """``LENGTH KEYWORD=VALUE``, the length being that of the whole record, itself included."""
+    rest = len(keyword) + len(value) + 3
+    length = rest + len(str(rest))
+    if len(str(length)) > len(str(rest)):
+        length += 1
+    return b"%d %b=%b\n" % (length, keyword, value)
+
+
+def _raw(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
