@@ -23,7 +23,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Literal, Required, TypedDict, cast
 
 import attrs
@@ -39,6 +39,7 @@ __all__ = [
     "ExportReport",
     "Summary",
     "lines_about",
+    "lines_of_directories",
     "link_line",
     "opaque_line",
     "parse_entries",
@@ -372,6 +373,37 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
             if b'"k":' in line and _may_link(line):
                 return None
             found.append(line)
+    return found
+
+
+def lines_of_directories(
+    lines: Iterable[bytes], is_other: Callable[[bytes], bool]
+) -> list[bytes] | None:
+    """Those lines that tell of directories and whiteouts, and the end.
+
+    ``None`` if they do not suffice, since one of the paths is a hard link.
+
+    Args:
+        lines: The list.
+        is_other: Told where there is something else; whether that does not matter.
+    """
+    wanted: set[bytes] = set()
+    found: list[bytes] = []
+    for line in lines:
+        match = _LINES_PATH.match(line)
+        if match is not None:
+            quoted = match[1]
+            if b'"t":"dir"' in line or b'"t":"whiteout"' in line:
+                wanted.add(quoted)
+            elif quoted not in wanted:
+                # What replaces it later, and is wanted, is told in full by its own lines.
+                path = _bytes(json.loads(b'"%b"' % quoted)) if b"\\" in quoted else quoted
+                if is_other(path):
+                    continue
+                wanted.add(quoted)
+            if b'"k":' in line and _may_link(line):
+                return None
+        found.append(line)
     return found
 
 

@@ -36,7 +36,7 @@ from .content import BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
 from .leases import Lease, open_lease
-from .merged import MergedTree
+from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
@@ -159,6 +159,7 @@ class DirectoryStore:
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
+        self._surveys = Surveys()
         self._lease_names = itertools.count()
 
     def __repr__(self) -> str:
@@ -251,7 +252,7 @@ class DirectoryStore:
             if below is None:
                 raise StoreError(f"there is no layer {parent} to put another on")
         try:
-            yield Base(parent, _merged(below)), below
+            yield Base(parent, self._merged(below)), below
         finally:
             if below is not None:
                 self.release(below)
@@ -275,7 +276,7 @@ class DirectoryStore:
             layer = await self._find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-        return RootfsView(_merged(layer), self._unpacker, self._scratch.name)
+        return RootfsView(self._merged(layer), self._unpacker, self._scratch.name)
 
     # Blobs.
 
@@ -466,17 +467,20 @@ class DirectoryStore:
         self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
         return layer
 
+    def _merged(self, layer: DirectoryLayer | None) -> MergedTree:
+        """The trees of a layer and those below it."""
+        trees = []
+        while layer is not None:
+            trees.append(layer.tree)
+            layer = layer.parent
+        return MergedTree(
+            trees[::-1],
+            check_cancelled=trio.from_thread.check_cancelled,
+            surveys=self._surveys,
+        )
+
 
 def _resolved(path: Path) -> Path:
     # Path.resolve raises RuntimeError for links that lead in a circle, before Python 3.13.
     with disk_errors(path):
         return Path(os.path.realpath(path))
-
-
-def _merged(layer: DirectoryLayer | None) -> MergedTree:
-    """The trees of a layer and those below it."""
-    trees = []
-    while layer is not None:
-        trees.append(layer.tree)
-        layer = layer.parent
-    return MergedTree(trees[::-1], check_cancelled=trio.from_thread.check_cancelled)
