@@ -24,7 +24,8 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, Literal, Required, TypedDict, cast
+from json.encoder import encode_basestring_ascii
+from typing import Final, Literal, Protocol, Required, TypedDict, cast
 
 import attrs
 
@@ -38,6 +39,7 @@ __all__ = [
     "EntryType",
     "ExportReport",
     "Summary",
+    "file_line",
     "lines_about",
     "lines_of_directories",
     "link_line",
@@ -160,6 +162,19 @@ class _Line(TypedDict, total=False):
     i: bool
 
 
+class _Metadata(Protocol):
+    """Of an entry, what any type has."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+
+
 class _End(TypedDict):
     format: int
     diff_id: str
@@ -186,28 +201,27 @@ def _line(line: object) -> bytes:
 
 
 def _quoted(path: bytes) -> str:
-    return _dump(path.decode("utf-8", "surrogateescape"))
+    return encode_basestring_ascii(path.decode("utf-8", "surrogateescape"))
 
 
-def _metadata(entry: Entry) -> str:
+def _metadata(path: bytes, about: _Metadata, xattrs: Mapping[str, bytes]) -> str:
     """The beginning of a line; put together by hand, since a list has a million of them."""
-    line = f'{{"p":{_quoted(entry.path)},"m":{entry.mode},"s":{entry.mtime_ns}'
-    if entry.uid:
-        line += f',"u":{entry.uid}'
-    if entry.gid:
-        line += f',"g":{entry.gid}'
-    if entry.xattrs:
-        xattrs = {
-            name: base64.b64encode(value).decode("ascii")
-            for name, value in sorted(entry.xattrs.items())
+    line = f'{{"p":{_quoted(path)},"m":{about.mode},"s":{about.mtime_ns}'
+    if about.uid:
+        line += f',"u":{about.uid}'
+    if about.gid:
+        line += f',"g":{about.gid}'
+    if xattrs:
+        encoded = {
+            name: base64.b64encode(value).decode("ascii") for name, value in sorted(xattrs.items())
         }
-        line += f',"x":{_dump(xattrs)}'
+        line += f',"x":{_dump(encoded)}'
     return line
 
 
 def put_line(entry: Entry) -> bytes:
     """The line for a path that has come, or has been replaced."""
-    line = f'{_metadata(entry)},"t":"{entry.type}"'
+    line = f'{_metadata(entry.path, entry, entry.xattrs)},"t":"{entry.type}"'
     if entry.size:
         line += f',"n":{entry.size}'
     if entry.sha256 is not None:
@@ -223,9 +237,19 @@ def put_line(entry: Entry) -> bytes:
     return (line + "}\n").encode("ascii")
 
 
+def file_line(
+    path: bytes, about: _Metadata, size: int, sha256: str, xattrs: Mapping[str, bytes]
+) -> bytes:
+    """What `put_line` gives for a file, of what most lines are, without an `Entry`."""
+    length = f',"n":{size}' if size else ""
+    line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"h":"{sha256}"}}\n'
+    return line.encode("ascii")
+
+
 def link_line(entry: Entry, target: bytes) -> bytes:
     """The line for one more name of what ``target`` names, with the metadata of ``entry``."""
-    return f'{_metadata(entry)},"k":{_quoted(target)}}}\n'.encode("ascii")
+    line = f'{_metadata(entry.path, entry, entry.xattrs)},"k":{_quoted(target)}}}\n'
+    return line.encode("ascii")
 
 
 def opaque_line(path: bytes) -> bytes:
