@@ -243,7 +243,10 @@ class Puller:
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)
                 for layer in layers
             ]
+            # One look-up for all layers, where they are there.
+            top = await self._store.find(layers[-1].chain_id) if layers else None
             async with self._manager.download(sources, progress=progress) as rootfs:
+                del top
                 _check_diff_ids(layers, rootfs)
                 chain = rootfs.chain_id
                 await self._store.put_image(

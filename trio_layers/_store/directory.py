@@ -188,12 +188,18 @@ class DirectoryStore:
 
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
         """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
+        layer = await self.find(chain_id)
+        return None if layer is None else self._refer(layer)
+
+    async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
+        """Like `get`, without a reference. While the object is there, those of the layers below
+        it are, too: the catalog is not asked for them again."""
         layer = self._layers.get(chain_id)
         if layer is not None:
             await trio.lowlevel.checkpoint()
-        else:
-            layer = await self._find(chain_id)
-        return None if layer is None else self._refer(layer)
+            return layer
+        rows, below = await self._catalog.read(self._find_rows, chain_id)
+        return self._layer(rows, below) if rows else None
 
     async def register(
         self,
@@ -273,7 +279,7 @@ class DirectoryStore:
         if chain_id is None:
             await trio.lowlevel.checkpoint()
         else:
-            layer = await self._find(chain_id)
+            layer = await self.find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
         return RootfsView(self._merged(layer), self._unpacker, self._scratch.name)
@@ -428,10 +434,6 @@ class DirectoryStore:
         document = index_document(find_images(connection))
         if not path.exists() or path.read_bytes() != document:
             replace_file(path, document, temporary=self._scratch.new("index"))
-
-    async def _find(self, chain_id: ChainID) -> DirectoryLayer | None:
-        rows, below = await self._catalog.read(self._find_rows, chain_id)
-        return self._layer(rows, below) if rows else None
 
     def _find_rows(
         self, connection: sqlite3.Connection, chain_id: ChainID
