@@ -192,7 +192,8 @@ class Ingest:
         self._pending.append(data)
         self._pending_size += len(data)
         if self._pending_size < _BATCH:
-            await trio.lowlevel.checkpoint()
+            # Who waits for each chunk to arrive has let others run.
+            await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await trio.to_thread.run_sync(self._flush)
 

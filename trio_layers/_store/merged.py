@@ -15,7 +15,7 @@ from typing import BinaryIO, Final, final
 
 import attrs
 
-from .._entries import Entry, lines_about, lines_of_directories, parse_entries
+from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
 from .._errors import StoreError
 
 __all__ = ["MergedTree", "Surveys", "path_error"]
@@ -37,7 +37,7 @@ _REMEMBERED: Final = 4
 _DIRECTORIES: Final = 16 * 1024
 
 # Places for the hashes of the paths of what is no directory.
-_PLACES: Final = 1 << 20
+_PLACES: Final = 1 << 22
 
 
 class _Node:
@@ -354,6 +354,7 @@ class _Directories:
         self.count = 0
         self._stack = _Stack((), _never)
         self._height = 0
+        self._paths: set[bytes] = set()
         self._others = bytearray(_PLACES)
 
     def extend(self, trees: tuple[Path, ...], check: Callable[[], None]) -> bool:
@@ -361,7 +362,7 @@ class _Directories:
         for number in range(self._height, len(trees)):
             tree = trees[number]
             with _list_of(tree) as file:
-                lines = lines_of_directories(_polled(file, check), self._is_other)
+                lines = lines_of_directories(_polled(file, check), self._paths, self._others)
                 if lines is None:
                     return False
                 entries = parse_entries(_polled(lines, check))[0]
@@ -375,18 +376,11 @@ class _Directories:
         """What is at these paths; ``None`` if one of them may be no directory."""
         found: dict[bytes, Entry | None] = {}
         for path in paths:
-            if self._others[hash(path) % _PLACES]:
+            if self._others[hash(listed_as(path)) % _PLACES]:
                 return None
             node = self._stack.find(path)
             found[path] = None if node is None else node.entry
         return found
-
-    def _is_other(self, path: bytes) -> bool:
-        """Take note of what is no directory, unless it lies over one."""
-        if self._stack.find(path) is not None:
-            return False
-        self._others[hash(path) % _PLACES] = True
-        return True
 
 
 @contextmanager

@@ -82,12 +82,14 @@ def mode_and_owner(field: bytes) -> tuple[int, int, int] | None:
     return None if mode is None or uid is None or gid is None else (mode & 0o7777, uid, gid)
 
 
-@lru_cache(maxsize=256)
 def _octal(field: bytes) -> int | None:
     """The number in a field that has nothing before it; ``None`` for all others."""
     text = field.rstrip(b"\0 ")
-    if text.isdigit() and not text.strip(b"01234567"):
-        return int(text, 8)
+    if text.isdigit():
+        try:
+            return int(text, 8)
+        except ValueError:
+            pass
     return None
 
 

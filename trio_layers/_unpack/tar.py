@@ -286,10 +286,13 @@ class TarReader:
         if sparse:
             self._sparse(header, pax)
         known = None if pax else mode_and_owner(header[100:124])
+        mode, uid, gid = known or self._mode_and_owner(header, pax)
         return Member(
             name,
             kind,
-            *(known or self._mode_and_owner(header, pax)),
+            mode,
+            uid,
+            gid,
             self._mtime(header[136:148], pax.get(b"mtime")),
             self._size,
             linkname,
