@@ -23,7 +23,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from json.encoder import encode_basestring_ascii
 from typing import Final, Literal, Protocol, Required, TypedDict, cast
 
@@ -43,6 +43,7 @@ __all__ = [
     "lines_about",
     "lines_of_directories",
     "link_line",
+    "listed_as",
     "opaque_line",
     "parse_entries",
     "put_line",
@@ -371,7 +372,7 @@ class _Merger:
         return result
 
 
-_LINES_PATH: Final = re.compile(rb'\{"p":"((?:[^"\\]|\\.)*)"')
+_LINES_PATH: Final = re.compile(rb'\{"p":"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
 def _may_link(line: bytes) -> bool:
@@ -387,7 +388,7 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
 
     ``None`` if they do not suffice, since one of the paths is a hard link.
     """
-    wanted = {_dump(_text(path))[1:-1].encode("ascii") for path in paths}
+    wanted = {listed_as(path) for path in paths}
     found: list[bytes] = []
     for line in lines:
         match = _LINES_PATH.match(line)
@@ -400,31 +401,36 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
     return found
 
 
+def listed_as(path: bytes) -> bytes:
+    """How the lines of a list spell a path."""
+    return _dump(_text(path))[1:-1].encode("ascii")
+
+
 def lines_of_directories(
-    lines: Iterable[bytes], is_other: Callable[[bytes], bool]
+    lines: Iterable[bytes], directories: set[bytes], others: bytearray
 ) -> list[bytes] | None:
-    """Those lines that tell of directories and whiteouts, and the end.
+    """Those lines that tell of directories and whiteouts, of what is where one was, and the end.
 
     ``None`` if they do not suffice, since one of the paths is a hard link.
 
     Args:
         lines: The list.
-        is_other: Told where there is something else; whether that does not matter.
+        directories: Where one is or was, as `listed_as` has it; what the list has is added.
+        others: Where something else may be: one is set at the hashes of such paths, modulo its
+            length.
     """
-    wanted: set[bytes] = set()
     found: list[bytes] = []
+    path_of, places = _LINES_PATH.match, len(others)
     for line in lines:
-        match = _LINES_PATH.match(line)
+        match = path_of(line)
         if match is not None:
-            quoted = match[1]
+            path = match[1]
             if b'"t":"dir"' in line or b'"t":"whiteout"' in line:
-                wanted.add(quoted)
-            elif quoted not in wanted:
-                # What replaces it later, and is wanted, is told in full by its own lines.
-                path = _bytes(json.loads(b'"%b"' % quoted)) if b"\\" in quoted else quoted
-                if is_other(path):
-                    continue
-                wanted.add(quoted)
+                directories.add(path)
+            elif path not in directories:
+                # A directory that replaces it later is told in full by its own lines.
+                others[hash(path) % places] = 1
+                continue
             if b'"k":' in line and _may_link(line):
                 return None
         found.append(line)
