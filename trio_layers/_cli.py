@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import logging.handlers
 import os
 import queue
 import signal
@@ -104,11 +103,14 @@ def _logging(verbose: bool) -> Iterator[None]:
     if not verbose:
         yield
         return
+    # Those who want no log need not wait for what this imports.
+    from logging.handlers import QueueHandler, QueueListener
+
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     stderr = logging.StreamHandler()
     stderr.setFormatter(_LogFormatter("%(asctime)s %(name)s: %(message)s"))
-    listener = logging.handlers.QueueListener(lines, stderr)
-    handler = logging.handlers.QueueHandler(lines)
+    listener = QueueListener(lines, stderr)
+    handler = QueueHandler(lines)
     logger = logging.getLogger("trio_layers")
     level = logger.level
     logger.addHandler(handler)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import getpass
 import io
 import json
 import signal
@@ -264,6 +263,8 @@ async def _images(arguments: argparse.Namespace) -> int:
 def _credentials(text: str) -> Credentials:
     username, colon, password = text.partition(":")
     if not colon:
+        import getpass  # few are asked
+
         try:
             password = getpass.getpass(f"Password of {username}: ")
         except (EOFError, AttributeError):  # AttributeError: stdin is closed from the start

@@ -24,7 +24,8 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final, Literal, Required, TypedDict, cast
+from json.encoder import encode_basestring_ascii
+from typing import Final, Literal, Protocol, Required, TypedDict, cast
 
 import attrs
 
@@ -38,8 +39,11 @@ __all__ = [
     "EntryType",
     "ExportReport",
     "Summary",
+    "file_line",
     "lines_about",
+    "lines_of_directories",
     "link_line",
+    "listed_as",
     "opaque_line",
     "parse_entries",
     "put_line",
@@ -159,6 +163,19 @@ class _Line(TypedDict, total=False):
     i: bool
 
 
+class _Metadata(Protocol):
+    """Of an entry, what any type has."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+
+
 class _End(TypedDict):
     format: int
     diff_id: str
@@ -185,28 +202,27 @@ def _line(line: object) -> bytes:
 
 
 def _quoted(path: bytes) -> str:
-    return _dump(path.decode("utf-8", "surrogateescape"))
+    return encode_basestring_ascii(path.decode("utf-8", "surrogateescape"))
 
 
-def _metadata(entry: Entry) -> str:
+def _metadata(path: bytes, about: _Metadata, xattrs: Mapping[str, bytes]) -> str:
     """The beginning of a line; put together by hand, since a list has a million of them."""
-    line = f'{{"p":{_quoted(entry.path)},"m":{entry.mode},"s":{entry.mtime_ns}'
-    if entry.uid:
-        line += f',"u":{entry.uid}'
-    if entry.gid:
-        line += f',"g":{entry.gid}'
-    if entry.xattrs:
-        xattrs = {
-            name: base64.b64encode(value).decode("ascii")
-            for name, value in sorted(entry.xattrs.items())
+    line = f'{{"p":{_quoted(path)},"m":{about.mode},"s":{about.mtime_ns}'
+    if about.uid:
+        line += f',"u":{about.uid}'
+    if about.gid:
+        line += f',"g":{about.gid}'
+    if xattrs:
+        encoded = {
+            name: base64.b64encode(value).decode("ascii") for name, value in sorted(xattrs.items())
         }
-        line += f',"x":{_dump(xattrs)}'
+        line += f',"x":{_dump(encoded)}'
     return line
 
 
 def put_line(entry: Entry) -> bytes:
     """The line for a path that has come, or has been replaced."""
-    line = f'{_metadata(entry)},"t":"{entry.type}"'
+    line = f'{_metadata(entry.path, entry, entry.xattrs)},"t":"{entry.type}"'
     if entry.size:
         line += f',"n":{entry.size}'
     if entry.sha256 is not None:
@@ -222,9 +238,19 @@ def put_line(entry: Entry) -> bytes:
     return (line + "}\n").encode("ascii")
 
 
+def file_line(
+    path: bytes, about: _Metadata, size: int, sha256: str, xattrs: Mapping[str, bytes]
+) -> bytes:
+    """What `put_line` gives for a file, of what most lines are, without an `Entry`."""
+    length = f',"n":{size}' if size else ""
+    line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"h":"{sha256}"}}\n'
+    return line.encode("ascii")
+
+
 def link_line(entry: Entry, target: bytes) -> bytes:
     """The line for one more name of what ``target`` names, with the metadata of ``entry``."""
-    return f'{_metadata(entry)},"k":{_quoted(target)}}}\n'.encode("ascii")
+    line = f'{_metadata(entry.path, entry, entry.xattrs)},"k":{_quoted(target)}}}\n'
+    return line.encode("ascii")
 
 
 def opaque_line(path: bytes) -> bytes:
@@ -346,7 +372,7 @@ class _Merger:
         return result
 
 
-_LINES_PATH: Final = re.compile(rb'\{"p":"((?:[^"\\]|\\.)*)"')
+_LINES_PATH: Final = re.compile(rb'\{"p":"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
 def _may_link(line: bytes) -> bool:
@@ -362,7 +388,7 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
 
     ``None`` if they do not suffice, since one of the paths is a hard link.
     """
-    wanted = {_dump(_text(path))[1:-1].encode("ascii") for path in paths}
+    wanted = {listed_as(path) for path in paths}
     found: list[bytes] = []
     for line in lines:
         match = _LINES_PATH.match(line)
@@ -372,6 +398,42 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
             if b'"k":' in line and _may_link(line):
                 return None
             found.append(line)
+    return found
+
+
+def listed_as(path: bytes) -> bytes:
+    """How the lines of a list spell a path."""
+    return _dump(_text(path))[1:-1].encode("ascii")
+
+
+def lines_of_directories(
+    lines: Iterable[bytes], directories: set[bytes], others: bytearray
+) -> list[bytes] | None:
+    """Those lines that tell of directories and whiteouts, of what is where one was, and the end.
+
+    ``None`` if they do not suffice, since one of the paths is a hard link.
+
+    Args:
+        lines: The list.
+        directories: Where one is or was, as `listed_as` has it; what the list has is added.
+        others: Where something else may be: one is set at the hashes of such paths, modulo its
+            length.
+    """
+    found: list[bytes] = []
+    path_of, places = _LINES_PATH.match, len(others)
+    for line in lines:
+        match = path_of(line)
+        if match is not None:
+            path = match[1]
+            if b'"t":"dir"' in line or b'"t":"whiteout"' in line:
+                directories.add(path)
+            elif path not in directories:
+                # A directory that replaces it later is told in full by its own lines.
+                others[hash(path) % places] = 1
+                continue
+            if b'"k":' in line and _may_link(line):
+                return None
+        found.append(line)
     return found
 
 

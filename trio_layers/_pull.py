@@ -26,7 +26,7 @@ from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
 from ._unpack.limits import Limits
 from ._unpack.worker import Unpacker
-from .abc import ProgressSink, ReportProgress
+from .abc import BlobSink, ProgressSink, ReportProgress
 
 __all__ = ["Image", "ImageLayer", "PullPolicy", "Puller", "open_puller", "open_store"]
 
@@ -194,7 +194,9 @@ class Puller:
             VerificationError: if what came is not what was asked for.
         """
         reference, platform = _parsed(reference, platform)
-        return await self._registry.resolve(reference, platform=platform)
+        return await self._registry.resolve(
+            reference, platform=platform, known=self._store.find_document
+        )
 
     @asynccontextmanager
     async def pull(
@@ -237,12 +239,14 @@ class Puller:
         resolved = await self.resolve(reference, platform=platform)
         layers = _layers_of(resolved.layers, resolved.diff_ids)
         async with self._store.lease(*_digests_of(resolved, layers)):
-            await self._store_documents(resolved)
             sources = [
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)
                 for layer in layers
             ]
+            # One look-up for all layers, where they are there.
+            top = await self._store.find(layers[-1].chain_id) if layers else None
             async with self._manager.download(sources, progress=progress) as rootfs:
+                del top
                 _check_diff_ids(layers, rootfs)
                 chain = rootfs.chain_id
                 await self._store.put_image(
@@ -252,6 +256,7 @@ class Puller:
                     platform=str(resolved.config.platform),
                     chain_id=chain,
                     index=resolved.index,
+                    documents=_documents_of(resolved),
                 )
                 yield Image(
                     reference=str(resolved.reference),
@@ -293,11 +298,15 @@ class Puller:
                 rootfs=await self._store.rootfs(stored.chain_id),
             )
 
-    async def _store_documents(self, resolved: ResolvedImage) -> None:
-        await self._store.put_blob(resolved.manifest.config, resolved.config_bytes)
-        await self._store.put_blob(resolved.descriptor, resolved.manifest_bytes)
-        if resolved.index is not None and resolved.index_bytes is not None:
-            await self._store.put_blob(resolved.index, resolved.index_bytes)
+
+def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
+    documents = {
+        resolved.manifest.config.digest: resolved.config_bytes,
+        resolved.descriptor.digest: resolved.manifest_bytes,
+    }
+    if resolved.index is not None and resolved.index_bytes is not None:
+        documents[resolved.index.digest] = resolved.index_bytes
+    return documents
 
 
 def _parsed(
@@ -391,6 +400,9 @@ class _RegistryLayer:
                 await self._registry.fetch_blob(self._reference, self.descriptor, ingest, progress)
                 await ingest.commit()
         return await self._store.open_blob(digest), self.descriptor.size
+
+    async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
+        await self._registry.fetch_blob(self._reference, self.descriptor, sink, progress)
 
     def close(self) -> None:
         """What arrived stays in the store."""

@@ -6,6 +6,7 @@ Each is small and written for the one who calls it. An extra ability is a protoc
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import trio
@@ -26,6 +27,10 @@ __all__ = [
     "LowerTree",
     "ProgressSink",
     "ReportProgress",
+    "ReportUnpacked",
+    "Stage",
+    "StagedSource",
+    "StagingStore",
 ]
 
 ProgressSink: TypeAlias = Callable[[Progress], Awaitable[object]]
@@ -157,6 +162,124 @@ class BlobSink(Protocol):
 
     async def restart(self) -> None:
         """Drop all that is there."""
+        ...
+
+
+# Staging: a layer is unpacked while it arrives, before what is below it is known. A second way
+# from a source to a store, taken where the store is a `StagingStore` and the source a
+# `StagedSource`; all others take that of `LayerSource.download` and `LayerStore.register`.
+
+
+@runtime_checkable
+class StagedSource(DescribedSource, Protocol):
+    """A layer source that can bring its blob into a sink, which unpacks it while it arrives."""
+
+    async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
+        """One attempt, in the place of `LayerSource.download`: bring into ``sink`` what is
+        missing behind its `~BlobSink.offset`, or restart it and bring all; return when it is all
+        there and verified.
+
+        Called again after an `Exception`, unless it is, or was caused by, `DoNotRetry`; never
+        for a blob that the store has. What the sink raises is to go through.
+
+        Cancellation: it runs in a scope that is cancelled when nobody wants the layer any more,
+        or when it cannot be stored (see `Stage.wait_failed`), and should give way within 100 ms.
+        What it has written stays.
+        """
+        ...
+
+
+ReportUnpacked: TypeAlias = Callable[[int], None]
+"""Told how many bytes of a blob, as downloaded, have been unpacked. It never waits, and is to be
+called in trio's thread."""
+
+
+class Stage(BlobSink, Protocol):
+    """A blob on its way to being a layer: the sink it arrives in, and a worker that inflates,
+    hashes and unpacks what has arrived. It comes from `StagingStore.stage`.
+
+    After `~BlobSink.restart` the worker starts again, too: it never sees bytes from before and
+    after. One task at a time calls these methods, but for `wait_failed`.
+    """
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the blob is there and verified: `finish` has returned, or the store had
+        it already. Then nothing is to be written."""
+        ...
+
+    async def wait_failed(self) -> Exception:
+        """Wait until it is certain that the layer cannot be stored, and return why: what
+        `commit` would raise. If that never becomes certain, wait for ever.
+
+        Before the blob is `complete` this ends the download early, so it is for what another
+        download could not mend: a full disk, a limit. That bytes are damaged or hostile is not
+        certain before they are verified, as they may not be the blob's; until then it is kept
+        back, and forgotten if there is a restart. Afterwards it is told at once.
+
+        Cancellation: nothing is changed.
+        """
+        ...
+
+    async def finish(self, progress: ReportUnpacked) -> None:
+        """All of the blob is there and verified: let the worker run to its end. This does not
+        wait for it.
+
+        From now on, until `commit` has returned, ``progress`` is told how far the worker is,
+        beginning with what it has unpacked before, if that is anything; the blob's size, when it
+        is through. It may be told so often that showing all would be too much.
+
+        Cancellation: the blob is complete, or its bytes stay as they are.
+
+        Raises:
+            Exception: if what is there cannot be kept. It counts as a failure of the attempt to
+                download it: another one follows, unless the error is, or was caused by,
+                `DoNotRetry`.
+        """
+        ...
+
+    async def commit(self, parent: ChainID | None) -> Layer:
+        """Wait for the worker, then put what it made on top of ``parent``, as
+        `LayerStore.register` does; the layer is returned with a reference to it.
+
+        To be called once, when the blob is `complete`.
+
+        Cancellation: nothing is stored, or the layer is returned all the same.
+
+        Raises:
+            DecompressionError: as for `LayerStore.register`.
+            Exception: what the worker failed with, or what else keeps the layer from being
+                stored.
+        """
+        ...
+
+
+@runtime_checkable
+class StagingStore(LayerStore, Protocol):
+    """A store that can unpack a layer while it arrives, before what is below it is known."""
+
+    def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[Stage]:
+        """Take a blob in, and unpack it, in the block.
+
+        Entering may wait until nobody else, in any process, takes in or unpacks this blob. What
+        is there then, from them or from earlier attempts, need not be downloaded
+        (`~BlobSink.offset`), perhaps nothing at all (`Stage.complete`): the blob is there, or its
+        tree, or the very layer that `Stage.commit` will be asked for.
+
+        So that two who want the same blobs in different order never wait for each other, nobody
+        is made to wait for a stage whose blob is complete and whose worker is through. And as
+        there may be thousands whose parent is not there yet, such a stage holds no thread, lock
+        or open file; nor does one whose blob is complete and whose worker waits for its turn.
+
+        Leaving without commit aborts: it stops the worker, within 100 ms, also when cancelled;
+        what arrived of the blob stays, for the next who stages it. Leaving raises nothing of its
+        own.
+
+        Cancellation: entering is cancellable, and then nothing is left behind.
+
+        Raises:
+            Exception: for what keeps the store from taking the blob in; it is not tried again.
+        """
         ...
 
 

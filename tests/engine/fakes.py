@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from trio_layers._manifest import Descriptor
 from trio_layers._store.memory import MemoryStream
 
 
@@ -15,7 +16,13 @@ def diff_id_of(data: bytes) -> str:
 
 
 class FakeSource:
-    """A source whose data is its key, unless ``download`` says otherwise."""
+    """A source whose data is its key, unless ``download`` says otherwise.
+
+    Attributes:
+        staged: Whether those that are made from now on can be staged; see `conftest.py`.
+    """
+
+    staged = False
 
     def __init__(
         self,
@@ -32,6 +39,10 @@ class FakeSource:
         self.told: list[str] = []
         self._download = download
         self._known = known
+        if self.staged:
+            digest = diff_id_of(self.data)
+            self.descriptor = Descriptor("application/octet-stream", digest, len(self.data))
+            self.download_into = self._download_into
 
     def diff_id(self) -> str | None:
         return diff_id_of(self.data) if self._known else None
@@ -44,6 +55,14 @@ class FakeSource:
             return MemoryStream(self.data), len(self.data)
         result = await self._download(progress)
         return result if isinstance(result, tuple) else (MemoryStream(self.data), len(self.data))
+
+    async def _download_into(self, sink, progress: Callable) -> None:
+        if sink.offset:
+            await sink.restart()
+        stream, _ = await self.download(progress)
+        async with stream:
+            while data := await stream.receive_some():
+                await sink.write(data)
 
     def registered(self, diff_id: str) -> None:
         self.told.append(diff_id)

@@ -17,6 +17,7 @@ from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import DoNotRetry, ManagerClosed
 from trio_layers._store.memory import MemoryStore
 
+BOTH_WAYS = True
 CASES = Path(__file__).parents[1] / "cases" / "engine"
 
 
@@ -156,6 +157,7 @@ def test_second_attempt(caplog: pytest.LogCaptureFixture) -> None:
     assert outcomes(caplog) == ["context canceled"]
 
 
+@pytest.mark.streamed
 def test_waiting_for_the_parent(caplog: pytest.LogCaptureFixture) -> None:
     stream = SlowStream()
 
@@ -167,6 +169,7 @@ def test_waiting_for_the_parent(caplog: pytest.LogCaptureFixture) -> None:
     assert stream.closed == 1
 
 
+@pytest.mark.streamed
 def test_reading_the_layer(caplog: pytest.LogCaptureFixture) -> None:
     stream = SlowStream()
 
@@ -178,6 +181,7 @@ def test_reading_the_layer(caplog: pytest.LogCaptureFixture) -> None:
     assert stream.closed == 1
 
 
+@pytest.mark.streamed
 def test_store_that_finishes_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     """Its layer is released again, and the pull waited for it."""
     source = FakeSource("a")
@@ -186,6 +190,7 @@ def test_store_that_finishes_all_the_same(caplog: pytest.LogCaptureFixture) -> N
     assert source.told == []
 
 
+@pytest.mark.streamed
 def test_store_that_fails_when_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     class Store(MemoryStore):
         async def register(self, stream, parent, descriptor=None):
@@ -203,12 +208,14 @@ def test_repeated_layer_waiting_for_its_parent(caplog: pytest.LogCaptureFixture)
     assert sorted(outcomes(caplog)) == ["context canceled", "layer registration cancelled"]
 
 
+@pytest.mark.streamed
 def test_repeated_layer_being_read(caplog: pytest.LogCaptureFixture) -> None:
     sources = [FakeSource("a"), FakeSource("a")]
     assert cancelled_at(1.5, sources, store=DeafStore()) == 2
     assert outcomes(caplog) == ["layer registration cancelled"]
 
 
+@pytest.mark.streamed
 def test_download_deaf_to_it_holds_its_pull_and_is_not_registered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -348,7 +355,7 @@ def test_manager_cancelled_at_every_second_step_of_a_trace(path: Path) -> None:
     step, complete = -1, False
     while not complete and step < 400:
         step += 2
-        world = World(scenario)
+        world = World(scenario, staged=FakeSource.staged)
 
         async def main(step: int = step, world: World = world) -> bool:
             with trio.CancelScope() as scope:
@@ -365,6 +372,7 @@ def test_manager_cancelled_at_every_second_step_of_a_trace(path: Path) -> None:
             assert len(times) == 1, source
         for body in world.bodies:
             assert body.closes == 1, body.name
+        assert world.open_stages == 0
 
 
 def test_manager_left_while_a_pull_waits() -> None:

@@ -32,6 +32,7 @@ try:
 except ImportError:
     from backports import zstd
 
+BOTH_WAYS = True
 SEEDS = pytest.mark.parametrize("seed", range(10))
 
 
@@ -256,6 +257,7 @@ def test_layer_that_waits_for_a_parent_of_another_pull_fails_with_it(seed: int) 
     run(main, seed)
 
 
+@pytest.mark.streamed
 def test_store_that_loses_the_parents() -> None:
     class Store(MemoryStore):
         async def register(self, stream, parent, descriptor=None):
@@ -319,6 +321,7 @@ def test_repeated_layer_holds_what_it_is_read_from(seed: int) -> None:
     run(main, seed)
 
 
+@pytest.mark.streamed
 def test_stream_of_a_repeated_layer_is_closed_though_the_store_does_not_read_it() -> None:
     streams: list[MemoryStream] = []
 
@@ -499,6 +502,7 @@ def test_damaged_compressions(name: str) -> None:
     run(main)
 
 
+@pytest.mark.streamed
 @pytest.mark.parametrize(
     ("good", "text"),
     [(0, "could not get decompression stream: reset"), (20, "failed to register layer: reset")],
@@ -706,6 +710,7 @@ def test_close_that_fails_is_logged_and_the_others_are_closed(
     assert "closing the source of layer a failed" in caplog.text
 
 
+@pytest.mark.streamed
 def test_descriptor_is_handed_to_the_store() -> None:
     """A repeated layer has the descriptor of the one whose data it is."""
     first, second = (

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from engine.seeds import run
-from engine.test_traces import broken_invariants
+from engine.test_traces import IN_BOTH_WAYS, broken_invariants
 from engine.world import World, diff_id_of
 
 from trio_layers._digest import chain_id
@@ -20,6 +20,7 @@ def scenario(rng: random.Random) -> dict:
             body = {"chunk": rng.randint(1, 9), "chunk_seconds": rng.choice([0, 0.25, 0.5])}
         if rng.random() < 0.1:
             body |= {"fail_after": rng.randint(0, 3), "error": "reset"}
+            body |= {"certain": rng.random() < 0.5}
         return {
             "seconds": rng.choice([0, 0.5, 1.25, 4]),
             "progress": [
@@ -30,6 +31,7 @@ def scenario(rng: random.Random) -> dict:
             "error": "broken",
             "size": rng.choice([0, 18]),
             "ignores_cancel": rng.random() < 0.15,
+            "ignores_ranges": rng.random() < 0.3,
             "cancel_seconds": rng.choice([0, 0, 0.75]),
             "body": body,
         }
@@ -79,11 +81,12 @@ def scenario(rng: random.Random) -> dict:
     }
 
 
+@IN_BOTH_WAYS
 @pytest.mark.parametrize("seed", range(300))
-def test_invariants(seed: int) -> None:
+def test_invariants(seed: int, staged: bool) -> None:
     """Sources and streams are closed once; the store holds in the end what it held at first."""
     made = scenario(random.Random(seed))
-    world = World(made)
+    world = World(made, staged=staged)
     run(world.play, seed)
     assert not broken_invariants(world)
     assert all(pull["end"] is not None for pull in world.pulls.values())
@@ -91,6 +94,14 @@ def test_invariants(seed: int) -> None:
         result = world.pulls[pull["name"]]
         if result["error"] is None:
             assert len(result["diff_ids"]) == len(pull["initial_rootfs"] + pull["layers"])
+            above = result["diff_ids"][len(pull["initial_rootfs"]) :]
+            for diff_id, name in zip(above, pull["layers"], strict=True):
+                # Whoever has the same key may have started its download.
+                assert diff_id in {
+                    diff_id_of(layer["content"].encode())
+                    for layer in made["layers"].values()
+                    if layer["key"] == made["layers"][name]["key"]
+                }
     held = set()
     for chain in made["store"]["chains"]:
         diff_ids = [diff_id_of(content.encode()) for content in chain]

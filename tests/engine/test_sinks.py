@@ -13,6 +13,7 @@ from trio_layers._errors import DoNotRetry
 from trio_layers._progress import Progress
 from trio_layers._store.memory import MemoryStore
 
+BOTH_WAYS = True
 SEEDS = pytest.mark.parametrize("seed", range(10))
 
 
@@ -355,6 +356,7 @@ def test_many_events_on_a_slow_sink_take_bounded_memory_and_linear_steps() -> No
     assert 5 < seen < 20
 
 
+@pytest.mark.streamed
 def test_pull_without_sink_needs_no_tasks_for_it() -> None:
     async def main() -> None:
         async with (

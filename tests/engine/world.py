@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import attrs
 import trio
@@ -13,9 +14,13 @@ import trio
 from trio_layers._digest import RootFS, chain_id, extend_chain
 from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import DecompressionError, DoNotRetry
+from trio_layers._manifest import Descriptor
+from trio_layers._nursery import open_hidden_nursery
 from trio_layers._store.memory import decompressed
 
 END = 1000.0
+# In how many pieces a blob arrives in a stage.
+PIECES = 4
 # The most that Docker's engine reads of a layer at once (Go's io.Copy).
 MOST_READ = 32 * 1024
 
@@ -87,11 +92,27 @@ class Source:
         world.descriptor_close[self._name] = []
         if spec.get("registerer", True):
             self.registered = self._registered
+        if world.staged:
+            digest, size = diff_id_of(self.key.encode()), len(self._body(spec["attempts"][-1]))
+            self.descriptor = Descriptor("application/octet-stream", digest, size)
+            self.download_into = self._download_into
 
     def diff_id(self) -> str | None:
         return self._spec["diff_id"]
 
     async def download(self, progress: Callable) -> tuple[Body, int]:
+        spec = await self._try(progress, None)
+        body = Body(self._world, self._name, self._body(spec), spec.get("body", {}))
+        return body, spec.get("size", 0)
+
+    async def _download_into(self, sink: Stage, progress: Callable) -> None:
+        await self._try(progress, sink)
+
+    def _body(self, attempt: dict) -> bytes:
+        packed = attempt.get("body", {}).get("base64")
+        return self._spec["content"].encode() if packed is None else base64.b64decode(packed)
+
+    async def _try(self, progress: Callable, sink: Stage | None) -> dict:
         attempts = self._spec["attempts"]
         spec = attempts[min(self._attempt, len(attempts) - 1)]
         self._attempt += 1
@@ -100,7 +121,7 @@ class Source:
         outcome = "cancelled"
         try:
             with trio.CancelScope(shield=bool(spec.get("ignores_cancel"))):
-                await self._take_its_time(spec, progress)
+                await self._take_its_time(spec, progress, sink)
             outcome = "ok" if spec["result"] == "ok" else "error"
         finally:
             if outcome == "cancelled" and spec.get("cancel_seconds"):
@@ -114,17 +135,28 @@ class Source:
             if spec["result"] == "wrapped_do_not_retry":
                 raise ScenarioError(f"wrapped: {spec['error']}") from error
             raise ScenarioError(spec["error"])
-        body = spec.get("body", {})
-        data = self._spec["content"].encode()
-        if "base64" in body:
-            data = base64.b64decode(body["base64"])
-        return Body(self._world, self._name, data, body), spec.get("size", 0)
+        return spec
 
-    async def _take_its_time(self, spec: dict, progress: Callable) -> None:
+    async def _take_its_time(self, spec: dict, progress: Callable, sink: Stage | None) -> None:
         start = trio.current_time()
-        for event in spec.get("progress", []):
-            await trio.sleep_until(start + event["at"])
-            progress(event["action"], event.get("current", 0), event.get("total", 0))
+        steps: list[tuple[float, object]] = []
+        if sink is not None:
+            body = self._body(spec)
+            if not body.startswith(sink.run.data) or spec.get("ignores_ranges"):
+                await sink.restart()
+            sink.run.pace = spec.get("body", {})
+            # A download that fails brings the half of it.
+            missing = len(body) // (1 if spec["result"] == "ok" else 2) - sink.offset
+            for piece in range(PIECES):
+                begin, end = (sink.offset + missing * (piece + i) // PIECES for i in (0, 1))
+                steps.append((spec["seconds"] * (piece + 1) / PIECES, body[begin:end]))
+        steps += ((event["at"], event) for event in spec.get("progress", []))
+        for at, step in sorted(steps, key=lambda step: step[0]):
+            await trio.sleep_until(start + at)
+            if isinstance(step, bytes):
+                await sink.write(step)
+            else:
+                progress(step["action"], step.get("current", 0), step.get("total", 0))
         await trio.sleep_until(start + spec["seconds"])
 
     def _registered(self, diff_id: str) -> None:
@@ -189,7 +221,7 @@ class Store:
         try:
             content = await decompressed(first)
             diff_id = record["diff_id"] = diff_id_of(content)
-            work = self._work.get(diff_id, self._work.get("*", {}))
+            work = self.work_on(diff_id)
             with trio.CancelScope(shield=True):
                 await trio.sleep_until(trio.current_time() + work.get("seconds", 0))
             if work.get("error"):
@@ -209,6 +241,20 @@ class Store:
         self.log["register"].append({"start": first.at, "end": now(), **record})
         return layer
 
+    def work_on(self, diff_id: str) -> dict:
+        """What registering a layer takes besides reading it."""
+        return self._work.get(diff_id, self._work.get("*", {}))
+
+    def put(self, content: bytes, parent: str | None) -> StoredLayer:
+        """Register what a stage has unpacked."""
+        diff_id = diff_id_of(content)
+        below = self.layers[parent] if parent is not None else None
+        drop_parent = self.work_on(diff_id).get("drop_parent", False)
+        layer = self._add(content, below, drop_parent=drop_parent)
+        record = {"parent": parent or "", "diff_id": diff_id, "chain": layer.chain_id}
+        self.log["register"].append({"start": now(), "end": now(), **record, "error": None})
+        return layer
+
     def release(self, layer: StoredLayer) -> None:
         self.log["release"].append([now(), layer.chain_id])
         self._give_back(layer.chain_id)
@@ -224,18 +270,165 @@ class Store:
             chain = parent.chain_id if parent else None
 
 
+class StagingStore(Store):
+    """A store that unpacks what arrives, at the pace at which the scenario has it read.
+
+    It keeps nothing of a blob that has not become a layer, as the sources of a trace bring all of
+    it again.
+    """
+
+    @asynccontextmanager
+    async def stage(self, descriptor: Descriptor) -> AsyncIterator[Stage]:
+        await trio.lowlevel.checkpoint()
+        self._world.open_stages += 1
+        try:
+            async with open_hidden_nursery() as nursery:
+                yield Stage(self, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._world.open_stages -= 1
+
+    async def register(self, stream: trio.abc.ReceiveStream, *args: object) -> StoredLayer:
+        """For repeated layers only."""
+        assert stream._stream.name.startswith("tar of ")
+        return await super().register(stream, *args)
+
+
+@attrs.define(eq=False)
+class Run:
+    """One worker, and what it works on."""
+
+    data: bytes = b""
+    complete: bool = False
+    pace: dict | None = None
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    taken: int = 0
+    content: bytes | None = None
+    failure: Exception | None = None
+
+
+class Stage:
+    def __init__(self, store: StagingStore, nursery: trio.Nursery) -> None:
+        self._store, self._nursery = store, nursery
+        self._progress: Callable[[int], None] | None = None
+        self.news = trio.lowlevel.ParkingLot()
+        self.run = Run()
+        nursery.start_soon(self._work, self.run)
+
+    @property
+    def offset(self) -> int:
+        return len(self.run.data)
+
+    @property
+    def digest(self) -> str:
+        return diff_id_of(self.run.data)
+
+    @property
+    def complete(self) -> bool:
+        return self.run.complete
+
+    async def write(self, data: bytes) -> None:
+        assert not self.complete
+        await trio.lowlevel.checkpoint()
+        self.run.data += data
+        self.news.unpark_all()
+
+    async def restart(self) -> None:
+        assert not self.complete
+        await trio.lowlevel.checkpoint()
+        self.run.scope.cancel()
+        self.run = Run()
+        self._nursery.start_soon(self._work, self.run)
+
+    async def finish(self, progress: Callable[[int], None]) -> None:
+        await trio.lowlevel.checkpoint()
+        self._progress = progress
+        if self.run.taken:
+            progress(self.run.taken)
+        self.run.complete = True
+        self.news.unpark_all()
+
+    async def wait_failed(self) -> Exception:
+        await trio.lowlevel.checkpoint()
+        while not (self.run.failure and (self.complete or self.run.pace.get("certain"))):
+            await self.news.park()
+        return self.run.failure
+
+    async def commit(self, parent: str | None) -> StoredLayer:
+        assert self.complete
+        await trio.lowlevel.checkpoint()
+        while self.run.content is None:
+            if self.run.failure is not None:
+                raise self.run.failure
+            await self.news.park()
+        return self._store.put(self.run.content, parent)
+
+    def taken(self, run: Run) -> None:
+        if run is self.run and self._progress is not None:
+            self._progress(run.taken)
+
+    async def _work(self, run: Run) -> None:
+        with run.scope:
+            try:
+                content = await decompressed(Arriving(self, run))
+                work = self._store.work_on(diff_id_of(content))
+                await trio.sleep_until(trio.current_time() + work.get("seconds", 0))
+                if work.get("error"):
+                    raise ScenarioError(work["error"])
+                run.content = content
+            except Exception as error:
+                run.failure = error
+            self.news.unpark_all()
+
+
+class Arriving(trio.abc.ReceiveStream):
+    """What `Body` is for what arrives: read in the same pieces, at the same pace."""
+
+    def __init__(self, stage: Stage, run: Run) -> None:
+        self._stage, self._run = stage, run
+        self._reads = 0
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        run = self._run
+        while not (run.complete or len(run.data) - run.taken >= self._least()):
+            await self._stage.news.park()
+        if self._reads == run.pace.get("fail_after"):
+            raise ScenarioError(run.pace["error"])
+        self._reads += 1
+        if run.taken < len(run.data) and run.pace.get("chunk_seconds"):
+            await trio.sleep_until(trio.current_time() + run.pace["chunk_seconds"])
+        size = min(run.pace.get("chunk") or MOST_READ, max_bytes or MOST_READ, MOST_READ)
+        data = run.data[run.taken : run.taken + size]
+        run.taken += len(data)
+        self._stage.taken(run)
+        return data
+
+    def _least(self) -> float:
+        """How much must be there for a read that is not the last one."""
+        if self._run.pace is None:
+            return float("inf")
+        whole = "fail_after" in self._run.pace or self._run.pace.get("chunk_seconds")
+        return self._run.pace.get("chunk") or MOST_READ if whole else 1
+
+    async def aclose(self) -> None:
+        raise AssertionError("nobody closes it")
+
+
 class World:
     """Plays one scenario, and knows afterwards what happened when."""
 
-    def __init__(self, scenario: dict) -> None:
+    def __init__(self, scenario: dict, *, staged: bool = False) -> None:
         self.scenario = scenario
+        self.staged = staged
+        self.open_stages = 0
         self.downloads: list[dict] = []
         self.descriptor_close: dict[str, list[float]] = {}
         self.reader_close: dict[str, list[float]] = {}
         self.bodies: list[Body] = []
         self.registered: list[list] = []
         self.pulls: dict[str, dict] = {}
-        self.store = Store(self, scenario["store"])
+        self.store = (StagingStore if staged else Store)(self, scenario["store"])
         self.final: dict[str, int] = {}
 
     async def play(self) -> None:
@@ -255,6 +448,7 @@ class World:
             self.final = dict(self.store.references)
             idle = manager.statistics()
             assert (idle.transfers, idle.downloading, idle.queued, idle.pulls) == (0, 0, 0, 0)
+            assert self.open_stages == 0
             released = list(self.store.log["release"])
             nursery.cancel_scope.cancel()
         # Without what the end of the test released.

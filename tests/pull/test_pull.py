@@ -402,7 +402,7 @@ class TestBadInput:
             await stored.refuses(reference, trio_layers.LayersError, registry.host)
 
     async def test_config_that_was_changed_on_the_way(self, stored: Stored) -> None:
-        built = sample_image()
+        built = build_image([BIG])  # not in the store: what is there is not asked for
         async with open_registry() as registry:
             reference = registry.add(built, "library/demo:latest")
             registry.inject(f"*/blobs/{built.config_descriptor.digest}", Corrupt(20), times=None)

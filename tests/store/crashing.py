@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 from store.world import Stream, describe, digest_of, layer_of, opened
 
-from trio_layers._store import content, trees
+from trio_layers._store import commits
 
 DATA = bytes(range(256)) * 16 * 1024  # 4 MiB
 LAYER = layer_of(hello="world", big="x" * 100_000)
@@ -35,7 +35,7 @@ async def main(path: Path, what: str) -> None:
                 ready()
                 await trio.sleep_forever()
         elif what == "blob-renamed":
-            content.sync_directory = stop
+            commits.sync_directory = stop
             async with store.ingest(describe(DATA)) as sink:
                 await sink.write(DATA)
                 await sink.commit()
@@ -45,7 +45,8 @@ async def main(path: Path, what: str) -> None:
             await stream.stopped.wait()
             ready()
         elif what == "tree-renamed":
-            trees.sync_directory = stop
+            sync, place = commits.sync_directory, path / "trees" / "sha256"
+            commits.sync_directory = lambda path: stop(path) if any(place.iterdir()) else sync(path)
             await store.register(Stream(LAYER.data), None, LAYER.descriptor)
         elif what == "use":
             assert await store.blob(digest_of(b"theirs")) is not None

@@ -18,7 +18,7 @@ from store.world import Stream, arriving, describe, digest_of, ingest, opened, v
 from trio_layers._digest import Digest
 from trio_layers._errors import InvalidDigest, StoreError, StoreFull, VerificationError
 from trio_layers._manifest import Descriptor
-from trio_layers._store import content
+from trio_layers._store import commits, content
 
 DATA = bytes(range(256)) * 16 * 1024  # 4 MiB
 DESCRIPTOR = describe(DATA)
@@ -250,13 +250,13 @@ async def test_what_could_not_be_cut_off_is_cut_off_before_more_is_written(
 async def test_what_the_disk_may_have_lost_is_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(descriptor: int) -> None:
+    def fail(path: Path) -> None:
         raise OSError(errno.EIO, "the disk")
 
     async with opened(tmp_path) as store, store.ingest(DESCRIPTOR) as sink:
         await sink.write(DATA)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", fail)
+            patch.setattr(commits, "sync_file_system", fail)
             with pytest.raises(StoreError, match="the disk"):
                 await sink.commit()
         assert sink.offset == 0
@@ -370,8 +370,8 @@ async def test_a_document_that_is_there_is_not_written_again(
     """A pull of what is there syncs none of its documents; a wrong one is refused all the same."""
     async with opened(tmp_path) as store:
         await store.put_blob(DESCRIPTOR, DATA)
-        synced: list[int] = []
-        monkeypatch.setattr(os, "fsync", synced.append)
+        synced: list[Path] = []
+        monkeypatch.setattr(commits, "sync_file_system", synced.append)
         await store.put_blob(DESCRIPTOR, DATA)
         assert synced == []
         with pytest.raises(VerificationError):

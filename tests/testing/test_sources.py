@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import trio
 
+from trio_layers._digest import ChainID
 from trio_layers._engine.download import open_download_manager
-from trio_layers._errors import DoNotRetry
+from trio_layers._errors import DoNotRetry, StoreError
 from trio_layers.testing import Attempt, MemoryStore, ScriptedSource, build_layer
 
 TAR = build_layer([], compression="none").content
@@ -37,6 +38,56 @@ async def test_attempts_are_played_in_order_and_the_last_again(autojump_clock) -
         assert (await stream.receive_some(), size) == (b"other", 0)
     assert source.calls == 3
     assert repr(source) == f"<ScriptedSource {source.id}: 3 attempts, 0 closes>"
+
+
+async def test_attempts_are_played_into_a_sink(autojump_clock) -> None:
+    """Pieces come evenly, before what is told of them at the same time; what is there stays."""
+    source = ScriptedSource(
+        b"0123456789",
+        attempts=[
+            Attempt(seconds=4, pieces=2, arrives=4, error=OSError("cut")),
+            Attempt(seconds=3, pieces=3, progress=((2, "Downloading", 8, 10),)),
+            Attempt(body=b"other", resumes=False),
+            Attempt(arrives=0, error=OSError("nothing")),
+        ],
+    )
+    store = MemoryStore()
+    seen: list[tuple[float, object]] = []
+    start = trio.current_time()
+
+    def note(what: object) -> None:
+        seen.append((round(trio.current_time() - start, 6), what))
+
+    async with store.stage(source.descriptor) as stage:
+        write = stage.write
+
+        async def noting(data: bytes) -> None:
+            note(data)
+            await write(data)
+
+        stage.write = noting
+        with pytest.raises(OSError, match="cut"):
+            await source.download_into(stage, lambda *event: note(event))
+        assert seen == [(2, b"01"), (4, b"23")]
+        seen.clear()
+        await source.download_into(stage, lambda *event: note(event))
+        event = ("Downloading", 8, 10)
+        assert seen == [(5, b"45"), (6, b"67"), (6, event), (7, b"89")]
+        assert stage.digest == source.descriptor.digest
+        await source.download_into(stage, lambda *event: note(event))
+        assert seen[-1] == (7, b"other")
+        assert stage.offset == 5
+        with pytest.raises(OSError, match="nothing"):
+            await source.download_into(stage, lambda *event: note(event))
+        assert repr(stage) == f"<MemoryStage {source.descriptor.digest}: 5 bytes>"
+        await stage.finish(lambda count: None)
+        assert repr(stage) == f"<MemoryStage {source.descriptor.digest}: complete>"
+        with pytest.raises(StoreError, match="no layer"):
+            await stage.commit(ChainID(source.descriptor.digest))
+        layer = await stage.commit(None)
+        assert layer.data == b"other"
+    async with store.stage(source.descriptor) as stage:
+        assert (stage.offset, stage.complete) == (0, False)
 
 
 async def test_it_is_a_source_for_the_engine(autojump_clock) -> None:

@@ -3,6 +3,8 @@ registered on the layer below it."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import attrs
@@ -10,10 +12,19 @@ import trio
 
 from .._digest import ChainID
 from .._errors import DecompressionError, RegistrationError, TransferCancelled, text_of
-from .._manifest import Descriptor
+from .._nursery import open_hidden_nursery
 from .._progress import Status
-from ..abc import DescribedSource, DigestRegisterer, Layer, LayerSource, LayerStore
-from .reader import LayerReader
+from ..abc import (
+    DescribedSource,
+    DigestRegisterer,
+    Layer,
+    LayerSource,
+    LayerStore,
+    Stage,
+    StagedSource,
+    StagingStore,
+)
+from .reader import Extraction, LayerReader
 from .retry import RetryPolicy
 from .transfer import Transfer
 
@@ -37,7 +48,19 @@ class LayerJob:
         await transfer.slot.wait()
         if self.parent is not None and self.parent.error is not None:
             return self.parent.error
-        stream, size = await self.retry.download(self.source, transfer)
+        if isinstance(self.store, StagingStore) and isinstance(self.source, StagedSource):
+            result = await self._fetch_staged(self.store, self.source, transfer)
+        else:
+            result = await self._fetch_streamed(transfer)
+        if isinstance(result, Exception):
+            return result
+        return self._hand_over(transfer, result, Status.PULL_COMPLETE)
+
+    async def _fetch_streamed(self, transfer: Transfer) -> Layer | Exception:
+        """The store unpacks what was downloaded when the parent is there."""
+        stream, size = await self.retry.run(
+            partial(self.source.download, transfer.report), transfer
+        )
         transfer.if_cancelled = REGISTRATION_CANCELLED
         transfer.now_inactive()
         reader = LayerReader(stream, size, transfer.report)
@@ -48,10 +71,47 @@ class LayerJob:
                 await self.parent.done.wait()
                 if self.parent.error is not None:
                     return self.parent.error
-            layer = await self._register(transfer, reader, _descriptor_of(self.source))
+            return await self._register_stream(transfer, reader, self.source)
         finally:
             await reader.aclose()
-        return self._hand_over(transfer, layer, Status.PULL_COMPLETE)
+
+    async def _fetch_staged(
+        self, store: StagingStore, source: StagedSource, transfer: Transfer
+    ) -> Layer | Exception:
+        """The store unpacks what arrives; when the parent is there it has only to be told."""
+        layer: Layer | None = None
+        try:
+            async with store.stage(source.descriptor) as stage:
+                attempt = partial(self._receive, source, stage, transfer)
+                error = await _unless_failed(stage, partial(self.retry.run, attempt, transfer))
+                if error is not None:
+                    return _registration_error(error)
+                transfer.if_cancelled = REGISTRATION_CANCELLED
+                transfer.now_inactive()
+                if self.parent is not None:
+                    if not self.parent.done.is_set():
+                        error = await _unless_failed(stage, self.parent.done.wait)
+                    if self.parent.error is not None:
+                        return self.parent.error
+                    if error is not None:
+                        return _registration_error(error)
+                layer = await self._register(transfer, stage.commit)
+        except BaseException:
+            if layer is not None:
+                self.store.release(layer)
+            raise
+        return layer
+
+    async def _receive(self, source: StagedSource, stage: Stage, transfer: Transfer) -> None:
+        """One attempt at a download into a stage."""
+        if stage.complete:
+            transfer.report(Status.DOWNLOAD_COMPLETE)
+        else:
+            await source.download_into(stage, transfer.report)
+        transfer.if_cancelled = REGISTRATION_CANCELLED
+        # A source may be deaf to a cancellation: then the store is not asked.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        await stage.finish(Extraction(source.descriptor.size, transfer.report).unpacked)
 
     async def copy(
         self, original: Transfer, its_source: LayerSource, transfer: Transfer
@@ -66,28 +126,34 @@ class LayerJob:
         assert original.layer is not None
         reader = LayerReader(await original.layer.tar_stream())
         try:
-            layer = await self._register(transfer, reader, _descriptor_of(its_source))
+            layer = await self._register_stream(transfer, reader, its_source)
         finally:
             await reader.aclose()
         return self._hand_over(transfer, layer, None)
 
+    async def _register_stream(
+        self, transfer: Transfer, reader: LayerReader, source: LayerSource
+    ) -> Layer:
+        descriptor = source.descriptor if isinstance(source, DescribedSource) else None
+
+        async def register(parent: ChainID | None) -> Layer:
+            return await self.store.register(reader, parent, descriptor)
+
+        return await self._register(transfer, register)
+
     async def _register(
-        self, transfer: Transfer, reader: LayerReader, descriptor: Descriptor | None
+        self, transfer: Transfer, register: Callable[[ChainID | None], Awaitable[Layer]]
     ) -> Layer:
         below = self.base
         if self.parent is not None:
             assert self.parent.layer is not None
             below = self.parent.layer.chain_id
         try:
-            return await self.store.register(reader, below, descriptor)
+            return await register(below)
         except Exception as error:
             if transfer.scope.cancel_called:
                 raise TransferCancelled(REGISTRATION_CANCELLED) from error
-            if isinstance(error, DecompressionError):
-                problem = "could not get decompression stream"
-            else:
-                problem = "failed to register layer"
-            raise RegistrationError(f"{problem}: {text_of(error)}", reason=error) from error
+            raise _registration_error(error) from error
 
     def _hand_over(self, transfer: Transfer, layer: Layer, action: str | None) -> Layer:
         """The last step, without a checkpoint: from here the layer is the transfer's."""
@@ -105,5 +171,33 @@ class LayerJob:
         return layer
 
 
-def _descriptor_of(source: LayerSource) -> Descriptor | None:
-    return source.descriptor if isinstance(source, DescribedSource) else None
+def _registration_error(error: Exception) -> RegistrationError:
+    if isinstance(error, DecompressionError):
+        problem = "could not get decompression stream"
+    else:
+        problem = "failed to register layer"
+    registration_error = RegistrationError(f"{problem}: {text_of(error)}", reason=error)
+    registration_error.__cause__ = error
+    return registration_error
+
+
+async def _unless_failed(stage: Stage, do: Callable[[], Awaitable[object]]) -> Exception | None:
+    """Do something, but stop if the stage fails meanwhile: then return what it failed with."""
+    failure: Exception | None = None
+    try:
+        async with open_hidden_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal failure
+                failure = await stage.wait_failed()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            await do()
+            nursery.cancel_scope.cancel()
+            return None
+    except Exception:
+        # What was stopped may fail on account of that.
+        if failure is None:
+            raise
+    return failure

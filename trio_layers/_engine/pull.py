@@ -172,7 +172,8 @@ class Pull:
             self._release_existing()
             self._existing = layer
             diff_ids.append(diff_id)
-            await self._tell(source, Status.ALREADY_EXISTS)
+            if self._sink is not None:  # else it is enough that the store was asked
+                await self._sink(Progress(source.id, Status.ALREADY_EXISTS))
             if isinstance(source, DigestRegisterer):
                 source.registered(diff_id)
         return RootFS(diff_ids)

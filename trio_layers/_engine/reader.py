@@ -1,4 +1,5 @@
-"""The stream a store reads a layer from: counted, and closed exactly once."""
+"""How far the unpacking of a layer is: what is reported of it, and the stream that a store reads
+a layer from, counted and closed exactly once."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import trio
 
 from .._progress import Status
 
-__all__ = ["LayerReader"]
+__all__ = ["Extraction", "LayerReader"]
 
 logger = logging.getLogger("trio_layers.engine")
 
@@ -24,12 +25,55 @@ SLACK = 1e-6
 
 
 @final
+class Extraction:
+    """Decides which of many counts are reported, as moby's ``pkg/progress/progressreader.go``.
+
+    Args:
+        size: How long the layer is as it was downloaded, in bytes; 0 if not known.
+        report: Takes the progress.
+    """
+
+    def __init__(self, size: int, report: Report) -> None:
+        self._size = size
+        self._report_to = report
+        self._step = min(STEP, size // 100) if size > 0 else STEP
+        self._count_at_step = 0
+        self._reported_at = -math.inf
+        self._all_unpacked = False
+
+    def reached(self, count: int) -> None:
+        """So many bytes have been read."""
+        if count - self._count_at_step > self._step:
+            self._count_at_step = count
+            if count != self._size:
+                now = trio.current_time()
+                if now - self._reported_at < INTERVAL - SLACK:
+                    return
+                self._reported_at = now
+            self._report(count, last=False)
+
+    def ended(self, count: int) -> None:
+        """So many bytes have been read, and no more will be."""
+        self._report(count, last=True)
+
+    def unpacked(self, count: int) -> None:
+        """As a stage tells it, of a blob whose size is known for sure."""
+        if count < self._size:
+            self.reached(count)
+        elif not self._all_unpacked:
+            self._all_unpacked = True
+            self.ended(count)
+
+    def _report(self, count: int, *, last: bool) -> None:
+        self._report_to(Status.EXTRACTING, count, self._size, last)
+
+
+@final
 class LayerReader(trio.abc.ReceiveStream):
     """Passes a layer's bytes on as they are.
 
     It closes the stream it reads from as soon as that has ended, has failed, or a read of it
-    was cancelled; `aclose` does it otherwise. What is reported, and when, follows moby's
-    ``pkg/progress/progressreader.go``.
+    was cancelled; `aclose` does it otherwise.
 
     Args:
         stream: The layer as it was downloaded.
@@ -44,12 +88,8 @@ class LayerReader(trio.abc.ReceiveStream):
         report: Report | None = None,
     ) -> None:
         self._stream = stream
-        self._size = size
-        self._report_to = report
-        self._step = min(STEP, size // 100) if size > 0 else STEP
+        self._extraction = None if report is None else Extraction(size, report)
         self._count = 0
-        self._count_at_step = 0
-        self._reported_at = -math.inf
         self._closed = False
         self._at_end = False
 
@@ -63,17 +103,16 @@ class LayerReader(trio.abc.ReceiveStream):
             data = await self._stream.receive_some(max_bytes)
         except BaseException as error:
             if isinstance(error, Exception):
-                self._report(last=True)
+                self._ended()
             await self.aclose()
             raise
         if data:
             self._count += len(data)
-            if self._count - self._count_at_step > self._step:
-                self._count_at_step = self._count
-                self._report(last=False)
+            if self._extraction is not None:
+                self._extraction.reached(self._count)
         else:
             self._at_end = True
-            self._report(last=True)
+            self._ended()
             await self.aclose()
         return data
 
@@ -89,12 +128,6 @@ class LayerReader(trio.abc.ReceiveStream):
             except Exception:
                 logger.exception("closing a layer's stream failed")
 
-    def _report(self, *, last: bool) -> None:
-        if self._report_to is None:
-            return
-        if not (last or self._count == self._size):
-            now = trio.current_time()
-            if now - self._reported_at < INTERVAL - SLACK:
-                return
-            self._reported_at = now
-        self._report_to(Status.EXTRACTING, self._count, self._size, last)
+    def _ended(self) -> None:
+        if self._extraction is not None:
+            self._extraction.ended(self._count)

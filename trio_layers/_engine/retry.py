@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import attrs
 import trio
 
 from .._errors import DoNotRetry, text_of
 from .._progress import retrying
-from ..abc import LayerSource
 from .transfer import CONTEXT_CANCELED, Transfer
 
 __all__ = ["RetryPolicy", "is_final"]
 
 logger = logging.getLogger("trio_layers.engine")
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -23,7 +25,7 @@ class RetryPolicy:
     """How a failing download is tried again.
 
     Attributes:
-        max_attempts: How often `LayerSource.download` is called at most.
+        max_attempts: How often a download is tried at most.
         tick: Seconds between two steps of the countdown.
     """
 
@@ -36,10 +38,8 @@ class RetryPolicy:
         if not self.tick > 0:
             raise ValueError(f"retry_tick must be more than 0 seconds, not {self.tick}")
 
-    async def download(
-        self, source: LayerSource, transfer: Transfer
-    ) -> tuple[trio.abc.ReceiveStream, int]:
-        """Call ``source.download`` until it succeeds. The slot is kept meanwhile: it is the
+    async def run(self, attempt_once: Callable[[], Awaitable[T]], transfer: Transfer) -> T:
+        """Call ``attempt_once`` until it succeeds. The slot is kept meanwhile: it is the
         back-pressure on a registry in trouble."""
         attempt = 1
         while True:
@@ -47,7 +47,7 @@ class RetryPolicy:
             # A slot may come in the very tick of a cancellation: then nothing starts.
             await trio.lowlevel.checkpoint_if_cancelled()
             try:
-                return await source.download(transfer.report)
+                return await attempt_once()
             except Exception as error:
                 if transfer.scope.cancel_called:
                     raise
@@ -61,6 +61,8 @@ class RetryPolicy:
                     text_of(error),
                 )
             transfer.if_cancelled = "download cancelled during retry delay"
+            # An attempt that was stopped may have raised on account of that.
+            await trio.lowlevel.checkpoint_if_cancelled()
             for ticks_left in range(attempt * 5, 0, -1):
                 transfer.report(retrying(ticks_left))
                 await trio.sleep(self.tick)

@@ -6,16 +6,16 @@ registry protocol, version 2.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Final, NoReturn, TypeVar, TypeVarTuple, Unpack, final
+from typing import Final, NoReturn, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 
 import attrs
 import httpx
 import trio
 
-from .._digest import DiffID, digest_of, parse_digest
+from .._digest import DiffID, Digest, digest_of, parse_digest
 from .._errors import LayersError, ManifestError, PlatformError, VerificationError
 from .._manifest import (
     INDEX_TYPES,
@@ -106,6 +106,10 @@ class RegistryStatistics:
     active: int
     waiting: int
     max_connections: int
+
+
+Known: TypeAlias = Callable[[Digest], Awaitable[bytes | None]]
+"""Gives the document of a digest, if it is at hand."""
 
 
 @asynccontextmanager
@@ -215,7 +219,11 @@ class RegistryClient:
         return RegistryStatistics(now.borrowed_tokens, now.tasks_waiting, int(now.total_tokens))
 
     async def resolve(
-        self, reference: Reference, *, platform: Platform | None = None
+        self,
+        reference: Reference,
+        *,
+        platform: Platform | None = None,
+        known: Known | None = None,
     ) -> ResolvedImage:
         """Ask what a reference stands for now: manifest and config, for one platform.
 
@@ -228,6 +236,7 @@ class RegistryClient:
             platform: Which of an index's images, with containerd's fallbacks (see
                 `trio_layers._platform.order`). ``None``: the host's; then an image that is not
                 in an index is taken whatever it is for.
+            known: Gives documents that need not be asked for.
 
         Raises:
             PlatformError: if there is no image for the platform.
@@ -243,11 +252,13 @@ class RegistryClient:
         if reference.digest is not None:
             parse_digest(reference.digest)
         try:
-            return await self._resolve(reference, platform)
+            return await self._resolve(reference, platform, known or _unknown)
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
-    async def _resolve(self, reference: Reference, platform: Platform | None) -> ResolvedImage:
+    async def _resolve(
+        self, reference: Reference, platform: Platform | None, known: Known
+    ) -> ResolvedImage:
         index: Descriptor | None = None
         index_bytes: bytes | None = None
         wanted = platform or host_platform()
@@ -259,13 +270,13 @@ class RegistryClient:
             if index is None:
                 index, index_bytes = descriptor, data
             descriptor = _choose(reference, document, wanted)
-            data = await self._get_document(reference, "manifests", descriptor)
+            data = await self._get_document(reference, "manifests", descriptor, known)
             document = await _decode(decode_manifest, data, descriptor.media_type)
         if isinstance(document, Index):
             raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
 
         check_image(document)
-        config_bytes = await self._get_document(reference, "blobs", document.config)
+        config_bytes = await self._get_document(reference, "blobs", document.config, known)
         config = await _decode(decode_config, config_bytes)
         check_layer_count(document, config)
         # An index's entry need not say what it is for, and an image alone never does.
@@ -334,11 +345,16 @@ class RegistryClient:
             )
         return Descriptor(media_type, digest, len(data)), data
 
-    async def _get_document(self, reference: Reference, kind: str, descriptor: Descriptor) -> bytes:
+    async def _get_document(
+        self, reference: Reference, kind: str, descriptor: Descriptor, known: Known
+    ) -> bytes:
         """A manifest (``manifests``) or config (``blobs``) by descriptor, verified."""
         digest, size = descriptor.digest, descriptor.size
         if size > MAX_DOCUMENT_SIZE:
             raise ManifestError(f"{digest} has {size} bytes, more than {MAX_DOCUMENT_SIZE}")
+        there = await known(digest)
+        if there is not None and len(there) == size and digest_of(there) == digest:
+            return there
         what = f"{descriptor.media_type} {digest} of {reference}"
         headers = {"Accept": descriptor.media_type}
         async with self._ask(reference, f"{kind}/{digest}", what, headers) as answer:
@@ -382,6 +398,10 @@ class RegistryClient:
         if plain and not await self._transport.speaks_tls(https):
             return plain[0]
         return https
+
+
+async def _unknown(digest: Digest) -> bytes | None:
+    return None
 
 
 def _choose(reference: Reference, index: Index, wanted: Platform) -> Descriptor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final, final
 
@@ -18,7 +19,9 @@ from .._digest import Digest, digest_of
 from .._errors import StoreError, VerificationError
 from .._manifest import Descriptor
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
-from .files import disk_errors, file_name, sync_directory
+from .commits import Commits, Job
+from .files import disk_errors, file_name
+from .growth import Growth
 from .scratch import Scratch, hold_lock
 
 __all__ = ["BlobStream", "Content", "Ingest", "Partial"]
@@ -40,12 +43,16 @@ class Partial:
     Attributes:
         path: The file.
         size: How many bytes are there.
+        since: `Commits.failures` before any of them was written.
+        growth: Tells it to who reads them meanwhile.
     """
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, *, since: int, fresh: bool = False) -> None:
         """Open the file, made if it is not there; ``fresh``: drop what is in it."""
         self.path = path
         self.size = 0
+        self.since = since
+        self.growth = Growth()
         self._hash = hashlib.sha256()
         self._torn = False  # more may be in the file than is counted
         with disk_errors(path.parent):
@@ -81,29 +88,27 @@ class Partial:
                 raise
             self._torn = False
         self._count(data)
+        self.growth.grow(self.size)
 
     def restart(self) -> None:
         """Drop all that is there."""
+        self.growth.start_over()
         with disk_errors(self.path.parent):
             self._cut(0)
         self._torn = False
         self.size = 0
         self._hash = hashlib.sha256()
 
-    def sync(self) -> None:
-        """Make what is there durable, or drop it: after a failure the kernel takes what it could
-        not write for written, so that another try would succeed and prove nothing."""
-        with disk_errors(self.path.parent):
+    def distrust(self, since: int) -> None:
+        """Drop all that is there, although the disk is in trouble: it may have lost some of it,
+        and not say so again."""
+        self.growth.start_over()
+        self.since = since
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._torn = True
+        with contextlib.suppress(OSError):
             self._mend()
-            try:
-                os.fsync(self._file.fileno())
-            except OSError:
-                self.size = 0
-                self._hash = hashlib.sha256()
-                self._torn = True
-                with contextlib.suppress(OSError):
-                    self._mend()
-                raise
 
     def close(self) -> None:
         self._file.close()
@@ -114,6 +119,7 @@ class Partial:
             while data := self._file.read(_BATCH):
                 trio.from_thread.check_cancelled()
                 self._count(data)
+        self.growth.grow(self.size)
 
     def _count(self, data: bytes) -> None:
         self.size += len(data)
@@ -154,6 +160,11 @@ class Ingest:
         return self._partial is None
 
     @property
+    def growth(self) -> Growth:
+        """How much of it is on disk, for who reads it meanwhile."""
+        return self._arriving().growth
+
+    @property
     def offset(self) -> int:
         """How many bytes are there, from this attempt and those before it."""
         if self._partial is None:
@@ -181,7 +192,8 @@ class Ingest:
         self._pending.append(data)
         self._pending_size += len(data)
         if self._pending_size < _BATCH:
-            await trio.lowlevel.checkpoint()
+            # Who waits for each chunk to arrive has let others run.
+            await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await trio.to_thread.run_sync(self._flush)
 
@@ -209,8 +221,30 @@ class Ingest:
         if self._partial is None:
             await trio.lowlevel.checkpoint()
             return
-        await trio.to_thread.run_sync(self._flush)
+        await self.finish()
         await self._content.keep(self._partial, self._descriptor)
+        self._partial.close()
+        self._partial = None
+
+    async def finish(self) -> None:
+        """Verify that all has come; it becomes visible by a commit.
+
+        Raises:
+            VerificationError: if size or digest differ; the bytes are dropped.
+            StoreError: for what the disk does.
+        """
+        if self._partial is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.to_thread.run_sync(self._finish, self._partial)
+
+    async def commit_with(self, job: Job, *, since: int) -> None:
+        """Run a job that makes the blob visible, with what was made of it; see
+        `Commits.commit`. If the blob is in the store already, it is for what was made only."""
+        if self._partial is None:
+            await self._content.commit(job, since=since)
+            return
+        await self._content.commit(job, since=since, partial=self._partial)
         self._partial.close()
         self._partial = None
 
@@ -232,6 +266,11 @@ class Ingest:
         if self._partial is None:
             raise StoreError(f"blob {self._descriptor.digest} is in the store: nothing is missing")
         return self._partial
+
+    def _finish(self, partial: Partial) -> None:
+        self._flush()
+        _verify_partial(partial, self._descriptor)
+        partial.growth.complete()
 
     def _flush(self) -> None:
         partial = self._arriving()
@@ -292,10 +331,11 @@ class BlobStream(trio.abc.ReceiveStream):
 class Content:
     """The blobs of a store. What is not said here is said at `DirectoryStore`."""
 
-    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch) -> None:
+    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch, commits: Commits) -> None:
         self._blobs = root / "blobs" / "sha256"
         self._catalog = catalog
         self._scratch = scratch
+        self._commits = commits
 
     def path(self, digest: Digest) -> Path:
         """Where a blob is, if it is there."""
@@ -324,7 +364,8 @@ class Content:
             # Asked only now: whoever held the lock before us may have brought the blob.
             if await self.claim(descriptor) is None:
                 path = self._scratch.partial(descriptor.digest)
-                partial = await trio.to_thread.run_sync(_resume, path, descriptor)
+                since = self._commits.failures
+                partial = await trio.to_thread.run_sync(_resume, path, descriptor, since)
             ingest = Ingest(self, descriptor, partial)
             try:
                 yield ingest
@@ -334,21 +375,59 @@ class Content:
             await ingest._leave(failed=False)
 
     async def keep(self, partial: Partial, descriptor: Descriptor) -> None:
-        """Verify a blob that has arrived, and make it durable and visible; see `Ingest.commit`."""
-        await trio.to_thread.run_sync(_verify_partial, partial, descriptor)
-        await self._catalog.write(self._place, partial.path, descriptor)
+        """Make a blob that has arrived and was verified durable and visible."""
+        job = functools.partial(self.place, path=partial.path, descriptor=descriptor)
+        await self.commit(job, since=partial.since, partial=partial)
+
+    async def commit(self, job: Job, *, since: int, partial: Partial | None = None) -> None:
+        """`Commits.commit`. What has arrived is dropped if the disk may have lost some of it."""
+        try:
+            await self._commits.commit(job, since=since)
+        except StoreError:
+            if partial is not None and since != self._commits.failures:
+                failures = self._commits.failures
+                await trio.to_thread.run_sync(partial.distrust, failures)
+            raise
 
     async def put(self, descriptor: Descriptor, data: bytes) -> None:
         if await self.find(descriptor.digest) is not None:
             # As a pull of what is there finds it: nothing to write, and nothing to sync.
             await trio.to_thread.run_sync(_verify_whole, descriptor, data)
             return
-        async with self._scratch.name("blob") as path:
-            await trio.to_thread.run_sync(_write_whole, path, descriptor, data)
-            await self._catalog.write(self._place, path, descriptor)
+        since = self._commits.failures
+        async with self.written([(descriptor, data)]) as job:
+            await self._commits.commit(job, since=since)
+
+    @asynccontextmanager
+    async def written(self, documents: Iterable[tuple[Descriptor, bytes]]) -> AsyncIterator[Job]:
+        """Write documents, and give the job that makes them visible, for the block."""
+        async with AsyncExitStack() as stack:
+            jobs: list[Job] = []
+            for descriptor, data in documents:
+                path = await stack.enter_async_context(self._scratch.name("blob"))
+                await trio.to_thread.run_sync(_write_whole, path, descriptor, data)
+                jobs.append(functools.partial(self.place, path=path, descriptor=descriptor))
+
+            def place(connection: sqlite3.Connection) -> None:
+                for job in jobs:
+                    job(connection)
+
+            yield place
+
+    async def find_document(self, digest: Digest, *, limit: int) -> bytes | None:
+        """A small blob, not verified; ``None`` if it is not there."""
+        return await self._catalog.read(self._read_document, digest, limit)
+
+    def _read_document(
+        self, connection: sqlite3.Connection, digest: Digest, limit: int
+    ) -> bytes | None:
+        blob = find_blob(connection, digest)
+        if blob is None or blob.size > limit:
+            return None
+        return self.path(digest).read_bytes()
 
     async def read(self, digest: Digest, *, limit: int) -> bytes:
-        blob = await self._stored(digest)
+        blob = await self.stored(digest)
         if blob.size > limit:
             raise StoreError(
                 f"blob {digest} is {blob.size} bytes long, and {limit} are the most to be read "
@@ -357,11 +436,11 @@ class Content:
         return await trio.to_thread.run_sync(_read_whole, self.path(digest), blob)
 
     async def open(self, digest: Digest) -> BlobStream:
-        await self._stored(digest)
+        await self.stored(digest)
         path = self.path(digest)
         return BlobStream(await trio.to_thread.run_sync(_open, path), path)
 
-    async def _stored(self, digest: Digest) -> StoredBlob:
+    async def stored(self, digest: Digest) -> StoredBlob:
         blob = await self.find(digest)
         if blob is None:
             raise StoreError(f"blob {digest} is not in the store: pull an image that has it")
@@ -378,19 +457,19 @@ class Content:
             raise _wrong(descriptor, blob.digest, blob.size)
         return blob
 
-    def _place(self, connection: sqlite3.Connection, source: Path, descriptor: Descriptor) -> None:
+    def place(self, connection: sqlite3.Connection, *, path: Path, descriptor: Descriptor) -> None:
+        """A job for `Commits`: give the blob at ``path`` its place, and its row."""
         if find_blob(connection, descriptor.digest) is not None:
             # Not there if a commit before this one renamed it, and another wrote the row.
-            source.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return
         target = self.path(descriptor.digest)
         try:
-            os.rename(source, target)
+            os.rename(path, target)
         except FileNotFoundError:
             # A commit before this one could rename it, and then not write its row.
             if not target.exists():
                 raise
-        sync_directory(self._blobs)
         add_blob(connection, descriptor.digest, descriptor.size)
 
 
@@ -405,8 +484,8 @@ def _wrong(descriptor: Descriptor, digest: Digest, size: int) -> VerificationErr
     )
 
 
-def _resume(path: Path, descriptor: Descriptor) -> Partial:
-    partial = Partial(path)
+def _resume(path: Path, descriptor: Descriptor, since: int) -> Partial:
+    partial = Partial(path, since=since)
     try:
         # Nothing that comes could complete it.
         if partial.size >= descriptor.size and not partial.matches(descriptor):
@@ -422,7 +501,6 @@ def _verify_partial(partial: Partial, descriptor: Descriptor) -> None:
         error = _wrong(descriptor, partial.digest(), partial.size)
         partial.restart()
         raise error
-    partial.sync()
 
 
 def _verify_whole(descriptor: Descriptor, data: bytes) -> None:
@@ -432,12 +510,9 @@ def _verify_whole(descriptor: Descriptor, data: bytes) -> None:
 
 
 def _write_whole(path: Path, descriptor: Descriptor, data: bytes) -> None:
-    partial = Partial(path, fresh=True)
-    try:
-        partial.append(data)
-        _verify_partial(partial, descriptor)
-    finally:
-        partial.close()
+    _verify_whole(descriptor, data)
+    with disk_errors(path.parent):
+        path.write_bytes(data)
 
 
 def _read_whole(path: Path, blob: StoredBlob) -> bytes:

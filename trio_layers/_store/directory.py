@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, final
 from weakref import WeakValueDictionary
@@ -23,24 +24,28 @@ from .catalog import (
     Catalog,
     StoredImage,
     StoredLayer,
+    StoredTree,
     find_blob,
     find_image,
     find_images,
     find_layer,
     put_image,
 )
+from .commits import Commits, Job, open_commits
 from .content import BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
 from .leases import Lease, open_lease
-from .merged import MergedTree
+from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
+from .staging import DirectoryStage, Staging
 from .trees import Base, Trees, Unpacker
 
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
+_NOTHING: Final[Mapping[Digest, bytes]] = {}
 
 
 @asynccontextmanager
@@ -66,8 +71,8 @@ async def open_store(
     connection = await trio.to_thread.run_sync(open_directory, root)
     try:
         catalog = Catalog(connection, root)
-        async with open_scratch(root, catalog) as scratch:
-            store = DirectoryStore(root, catalog, scratch, unpacker)
+        async with open_scratch(root, catalog) as scratch, open_commits(catalog, root) as commits:
+            store = DirectoryStore(root, catalog, scratch, commits, unpacker)
             await catalog.write(store._write_index)
             yield store
     finally:
@@ -133,18 +138,28 @@ class DirectoryStore:
     or has done its work.
     """
 
-    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch, unpacker: Unpacker) -> None:
+    def __init__(
+        self, root: Path, catalog: Catalog, scratch: Scratch, commits: Commits, unpacker: Unpacker
+    ) -> None:
         self._root = root
         self._catalog = catalog
         self._scratch = scratch
+        self._commits = commits
         self._unpacker = unpacker
-        self._content = Content(root, catalog, scratch)
+        self._content = Content(root, catalog, scratch, commits)
         self._trees = Trees(
-            root, catalog=catalog, content=self._content, scratch=scratch, unpacker=unpacker
+            root,
+            catalog=catalog,
+            content=self._content,
+            scratch=scratch,
+            commits=commits,
+            unpacker=unpacker,
         )
+        self._staging = Staging(self._content, self._trees, scratch, commits, self._put)
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
+        self._surveys = Surveys()
         self._lease_names = itertools.count()
 
     def __repr__(self) -> str:
@@ -173,8 +188,18 @@ class DirectoryStore:
 
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
         """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
-        layer = await self._find(chain_id)
+        layer = await self.find(chain_id)
         return None if layer is None else self._refer(layer)
+
+    async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
+        """Like `get`, without a reference. While the object is there, those of the layers below
+        it are, too: the catalog is not asked for them again."""
+        layer = self._layers.get(chain_id)
+        if layer is not None:
+            await trio.lowlevel.checkpoint()
+            return layer
+        rows, below = await self._catalog.read(self._find_rows, chain_id)
+        return self._layer(rows, below) if rows else None
 
     async def register(
         self,
@@ -200,15 +225,40 @@ class DirectoryStore:
             StoreError: if there is no layer ``parent``, or for what the disk does.
             Exception: what the stream raises when read.
         """
+        async with self._on(parent) as (base, below):
+            row = await self._trees.register(stream, base, descriptor)
+            return self._refer(self._layer([row], below))
+
+    def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[DirectoryStage]:
+        """Take a blob in, and unpack it while it arrives, in the block; see
+        `~trio_layers.abc.StagingStore`.
+
+        Raises:
+            InvalidDigest: if the descriptor's digest is none.
+            VerificationError: if the blob is there and has another size.
+            StoreError: for what the disk does.
+        """
+        return self._staging.open(descriptor)
+
+    async def _put(
+        self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
+    ) -> DirectoryLayer:
+        async with self._on(parent) as (base, below):
+            row = await self._trees.put_on(base, tree, blob)
+            return self._refer(self._layer([row], below))
+
+    @asynccontextmanager
+    async def _on(
+        self, parent: ChainID | None
+    ) -> AsyncIterator[tuple[Base, DirectoryLayer | None]]:
+        """What a layer is put on, with a reference to it for the block."""
         below = None
         if parent is not None:
             below = await self.get(parent)
             if below is None:
                 raise StoreError(f"there is no layer {parent} to put another on")
         try:
-            base = Base(parent, _merged(below))
-            row = await self._trees.register(stream, base, descriptor)
-            return self._refer(self._layer([row], below))
+            yield Base(parent, self._merged(below)), below
         finally:
             if below is not None:
                 self.release(below)
@@ -229,10 +279,10 @@ class DirectoryStore:
         if chain_id is None:
             await trio.lowlevel.checkpoint()
         else:
-            layer = await self._find(chain_id)
+            layer = await self.find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-        return RootfsView(_merged(layer), self._unpacker, self._scratch.name)
+        return RootfsView(self._merged(layer), self._unpacker, self._scratch.name)
 
     # Blobs.
 
@@ -278,6 +328,15 @@ class DirectoryStore:
         """
         return await self._content.read(digest, limit=limit)
 
+    async def find_document(self, digest: Digest) -> bytes | None:
+        """All of a blob; ``None`` if it is not there, is no SHA-256 one, or is larger than what
+        registries allow a manifest. It is not verified.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        return await self._content.find_document(digest, limit=_DOCUMENT_LIMIT)
+
     async def open_blob(self, digest: Digest) -> BlobStream:
         """A stream of a blob; whoever opens it closes it.
 
@@ -297,8 +356,10 @@ class DirectoryStore:
         platform: str | None,
         chain_id: ChainID | None,
         index: Descriptor | None = None,
+        documents: Mapping[Digest, bytes] = _NOTHING,
     ) -> None:
-        """Let a reference stand for an image from now on; all of it must be in the store.
+        """Let a reference stand for an image from now on; all of it must be in the store, or in
+        ``documents``. Nothing is written if it does already.
 
         An image that had the reference on the same platform loses it, and stays. Other tools
         find the image in the layout under its reference: ``skopeo inspect oci:STORE:REFERENCE``.
@@ -311,15 +372,23 @@ class DirectoryStore:
                 an image for each.
             chain_id: The image's top layer; ``None`` if it has none, or they are not unpacked.
             index: The index the image was chosen from, if that is in the store.
+            documents: Its manifest, config and index, if they may be missing yet.
 
         Raises:
             StoreError: if something of the image is not in the store.
+            VerificationError: if a document is not what its digest says.
             PlatformError: if ``platform`` is none.
         """
         if platform is not None:
             parse_platform(platform)
         image = StoredImage(reference, platform, manifest, config, chain_id, index)
-        await self._catalog.write(self._put_image, image)
+        if await self._catalog.read(find_image, reference, None) == image:
+            return
+        blobs = [blob for blob in (manifest, config, index) if blob is not None]
+        new = [(blob, documents[blob.digest]) for blob in blobs if blob.digest in documents]
+        since = self._commits.failures
+        async with self._content.written(new) as place:
+            await self._commits.commit(partial(self._put_image, image, place), since=since)
 
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
         """What a reference stands for; ``None`` if that is nothing.
@@ -349,7 +418,8 @@ class DirectoryStore:
             await lease.hold(*digests)
             yield lease
 
-    def _put_image(self, connection: sqlite3.Connection, image: StoredImage) -> None:
+    def _put_image(self, image: StoredImage, place: Job, connection: sqlite3.Connection) -> None:
+        place(connection)
         for blob in (image.manifest, image.config, image.index):
             if blob is not None and find_blob(connection, blob.digest) is None:
                 raise StoreError(f"{image.reference} lacks the blob {blob.digest}: store it first")
@@ -364,10 +434,6 @@ class DirectoryStore:
         document = index_document(find_images(connection))
         if not path.exists() or path.read_bytes() != document:
             replace_file(path, document, temporary=self._scratch.new("index"))
-
-    async def _find(self, chain_id: ChainID) -> DirectoryLayer | None:
-        rows, below = await self._catalog.read(self._find_rows, chain_id)
-        return self._layer(rows, below) if rows else None
 
     def _find_rows(
         self, connection: sqlite3.Connection, chain_id: ChainID
@@ -403,17 +469,20 @@ class DirectoryStore:
         self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
         return layer
 
+    def _merged(self, layer: DirectoryLayer | None) -> MergedTree:
+        """The trees of a layer and those below it."""
+        trees = []
+        while layer is not None:
+            trees.append(layer.tree)
+            layer = layer.parent
+        return MergedTree(
+            trees[::-1],
+            check_cancelled=trio.from_thread.check_cancelled,
+            surveys=self._surveys,
+        )
+
 
 def _resolved(path: Path) -> Path:
     # Path.resolve raises RuntimeError for links that lead in a circle, before Python 3.13.
     with disk_errors(path):
         return Path(os.path.realpath(path))
-
-
-def _merged(layer: DirectoryLayer | None) -> MergedTree:
-    """The trees of a layer and those below it."""
-    trees = []
-    while layer is not None:
-        trees.append(layer.tree)
-        layer = layer.parent
-    return MergedTree(trees[::-1], check_cancelled=trio.from_thread.check_cancelled)

@@ -30,7 +30,7 @@ async def open_lease(catalog: Catalog, holder: str, name: str) -> AsyncIterator[
     finally:
         try:
             with trio.CancelScope(shield=True):
-                await catalog.write(drop_leases, holder, name)
+                await catalog.note(drop_leases, holder, name)
         except StoreError as error:
             # It ends with its holder, if not now, and what is under way says more.
             logger.warning("cannot end a lease: %s", error)
@@ -65,5 +65,5 @@ class Lease:
             StoreError: for what the disk does.
         """
         new = {digest for digest in digests if digest is not None} - self._digests
-        await self._catalog.write(add_leases, self._holder, self._name, new)
+        await self._catalog.note(add_leases, self._holder, self._name, new)
         self._digests |= new

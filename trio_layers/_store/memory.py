@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import final
 
 import attrs
 import trio
 
 from .._compression import Decompressor
-from .._digest import ChainID, DiffID, digest_of, extend_chain
+from .._digest import ChainID, DiffID, Digest, digest_of, extend_chain
 from .._errors import DecompressionError, StoreError, text_of
 from .._manifest import Descriptor
-from ..abc import Layer
+from .._nursery import open_hidden_nursery
+from ..abc import Layer, ReportUnpacked
 
-__all__ = ["MemoryLayer", "MemoryStore", "MemoryStream"]
+__all__ = ["MemoryLayer", "MemoryStage", "MemoryStore", "MemoryStream"]
 
 CHUNK = 64 * 1024
 
@@ -68,14 +71,15 @@ class MemoryLayer:
 
 @final
 class MemoryStore:
-    """A `~trio_layers.abc.LayerStore` that keeps each layer as one `bytes` object.
+    """A `~trio_layers.abc.StagingStore` that keeps each layer as one `bytes` object.
 
     A layer whose last reference is released is dropped, and gives back the one it has to its
-    parent.
+    parent. What has arrived of a blob is kept until it has become a layer.
     """
 
     def __init__(self) -> None:
         self._layers: dict[ChainID, MemoryLayer] = {}
+        self._arrived: dict[Digest, Arrived] = {}
 
     def __repr__(self) -> str:
         return f"<MemoryStore: {len(self._layers)} layers>"
@@ -106,6 +110,28 @@ class MemoryStore:
         data = await decompressed(stream)
         return self.add(data, parent, descriptor)
 
+    @asynccontextmanager
+    async def stage(self, descriptor: Descriptor) -> AsyncIterator[MemoryStage]:
+        """Take a blob in, and decompress it while it arrives; see `StagingStore.stage`.
+
+        It does not wait: of two who stage a blob at once, each has its own.
+        """
+        await trio.lowlevel.checkpoint()
+        arrived = self._arrived.pop(descriptor.digest, None) or Arrived()
+        async with open_hidden_nursery() as nursery:
+            stage = MemoryStage(self, descriptor, arrived, nursery)
+            try:
+                yield stage
+            finally:
+                nursery.cancel_scope.cancel()
+                if not stage._committed:
+                    self._keep(descriptor.digest, stage._run.arrived)
+
+    def _keep(self, digest: Digest, arrived: Arrived) -> None:
+        other = self._arrived.get(digest)
+        if arrived.data and (other is None or len(other.data) < len(arrived.data)):
+            self._arrived[digest] = arrived
+
     def add(
         self, data: bytes, parent: ChainID | None, descriptor: Descriptor | None = None
     ) -> MemoryLayer:
@@ -134,6 +160,166 @@ class MemoryStore:
                 return
             del self._layers[this.chain_id]
             this = this.parent
+
+
+@attrs.define(eq=False)
+class Arrived:
+    """What is there of a blob.
+
+    Attributes:
+        data: Its bytes so far.
+        complete: Whether they are all.
+        news: Where those wait who follow it.
+    """
+
+    data: bytearray = attrs.field(factory=bytearray, repr=False)
+    complete: bool = False
+    news: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot, repr=False)
+
+
+@attrs.define(eq=False)
+class Run:
+    """A worker of a stage: what it follows, and what became of it.
+
+    Attributes:
+        arrived: The bytes it decompresses.
+        scope: Cancels it.
+        position: How many of them it has taken.
+        plain: What it made of them, once it is through.
+        failure: What it failed with.
+    """
+
+    arrived: Arrived
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    position: int = 0
+    plain: bytes | None = None
+    failure: Exception | None = None
+
+
+@final
+class MemoryStage:
+    """A blob on its way into a `MemoryStore`; see `~trio_layers.abc.Stage`.
+
+    It comes from `MemoryStore.stage`. The worker is a task, which decompresses what has arrived.
+    """
+
+    def __init__(
+        self, store: MemoryStore, descriptor: Descriptor, arrived: Arrived, nursery: trio.Nursery
+    ) -> None:
+        self._store = store
+        self._descriptor = descriptor
+        self._nursery = nursery
+        self._news = trio.lowlevel.ParkingLot()
+        self._progress: ReportUnpacked | None = None
+        self._committed = False
+        self._run = self._start(arrived)
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else f"{self.offset} bytes"
+        return f"<MemoryStage {self._descriptor.digest}: {state}>"
+
+    @property
+    def offset(self) -> int:
+        """How many bytes are there."""
+        return len(self._run.arrived.data)
+
+    @property
+    def digest(self) -> Digest:
+        """What the bytes that are there hash to."""
+        return digest_of(bytes(self._run.arrived.data))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the blob is there."""
+        return self._run.arrived.complete
+
+    async def write(self, data: bytes) -> None:
+        """Append. Cancelled, it has appended nothing."""
+        await trio.lowlevel.checkpoint()
+        self._run.arrived.data += data
+        self._run.arrived.news.unpark_all()
+
+    async def restart(self) -> None:
+        """Drop all that is there, and start to decompress again with what comes."""
+        await trio.lowlevel.checkpoint()
+        # Until it notices, the old worker writes into what nobody looks at any more.
+        self._run.scope.cancel()
+        self._run = self._start(Arrived())
+
+    async def finish(self, progress: ReportUnpacked) -> None:
+        """All of the blob is there; see `Stage.finish`. Cancelled, it has changed nothing."""
+        await trio.lowlevel.checkpoint()
+        run = self._run
+        self._progress = progress
+        if run.position:
+            progress(run.position)
+        run.arrived.complete = True
+        run.arrived.news.unpark_all()
+        self._news.unpark_all()
+
+    async def wait_failed(self) -> Exception:
+        """Wait for a failure of a complete blob: only that is certain. See `Stage.wait_failed`."""
+        await trio.lowlevel.checkpoint()
+        while self._run.failure is None or not self.complete:
+            await self._news.park()
+        return self._run.failure
+
+    async def commit(self, parent: ChainID | None) -> MemoryLayer:
+        """Wait for the worker, then keep the layer; see `Stage.commit`. Cancelled, nothing is
+        kept.
+
+        Raises:
+            StoreError: if there is no layer ``parent``.
+        """
+        await trio.lowlevel.checkpoint()
+        run = self._run
+        while run.plain is None:
+            if run.failure is not None:
+                raise run.failure
+            await self._news.park()
+        layer = self._store.add(run.plain, parent, self._descriptor)
+        self._committed = True
+        return layer
+
+    def _start(self, arrived: Arrived) -> Run:
+        run = Run(arrived)
+        self._nursery.start_soon(self._work, run)
+        return run
+
+    async def _work(self, run: Run) -> None:
+        with run.scope:
+            try:
+                run.plain = await decompressed(Following(run, self._taken))
+            except Exception as error:
+                run.failure = error
+            self._news.unpark_all()
+
+    def _taken(self, run: Run) -> None:
+        if self._progress is not None:
+            self._progress(run.position)
+
+
+@final
+class Following(trio.abc.ReceiveStream):
+    """A blob that is still arriving, as a stream that ends when it is complete."""
+
+    def __init__(self, run: Run, taken: Callable[[Run], None]) -> None:
+        self._run = run
+        self._taken = taken
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        run, arrived = self._run, self._run.arrived
+        while run.position == len(arrived.data) and not arrived.complete:
+            await arrived.news.park()
+        size = CHUNK if max_bytes is None else max_bytes
+        data = bytes(arrived.data[run.position : run.position + size])
+        run.position += len(data)
+        self._taken(run)
+        return data
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 async def decompressed(stream: trio.abc.ReceiveStream) -> bytes:

@@ -9,15 +9,16 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, final
+from typing import BinaryIO, Final, final
 
 import attrs
 
-from .._entries import Entry, lines_about, parse_entries
+from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
 from .._errors import StoreError
 
-__all__ = ["MergedTree", "path_error"]
+__all__ = ["MergedTree", "Surveys", "path_error"]
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -33,6 +34,13 @@ _STRIDE: Final = 1024
 
 # How long one who waits for another's reading looks away, in seconds.
 _POLL: Final = 0.05
+
+# How many stacks are remembered, and of how many directories each: some megabytes.
+_REMEMBERED: Final = 4
+_DIRECTORIES: Final = 16 * 1024
+
+# Places for the hashes of the paths of what is no directory.
+_PLACES: Final = 1 << 22
 
 
 class _Node:
@@ -64,17 +72,22 @@ class MergedTree:
     Args:
         trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last.
         check_cancelled: Called now and then while lists are read; what it raises goes through.
+        surveys: What `survey` has found out before, of any stacks.
 
     Raises:
         StoreError: (all methods) if a list of entries is damaged or cannot be read.
     """
 
     def __init__(
-        self, trees: Sequence[Path], *, check_cancelled: Callable[[], None] = _never
+        self,
+        trees: Sequence[Path],
+        *,
+        check_cancelled: Callable[[], None] = _never,
+        surveys: Surveys | None = None,
     ) -> None:
         self._trees = tuple(trees)
-        self._roots = [os.fspath(tree / "fs") for tree in trees]
         self._check = check_cancelled
+        self._surveys = Surveys() if surveys is None else surveys
         self._lock = threading.Lock()
         self._stack: _Stack | None = None
 
@@ -137,12 +150,15 @@ class MergedTree:
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
         """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
 
-        Unless the lists are in memory, only what tells of these paths is parsed: of most layers
-        little is asked when another is put on them.
+        Unless the lists are in memory, only what tells of directories is parsed, or of these
+        paths: little else is asked of layers when another is put on them.
         """
         paths = tuple(paths)
         stack = self._stack
         if stack is None:
+            known = self._surveys.ask(self._trees, paths, self._check)
+            if known is not None:
+                return known
             wanted = {b""}
             for path in paths:
                 while path not in wanted:
@@ -173,7 +189,7 @@ class MergedTree:
             raise path_error(errno.EISDIR if node.entry.type == "dir" else errno.EINVAL, path)
         *parents, name = path.split(b"/")
         try:
-            here = os.open(self._roots[node.tree], _DIRECTORY)
+            here = os.open(self._trees[node.tree] / "fs", _DIRECTORY)
             for part in parents:
                 try:
                     inner = os.open(part, _DIRECTORY, dir_fd=here)
@@ -300,15 +316,81 @@ class _Stack:
                 self.names[tree, first] = names
 
 
-def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:
-    """A tree's entries; with ``only``, at least those of the paths in it."""
+@final
+class Surveys:
+    """What lists say of directories, remembered for some stacks: while an image's layers are put
+    one on another, each list is read once. For any threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, ...], _Directories] = {}
+
+    def ask(
+        self, trees: tuple[Path, ...], paths: Iterable[bytes], check: Callable[[], None]
+    ) -> dict[bytes, Entry | None] | None:
+        """See `MergedTree.survey`; ``None`` if this cannot tell."""
+        directories = self._take(trees)
+        if not directories.extend(trees, check):
+            return None
+        found = directories.survey(paths)
+        if directories.count <= _DIRECTORIES:
+            self._known[trees] = directories
+            for oldest in tuple(self._known)[:-_REMEMBERED]:
+                self._known.pop(oldest, None)
+        return found
+
+    def _take(self, trees: tuple[Path, ...]) -> _Directories:
+        """What is remembered of most of the lower trees; nobody else has it then."""
+        below = [known for known in tuple(self._known) if trees[: len(known)] == known]
+        directories = self._known.pop(max(below, key=len), None) if below else None
+        return directories or _Directories()
+
+
+@final
+class _Directories:
+    """The directories of a stack that grows, and where there may be something else.
+
+    Attributes:
+        count: How many entries were put into it.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._stack = _Stack((), _never)
+        self._height = 0
+        self._paths: set[bytes] = set()
+        self._others = bytearray(_PLACES)
+
+    def extend(self, trees: tuple[Path, ...], check: Callable[[], None]) -> bool:
+        """Lay over it those of ``trees`` that it has not; whether it could be told how."""
+        for number in range(self._height, len(trees)):
+            tree = trees[number]
+            with _list_of(tree) as file:
+                lines = lines_of_directories(_polled(file, check), self._paths, self._others)
+                if lines is None:
+                    return False
+                entries = parse_entries(_polled(lines, check))[0]
+            for entry in entries:
+                self._stack._put(entry, number, tree)
+            self.count += len(entries)
+        self._height = len(trees)
+        return True
+
+    def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None] | None:
+        """What is at these paths; ``None`` if one of them may be no directory."""
+        found: dict[bytes, Entry | None] = {}
+        for path in paths:
+            if self._others[hash(listed_as(path)) % _PLACES]:
+                return None
+            node = self._stack.find(path)
+            found[path] = None if node is None else node.entry
+        return found
+
+
+@contextmanager
+def _list_of(tree: Path) -> Iterator[BinaryIO]:
     try:
         with open(tree / "entries", "rb") as file:
-            chosen = None if only is None else lines_about(only, _polled(file, check))
-            if chosen is None:
-                file.seek(0)
-                return parse_entries(_polled(file, check))[0]
-            return parse_entries(chosen)[0]
+            yield file
     except OSError as error:
         advice = "remove the layer and pull it again"
         if error.errno in _EXHAUSTED:
@@ -316,6 +398,16 @@ def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]
         raise StoreError(
             f"{tree}: its list of entries cannot be read ({error.strerror}); {advice}"
         ) from error
+
+
+def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:
+    """A tree's entries; with ``only``, at least those of the paths in it."""
+    with _list_of(tree) as file:
+        chosen = None if only is None else lines_about(only, _polled(file, check))
+        if chosen is None:
+            file.seek(0)
+            return parse_entries(_polled(file, check))[0]
+        return parse_entries(chosen)[0]
 
 
 def _polled(lines: Iterable[bytes], check: Callable[[], None]) -> Iterator[bytes]:

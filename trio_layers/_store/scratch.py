@@ -9,7 +9,6 @@ instead: they outlive their holder, to be resumed.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
@@ -109,11 +108,14 @@ class Scratch:
         """The lock file that is held while a blob arrives or is unpacked."""
         return self._ingest / f"{file_name(digest)}.lock"
 
-    def discard(self, path: Path) -> None:
-        """Move a file or directory out of the way, for the next sweep. Blocking, in any thread;
-        nothing happens if it is not there."""
-        with contextlib.suppress(FileNotFoundError):
+    def discard(self, path: Path) -> bool:
+        """Move a file or directory out of the way, for the next sweep. Blocking, in any thread.
+        Whether it was there."""
+        try:
             os.rename(path, self.new("trash"))
+        except FileNotFoundError:
+            return False
+        return True
 
     @asynccontextmanager
     async def name(self, kind: str) -> AsyncIterator[Path]:
@@ -125,11 +127,11 @@ class Scratch:
         finally:
             try:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self.discard, path)
+                    if await trio.to_thread.run_sync(self.discard, path):
+                        self._waste.set()
             except OSError as error:
                 # It still bears our name, and is swept when the store is left.
                 logger.warning("cannot move %s out of the way: %s", path, error)
-            self._waste.set()
 
     async def sweep(self) -> None:
         """Remove all that bears our name. Cancelled, it leaves the rest to another sweep."""

@@ -33,13 +33,15 @@ from .catalog import (
     find_tree,
     set_diff_id,
 )
+from .commits import Commits
 from .content import Content, Partial
-from .files import disk_errors, file_name, store_error, sync_directory, sync_file_system
+from .files import disk_errors, file_name, store_error
+from .growth import Follower
 from .merged import MergedTree
 from .rootfs import Exporter
 from .scratch import Scratch
 
-__all__ = ["Base", "Trees", "Unpacked", "Unpacker"]
+__all__ = ["Base", "Trees", "Unpacked", "Unpacker", "stored_tree"]
 
 _CHUNK: Final = 256 * 1024
 
@@ -120,10 +122,29 @@ class Base:
     lower: MergedTree
 
 
+class _Source(Protocol):
+    """What an unpacker reads from, in a worker thread."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """What reading has failed with."""
+        ...
+
+    def read(self, size: int) -> bytes: ...
+
+    def check(self) -> None:
+        """Raise if nobody wants the result any more."""
+        ...
+
+    def finish(self) -> tuple[Digest, int]:
+        """Read on to the end; the digest and the size of it all."""
+        ...
+
+
 @final
 class _Reader:
-    """What an unpacker reads from, in a worker thread: a stream of trio, counted, hashed and, if
-    its blob is not in the store yet, kept on its way."""
+    """A stream of trio, counted, hashed and, if its blob is not in the store yet, kept on its
+    way."""
 
     def __init__(self, stream: trio.abc.ReceiveStream, kept: Partial | None = None) -> None:
         self._stream = stream
@@ -149,6 +170,9 @@ class _Reader:
             if len(self._beginning) > _BEGINNING:
                 self._beginning = None
         return data
+
+    def check(self) -> None:
+        trio.from_thread.check_cancelled()
 
     def finish(self) -> tuple[Digest, int]:
         """Read on to the end; the digest and the size of it all."""
@@ -181,15 +205,17 @@ class Trees:
         catalog: Catalog,
         content: Content,
         scratch: Scratch,
+        commits: Commits,
         unpacker: Unpacker,
     ) -> None:
         self._trees = root / "trees" / "sha256"
         self._catalog = catalog
+        self._commits = commits
         self._content = content
         self._scratch = scratch
         self._unpacker = unpacker
-        # Inflating and hashing keep a core busy. Not fewer than two: one may wait for its stream.
-        self.threads = trio.CapacityLimiter(max(2, os.cpu_count() or 1))
+        # Inflating and hashing keep a core busy, and some wait for bytes that have not arrived.
+        self.threads = trio.CapacityLimiter(max(4, 2 * (os.cpu_count() or 1)))
 
     def path(self, id: Digest) -> Path:
         """Where a tree is, if it is there."""
@@ -200,14 +226,14 @@ class Trees:
     ) -> StoredLayer:
         """Make the layer visible that the stream holds; see `DirectoryStore.register`."""
         if descriptor is None:
-            async with self._scratch.name("partial") as path, _open_partial(path) as kept:
+            async with self._scratch.name("partial") as path, self._partial(path) as kept:
                 return await self._from_stream(stream, base, None, kept)
         # Held until the tree is there, so that others who want it wait, and find it.
         async with self._content.lock(descriptor.digest):
             blob = await self._content.claim(descriptor)
             if blob is None:
                 path = self._scratch.partial(descriptor.digest)
-                async with _open_partial(path) as kept:
+                async with self._partial(path) as kept:
                     return await self._from_stream(stream, base, descriptor, kept)
             layer = await self._from_what_is_there(blob, base)
             return layer or await self._from_stream(stream, base, descriptor, None)
@@ -220,12 +246,53 @@ class Trees:
         layer = await self._catalog.read(find_layer, chain)
         if layer is not None:
             return layer
-        tree = await self._catalog.read(find_tree, blob.diff_id)
+        tree = await self.find(blob)
         if tree is None:
             return None
-        if not await self._holds(tree, base):
-            return await self._upon(base, _blob_descriptor(blob.digest, blob.size))
-        return await self._catalog.write(self._place, None, tree, base, blob.digest)
+        return await self.put_on(base, tree, blob.digest)
+
+    async def find(self, blob: StoredBlob) -> StoredTree | None:
+        """The tree that a blob was unpacked to, for layers to share."""
+        if blob.diff_id is None:
+            return None
+        return await self._catalog.read(find_tree, blob.diff_id)
+
+    async def put_on(self, base: Base, tree: StoredTree | None, blob: Digest) -> StoredLayer:
+        """Make the layer visible whose tree is this one, where that fits. Else, and if it has
+        none to share, it is unpacked once more, from its blob, which is stored."""
+        if tree is None or not await self._holds(tree, base):
+            tree = await self._upon(base, blob)
+        # Trees and blobs are durable; the row is with the image's.
+        return await self._catalog.note(self._add_layer, tree, base, blob)
+
+    async def follow(
+        self, open_follower: Callable[[], Follower], target: Path, blob: Descriptor
+    ) -> Unpacked:
+        """Unpack a blob while it arrives. What is found wrong with it counts when it has been
+        verified: until then, what arrived may be to blame."""
+
+        def build() -> Unpacked:
+            with open_follower() as follower:
+                try:
+                    return self._build(follower, target, lower=None, expected=blob)[0]
+                except (DecompressionError, UnpackError):
+                    follower.finish()
+                    raise
+
+        return await trio.to_thread.run_sync(build, limiter=self.threads)
+
+    def add_tree(
+        self, connection: sqlite3.Connection, *, target: Path, tree: StoredTree, blob: Digest
+    ) -> None:
+        """A job for `Commits`: give the tree at ``target`` its place unless it has one, and its
+        row. It is what ``blob`` unpacks to."""
+        if find_tree(connection, tree.id) is None:
+            place = self.path(tree.id)
+            # Without a row it is what a crash left just before it was written.
+            self._scratch.discard(place)
+            os.rename(target, place)
+            add_tree(connection, tree)
+        set_diff_id(connection, blob, tree.diff_id)
 
     async def _from_stream(
         self,
@@ -234,24 +301,45 @@ class Trees:
         descriptor: Descriptor | None,
         kept: Partial | None,
     ) -> StoredLayer:
+        since = self._commits.failures
         async with self._scratch.name("tree") as target:
             unpacked, blob = await self._unpack(_Reader(stream, kept), target, expected=descriptor)
             if kept is not None:
                 await self._content.keep(kept, blob)
-            tree = _stored_tree(unpacked, unpacked.diff_id)
-            if not unpacked.needs_lower and await self._holds(tree, base):
-                return await self._catalog.write(self._place, target, tree, base, blob.digest)
-        return await self._upon(base, blob)
+            tree = None
+            if not unpacked.needs_lower:
+                tree = stored_tree(unpacked, unpacked.diff_id)
+                if await self._holds(tree, base):
+                    job = partial(self.add_tree, target=target, tree=tree, blob=blob.digest)
+                    await self._commits.commit(job, since=since)
+                    return await self._catalog.write(self._add_layer, tree, base, blob.digest)
+        return await self.put_on(base, None, blob.digest)
 
-    async def _upon(self, base: Base, blob: Descriptor) -> StoredLayer:
+    async def _upon(self, base: Base, digest: Digest) -> StoredTree:
         """Unpack a stored blob through what is below it."""
+        blob = await self._content.stored(digest)
+        since = self._commits.failures
         async with self._scratch.name("tree") as target:
-            async with await self._content.open(blob.digest) as stream:
+            async with await self._content.open(digest) as stream:
                 unpacked, _ = await self._unpack(
-                    _Reader(stream), target, lower=base.lower, expected=blob
+                    _Reader(stream),
+                    target,
+                    lower=base.lower,
+                    expected=_blob_descriptor(digest, blob.size),
                 )
-            tree = _stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
-            return await self._catalog.write(self._place, target, tree, base, blob.digest)
+            tree = stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
+            job = partial(self.add_tree, target=target, tree=tree, blob=digest)
+            await self._commits.commit(job, since=since)
+            return tree
+
+    @asynccontextmanager
+    async def _partial(self, path: Path) -> AsyncIterator[Partial]:
+        new = partial(Partial, path, since=self._commits.failures, fresh=True)
+        kept = await trio.to_thread.run_sync(new)
+        try:
+            yield kept
+        finally:
+            kept.close()
 
     async def _holds(self, tree: StoredTree, base: Base) -> bool:
         def check() -> bool:
@@ -262,19 +350,19 @@ class Trees:
 
     async def _unpack(
         self,
-        reader: _Reader,
+        reader: _Source,
         target: Path,
         *,
         lower: MergedTree | None = None,
         expected: Descriptor | None = None,
     ) -> tuple[Unpacked, Descriptor]:
-        """The tree, durable but not visible, and the descriptor of what was read."""
+        """The tree, not durable yet, and the descriptor of what was read."""
         build = partial(self._build, reader, target, lower=lower, expected=expected)
         return await trio.to_thread.run_sync(build, limiter=self.threads)
 
     def _build(
         self,
-        reader: _Reader,
+        reader: _Source,
         target: Path,
         *,
         lower: MergedTree | None,
@@ -286,7 +374,7 @@ class Trees:
                 reader.read,
                 target,
                 lower=lower,
-                check_cancelled=trio.from_thread.check_cancelled,
+                check_cancelled=reader.check,
             )
             digest, size = reader.finish()
             if expected is None:
@@ -297,7 +385,6 @@ class Trees:
                     f"is {digest}, {size} bytes long: pull it again",
                     digest=expected.digest,
                 )
-            sync_file_system(target)
         except OSError as error:
             # What the stream raises is no matter of our disk.
             if error is reader.failure:
@@ -309,28 +396,14 @@ class Trees:
             raise
         return unpacked, expected
 
-    def _place(
-        self,
-        connection: sqlite3.Connection,
-        target: Path | None,
-        tree: StoredTree,
-        base: Base,
-        blob: Digest,
+    def _add_layer(
+        self, connection: sqlite3.Connection, tree: StoredTree, base: Base, blob: Digest
     ) -> StoredLayer:
-        """In a transaction: give the tree its place unless it has one, and write the rows."""
-        if target is not None and find_tree(connection, tree.id) is None:
-            place = self.path(tree.id)
-            # Without a row it is what a crash left just before it was written.
-            self._scratch.discard(place)
-            os.rename(target, place)
-            sync_directory(self._trees)
-            add_tree(connection, tree)
         chain = extend_chain(base.chain_id, tree.diff_id)
         layer = find_layer(connection, chain)
         if layer is None:
             layer = StoredLayer(chain, tree.diff_id, base.chain_id, tree.id, blob)
             add_layer(connection, layer)
-        set_diff_id(connection, blob, tree.diff_id)
         return layer
 
 
@@ -345,14 +418,5 @@ def _blob_descriptor(digest: Digest, size: int) -> Descriptor:
     return Descriptor("application/octet-stream", digest, size)
 
 
-def _stored_tree(unpacked: Unpacked, id: Digest) -> StoredTree:
+def stored_tree(unpacked: Unpacked, id: Digest) -> StoredTree:
     return StoredTree(id, unpacked.diff_id, unpacked.size, unpacked.entries, unpacked.assumed)
-
-
-@asynccontextmanager
-async def _open_partial(path: Path) -> AsyncIterator[Partial]:
-    kept = await trio.to_thread.run_sync(partial(Partial, path, fresh=True))
-    try:
-        yield kept
-    finally:
-        kept.close()

@@ -6,8 +6,9 @@ What is accepted is what Go's ``archive/tar`` accepts (``strconv.go``), in what 
 from __future__ import annotations
 
 import re
-import zlib
+from functools import lru_cache
 from typing import Final
+from zlib import adler32
 
 from .._errors import UnpackError
 
@@ -18,6 +19,7 @@ __all__ = [
     "checksum_is_right",
     "damaged",
     "decimal",
+    "mode_and_owner",
     "number",
     "pax_time",
     "records",
@@ -59,23 +61,38 @@ def until_nul(field: bytes) -> bytes:
 
 def number(field: bytes, name: bytes, what: str) -> int:
     """A numeric field: octal, or base-256 as GNU tar has it for what does not fit."""
+    value = _octal(field)
+    if value is not None:
+        return value
+    if field[0] & 0x80:
+        return _base_256(field, name, what)
+    text = field.rstrip(b"\0 ").lstrip(b" ")
+    if not text:
+        return 0
+    # A NUL before the digits ends the number for some readers, for others it does not.
+    text = until_nul(text).rstrip(b" ")
+    if text.isdigit() and not text.strip(b"01234567"):
+        return int(text, 8)
+    raise damaged(name, f"its {what} is not a number: {field!r}")
+
+
+# Most entries of an archive share these three with others.
+@lru_cache(maxsize=256)
+def mode_and_owner(field: bytes) -> tuple[int, int, int] | None:
+    """Mode, owner and group, if they are plain octal numbers; ``None`` for all others."""
+    mode, uid, gid = _octal(field[:8]), _octal(field[8:16]), _octal(field[16:])
+    return None if mode is None or uid is None or gid is None else (mode & 0o7777, uid, gid)
+
+
+def _octal(field: bytes) -> int | None:
+    """The number in a field that has nothing before it; ``None`` for all others."""
     text = field.rstrip(b"\0 ")
     if text.isdigit():
         try:
             return int(text, 8)
         except ValueError:
             pass
-    elif field[0] & 0x80:
-        return _base_256(field, name, what)
-    else:
-        text = text.lstrip(b" ")
-        if not text:
-            return 0
-        # A NUL before the digits ends the number for some readers, for others it does not.
-        text = until_nul(text).rstrip(b" ")
-        if text.isdigit() and not text.strip(b"01234567"):
-            return int(text, 8)
-    raise damaged(name, f"its {what} is not a number: {field!r}")
+    return None
 
 
 def _base_256(field: bytes, name: bytes, what: str) -> int:
@@ -90,6 +107,14 @@ def _base_256(field: bytes, name: bytes, what: str) -> int:
     return value
 
 
+def _sum(data: bytes) -> int:
+    """Of the bytes of a block, or a part of one."""
+    if data.isascii():
+        # The lower half of an Adler-32 is one more than the sum, modulo more than this can be.
+        return (adler32(data) & 0xFFFF) - 1
+    return sum(data)
+
+
 def checksum_is_right(header: bytes) -> bool:
     """Whether a header is one: its bytes, those of the checksum taken as blanks, add up to it."""
     field = header[148:156]
@@ -97,9 +122,7 @@ def checksum_is_right(header: bytes) -> bool:
     if not text or text.strip(b"01234567"):
         return False
     wanted = int(text, 8) - 8 * ord(" ")
-    # The lower half of an Adler-32 is one more than the sum, exactly so for 256 bytes.
-    first, second = zlib.adler32(header[:256]), zlib.adler32(header[256:])
-    if (first & 0xFFFF) + (second & 0xFFFF) - 2 - sum(field) == wanted:
+    if _sum(header) - _sum(field) == wanted:
         return True
     # Some old writers took the bytes as signed.
     blank = memoryview(header[:148] + header[156:]).cast("b")

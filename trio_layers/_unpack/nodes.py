@@ -9,10 +9,10 @@ entry has something of its name on the disk, an empty file where nothing better 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
 from types import TracebackType
 from typing import Final, Protocol, final
 
@@ -21,6 +21,7 @@ from .._entries import Entry
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .fields import shown
 from .powers import OVERRIDE, Powers
+from .tar import Content
 
 __all__ = ["Metadata", "Nodes", "named", "naming"]
 
@@ -123,6 +124,7 @@ class Nodes:
         self._powers = powers
         # Whom a new node belongs to; not known where a directory passes on its group.
         self._ids = powers.ids
+        self._limited = powers.limited
         self.incomplete = False
 
     def create(self, parent: int, name: bytes) -> int:
@@ -139,7 +141,7 @@ class Nodes:
         path: bytes,
         about: Metadata,
         xattrs: Mapping[str, bytes],
-        data: Iterable[bytes | int],
+        data: Iterable[Content],
         check: Callable[[], None],
     ) -> tuple[int, str]:
         """Write a new file, and close it; returns its size and the SHA-256 of its content.
@@ -147,7 +149,7 @@ class Nodes:
         What ``data`` raises comes out as it is.
         """
         try:
-            digest = hashlib.sha256()
+            digest = sha256()
             size = 0
             for piece in data:
                 if isinstance(piece, int):
@@ -169,9 +171,14 @@ class Nodes:
                 except OSError as error:
                     raise named(error, path) from error
             try:
-                self._describe(
-                    descriptor, descriptor, path, about, stat.S_IFREG, xattrs, "file", fresh=True
-                )
+                if xattrs or self._limited or self._ids != (about.uid, about.gid):
+                    self._describe(
+                        *(descriptor, descriptor, path, about, stat.S_IFREG, xattrs, "file"),
+                        fresh=True,
+                    )
+                else:
+                    # The most frequent ones need no more.
+                    os.chmod(descriptor, about.mode)
                 os.utime(descriptor, ns=(about.mtime_ns, about.mtime_ns))
             except OSError as error:
                 raise named(error, path) from error

@@ -21,6 +21,7 @@ from .fields import (
     checksum_is_right,
     damaged,
     decimal,
+    mode_and_owner,
     number,
     pax_time,
     records,
@@ -30,15 +31,18 @@ from .fields import (
 from .limits import Limits
 from .sparse import gnu_map, is_sparse, pax_map
 
-__all__ = ["BLOCK", "Member", "MemberType", "PlainSource", "TarReader"]
+__all__ = ["BLOCK", "Content", "Member", "MemberType", "PlainSource", "TarReader"]
 
 _ZEROS: Final = bytes(BLOCK)
 
-# Content up to this size is handed over whole.
-_SMALL: Final = 256 * 1024
+# Content up to this size is handed over whole: to copy it costs less than to take it in pieces.
+_SMALL: Final = 8 * 1024
 
 # What a size field has that is too small for the size, in the archives of some writers.
 _FULL: Final = 0o77777777777
+
+Content = bytes | memoryview | int
+"""Of a file: bytes, or how many zeros a hole stands for."""
 
 MemberType = Literal["file", "hardlink", "symlink", "char", "block", "dir", "fifo"]
 
@@ -60,7 +64,8 @@ _NO_RECORDS: Final[Mapping[bytes, bytes]] = {}
 _NO_XATTRS: Final[Mapping[str, bytes]] = {}
 
 
-@attrs.frozen(kw_only=True)
+# Not frozen, since that makes each one cost three times as much. Nobody changes them.
+@attrs.define
 class Member:
     """One entry of an archive, with all its headers applied.
 
@@ -96,7 +101,7 @@ class PlainSource(Protocol):
         """``size`` bytes, fewer only at the end."""
         ...
 
-    def pieces(self, size: int) -> Iterator[bytes]:
+    def pieces(self, size: int) -> Iterator[bytes | memoryview]:
         """``size`` bytes in convenient pieces, fewer only at the end."""
         ...
 
@@ -110,6 +115,7 @@ class TarReader:
 
     Attributes:
         holes: How many bytes of the present member are in no archive: the zeros of its holes.
+        left: How many bytes of the present member's data are still to come.
         name: The name of the present member, for messages.
     """
 
@@ -118,21 +124,16 @@ class TarReader:
         self.holes = 0
         self._source = source
         self._limits = limits
-        self._left = 0
+        self.left = 0
         self._padding = 0
         self._parts: list[int] | None = None
         self._size = 0
-
-    @property
-    def left(self) -> int:
-        """How many bytes of the present member's data are still to come."""
-        return self._left
 
     def __iter__(self) -> Iterator[Member]:
         while (member := self._next()) is not None:
             yield member
 
-    def data(self) -> Iterator[bytes | int]:
+    def data(self) -> Iterator[Content]:
         """The content of a file: bytes, and for each hole how many zeros it stands for.
 
         Raises:
@@ -140,11 +141,11 @@ class TarReader:
         """
         if self._parts is not None:
             return self._parts_and_holes(self._parts)
-        if self._left > _SMALL:
-            return self._take(self._left)
-        return iter((self._exactly(self._left),) if self._left else ())
+        if self.left > _SMALL:
+            return self._take(self.left)
+        return iter((self._exactly(self.left),) if self.left else ())
 
-    def _parts_and_holes(self, parts: list[int]) -> Iterator[bytes | int]:
+    def _parts_and_holes(self, parts: list[int]) -> Iterator[Content]:
         position = 0
         for at in range(0, len(parts), 2):
             offset, length = parts[at], parts[at + 1]
@@ -160,28 +161,24 @@ class TarReader:
 
     def _exactly(self, size: int) -> bytes:
         """The next bytes of the present member's data."""
-        data = self._source.read(min(size, self._left))
-        self._left -= len(data)
+        data = self._source.read(min(size, self.left))
+        self.left -= len(data)
         if len(data) < size:
             raise damaged(self.name, f"its data ends {size - len(data)} bytes early")
         return data
 
-    def _take(self, size: int) -> Iterator[bytes]:
+    def _take(self, size: int) -> Iterator[bytes | memoryview]:
         for piece in self._source.pieces(size):
             size -= len(piece)
-            self._left -= len(piece)
+            self.left -= len(piece)
             yield piece
         if size:
             raise damaged(self.name, f"its data ends {size} bytes early")
 
     def _next(self) -> Member | None:
-        if self._left:
-            for _ in self._take(self._left):
+        if self.left:
+            for _ in self._take(self.left):
                 pass
-        if self._padding:
-            # At the very end it may be missing (Go reads such archives, too).
-            self._source.read(self._padding)
-            self._padding = 0
         pax: Mapping[bytes, bytes] | None = None
         longname = longlink = b""
         while True:
@@ -215,7 +212,11 @@ class TarReader:
                 raise damaged(name, "an extended header where the entry should be that it extends")
 
     def _header(self) -> bytes | None:
-        header = self._source.read(BLOCK)
+        header = self._source.read(self._padding + BLOCK)
+        if self._padding:
+            # At the very end it may be missing (Go reads such archives, too).
+            header = header[self._padding :]
+            self._padding = 0
         if len(header) < BLOCK:
             if header:
                 raise self._after("it ends in a header")
@@ -290,23 +291,25 @@ class TarReader:
         size = self._stored(header[124:136], pax.get(b"size"))
         if kind != "file":
             size = 0
-        self._left = self._size = size
+        self.left = self._size = size
         self._padding = -size % BLOCK
         self._parts = None
         self.holes = 0
         if sparse:
             self._sparse(header, pax)
+        known = None if pax else mode_and_owner(header[100:124])
+        mode, uid, gid = known or self._mode_and_owner(header, pax)
         return Member(
-            name=name,
-            type=kind,
-            mode=number(header[100:108], name, "mode") & 0o7777,
-            uid=self._id(header[108:116], pax.get(b"uid"), "uid"),
-            gid=self._id(header[116:124], pax.get(b"gid"), "gid"),
-            mtime_ns=self._mtime(header[136:148], pax.get(b"mtime")),
-            size=self._size,
-            linkname=linkname,
-            dev=self._device(header) if kind in ("char", "block") else (0, 0),
-            xattrs=self._xattrs(pax) if pax else _NO_XATTRS,
+            name,
+            kind,
+            mode,
+            uid,
+            gid,
+            self._mtime(header[136:148], pax.get(b"mtime")),
+            self._size,
+            linkname,
+            self._device(header) if kind in ("char", "block") else (0, 0),
+            self._xattrs(pax) if pax else _NO_XATTRS,
         )
 
     def _stored(self, field: bytes, given: bytes | None) -> int:
@@ -325,6 +328,13 @@ class TarReader:
         if size < 0:
             raise damaged(self.name, "its size is negative")
         return size
+
+    def _mode_and_owner(self, header: bytes, pax: Mapping[bytes, bytes]) -> tuple[int, int, int]:
+        return (
+            number(header[100:108], self.name, "mode") & 0o7777,
+            self._id(header[108:116], pax.get(b"uid"), "uid"),
+            self._id(header[116:124], pax.get(b"gid"), "gid"),
+        )
 
     def _id(self, field: bytes, given: bytes | None, what: str) -> int:
         read, text = (number, field) if given is None else (decimal, given)
@@ -377,11 +387,11 @@ class TarReader:
             if parts[at] < position or parts[at + 1] < 0:
                 raise damaged(name, "its sparse map is not in order")
             position = parts[at] + parts[at + 1]
-        if position > size or sum(parts[1::2]) != self._left:
+        if position > size or sum(parts[1::2]) != self.left:
             raise damaged(name, "its sparse map does not fit its size")
         self._parts = parts
         self._size = size
-        self.holes = size - self._left
+        self.holes = size - self.left
 
 
 def _with_prefix(header: bytes, name: bytes) -> bytes:

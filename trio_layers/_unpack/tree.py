@@ -14,7 +14,7 @@ from typing import Final, ParamSpec, TypeVar, final
 import attrs
 
 from .._acl import DEFAULT_ACL
-from .._entries import Entry, link_line, opaque_line, put_line
+from .._entries import Entry, file_line, link_line, opaque_line, put_line
 from .._errors import LimitExceeded, StoreError, UnpackError
 from ..abc import LowerTree
 from .directories import join, split
@@ -24,7 +24,7 @@ from .members import entry_of, parts_of, xattrs_of
 from .nodes import Metadata, Nodes, named, naming
 from .powers import Powers
 from .state import TreeState, Unsettled, implied_directory
-from .tar import Member
+from .tar import Content, Member
 
 __all__ = ["TreeWriter"]
 
@@ -90,7 +90,7 @@ class TreeWriter:
         """Whether the list has something that the tree does not."""
         return self._nodes.incomplete
 
-    def add(self, member: Member, data: Iterator[bytes | int]) -> None:
+    def add(self, member: Member, data: Iterator[Content]) -> None:
         """Take one member; ``data`` is its content, taken for files only.
 
         Raises:
@@ -152,10 +152,11 @@ class TreeWriter:
                 self._root(member)
                 return None
             parent, last = self._parent(parts[:-1]), parts[-1]
-            self._state.fits(join(parent, last))
+            path = join(parent, last)
+            self._state.fits(path)
         else:
             self._check_path(name)
-        path = join(parent, last)
+            path = name if parent else last
         if last.startswith(_WHITEOUT):
             self._remove_below(parent, last[len(_WHITEOUT) :])
         elif member.type == "file":
@@ -262,21 +263,10 @@ class TreeWriter:
         path: bytes,
         about: Metadata,
         xattrs: Mapping[str, bytes],
-        data: Iterator[bytes | int],
+        data: Iterator[Content],
     ) -> None:
         size, sha256 = self._nodes.file(descriptor, path, about, xattrs, data, self._check)
-        entry = Entry(
-            path=path,
-            type="file",
-            mode=about.mode,
-            uid=about.uid,
-            gid=about.gid,
-            mtime_ns=about.mtime_ns,
-            size=size,
-            sha256=sha256,
-            xattrs=xattrs,
-        )
-        self._log(put_line(entry))
+        self._log(file_line(path, about, size, sha256, xattrs))
 
     def _special(self, entry: Entry) -> None:
         if entry.type == "char" and entry.dev == (0, 0):

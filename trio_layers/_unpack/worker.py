@@ -21,7 +21,7 @@ from .archive import archive as archive
 from .export import export as export
 from .fields import shown
 from .limits import Limits
-from .nodes import naming
+from .nodes import named, naming
 from .powers import Powers, probe
 from .state import implied_directory
 from .tar import TarReader
@@ -226,8 +226,10 @@ class _Log:
             self._file.close()
 
     def write(self, line: bytes) -> None:
-        with naming(b"entries"):
+        try:
             self._file.write(line)
+        except OSError as error:
+            raise named(error, b"entries") from error
 
 
 @final
@@ -253,6 +255,7 @@ class _Source:
         self._plain = self._inflate()
         # What has come and was not asked for yet, and where it goes on.
         self._held = b""
+        self._view = memoryview(self._held)
         self._position = 0
 
     @property
@@ -265,6 +268,9 @@ class _Source:
 
         What there is of the blob for bytes that are still to come nobody knows; holes are here.
         """
+        if not holes and self._position + size <= len(self._held):
+            # It has been counted.
+            return
         self._holes += holes
         end = self.size - len(self._held) + self._position + size
         self._allow(max(self.size, end) + self._holes)
@@ -279,25 +285,28 @@ class _Source:
             return self._held[start:end]
         return b"".join(self.pieces(size))
 
-    def pieces(self, size: int) -> Iterator[bytes]:
+    def pieces(self, size: int) -> Iterator[memoryview]:
         """``size`` plain bytes as they come, fewer only at the end."""
         while size > 0:
             start = self._position
             if start >= len(self._held):
-                self._held, self._position = next(self._plain, b""), 0
+                self._hold(next(self._plain, b""))
                 if not self._held:
                     return
                 start = 0
-            piece = self._held[start : start + size]
+            piece = self._view[start : start + size]
             self._position = start + len(piece)
             size -= len(piece)
             yield piece
 
     def drain(self) -> None:
         """Read on to the end: a diff ID covers what follows the archive, too."""
-        self._held, self._position = b"", 0
+        self._hold(b"")
         for _ in self._plain:
             pass
+
+    def _hold(self, piece: bytes) -> None:
+        self._held, self._view, self._position = piece, memoryview(piece), 0
 
     def _inflate(self) -> Iterator[bytes]:
         decompressor = Decompressor(max_window=self._limits.max_window)

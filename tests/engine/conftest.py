@@ -1,0 +1,18 @@
+"""Tests of modules that say ``BOTH_WAYS = True`` run twice: with sources that hand out streams, and
+with such as can be staged. Those that are about streams are marked ``streamed``."""
+
+from __future__ import annotations
+
+import pytest
+from engine.fakes import FakeSource
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    both_ways = getattr(metafunc.module, "BOTH_WAYS", None) is True
+    if both_ways and not metafunc.definition.get_closest_marker("streamed"):
+        metafunc.parametrize("_staged", [False, True], ids=["streamed", "staged"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeSource, "staged", getattr(request, "param", False))

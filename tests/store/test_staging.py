@@ -1,0 +1,399 @@
+"""Layers that are unpacked while they arrive."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from store.world import (
+    Blob,
+    Stream,
+    TarUnpacker,
+    arriving,
+    chain_of,
+    describe,
+    digest_of,
+    ingest,
+    layer_of,
+    opened,
+    tar_of,
+    visible,
+)
+
+from trio_layers._digest import ChainID
+from trio_layers._errors import StoreError, StoreFull, UnpackError, VerificationError
+from trio_layers._store import commits
+from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
+from trio_layers._unpack import worker
+
+MIB = 1024 * 1024
+NOISE = random.Random(1).randbytes(3 * MIB)
+BASE = layer_of(hello="world")
+TOP = layer_of(more="files", big=NOISE)
+ASSUMING = layer_of(assumes="", some="thing")
+NEEDY = layer_of(**{"needs-lower": "", "other": "thing"})
+
+
+def ignore(position: int) -> None:
+    pass
+
+
+async def stage(store: DirectoryStore, blob: Blob, parent: ChainID | None = None) -> DirectoryLayer:
+    """All of it, from what is there on."""
+    async with store.stage(blob.descriptor) as staged:
+        if not staged.complete:
+            await staged.write(blob.data[staged.offset :])
+        await staged.finish(ignore)
+        layer = await staged.commit(parent)
+    assert isinstance(layer, DirectoryLayer)
+    return layer
+
+
+class Watched:
+    """The unpacker that is used with the store; says what it has read, and how often it began."""
+
+    def __init__(self) -> None:
+        self.began = 0
+        self.read = 0
+        self.reached: tuple[int, trio.Event] = (0, trio.Event())
+
+    def unpack(self, read: Callable[[int], bytes], target: Path, **options: object) -> object:
+        self.began += 1
+        self.read = 0
+
+        def reading(size: int) -> bytes:
+            data = read(size)
+            self.read += len(data)
+            wanted, event = self.reached
+            if self.read >= wanted and not event.is_set():
+                trio.from_thread.run_sync(event.set)
+            return data
+
+        return worker.unpack(reading, target, **options)  # type: ignore[arg-type]
+
+    def holds(self, *args: object) -> bool:
+        return worker.holds(*args)  # type: ignore[arg-type]
+
+
+async def test_a_layer_is_unpacked_while_it_arrives(tmp_path: Path) -> None:
+    unpacker = Watched()
+    async with open_store(tmp_path, unpacker=unpacker) as store:
+        async with store.stage(TOP.descriptor) as staged:
+            assert (staged.complete, staged.offset) == (False, 0)
+            unpacker.reached = MIB, trio.Event()
+            await staged.write(TOP.data[:MIB])
+            await unpacker.reached[1].wait()
+            assert visible(tmp_path) == []
+            await staged.write(TOP.data[MIB:])
+            assert (staged.offset, staged.digest) == (len(TOP.data), TOP.digest)
+            told: list[int] = []
+            await staged.finish(told.append)
+            assert staged.complete
+            layer = await staged.commit(None)
+            assert layer.chain_id == chain_of(TOP)
+            assert (layer.tree / "fs" / "big").read_bytes() == NOISE
+            await trio.testing.wait_all_tasks_blocked()
+            assert told[-1] == len(TOP.data)
+            assert told == sorted(told)
+        assert unpacker.began == 1
+        assert await store.read_blob(TOP.digest, limit=len(TOP.data)) == TOP.data
+        assert store.statistics().references == 1
+        store.release(layer)
+    assert arriving(tmp_path) == []
+
+
+async def test_what_is_started_over_is_never_mixed(tmp_path: Path) -> None:
+    other = layer_of(other=NOISE[::-1])
+    unpacker = Watched()
+    async with open_store(tmp_path, unpacker=unpacker) as store:
+        async with store.stage(TOP.descriptor) as staged:
+            for data in (other.data[: 2 * MIB], other.data[: MIB + 17], TOP.data[:MIB]):
+                unpacker.reached = MIB, trio.Event()
+                await staged.write(data)
+                await unpacker.reached[1].wait()
+                await staged.restart()
+                assert staged.offset == 0
+            await staged.write(TOP.data)
+            await staged.finish(ignore)
+            layer = await staged.commit(None)
+        assert unpacker.began == 4
+        assert sorted(os.listdir(layer.tree / "fs")) == ["big", "more"]
+        assert (layer.tree / "fs" / "big").read_bytes() == NOISE
+    assert arriving(tmp_path) == []
+
+
+async def test_what_is_wrong_with_unverified_bytes_is_not_the_layers_fault(tmp_path: Path) -> None:
+    """The worker has met the damage by then; the next attempt brings the right ones."""
+    wrong = TOP.data[: 2 * MIB] + bytes(len(TOP.data) - 2 * MIB)
+    async with open_store(tmp_path, unpacker=worker) as store:
+        async with store.stage(TOP.descriptor) as staged:
+            await staged.write(wrong)
+            with trio.move_on_after(0.1) as scope:
+                await staged.wait_failed()
+            assert scope.cancelled_caught
+            with pytest.raises(VerificationError):
+                await staged.finish(ignore)
+            assert (staged.complete, staged.offset) == (False, 0)
+            await staged.write(TOP.data)
+            await staged.finish(ignore)
+            layer = await staged.commit(None)
+        assert (layer.tree / "fs" / "big").read_bytes() == NOISE
+
+
+async def test_a_layer_that_is_verified_and_cannot_be_unpacked(tmp_path: Path) -> None:
+    data = TOP.data[:1000] + bytes(len(TOP.data) - 1000)
+    async with open_store(tmp_path, unpacker=worker) as store:
+        async with store.stage(describe(data)) as staged:
+            await staged.write(data)
+            await staged.finish(ignore)
+            error = await staged.wait_failed()
+            assert isinstance(error, UnpackError)
+            with pytest.raises(UnpackError) as caught:
+                await staged.commit(None)
+            assert caught.value is error
+        assert visible(tmp_path) == []
+        await stage(store, TOP)
+    assert arriving(tmp_path) == [digest_of(data).removeprefix("sha256:") + ".partial"]
+
+
+async def test_left_without_commit_the_bytes_stay_and_nothing_else(tmp_path: Path) -> None:
+    unpacker = Watched()
+    async with open_store(tmp_path, unpacker=unpacker) as store:
+        unpacker.reached = MIB, trio.Event()
+        async with store.stage(TOP.descriptor) as staged:
+            await staged.write(TOP.data[: 2 * MIB + 1])
+            await unpacker.reached[1].wait()
+        assert visible(tmp_path) == []
+        assert store.statistics().unpacking == 0
+        async with store.stage(TOP.descriptor) as staged:
+            assert staged.offset == 2 * MIB + 1
+            await staged.write(TOP.data[staged.offset :])
+            await staged.finish(ignore)
+            await staged.commit(None)
+    assert arriving(tmp_path) == []
+
+
+async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
+    """At each checkpoint of the whole once: the worker is quiet, and nothing arrives twice."""
+    async with open_store(tmp_path, unpacker=worker) as store:
+        for deadline in range(1, 200):
+            scope = trio.CancelScope()
+            steps = 0
+
+            class Cancel(trio.abc.Instrument):
+                def before_task_step(self, task: trio.lowlevel.Task) -> None:
+                    nonlocal steps
+                    steps += 1
+                    if steps == deadline:  # noqa: B023
+                        scope.cancel()  # noqa: B023
+
+            instrument = Cancel()
+            trio.lowlevel.add_instrument(instrument)
+            with scope:
+                await stage(store, BASE)
+            trio.lowlevel.remove_instrument(instrument)
+            assert store.statistics().unpacking == 0
+            if not scope.cancelled_caught:
+                break
+        assert deadline > 5
+        assert await store.get(chain_of(BASE)) is not None
+    assert arriving(tmp_path) == []
+
+
+async def test_the_tree_of_a_blob_serves_another_chain(tmp_path: Path) -> None:
+    unpacker = TarUnpacker()
+    async with opened(tmp_path, unpacker) as store:
+        base = await stage(store, BASE)
+        one = await stage(store, ASSUMING, base.chain_id)
+        top = await stage(store, TOP)
+        async with store.stage(ASSUMING.descriptor) as staged:
+            assert staged.complete
+            assert staged.offset == ASSUMING.descriptor.size
+            await staged.finish(ignore)
+            other = await staged.commit(top.chain_id)
+        assert one.tree == other.tree
+        assert unpacker.calls == ["alone"] * 3
+        again = await stage(store, ASSUMING, top.chain_id)
+        assert again is other
+
+
+async def test_a_blob_that_is_there_is_unpacked_without_a_download(tmp_path: Path) -> None:
+    unpacker = TarUnpacker()
+    async with opened(tmp_path, unpacker) as store:
+        await ingest(store, BASE.data)
+        async with store.stage(BASE.descriptor) as staged:
+            assert staged.complete
+            await staged.finish(ignore)
+            layer = await staged.commit(None)
+        assert (layer.tree / "fs" / "hello").read_text() == "world"
+
+
+@pytest.mark.parametrize("blob", [NEEDY, ASSUMING], ids=["needs lower", "assumption"])
+async def test_where_the_tree_does_not_fit_it_is_unpacked_on_the_parent(
+    tmp_path: Path, blob: Blob
+) -> None:
+    unpacker = TarUnpacker()
+    unpacker.assumption = False
+    async with opened(tmp_path, unpacker) as store:
+        base = await stage(store, BASE)
+        layer = await stage(store, blob, base.chain_id)
+        assert layer.tree.name == chain_of(BASE, blob).removeprefix("sha256:")
+        assert json.loads((layer.tree / "entries").read_text())["lower"] is True
+        assert unpacker.calls == ["alone", "alone", "on top"]
+    assert arriving(tmp_path) == []
+
+
+async def test_a_disk_that_is_full_ends_it_early(tmp_path: Path) -> None:
+    unpacker = TarUnpacker()
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    unpacker.before_return = full
+    async with opened(tmp_path, unpacker) as store, store.stage(BASE.descriptor) as staged:
+        await staged.write(BASE.data)
+        await staged.finish(ignore)
+        assert isinstance(await staged.wait_failed(), StoreFull)
+        with pytest.raises(StoreFull):
+            await staged.commit(None)
+
+
+async def test_two_who_stage_one_layer_share_the_work(tmp_path: Path) -> None:
+    unpacker = TarUnpacker()
+    layers = []
+
+    async def stage_once(store: DirectoryStore) -> None:
+        layers.append(await stage(store, BASE))
+
+    async with opened(tmp_path, unpacker) as store, opened(tmp_path, unpacker) as other:
+        async with trio.open_nursery() as nursery:
+            for each in (store, store, other):
+                nursery.start_soon(stage_once, each)
+        assert [layer.chain_id for layer in layers] == [chain_of(BASE)] * 3
+    assert unpacker.calls == ["alone"]
+
+
+async def test_a_stage_that_waits_for_its_parent_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Two want the same blobs in different orders, and each waits for the other's lower layer."""
+    async with opened(tmp_path) as one, opened(tmp_path) as two:
+        done: dict[str, trio.Event] = {name: trio.Event() for name in ("1", "2")}
+
+        async def pull(store: DirectoryStore, name: str, first: Blob, second: Blob) -> None:
+            async with store.stage(second.descriptor) as upper:
+                if not upper.complete:
+                    await upper.write(second.data)
+                await upper.finish(ignore)
+                lower = await stage(store, first)
+                await upper.commit(lower.chain_id)
+            done[name].set()
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pull, one, "1", BASE, TOP)
+                nursery.start_soon(pull, two, "2", TOP, BASE)
+        assert all(event.is_set() for event in done.values())
+
+
+async def test_a_thousand_that_wait_for_their_parents_hold_nothing(tmp_path: Path) -> None:
+    blobs = [layer_of(name=str(number)) for number in range(1000)]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limit[1]))
+    go_on = trio.Event()
+
+    async def wait_staged(blob: Blob, task_status: trio.TaskStatus[None]) -> None:
+        async with store.stage(blob.descriptor) as staged:
+            await staged.write(blob.data)
+            await staged.finish(ignore)
+            task_status.started()
+            await go_on.wait()
+            await staged.commit(None)
+
+    try:
+        async with opened(tmp_path) as store, trio.open_nursery() as nursery:
+            for blob in blobs:
+                await nursery.start(wait_staged, blob)
+            go_on.set()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len([name for name in visible(tmp_path) if name.startswith("trees")]) == 1000
+
+
+async def test_what_is_ready_together_is_synced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = 0
+    sync = commits.sync_file_system
+
+    def counted(path: Path) -> None:
+        nonlocal syncs
+        syncs += 1
+        sync(path)
+
+    jobs: list[int] = []
+
+    async def commit(store: DirectoryStore, number: int) -> None:
+        await store._commits.commit(lambda connection: jobs.append(number), since=0)
+
+    monkeypatch.setattr(commits, "sync_file_system", counted)
+    async with opened(tmp_path) as store:
+        async with trio.open_nursery() as nursery:
+            for number in range(100):
+                nursery.start_soon(commit, store, number)
+        assert sorted(jobs) == list(range(100))
+    assert syncs <= 2
+
+
+async def test_one_that_fails_takes_nobody_with_it(tmp_path: Path) -> None:
+    def fail(connection: object) -> None:
+        raise StoreError("this one")
+
+    async with opened(tmp_path) as store:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stage, store, BASE)
+            with pytest.raises(StoreError, match="this one"):
+                await store._commits.commit(fail, since=0)
+        assert await store.get(chain_of(BASE)) is not None
+
+
+async def test_what_the_disk_may_have_lost_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync that fails is told to one who asks, and is everybody's loss."""
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "the disk")
+
+    async with opened(tmp_path) as store:
+        async with store.stage(TOP.descriptor) as staged:
+            await staged.write(TOP.data[:MIB])
+            with monkeypatch.context() as patch:
+                patch.setattr(commits, "sync_file_system", fail)
+                with pytest.raises(StoreError, match="the disk"):
+                    await stage(store, BASE)
+            await staged.write(TOP.data[MIB:])
+            await staged.finish(ignore)
+            with pytest.raises(StoreError, match="lost"):
+                await staged.commit(None)
+        assert visible(tmp_path) == []
+        async with store.stage(TOP.descriptor) as staged:
+            assert staged.offset == 0
+        await stage(store, BASE)
+        await stage(store, TOP)
+
+
+async def test_a_plain_tar(tmp_path: Path) -> None:
+    data = tar_of(a="b")
+    async with opened(tmp_path) as store:
+        layer = await stage(store, Blob(data, describe(data), digest_of(data)))  # type: ignore[arg-type]
+        assert layer.diff_id == digest_of(data)
+        assert await store.get(layer.chain_id) is layer
+        layer = await store.register(Stream(data), None, describe(data))
+        assert layer.chain_id == digest_of(data)

@@ -1,0 +1,144 @@
+"""Durable, then visible: many at once for the price of one.
+
+Making things durable takes the disk a few milliseconds, whatever their number. So what is ready
+while one commit is under way shares the next.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, TypeAlias, final
+
+import attrs
+import trio
+
+from .._errors import LayersError, StoreError
+from .._nursery import open_hidden_nursery
+from .catalog import Catalog
+from .files import disk_errors, sync_directory, sync_file_system
+
+__all__ = ["Commits", "Job", "open_commits"]
+
+Job: TypeAlias = Callable[[sqlite3.Connection], object]
+"""Renames what is durable to its place, and writes its rows, in a transaction."""
+
+_LOST: Final = "the disk lost something of it while it was written: try again"
+
+
+@asynccontextmanager
+async def open_commits(catalog: Catalog, root: Path) -> AsyncIterator[Commits]:
+    """Commit for the block."""
+    commits = Commits(catalog, root)
+    async with open_hidden_nursery() as nursery:
+        nursery.start_soon(commits._run)
+        try:
+            yield commits
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+@final
+@attrs.define(eq=False)
+class _Commit:
+    job: Job
+    failures: int
+    done: trio.Event = attrs.field(factory=trio.Event)
+    error: Exception | None = None
+
+
+@final
+class Commits:
+    """Runs jobs that make files visible, after all that was written is on the disk.
+
+    Attributes:
+        failures: How often the disk could not keep what it had taken. The kernel says so once,
+            to whoever asks first, of files that may be another's: so whatever was begun before
+            such a failure is not to be trusted (see `commit`).
+    """
+
+    def __init__(self, catalog: Catalog, root: Path) -> None:
+        self.failures = 0
+        self._catalog = catalog
+        self._root = root
+        self._places = (root / "blobs" / "sha256", root / "trees" / "sha256")
+        self._waiting: list[_Commit] = []
+        self._wanted = trio.Event()
+
+    async def commit(self, job: Job, *, since: int) -> None:
+        """Run ``job`` in a transaction when all written before this call is durable; it renames
+        what was written to its place, and writes the rows.
+
+        Cancelled, it is not run, or was run all the same.
+
+        Args:
+            job: What to do; what it raises comes out of this call, and undoes its rows alone.
+            since: `failures` before the first byte was written.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        this = _Commit(job, since)
+        self._waiting.append(this)
+        self._wanted.set()
+        try:
+            await this.done.wait()
+        except trio.Cancelled:
+            if this in self._waiting:
+                self._waiting.remove(this)
+            else:
+                # Its files are in use.
+                with trio.CancelScope(shield=True):
+                    await this.done.wait()
+            raise
+        if this.error is not None:
+            raise this.error
+
+    async def _run(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            group, self._waiting = self._waiting, []
+            with trio.CancelScope(shield=True):
+                await self._commit(group)
+
+    async def _commit(self, group: list[_Commit]) -> None:
+        failed: StoreError | None = StoreError(f"{self._root}: a commit was broken off: try again")
+        try:
+            await trio.to_thread.run_sync(self._sync)
+            await self._catalog.write(self._place, group)
+            failed = None
+        except StoreError as error:
+            failed = error
+        finally:
+            for each in group:
+                if failed is not None:
+                    each.error = failed._again()
+                    each.error.__cause__ = failed
+                each.done.set()
+
+    def _sync(self) -> None:
+        try:
+            with disk_errors(self._root):
+                sync_file_system(self._root)
+        except StoreError:
+            self.failures += 1
+            raise
+
+    def _place(self, connection: sqlite3.Connection, group: list[_Commit]) -> None:
+        for each in group:
+            connection.execute("SAVEPOINT one")
+            try:
+                if each.failures != self.failures:
+                    raise StoreError(f"{self._root}: {_LOST}")
+                with disk_errors(self._root):
+                    each.job(connection)
+            except LayersError as error:
+                each.error = error
+                connection.execute("ROLLBACK TO one")
+            connection.execute("RELEASE one")
+        # Before the rows are: what has one must be there.
+        for place in self._places:
+            sync_directory(place)

@@ -1,0 +1,192 @@
+"""A layer on its way in: unpacked while it arrives, before what it stands on is known.
+
+Two things happen side by side: whoever downloads writes into the stage, and a worker thread
+follows the file and makes the tree. When both have ended well, blob and tree become durable and
+visible together. What is left is cheap: to put the layer on its parent.
+
+The lock on the blob is held until then, and no longer: who holds it waits for nothing that has to
+do with another layer.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeAlias, final
+
+import trio
+
+from .._digest import ChainID, Digest
+from .._manifest import Descriptor
+from .._nursery import open_hidden_nursery
+from ..abc import Layer, ReportUnpacked
+from .catalog import StoredTree, set_diff_id
+from .commits import Commits
+from .content import Content, Ingest
+from .growth import Follower, Growth, StartedOver
+from .scratch import Scratch
+from .trees import Trees, Unpacked, stored_tree
+
+__all__ = ["DirectoryStage", "Staging"]
+
+Put: TypeAlias = Callable[[ChainID | None, StoredTree | None, Digest], Awaitable[Layer]]
+
+
+# What is written to, or unpacked, at once: each has two files open. More than there are downloads
+# and workers, so that neither waits for the other.
+_AT_ONCE: Final = 64
+
+# Seconds between two looks at how far a worker is.
+_LOOK: Final = 0.1
+
+
+@final
+class Staging:
+    """Where layers are staged.
+
+    Args:
+        put: Puts a layer on what is below it, given its tree, if it has one to share, and its
+            blob; `DirectoryStore` does it.
+    """
+
+    def __init__(
+        self, content: Content, trees: Trees, scratch: Scratch, commits: Commits, put: Put
+    ) -> None:
+        self.content = content
+        self.trees = trees
+        self.scratch = scratch
+        self.commits = commits
+        self.put = put
+        self.limiter = trio.CapacityLimiter(_AT_ONCE)
+
+    @asynccontextmanager
+    async def open(self, descriptor: Descriptor) -> AsyncIterator[DirectoryStage]:
+        stage = DirectoryStage(self, descriptor)
+        async with open_hidden_nursery() as nursery:
+            stage._nursery = nursery
+            try:
+                await nursery.start(stage._work)
+                yield stage
+            finally:
+                # The worker thread heeds no other cancellation.
+                stage._growth.abandon()
+                nursery.cancel_scope.cancel()
+
+
+@final
+class DirectoryStage:
+    """One layer between its first byte and its registration: a `~trio_layers.abc.Stage`."""
+
+    _sink: Ingest
+    _nursery: trio.Nursery
+
+    def __init__(self, staging: Staging, descriptor: Descriptor) -> None:
+        self._staging = staging
+        self._descriptor = descriptor
+        self._growth = Growth()
+        self._follower: Follower | None = None
+        self._complete = trio.Event()
+        self._failed = trio.Event()
+        self._ended = trio.Event()
+        self._tree: StoredTree | None = None
+        self._error: Exception | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self._complete.is_set()
+
+    @property
+    def offset(self) -> int:
+        return self._sink.offset
+
+    @property
+    def digest(self) -> Digest:
+        return self._sink.digest
+
+    async def write(self, data: bytes) -> None:
+        await self._sink.write(data)
+
+    async def restart(self) -> None:
+        await self._sink.restart()
+
+    async def wait_failed(self) -> Exception:
+        await self._failed.wait()
+        assert self._error is not None
+        return self._error
+
+    async def finish(self, progress: ReportUnpacked) -> None:
+        await self._sink.finish()
+        self._complete.set()
+        self._nursery.start_soon(self._report, progress)
+
+    async def commit(self, parent: ChainID | None) -> Layer:
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return await self._staging.put(parent, self._tree, self._descriptor.digest)
+
+    async def _report(self, progress: ReportUnpacked) -> None:
+        while not self._ended.is_set():
+            if self._follower is not None and self._follower.position:
+                progress(self._follower.position)
+            with trio.move_on_after(_LOOK):
+                await self._ended.wait()
+        if self._error is None:
+            progress(self._descriptor.size)
+
+    async def _work(self, task_status: trio.TaskStatus[None]) -> None:
+        """Hold the lock while there is something to do under it."""
+        content, trees = self._staging.content, self._staging.trees
+        async with self._staging.limiter, content.ingest(self._descriptor) as self._sink:
+            if self._sink.committed:
+                self._complete.set()
+                self._growth.grow(self._descriptor.size)
+                self._growth.complete()
+                self._tree = await trees.find(await content.stored(self._descriptor.digest))
+            else:
+                self._growth = self._sink.growth
+            task_status.started()
+            try:
+                if self._tree is None:
+                    await self._build()
+            except Exception as error:
+                self._error = error
+                self._failed.set()
+                # Until then the lock is for those who write.
+                await self._complete.wait()
+        self._ended.set()
+
+    async def _build(self) -> None:
+        """Make the tree of all that comes, as often as that is started over."""
+        staging = self._staging
+        since = staging.commits.failures
+        while True:
+            async with staging.scratch.name("tree") as target:
+                try:
+                    unpacked = await staging.trees.follow(self._follow, target, self._descriptor)
+                except StartedOver:
+                    continue
+                if not unpacked.needs_lower:
+                    self._tree = stored_tree(unpacked, unpacked.diff_id)
+                job = partial(self._place, target=target, unpacked=unpacked)
+                await self._sink.commit_with(job, since=since)
+                return
+
+    def _follow(self) -> Follower:
+        path = self._staging.content.path(self._descriptor.digest)
+        if not self._sink.committed:
+            path = self._staging.scratch.partial(self._descriptor.digest)
+        self._follower = Follower(path, self._growth, self._descriptor)
+        return self._follower
+
+    def _place(self, connection: sqlite3.Connection, *, target: Path, unpacked: Unpacked) -> None:
+        staging, digest = self._staging, self._descriptor.digest
+        if not self._sink.committed:
+            path = staging.scratch.partial(digest)
+            staging.content.place(connection, path=path, descriptor=self._descriptor)
+        if self._tree is not None:
+            staging.trees.add_tree(connection, target=target, tree=self._tree, blob=digest)
+        set_diff_id(connection, digest, unpacked.diff_id)
