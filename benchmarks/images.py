@@ -69,8 +69,25 @@ _CONFIG = "application/vnd.oci.image.config.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 
-def write_layout(directory: Path, shape: Shape, *, seed: int = 1) -> None:
-    """Write the image, tagged ``latest``, into a fresh directory."""
+@attrs.frozen
+class Facts:
+    """How large a layer or an image is."""
+
+    layers: int
+    files: int
+    packed: int
+    unpacked: int
+
+
+@attrs.frozen
+class _Written:
+    descriptor: dict[str, object]
+    diff_id: str
+    facts: Facts
+
+
+def write_layout(directory: Path, shape: Shape, *, seed: int = 1) -> dict[str, Facts]:
+    """Write the image, tagged ``latest``, into a fresh directory; say what each tag has."""
     blobs = directory / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     sizes = [*shape.sizes, *([shape.other_base] if shape.other_base is not None else [])]
@@ -78,27 +95,30 @@ def write_layout(directory: Path, shape: Shape, *, seed: int = 1) -> None:
     with ProcessPoolExecutor() as pool:
         layers = list(pool.map(write, range(len(sizes)), sizes))
     count = len(shape.sizes)
-    manifests = [_write_manifest(blobs, "latest", layers[:count])]
+    tags = {"latest": layers[:count]}
     if shape.other_base is not None:
-        manifests.append(_write_manifest(blobs, "rebased", [layers[count], *layers[1:count]]))
+        tags["rebased"] = [layers[count], *layers[1:count]]
+    manifests = [_write_manifest(blobs, tag, layers) for tag, layers in tags.items()]
     (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
     (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return {
+        tag: Facts(*map(sum, zip(*(attrs.astuple(layer.facts) for layer in layers), strict=True)))
+        for tag, layers in tags.items()
+    }
 
 
-def _write_manifest(
-    blobs: Path, tag: str, layers: list[tuple[dict[str, object], str]]
-) -> dict[str, object]:
+def _write_manifest(blobs: Path, tag: str, layers: list[_Written]) -> dict[str, object]:
     config = {
         "architecture": "amd64",
         "os": "linux",
         "config": {},
-        "rootfs": {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]},
+        "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
     }
     manifest = {
         "schemaVersion": 2,
         "mediaType": _MANIFEST,
         "config": _write_json(blobs, _CONFIG, config),
-        "layers": [layer for layer, _ in layers],
+        "layers": [layer.descriptor for layer in layers],
     }
     descriptor = _write_json(blobs, _MANIFEST, manifest)
     return {**descriptor, "annotations": {"org.opencontainers.image.ref.name": tag}}
@@ -132,9 +152,7 @@ class _Hashed:
         return f"sha256:{self._hash.hexdigest()}"
 
 
-def _write_layer(
-    blobs: Path, shape: Shape, seed: int, index: int, size: int
-) -> tuple[dict[str, object], str]:
+def _write_layer(blobs: Path, shape: Shape, seed: int, index: int, size: int) -> _Written:
     temporary = blobs / f"layer{index}"
     with temporary.open("wb") as file:
         packed = _Hashed(file)
@@ -142,14 +160,12 @@ def _write_layer(
             plain = _Hashed(compressed)
             # With GNU's format no name or number used here needs a header of its own.
             with tarfile.open(mode="w|", fileobj=plain, format=tarfile.GNU_FORMAT) as tar:
-                _Layer(tar, seed, index, size, shape.file_size).write()
+                files = _Layer(tar, seed, index, size, shape.file_size).write()
     digest = packed.digest
     temporary.rename(blobs / digest.removeprefix("sha256:"))
-    return {
-        "mediaType": f"{_LAYER}+{shape.compression}",
-        "digest": digest,
-        "size": packed.size,
-    }, plain.digest
+    media_type = f"{_LAYER}+{shape.compression}"
+    descriptor = {"mediaType": media_type, "digest": digest, "size": packed.size}
+    return _Written(descriptor, plain.digest, Facts(1, files, packed.size, plain.size))
 
 
 def _compressed(file: _Hashed, compression: str) -> IO[bytes]:
@@ -172,7 +188,8 @@ class _Layer:
         self._sizes = _sizes(self._rng, size, max(1, round(size / file_size)))
         self._top = f"usr/share/layer{index}"
 
-    def write(self) -> None:
+    def write(self) -> int:
+        """Write the entries; say how many are regular files."""
         for folder in ("usr", "usr/share", self._top):
             self._add(folder, tarfile.DIRTYPE, 0o755)
         for number, size in enumerate(self._sizes):
@@ -189,6 +206,7 @@ class _Layer:
                 self._add(f"{name}.link", tarfile.SYMTYPE, 0o777, link=f"file{number}")
             if number % 150 == 11:
                 self._add(f"{name}.hard", tarfile.LNKTYPE, mode, link=name)
+        return len(self._sizes)
 
     def _add(self, name: str, type_: bytes, mode: int, *, size: int = 0, link: str = "") -> None:
         info = tarfile.TarInfo(name)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,8 +77,8 @@ def fresh_disk(memory: Path, size: int) -> Iterator[Path]:
     finally:
         with uninterrupted():
             _unmount_all(mount)
-            mount.rmdir()
-            image.unlink()
+            shutil.rmtree(mount, ignore_errors=True)
+            image.unlink(missing_ok=True)
 
 
 def _unmount_all(top: Path) -> None:
@@ -108,6 +108,14 @@ class Usage:
 
 
 @attrs.define
+class Peak:
+    bytes: int = 0
+
+    def note(self, size: int) -> None:
+        self.bytes = max(self.bytes, size)
+
+
+@attrs.define
 class Group:
     """A cgroup (v2) of one contestant: all its processes, whoever starts them.
 
@@ -117,8 +125,6 @@ class Group:
     """
 
     path: Path
-    _peak: int = 0
-    _peak_anonymous: int = 0
 
     def usage(self) -> Usage:
         fields = dict(line.split() for line in (self.path / "cpu.stat").read_text().splitlines())
@@ -164,14 +170,6 @@ class Group:
             except (FileNotFoundError, ProcessLookupError):
                 pass  # it has ended
         return total * PAGE
-
-
-@attrs.define
-class Peak:
-    bytes: int = 0
-
-    def note(self, size: int) -> None:
-        self.bytes = max(self.bytes, size)
 
 
 def _cgroup_root() -> Path:
@@ -237,7 +235,7 @@ def _listens(port: int) -> bool:
     return True
 
 
-def wait_for(ready: object, what: str) -> None:
+def wait_for(ready: Callable[[], bool], what: str) -> None:
     for _ in range(600):
         if ready():
             return

@@ -11,6 +11,8 @@ import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import attrs
+
 from . import images
 from .images import SHAPES, write_layout
 from .machine import registry, uninterrupted
@@ -41,7 +43,9 @@ def stock(cache: Path, name: str) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     try:
         making.mkdir(parents=True)
-        write_layout(making / "layout", SHAPES[name])
+        made_facts = write_layout(making / "layout", SHAPES[name])
+        noted = {tag: attrs.asdict(its) for tag, its in made_facts.items()}
+        (making / "facts.json").write_text(json.dumps(noted))
         with registry(making) as host:
             _push(making / "layout", host)
         shutil.rmtree(making / "layout")
@@ -91,3 +95,9 @@ def _expect(connection: http.client.HTTPConnection, status: int) -> http.client.
     if answer.status != status:
         raise RuntimeError(f"docker-registry: {answer.status} {body.decode(errors='replace')}")
     return answer
+
+
+def facts(storage: Path, tag: str) -> dict[str, int]:
+    """How large an image is, as noted when it was made."""
+    noted: dict[str, dict[str, int]] = json.loads((storage / "facts.json").read_bytes())
+    return noted[tag]
