@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -213,7 +214,8 @@ class _Layer:
         info.type, info.mode, info.size, info.linkname = type_, mode, size, link
         below_top = name.startswith(self._top)
         info.uid = info.gid = self._owner if below_top else 0
-        info.mtime = 1_600_000_000 + (self._rng.randrange(10_000_000) if below_top else 0)
+        file = link if type_ == tarfile.LNKTYPE else name  # another name of it, all else the same
+        info.mtime = 1_600_000_000 + (zlib.crc32(file.encode()) % 10_000_000 if below_top else 0)
         self._tar.addfile(info, _Pieces(self._content.file(size)) if size else None)
 
 
