@@ -22,13 +22,13 @@ import attrs
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def enter_own_mounts() -> None:
+def enter_own_mounts(module: str) -> None:
     """Go on in a mount namespace of our own: what is mounted ends with us, however we end."""
     marker = "TRIO_LAYERS_BENCHMARKS_UNSHARED"
     if os.environ.pop(marker, None) is None:
         os.environ[marker] = "1"
         unshare = ["unshare", "--mount", "--propagation", "private"]
-        os.execvp("unshare", [*unshare, sys.executable, "-m", "benchmarks", *sys.argv[1:]])
+        os.execvp("unshare", [*unshare, sys.executable, "-m", module, *sys.argv[1:]])
 
 
 def interrupt_on_signals() -> None:
