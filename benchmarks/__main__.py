@@ -20,7 +20,6 @@ import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,7 +33,9 @@ from .machine import (
     fresh_disk,
     group,
     interrupt_on_signals,
+    memory,
     registry,
+    sweep,
 )
 from .stock import REPOSITORY, default_cache, facts, read_blobs, stock
 
@@ -97,6 +98,7 @@ def main() -> None:
         raise SystemExit("only root can make file systems and mount them")
     enter_own_mounts("benchmarks")
     interrupt_on_signals()
+    sweep()
     runs: list[Run] = []
     contestants = _contestants(options)
     report = {
@@ -106,17 +108,14 @@ def main() -> None:
         "scenarios": {},
         "runs": [],
     }
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="trio-layers-") as name:
+    with memory() as directory:
         for scenario in options.only:
-            try:
-                storage = stock(options.cache, SCENARIOS[scenario].image)
-                report["scenarios"][scenario] = {
-                    "title": SCENARIOS[scenario].title,
-                    **facts(storage, SCENARIOS[scenario].tag),
-                }
-                runs += _measure(scenario, storage, contestants, options.rounds, Path(name))
-            except KeyboardInterrupt:
-                raise SystemExit(130) from None
+            storage = stock(options.cache, SCENARIOS[scenario].image)
+            report["scenarios"][scenario] = {
+                "title": SCENARIOS[scenario].title,
+                **facts(storage, SCENARIOS[scenario].tag),
+            }
+            runs += _measure(scenario, storage, contestants, options.rounds, directory)
             report["runs"] = [attrs.asdict(run) for run in runs]
             _print(scenario, [run for run in runs if run.scenario == scenario], contestants)
             if options.json is not None:
@@ -166,7 +165,7 @@ def _contestants(options: argparse.Namespace) -> list[Contestant]:
 
 
 def _measure(
-    name: str, storage: Path, contestants: list[Contestant], rounds: int, memory: Path
+    name: str, storage: Path, contestants: list[Contestant], rounds: int, directory: Path
 ) -> list[Run]:
     scenario = SCENARIOS[name]
     taking_part = [
@@ -183,7 +182,7 @@ def _measure(
             for _ in range(len(taking_part)):
                 contestant = taking_part.pop(0)
                 try:
-                    run = _pull(name, contestant, number, host, memory, size)
+                    run = _pull(name, contestant, number, host, directory, size)
                 except Failed as error:
                     print(f"{contestant.name} cannot do it: {error}")
                     continue
@@ -204,10 +203,10 @@ def _say(text: str) -> None:
 
 
 def _pull(
-    name: str, contestant: Contestant, number: int, host: str, memory: Path, size: int
+    name: str, contestant: Contestant, number: int, host: str, directory: Path, size: int
 ) -> Run:
     scenario = SCENARIOS[name]
-    with fresh_disk(memory, size) as disk, group() as processes:
+    with fresh_disk(directory, size) as disk, group("contestant") as processes:
         with contestant.open(processes, disk) as pull:
             if scenario.before is not None:
                 pull(f"{host}/{REPOSITORY}:{scenario.before}")
@@ -305,4 +304,7 @@ def _machine() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

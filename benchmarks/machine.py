@@ -19,6 +19,9 @@ from pathlib import Path
 
 import attrs
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PREFIX = "layers-bench-"  # short: podman takes no long paths
+MEMORY = Path("/dev/shm")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -32,16 +35,15 @@ def enter_own_mounts(module: str) -> None:
 
 
 def interrupt_on_signals() -> None:
-    """Have SIGTERM and SIGHUP unwind as Ctrl-C does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    """Have each signal that ends us unwind as Ctrl-C does."""
+    for number in ENDING:
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold off the signals that end us, for the time of a clean-up."""
-    wanted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
@@ -181,9 +183,9 @@ def _cgroup_root() -> Path:
 
 
 @contextmanager
-def group() -> Iterator[Group]:
+def group(name: str) -> Iterator[Group]:
     """A cgroup; at the end all that is in it is killed."""
-    path = _cgroup_root() / f"trio-layers-benchmarks-{os.getpid()}"
+    path = _cgroup_root() / f"{PREFIX}{os.getpid()}-{name}"
     path.mkdir()
     made = Group(path)
     try:
@@ -191,6 +193,36 @@ def group() -> Iterator[Group]:
     finally:
         with uninterrupted():
             made.kill()
+            path.rmdir()
+
+
+@contextmanager
+def memory() -> Iterator[Path]:
+    """A directory in memory."""
+    made = MEMORY / f"{PREFIX}{os.getpid()}"
+    made.mkdir(mode=0o700)
+    try:
+        yield made
+    finally:
+        with uninterrupted():
+            shutil.rmtree(made)
+
+
+def sweep() -> None:
+    """Take away what a run left that was killed."""
+    with uninterrupted():
+        _sweep()
+
+
+def _sweep() -> None:
+    for path in (*_cgroup_root().glob(f"{PREFIX}*"), *MEMORY.glob(f"{PREFIX}*")):
+        pid = path.name.removeprefix(PREFIX).partition("-")[0]
+        if Path("/proc", pid).exists():
+            continue
+        if path.parent == MEMORY:
+            shutil.rmtree(path)
+        else:
+            Group(path).kill()
             path.rmdir()
 
 
@@ -212,19 +244,12 @@ def registry(root: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     config = root / "config.yml"
     config.write_text(REGISTRY.format(root=root, port=port))
-    process = subprocess.Popen(
-        ["docker-registry", "serve", str(config)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+    # It is no contestant, but is to end as surely.
+    with group("registry") as processes:
+        serve = ["docker-registry", "serve", str(config)]
+        processes.start(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: _listens(port), "docker-registry")
         yield f"127.0.0.1:{port}"
-    finally:
-        with uninterrupted():
-            process.kill()
-            process.wait()
 
 
 def _listens(port: int) -> bool:

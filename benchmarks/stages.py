@@ -27,7 +27,9 @@ from .machine import (
     fresh_disk,
     group,
     interrupt_on_signals,
+    memory,
     registry,
+    sweep,
 )
 from .stock import REPOSITORY, default_cache, facts, read_blobs, stock
 
@@ -44,26 +46,27 @@ def main() -> None:
     options = parser.parse_args()
     enter_own_mounts("benchmarks.stages")
     interrupt_on_signals()
+    sweep()
     storage = stock(options.cache, options.image)
     read_blobs(storage)
     size = 4 * facts(storage, "latest")["unpacked"] + (2 << 30)
     with (
-        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="trio-layers-") as memory,
+        memory() as directory,
         registry(storage) as host,
     ):
         reference = f"{host}/{REPOSITORY}:latest"
-        with fresh_disk(Path(memory), size) as disk:
-            floor = _watched(Path(memory), ["benchmarks.floor", reference, str(disk)])
-        with fresh_disk(Path(memory), size) as disk:
+        with fresh_disk(directory, size) as disk:
+            floor = _watched(directory, ["benchmarks.floor", reference, str(disk)])
+        with fresh_disk(directory, size) as disk:
             pull = ["trio_layers", "pull", "-q", "--store", f"{disk}/store", reference]
-            ours = _watched(Path(memory), pull)
+            ours = _watched(directory, pull)
     start = _cpu_of_start()
     _print(options.image, floor, ours)
     print(f"\nOf Python, starting and importing takes {start:.2f} s of CPU.")
 
 
-def _watched(memory: Path, arguments: list[str]) -> tuple[float, float, Stages]:
-    with tempfile.TemporaryDirectory(dir=memory) as name, group() as processes:
+def _watched(directory: Path, arguments: list[str]) -> tuple[float, float, Stages]:
+    with tempfile.TemporaryDirectory(dir=directory) as name, group("contestant") as processes:
         Path(name, "sitecustomize.py").write_text(START)
         environment = {
             **os.environ,
@@ -89,7 +92,7 @@ def _watched(memory: Path, arguments: list[str]) -> tuple[float, float, Stages]:
 
 
 def _cpu_of_start() -> float:
-    with group() as processes:
+    with group("contestant") as processes:
         command = [sys.executable, "-c", "import trio_layers._cli"]
         processes.start(command, cwd=ROOT).wait()
         return processes.usage().total
@@ -115,4 +118,7 @@ def _print(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
