@@ -142,7 +142,7 @@ def _write(directory: str) -> None:
             sums[:] = [a + b for a, b in zip(sums, figures, strict=True)]
     for who, cpu in (("main", main), ("others", total - main)):
         rest = cpu - sum(figures[1] for figures in stages[who].values())
-        stages[who]["Python, all the rest"] = [0, rest, 0.0]
+        stages[who]["Python, all the rest"] = [0, max(rest, 0.0), 0.0]
     path = f"{directory}/{os.getpid()}.json"
     with open(path, "w") as file:
         json.dump(stages, file)
