@@ -1,1 +1,5 @@
-"""Measurements, to be read and not to be asserted: ``benchmarks.engine``, ``benchmarks.pull``."""
+"""Measurements, to be read and not to be asserted.
+
+``python -m benchmarks`` compares pulls, ``benchmarks.stages`` says where the time of one goes,
+``benchmarks.engine`` measures the engine alone.
+"""
