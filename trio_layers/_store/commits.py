@@ -60,7 +60,7 @@ class Commits:
     """
 
     def __init__(self, catalog: Catalog, root: Path) -> None:
-        self.failures = 0
+        self.failures: int = 0
         self._catalog = catalog
         self._root = root
         self._places = (root / "blobs" / "sha256", root / "trees" / "sha256")
