@@ -38,6 +38,7 @@ __all__ = [
     "Entry",
     "EntryType",
     "ExportReport",
+    "Metadata",
     "Summary",
     "file_line",
     "lines_about",
@@ -163,7 +164,7 @@ class _Line(TypedDict, total=False):
     i: bool
 
 
-class _Metadata(Protocol):
+class Metadata(Protocol):
     """Of an entry, what any type has."""
 
     @property
@@ -205,7 +206,7 @@ def _quoted(path: bytes) -> str:
     return encode_basestring_ascii(path.decode("utf-8", "surrogateescape"))
 
 
-def _metadata(path: bytes, about: _Metadata, xattrs: Mapping[str, bytes]) -> str:
+def _metadata(path: bytes, about: Metadata, xattrs: Mapping[str, bytes]) -> str:
     """The beginning of a line; put together by hand, since a list has a million of them."""
     line = f'{{"p":{_quoted(path)},"m":{about.mode},"s":{about.mtime_ns}'
     if about.uid:
@@ -239,7 +240,7 @@ def put_line(entry: Entry) -> bytes:
 
 
 def file_line(
-    path: bytes, about: _Metadata, size: int, sha256: str, xattrs: Mapping[str, bytes]
+    path: bytes, about: Metadata, size: int, sha256: str, xattrs: Mapping[str, bytes]
 ) -> bytes:
     """What `put_line` gives for a file, of what most lines are, without an `Entry`."""
     length = f',"n":{size}' if size else ""

@@ -42,10 +42,6 @@ class Growth:
         """How often it was started over."""
         return self._attempt
 
-    @property
-    def abandoned(self) -> bool:
-        return self._abandoned
-
     def grow(self, size: int) -> None:
         """The first ``size`` bytes are there."""
         with self._changed:

@@ -187,6 +187,7 @@ class DirectoryStage:
         if not self._sink.committed:
             path = staging.scratch.partial(digest)
             staging.content.place(connection, path=path, descriptor=self._descriptor)
-        if self._tree is not None:
+        if self._tree is None:
+            set_diff_id(connection, digest, unpacked.diff_id)
+        else:
             staging.trees.add_tree(connection, target=target, tree=self._tree, blob=digest)
-        set_diff_id(connection, digest, unpacked.diff_id)

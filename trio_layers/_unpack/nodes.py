@@ -14,16 +14,16 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from types import TracebackType
-from typing import Final, Protocol, final
+from typing import Final, final
 
 from .._acl import ACCESS_ACL, DEFAULT_ACL
-from .._entries import Entry
+from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .fields import shown
 from .powers import OVERRIDE, Powers
 from .tar import Content
 
-__all__ = ["Metadata", "Nodes", "named", "naming"]
+__all__ = ["Nodes", "named", "naming"]
 
 _ZEROS: Final = bytes(1 << 18)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -46,19 +46,6 @@ _ITS_FAULT: Final = frozenset(
 )
 _NAMESPACES: Final = ("user.", "trusted.", "security.", "system.")
 _ACLS: Final = (ACCESS_ACL, DEFAULT_ACL)
-
-
-class Metadata(Protocol):
-    """Of an entry, what any type has."""
-
-    @property
-    def mode(self) -> int: ...
-    @property
-    def uid(self) -> int: ...
-    @property
-    def gid(self) -> int: ...
-    @property
-    def mtime_ns(self) -> int: ...
 
 
 @final

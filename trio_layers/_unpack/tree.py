@@ -14,14 +14,14 @@ from typing import Final, ParamSpec, TypeVar, final
 import attrs
 
 from .._acl import DEFAULT_ACL
-from .._entries import Entry, file_line, link_line, opaque_line, put_line
+from .._entries import Entry, Metadata, file_line, link_line, opaque_line, put_line
 from .._errors import LimitExceeded, StoreError, UnpackError
 from ..abc import LowerTree
 from .directories import join, split
 from .fields import shown
 from .limits import Limits
 from .members import entry_of, parts_of, xattrs_of
-from .nodes import Metadata, Nodes, named, naming
+from .nodes import Nodes, named, naming
 from .powers import Powers
 from .state import TreeState, Unsettled, implied_directory
 from .tar import Content, Member
