@@ -40,6 +40,7 @@ from ._errors import TransferError as TransferError
 from ._errors import UnpackError as UnpackError
 from ._errors import UnsupportedStore as UnsupportedStore
 from ._errors import VerificationError as VerificationError
+from ._errors import WorkerError as WorkerError
 from ._manifest import Descriptor as Descriptor
 from ._manifest import ImageConfig as ImageConfig
 from ._platform import Platform as Platform

@@ -7,7 +7,9 @@ are copied for each pull that waits for them (see `LayersError._again`), so a cl
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, TypeVar
+
+_E = TypeVar("_E", bound="LayersError")
 
 __all__ = [
     "AuthenticationError",
@@ -34,6 +36,7 @@ __all__ = [
     "UnpackError",
     "UnsupportedStore",
     "VerificationError",
+    "WorkerError",
     "text_of",
 ]
 
@@ -41,13 +44,22 @@ __all__ = [
 class LayersError(Exception):
     """The root of all errors that trio_layers raises on its own account."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # By its fields: what built it took other arguments, and may have added some text.
+        return _restored, (type(self), self.args, self.__dict__)
+
     def _again(self) -> Self:
         """A new object of the same type and fields: a traceback of its own for each who waits."""
-        again = type(self).__new__(type(self), *self.args)
-        again.__dict__.update(self.__dict__)
+        again = _restored(type(self), self.args, self.__dict__)
         if hasattr(self, "__notes__"):
             again.__notes__ = list(self.__notes__)
         return again
+
+
+def _restored(kind: type[_E], args: tuple[object, ...], fields: dict[str, object]) -> _E:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class DoNotRetry(LayersError):
@@ -227,6 +239,15 @@ class MountError(StoreError):
 
 class UnsupportedStore(StoreError):
     """The directory is not a store, is one of a newer version, or was made by another user."""
+
+
+class WorkerError(_OfALayer):
+    """The process that unpacked a layer died of it, or was killed; the message says how. Nobody
+    else's work is touched.
+
+    Attributes:
+        layer: The digest of the layer's blob, as for `DecompressionError`.
+    """
 
 
 class ExportError(LayersError):

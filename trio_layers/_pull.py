@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final, Literal, TypeAlias, final
 
 import attrs
@@ -26,6 +26,7 @@ from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
 from ._unpack.limits import Limits
 from ._unpack.worker import Unpacker
+from ._workers import open_workers
 from .abc import BlobSink, ProgressSink, ReportProgress
 
 __all__ = ["Image", "ImageLayer", "PullPolicy", "Puller", "open_puller", "open_store"]
@@ -74,11 +75,12 @@ class Image:
     rootfs: RootfsView = attrs.field(eq=False, repr=False)
 
 
-def open_store(
+@asynccontextmanager
+async def open_store(
     path: str | os.PathLike[str],
     *,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
-) -> AbstractAsyncContextManager[DirectoryStore]:
+) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
     Args:
@@ -94,7 +96,10 @@ def open_store(
 
     Entering and leaving are checkpoints.
     """
-    return directory.open_store(path, unpacker=Unpacker(limits))
+    async with open_workers(limits) as workers:
+        opened = directory.open_store(path, unpacker=Unpacker(limits), builder=workers)
+        async with opened as store:
+            yield store
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 
@@ -20,6 +21,8 @@ async def pull(store: str, reference: str, client: httpx.AsyncClient) -> list[En
 
 if __name__ == "__main__":
     roots, users, reference = sys.argv[1:]
+    # Perhaps only root can start the interpreter, too: it says so, and goes on in threads.
+    logging.getLogger("trio_layers").setLevel(logging.ERROR)
     clients = [httpx.AsyncClient(verify=False) for _ in range(3)]
     # As root first: so all is imported, from where perhaps only root can read.
     trio.run(pull, roots, reference, clients[0])

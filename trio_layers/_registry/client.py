@@ -38,6 +38,7 @@ from .answers import read_error, readable
 from .auth import Authenticator, CredentialsFor
 from .blobs import BlobFetch, EntityTags
 from .hosts import base_urls
+from .reading import read_more_at_once
 from .transport import Answer, Transport
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
@@ -165,7 +166,7 @@ def _make_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
 
 
 def _new_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
+    client = httpx.AsyncClient(
         verify=tls_verify,
         # As Go's programs have it: a proxy is no way to this machine.
         mounts=dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]")),
@@ -176,6 +177,8 @@ def _new_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
         # Registries need none, and what is not kept cannot reach another one.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
     )
+    read_more_at_once(client)
+    return client
 
 
 def _client(

@@ -141,6 +141,9 @@ class Ingest:
     """A blob on its way into the store: a `~trio_layers.abc.BlobSink` that can be committed.
 
     It comes from `DirectoryStore.ingest`. One task at a time may use it.
+
+    Attributes:
+        arriving: Set when something of it is on disk, or all of it is verified.
     """
 
     def __init__(self, content: Content, descriptor: Descriptor, partial: Partial | None) -> None:
@@ -149,6 +152,9 @@ class Ingest:
         self._partial = partial
         self._pending: list[bytes] = []
         self._pending_size = 0
+        self.arriving: trio.Event = trio.Event()
+        if partial is not None and partial.size:
+            self.arriving.set()
 
     def __repr__(self) -> str:
         state = "committed" if self.committed else f"{self.offset} of {self._descriptor.size} bytes"
@@ -196,6 +202,7 @@ class Ingest:
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await trio.to_thread.run_sync(self._flush)
+            self.arriving.set()
 
     async def restart(self) -> None:
         """Drop all that is there.
@@ -237,6 +244,7 @@ class Ingest:
             await trio.lowlevel.checkpoint()
         else:
             await trio.to_thread.run_sync(self._finish, self._partial)
+            self.arriving.set()
 
     async def commit_with(self, job: Job, *, since: int) -> None:
         """Run a job that makes the blob visible, with what was made of it; see

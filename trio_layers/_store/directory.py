@@ -40,7 +40,7 @@ from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
-from .trees import Base, Trees, Unpacker
+from .trees import Base, Builder, Trees, Unpacker
 
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
@@ -50,13 +50,14 @@ _NOTHING: Final[Mapping[Digest, bytes]] = {}
 
 @asynccontextmanager
 async def open_store(
-    path: str | os.PathLike[str], *, unpacker: Unpacker
+    path: str | os.PathLike[str], *, unpacker: Unpacker, builder: Builder | None = None
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
     Args:
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         unpacker: Makes trees of layers.
+        builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
 
     Raises:
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
@@ -72,7 +73,7 @@ async def open_store(
     try:
         catalog = Catalog(connection, root)
         async with open_scratch(root, catalog) as scratch, open_commits(catalog, root) as commits:
-            store = DirectoryStore(root, catalog, scratch, commits, unpacker)
+            store = DirectoryStore(root, catalog, scratch, commits, unpacker, builder)
             await catalog.write(store._write_index)
             yield store
     finally:
@@ -117,7 +118,7 @@ class StoreStatistics:
         layers: How many layers are referred to.
         references: How many references to them are not released.
         unpacking: How many layers are being unpacked.
-        waiting: How many wait for a thread to be unpacked in.
+        waiting: How many wait for a worker to be unpacked in.
     """
 
     layers: int
@@ -139,7 +140,13 @@ class DirectoryStore:
     """
 
     def __init__(
-        self, root: Path, catalog: Catalog, scratch: Scratch, commits: Commits, unpacker: Unpacker
+        self,
+        root: Path,
+        catalog: Catalog,
+        scratch: Scratch,
+        commits: Commits,
+        unpacker: Unpacker,
+        builder: Builder | None,
     ) -> None:
         self._root = root
         self._catalog = catalog
@@ -154,6 +161,7 @@ class DirectoryStore:
             scratch=scratch,
             commits=commits,
             unpacker=unpacker,
+            builder=builder,
         )
         self._staging = Staging(self._content, self._trees, scratch, commits, self._put)
         # One object for each layer, for as long as anybody has it.
@@ -176,12 +184,13 @@ class DirectoryStore:
 
     def statistics(self) -> StoreStatistics:
         """What goes on now."""
-        threads = self._trees.threads.statistics()
+        workers = {self._trees.threads, self._trees.builder.limiter}
+        now = [limiter.statistics() for limiter in workers]
         return StoreStatistics(
             layers=len(self._references),
             references=sum(self._references.values()),
-            unpacking=threads.borrowed_tokens,
-            waiting=threads.tasks_waiting,
+            unpacking=sum(each.borrowed_tokens for each in now),
+            waiting=sum(each.tasks_waiting for each in now),
         )
 
     # Layers.

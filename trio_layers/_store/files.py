@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import functools
 import os
@@ -18,7 +17,7 @@ from typing import Final
 import trio
 
 from .._digest import Digest, parse_digest
-from .._errors import StoreError, StoreFull, StoreReadOnly
+from .errors import store_error
 
 __all__ = [
     "DIRECTORY",
@@ -27,7 +26,6 @@ __all__ = [
     "lock_directory",
     "remove_directory",
     "replace_file",
-    "store_error",
     "sync_directory",
     "sync_file_system",
     "try_lock",
@@ -35,43 +33,6 @@ __all__ = [
 ]
 
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
-_READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
-_SQLITE_READ_ONLY: Final = {
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_PERM,
-}
-
-
-def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
-    """What an error of the disk at ``path`` means to whoever uses the store."""
-    if isinstance(error, OSError):
-        full, read_only = error.errno in _FULL, error.errno in _READ_ONLY
-        busy = False
-        reason = error.strerror or str(error)
-    else:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-        # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
-        full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
-        code &= 0xFF  # the kind; what is above it tells cases of a kind apart
-        read_only = code in _SQLITE_READ_ONLY
-        busy = code == sqlite3.SQLITE_BUSY
-        reason = str(error)
-    if full:
-        return StoreFull(
-            f"no space is left for {path} ({reason}): free some and try again; "
-            "what is stored is intact"
-        )
-    if read_only:
-        return StoreReadOnly(
-            f"{path} cannot be written ({reason}): use a directory that is yours, "
-            "on a file system that is not read-only"
-        )
-    if busy:
-        return StoreError(f"{path} was held by another process for too long: try again")
-    return StoreError(f"{path} failed: {reason}")
 
 
 def file_name(digest: Digest) -> str:

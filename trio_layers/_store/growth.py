@@ -1,20 +1,22 @@
 """A blob that is read while it arrives.
 
-Its writer only says how far it is, and never waits; the worker thread that reads waits for more.
+Its writer only says how far it is, and never waits; the worker that reads waits for more. Where
+that is another process, all that is said here is said there again.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import NamedTuple, Self, final
 
 from .._digest import Digest
 from .._manifest import Descriptor
 
-__all__ = ["Abandoned", "Follower", "Growth", "StartedOver"]
+__all__ = ["Abandoned", "Follower", "Growth", "StartedOver", "State"]
 
 
 class StartedOver(Exception):
@@ -25,6 +27,22 @@ class Abandoned(Exception):
     """Nobody wants what is being made of the bytes any more."""
 
 
+class State(NamedTuple):
+    """What there is to say of a `Growth`.
+
+    Attributes:
+        size: How many bytes are there.
+        attempt: How often it was started over.
+        complete: Whether all are there, and are what they should be.
+        abandoned: Whether nobody wants it any more.
+    """
+
+    size: int = 0
+    attempt: int = 0
+    complete: bool = False
+    abandoned: bool = False
+
+
 @final
 class Growth:
     """How much of a file is there, and whether that is all. For any thread; nothing here waits
@@ -32,47 +50,57 @@ class Growth:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._size = 0
-        self._complete = False
-        self._abandoned = False
-        self._attempt = 0
+        self._state = State()
+        self._tell: Callable[[State], None] | None = None
 
     @property
     def attempt(self) -> int:
         """How often it was started over."""
-        return self._attempt
+        return self._state.attempt
 
     def grow(self, size: int) -> None:
         """The first ``size`` bytes are there."""
         with self._changed:
-            self._size = size
-            self._changed.notify_all()
+            self._become(self._state._replace(size=size))
 
     def complete(self) -> None:
         """All is there, and is what it should be."""
         with self._changed:
-            self._complete = True
-            self._changed.notify_all()
+            self._become(self._state._replace(complete=True))
 
     def start_over(self) -> None:
         """Nothing is there any more. To be called before the file is touched."""
         with self._changed:
-            self._size = 0
-            self._complete = False
-            self._attempt += 1
-            self._changed.notify_all()
+            self._become(State(attempt=self._state.attempt + 1, abandoned=self._state.abandoned))
 
     def abandon(self) -> None:
         """Nobody wants it any more."""
         with self._changed:
-            self._abandoned = True
-            self._changed.notify_all()
+            self._become(self._state._replace(abandoned=True))
+
+    def become(self, state: State) -> None:
+        """Be what another one is."""
+        with self._changed:
+            self._become(state)
+
+    def listen(self, tell: Callable[[State], None] | None) -> None:
+        """Have ``tell`` called with how it stands, now and whenever that changes, in the thread
+        that changes it; it must not wait."""
+        with self._changed:
+            self._tell = tell
+            self._become(self._state)
+
+    def _become(self, state: State) -> None:
+        self._state = state
+        self._changed.notify_all()
+        if self._tell is not None:
+            self._tell(state)
 
     def check(self, attempt: int) -> None:
         """Raise if what was read in this attempt is of no use any more."""
-        if self._abandoned:
+        if self._state.abandoned:
             raise Abandoned
-        if self._attempt != attempt:
+        if self._state.attempt != attempt:
             raise StartedOver
 
     def wait_complete(self, attempt: int) -> None:
@@ -82,7 +110,7 @@ class Growth:
             StartedOver, Abandoned: if there is nothing to wait for any more.
         """
         with self._changed:
-            while not self._complete:
+            while not self._state.complete:
                 self.check(attempt)
                 self._changed.wait()
 
@@ -95,23 +123,35 @@ class Growth:
         with self._changed:
             while True:
                 self.check(attempt)
-                if self._size > position or self._complete:
-                    return self._size
+                if self._state.size > position or self._state.complete:
+                    return self._state.size
                 self._changed.wait()
 
 
 @final
 class Follower:
-    """Reads a file as it grows. Blocking: for one worker thread.
+    """Reads a file as it grows. Blocking: for one worker.
+
+    Args:
+        path: The file.
+        growth: How much of it there is.
+        descriptor: What it is when it is complete.
+        report: Told how many bytes were read, after each time.
 
     Attributes:
-        position: How many bytes were read.
         failure: What reading has failed with: nothing, but what ends all this.
     """
 
-    def __init__(self, path: Path, growth: Growth, descriptor: Descriptor) -> None:
-        self.position = 0
+    def __init__(
+        self,
+        path: Path,
+        growth: Growth,
+        descriptor: Descriptor,
+        report: Callable[[int], object],
+    ) -> None:
         self.failure: Exception | None = None
+        self._position = 0
+        self._report = report
         self._descriptor = descriptor
         self._growth = growth
         self._attempt = growth.attempt
@@ -130,11 +170,12 @@ class Follower:
 
     def read(self, size: int) -> bytes:
         """At most so many bytes; none at the end."""
-        there = self._growth.wait(self.position, self._attempt) - self.position
-        data = os.pread(self._file, min(size, there), self.position) if there else b""
+        there = self._growth.wait(self._position, self._attempt) - self._position
+        data = os.pread(self._file, min(size, there), self._position) if there else b""
         # The file may have been cut off, and begun anew, before it was read.
         self._growth.check(self._attempt)
-        self.position += len(data)
+        self._position += len(data)
+        self._report(self._position)
         return data
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """A layer on its way in: unpacked while it arrives, before what it stands on is known.
 
-Two things happen side by side: whoever downloads writes into the stage, and a worker thread
-follows the file and makes the tree. When both have ended well, blob and tree become durable and
+Two things happen side by side: whoever downloads writes into the stage, and a worker follows the
+file and makes the tree. When both have ended well, blob and tree become durable and
 visible together. What is left is cheap: to put the layer on its parent.
 
 The lock on the blob is held until then, and no longer: who holds it waits for nothing that has to
@@ -26,7 +26,7 @@ from ..abc import Layer, ReportUnpacked
 from .catalog import StoredTree, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
-from .growth import Follower, Growth, StartedOver
+from .growth import Growth, StartedOver
 from .scratch import Scratch
 from .trees import Trees, Unpacked, stored_tree
 
@@ -65,13 +65,14 @@ class Staging:
     @asynccontextmanager
     async def open(self, descriptor: Descriptor) -> AsyncIterator[DirectoryStage]:
         stage = DirectoryStage(self, descriptor)
+        self.trees.builder.prepare()
         async with open_hidden_nursery() as nursery:
             stage._nursery = nursery
             try:
                 await nursery.start(stage._work)
                 yield stage
             finally:
-                # The worker thread heeds no other cancellation.
+                # A worker thread heeds no other cancellation.
                 stage._growth.abandon()
                 nursery.cancel_scope.cancel()
 
@@ -87,7 +88,7 @@ class DirectoryStage:
         self._staging = staging
         self._descriptor = descriptor
         self._growth = Growth()
-        self._follower: Follower | None = None
+        self._unpacked = 0
         self._complete = trio.Event()
         self._failed = trio.Event()
         self._ended = trio.Event()
@@ -130,8 +131,8 @@ class DirectoryStage:
 
     async def _report(self, progress: ReportUnpacked) -> None:
         while not self._ended.is_set():
-            if self._follower is not None and self._follower.position:
-                progress(self._follower.position)
+            if self._unpacked:
+                progress(self._unpacked)
             with trio.move_on_after(_LOOK):
                 await self._ended.wait()
         if self._error is None:
@@ -161,12 +162,20 @@ class DirectoryStage:
 
     async def _build(self) -> None:
         """Make the tree of all that comes, as often as that is started over."""
-        staging = self._staging
+        staging, digest = self._staging, self._descriptor.digest
         since = staging.commits.failures
+        if self._sink.committed:
+            path = staging.content.path(digest)
+        else:
+            path = staging.scratch.partial(digest)
+            # Until there is something to do, others may have the worker.
+            await self._sink.arriving.wait()
         while True:
             async with staging.scratch.name("tree") as target:
                 try:
-                    unpacked = await staging.trees.follow(self._follow, target, self._descriptor)
+                    unpacked = await staging.trees.builder.follow(
+                        path, self._growth, self._descriptor, target, self._see
+                    )
                 except StartedOver:
                     continue
                 if not unpacked.needs_lower:
@@ -175,12 +184,8 @@ class DirectoryStage:
                 await self._sink.commit_with(job, since=since)
                 return
 
-    def _follow(self) -> Follower:
-        path = self._staging.content.path(self._descriptor.digest)
-        if not self._sink.committed:
-            path = self._staging.scratch.partial(self._descriptor.digest)
-        self._follower = Follower(path, self._growth, self._descriptor)
-        return self._follower
+    def _see(self, position: int) -> None:
+        self._unpacked = position
 
     def _place(self, connection: sqlite3.Connection, *, target: Path, unpacked: Unpacked) -> None:
         staging, digest = self._staging, self._descriptor.digest

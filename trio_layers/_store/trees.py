@@ -20,8 +20,9 @@ import trio
 
 from .._compression import Decompressor
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
-from .._errors import DecompressionError, UnpackError, VerificationError, text_of
+from .._errors import DecompressionError, UnpackError, text_of
 from .._manifest import Descriptor
+from .build import Source, Unpack, Unpacked, build, describe, follow
 from .catalog import (
     Catalog,
     StoredBlob,
@@ -35,13 +36,13 @@ from .catalog import (
 )
 from .commits import Commits
 from .content import Content, Partial
-from .files import disk_errors, file_name, store_error
-from .growth import Follower
+from .files import disk_errors, file_name
+from .growth import Growth
 from .merged import MergedTree
 from .rootfs import Exporter
 from .scratch import Scratch
 
-__all__ = ["Base", "Trees", "Unpacked", "Unpacker", "stored_tree"]
+__all__ = ["Base", "Builder", "Threads", "Trees", "Unpacked", "Unpacker", "stored_tree"]
 
 _CHUNK: Final = 256 * 1024
 
@@ -49,64 +50,69 @@ _CHUNK: Final = 256 * 1024
 _BEGINNING: Final = 128 * 1024
 
 
-class Unpacked(Protocol):
-    """What an `Unpacker` says of a tree it made."""
-
-    @property
-    def diff_id(self) -> DiffID:
-        """The digest of the tar."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """The length of the tar in bytes."""
-        ...
-
-    @property
-    def entries(self) -> int:
-        """How many entries the tar had."""
-        ...
-
-    @property
-    def assumed(self) -> tuple[bytes, ...]:
-        """The directories it implies, without saying what they are like."""
-        ...
-
-    @property
-    def needs_lower(self) -> bool:
-        """Whether the tree is not whole without what is below it."""
-        ...
-
-
 class Unpacker(Exporter, Protocol):
     """Makes trees, and writes them elsewhere. Its functions block, and are called in worker
     threads, several at once."""
 
-    def unpack(
-        self,
-        read: Callable[[int], bytes],
-        target: Path,
-        *,
-        lower: MergedTree | None,
-        check_cancelled: Callable[[], None],
-    ) -> Unpacked:
-        """Make ``fs`` and ``entries`` in the empty directory ``target``.
-
-        Args:
-            read: Gives at most so many bytes of the layer, compressed; none at its end.
-            target: Where to.
-            lower: What is below, to be built upon; ``None``: make assumptions, and say which.
-            check_cancelled: Called often; what it raises goes through.
-
-        Raises:
-            DecompressionError: if no valid stream begins.
-            UnpackError: if the layer is damaged, or holds what must not be unpacked.
-        """
-        ...
+    @property
+    def unpack(self) -> Unpack: ...
 
     def holds(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
         """Whether what was assumed is so on top of ``lower``."""
         ...
+
+
+class Builder(Protocol):
+    """Makes trees of blobs while they arrive, several at once, in workers of some kind.
+
+    Attributes:
+        limiter: A token of it is a worker.
+    """
+
+    limiter: trio.CapacityLimiter
+
+    def prepare(self) -> None:
+        """There will be something to do soon."""
+        ...
+
+    async def follow(
+        self,
+        path: Path,
+        growth: Growth,
+        blob: Descriptor,
+        target: Path,
+        report: Callable[[int], None],
+    ) -> Unpacked:
+        """See `trio_layers._store.build.follow`. ``report`` is called in any thread. However
+        this ends, nobody is at work in ``target`` any more.
+
+        Raises:
+            WorkerError: if the worker died of it.
+        """
+        ...
+
+
+@final
+class Threads:
+    """A `Builder` in threads of this process. They heed no cancellation but that of the growth."""
+
+    def __init__(self, unpack: Unpack, limiter: trio.CapacityLimiter) -> None:
+        self.limiter = limiter
+        self._unpack = unpack
+
+    def prepare(self) -> None:
+        """Threads start at once."""
+
+    async def follow(
+        self,
+        path: Path,
+        growth: Growth,
+        blob: Descriptor,
+        target: Path,
+        report: Callable[[int], None],
+    ) -> Unpacked:
+        work = partial(follow, self._unpack, path, growth, blob, target, report)
+        return await trio.to_thread.run_sync(work, limiter=self.limiter)
 
 
 @attrs.frozen
@@ -120,25 +126,6 @@ class Base:
 
     chain_id: ChainID | None
     lower: MergedTree
-
-
-class _Source(Protocol):
-    """What an unpacker reads from, in a worker thread."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """What reading has failed with."""
-        ...
-
-    def read(self, size: int) -> bytes: ...
-
-    def check(self) -> None:
-        """Raise if nobody wants the result any more."""
-        ...
-
-    def finish(self) -> tuple[Digest, int]:
-        """Read on to the end; the digest and the size of it all."""
-        ...
 
 
 @final
@@ -207,6 +194,7 @@ class Trees:
         scratch: Scratch,
         commits: Commits,
         unpacker: Unpacker,
+        builder: Builder | None,
     ) -> None:
         self._trees = root / "trees" / "sha256"
         self._catalog = catalog
@@ -216,6 +204,7 @@ class Trees:
         self._unpacker = unpacker
         # Inflating and hashing keep a core busy, and some wait for bytes that have not arrived.
         self.threads = trio.CapacityLimiter(max(4, 2 * (os.cpu_count() or 1)))
+        self.builder: Builder = builder or Threads(unpacker.unpack, self.threads)
 
     def path(self, id: Digest) -> Path:
         """Where a tree is, if it is there."""
@@ -265,22 +254,6 @@ class Trees:
         # Trees and blobs are durable; the row is with the image's.
         return await self._catalog.note(self._add_layer, tree, base, blob)
 
-    async def follow(
-        self, open_follower: Callable[[], Follower], target: Path, blob: Descriptor
-    ) -> Unpacked:
-        """Unpack a blob while it arrives. What is found wrong with it counts when it has been
-        verified: until then, what arrived may be to blame."""
-
-        def build() -> Unpacked:
-            with open_follower() as follower:
-                try:
-                    return self._build(follower, target, lower=None, expected=blob)[0]
-                except (DecompressionError, UnpackError):
-                    follower.finish()
-                    raise
-
-        return await trio.to_thread.run_sync(build, limiter=self.threads)
-
     def add_tree(
         self, connection: sqlite3.Connection, *, target: Path, tree: StoredTree, blob: Digest
     ) -> None:
@@ -325,7 +298,7 @@ class Trees:
                     _Reader(stream),
                     target,
                     lower=base.lower,
-                    expected=_blob_descriptor(digest, blob.size),
+                    expected=describe(digest, blob.size),
                 )
             tree = stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
             job = partial(self.add_tree, target=target, tree=tree, blob=digest)
@@ -350,51 +323,15 @@ class Trees:
 
     async def _unpack(
         self,
-        reader: _Source,
+        reader: Source,
         target: Path,
         *,
         lower: MergedTree | None = None,
         expected: Descriptor | None = None,
     ) -> tuple[Unpacked, Descriptor]:
         """The tree, not durable yet, and the descriptor of what was read."""
-        build = partial(self._build, reader, target, lower=lower, expected=expected)
-        return await trio.to_thread.run_sync(build, limiter=self.threads)
-
-    def _build(
-        self,
-        reader: _Source,
-        target: Path,
-        *,
-        lower: MergedTree | None,
-        expected: Descriptor | None,
-    ) -> tuple[Unpacked, Descriptor]:
-        try:
-            target.mkdir(0o700)
-            unpacked = self._unpacker.unpack(
-                reader.read,
-                target,
-                lower=lower,
-                check_cancelled=reader.check,
-            )
-            digest, size = reader.finish()
-            if expected is None:
-                expected = _blob_descriptor(digest, size)
-            elif (digest, size) != (expected.digest, expected.size):
-                raise VerificationError(
-                    f"layer {expected.digest} should be {expected.size} bytes long, but what came "
-                    f"is {digest}, {size} bytes long: pull it again",
-                    digest=expected.digest,
-                )
-        except OSError as error:
-            # What the stream raises is no matter of our disk.
-            if error is reader.failure:
-                raise
-            raise store_error(error, target.parent) from error
-        except (DecompressionError, UnpackError) as error:
-            if expected is not None and error.layer is None:
-                error.layer = expected.digest
-            raise
-        return unpacked, expected
+        work = partial(build, self._unpacker.unpack, reader, target, lower=lower, expected=expected)
+        return await trio.to_thread.run_sync(work, limiter=self.threads)
 
     def _add_layer(
         self, connection: sqlite3.Connection, tree: StoredTree, base: Base, blob: Digest
@@ -411,11 +348,6 @@ def tree_upon(base: ChainID | None, diff_id: DiffID) -> Digest:
     """The ID of a layer's tree that is for one base only: the layer's chain ID. Upon nothing
     that would be the diff ID, which is the ID of the tree that others share."""
     return extend_chain(ChainID(Digest("")) if base is None else base, diff_id)
-
-
-def _blob_descriptor(digest: Digest, size: int) -> Descriptor:
-    # What a layer's media type says is not believed, so it is not kept either.
-    return Descriptor("application/octet-stream", digest, size)
 
 
 def stored_tree(unpacked: Unpacked, id: Digest) -> StoredTree:

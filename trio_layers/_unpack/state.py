@@ -10,14 +10,16 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from .._entries import Entry, removal_line
 from .._errors import LimitExceeded, UnpackError
-from ..abc import LowerTree
 from .directories import Directories, join, split
 from .fields import shown
 from .limits import Limits
+
+if TYPE_CHECKING:
+    from ..abc import LowerTree
 
 __all__ = ["TreeState", "Unsettled", "implied_directory"]
 

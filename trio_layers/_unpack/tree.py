@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final, ParamSpec, TypeVar, final
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, final
 
 import attrs
 
 from .._acl import DEFAULT_ACL
 from .._entries import Entry, Metadata, file_line, link_line, opaque_line, put_line
 from .._errors import LimitExceeded, StoreError, UnpackError
-from ..abc import LowerTree
 from .directories import join, split
 from .fields import shown
 from .limits import Limits
@@ -25,6 +24,9 @@ from .nodes import Nodes, named, naming
 from .powers import Powers
 from .state import TreeState, Unsettled, implied_directory
 from .tar import Content, Member
+
+if TYPE_CHECKING:
+    from ..abc import LowerTree
 
 __all__ = ["TreeWriter"]
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, final
+from typing import TYPE_CHECKING, Final, Self, final
 
 import attrs
 
@@ -16,7 +16,6 @@ from .._compression import PIECE, Decompressor
 from .._digest import DiffID, Digest
 from .._entries import Entry, Summary, summary_line
 from .._errors import LimitExceeded, UnpackError
-from ..abc import LowerTree
 from .archive import archive as archive
 from .export import export as export
 from .fields import shown
@@ -26,6 +25,9 @@ from .powers import Powers, probe
 from .state import implied_directory
 from .tar import TarReader
 from .tree import TreeWriter
+
+if TYPE_CHECKING:
+    from ..abc import LowerTree
 
 __all__ = ["Limits", "Unpacked", "Unpacker", "archive", "export", "holds", "unpack"]
 
@@ -207,7 +209,8 @@ class _Log:
     could fail, too, and would stand in the place of that error."""
 
     def __init__(self, path: Path) -> None:
-        self._raw = io.FileIO(path, "xb")
+        # Whatever the umask is.
+        self._raw = io.FileIO(path, "xb", opener=lambda path, flags: os.open(path, flags, 0o600))
         self._file = io.BufferedWriter(self._raw, PIECE)
 
     def __enter__(self) -> Self:

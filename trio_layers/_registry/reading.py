@@ -1,0 +1,87 @@
+"""Larger reads for httpx: a blob comes in half a megabyte at a time, where the network is faster.
+
+httpcore asks its network backend for 64 KiB at a time, and each of them takes its way through
+eight layers of calls: for an image of 367 MB that is half a second, more than its hashing. httpx
+has no option for it, and its pool no public place for a backend of one's own; so it is put where
+the pool keeps its own, if that is where it was when this was written. Else all works as before.
+"""
+# ruff: noqa: ASYNC109  the timeouts are parameters of what is overridden
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable
+from typing import Final, final
+
+import httpcore
+import httpx
+
+__all__ = ["read_more_at_once"]
+
+_AT_ONCE: Final = 512 * 1024
+
+
+def read_more_at_once(client: httpx.AsyncClient) -> None:
+    """Have a client that was just made read more at once, over plain connections. A TLS
+    connection gives no more than a record."""
+    transports = [getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()]
+    for transport in transports:
+        pool = getattr(transport, "_pool", None)
+        backend = getattr(pool, "_network_backend", None)
+        if pool is not None and isinstance(backend, httpcore.AsyncNetworkBackend):
+            pool._network_backend = _Backend(backend)
+
+
+@final
+class _Backend(httpcore.AsyncNetworkBackend):
+    def __init__(self, backend: httpcore.AsyncNetworkBackend) -> None:
+        self._backend = backend
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(
+            await self._backend.connect_tcp(host, port, timeout, local_address, socket_options)
+        )
+
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._backend.connect_unix_socket(path, timeout, socket_options))
+
+    async def sleep(self, seconds: float) -> None:
+        await self._backend.sleep(seconds)
+
+
+@final
+class _Stream(httpcore.AsyncNetworkStream):
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._stream.read(max(max_bytes, _AT_ONCE), timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+
+    def get_extra_info(self, info: str) -> object:
+        return self._stream.get_extra_info(info)

@@ -1,0 +1,175 @@
+"""From a layer's bytes to its tree: what is done in a worker, be that a thread or a process.
+
+Nothing here knows trio: a process that only builds trees does not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from .._digest import DiffID, Digest
+from .._errors import DecompressionError, UnpackError, VerificationError
+from .._manifest import Descriptor
+from .errors import store_error
+from .growth import Follower, Growth
+
+if TYPE_CHECKING:
+    from .merged import MergedTree
+
+__all__ = ["Source", "Unpack", "Unpacked", "build", "describe", "follow"]
+
+
+class Unpacked(Protocol):
+    """What an unpacker says of a tree it made."""
+
+    @property
+    def diff_id(self) -> DiffID:
+        """The digest of the tar."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The length of the tar in bytes."""
+        ...
+
+    @property
+    def entries(self) -> int:
+        """How many entries the tar had."""
+        ...
+
+    @property
+    def assumed(self) -> tuple[bytes, ...]:
+        """The directories it implies, without saying what they are like."""
+        ...
+
+    @property
+    def needs_lower(self) -> bool:
+        """Whether the tree is not whole without what is below it."""
+        ...
+
+
+class Unpack(Protocol):
+    """Makes trees. It blocks, and may be called several times at once."""
+
+    def __call__(
+        self,
+        read: Callable[[int], bytes],
+        target: Path,
+        *,
+        lower: MergedTree | None,
+        check_cancelled: Callable[[], None],
+    ) -> Unpacked:
+        """Make ``fs`` and ``entries`` in the empty directory ``target``.
+
+        Args:
+            read: Gives at most so many bytes of the layer, compressed; none at its end.
+            target: Where to.
+            lower: What is below, to be built upon; ``None``: make assumptions, and say which.
+            check_cancelled: Called often; what it raises goes through.
+
+        Raises:
+            DecompressionError: if no valid stream begins.
+            UnpackError: if the layer is damaged, or holds what must not be unpacked.
+        """
+        ...
+
+
+class Source(Protocol):
+    """What an unpacker reads from."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """What reading has failed with."""
+        ...
+
+    def read(self, size: int) -> bytes: ...
+
+    def check(self) -> None:
+        """Raise if nobody wants the result any more."""
+        ...
+
+    def finish(self) -> tuple[Digest, int]:
+        """Read on to the end; the digest and the size of it all."""
+        ...
+
+
+def build(
+    unpack: Unpack,
+    source: Source,
+    target: Path,
+    *,
+    lower: MergedTree | None = None,
+    expected: Descriptor | None = None,
+) -> tuple[Unpacked, Descriptor]:
+    """Make a tree in ``target``, which is not there yet: the tree, not durable, and the
+    descriptor of what was read.
+
+    Raises:
+        DecompressionError, UnpackError: as ``unpack`` does; they have the blob's digest.
+        VerificationError: if what was read is not what was expected.
+        StoreError: for what the disk does.
+    """
+    try:
+        target.mkdir(0o700)
+        unpacked = unpack(source.read, target, lower=lower, check_cancelled=source.check)
+        digest, size = source.finish()
+        if expected is None:
+            expected = describe(digest, size)
+        elif (digest, size) != (expected.digest, expected.size):
+            raise VerificationError(
+                f"layer {expected.digest} should be {expected.size} bytes long, but what came "
+                f"is {digest}, {size} bytes long: pull it again",
+                digest=expected.digest,
+            )
+    except OSError as error:
+        # What the source raises is no matter of our disk.
+        if error is source.failure:
+            raise
+        raise store_error(error, target.parent) from error
+    except (DecompressionError, UnpackError) as error:
+        if expected is not None and error.layer is None:
+            error.layer = expected.digest
+        raise
+    return unpacked, expected
+
+
+def follow(
+    unpack: Unpack,
+    path: Path,
+    growth: Growth,
+    blob: Descriptor,
+    target: Path,
+    report: Callable[[int], object],
+) -> Unpacked:
+    """Make the tree of a blob while it arrives. What is found wrong with it counts when it has
+    been verified: until then, what arrived may be to blame.
+
+    Args:
+        unpack: What makes it.
+        path: Where the blob arrives.
+        growth: How much of it is there.
+        blob: What it is.
+        target: Where the tree is made.
+        report: Told how many bytes of the blob were read, now and then.
+
+    Raises:
+        StartedOver, Abandoned: if nobody wants it any more.
+        DecompressionError, UnpackError, StoreError: as `build` does.
+    """
+    try:
+        follower = Follower(path, growth, blob, report)
+    except OSError as error:
+        raise store_error(error, path) from error
+    with follower:
+        try:
+            return build(unpack, follower, target, expected=blob)[0]
+        except (DecompressionError, UnpackError):
+            follower.finish()
+            raise
+
+
+def describe(digest: Digest, size: int) -> Descriptor:
+    """A layer's blob; what its media type says is not believed, so it is not kept either."""
+    return Descriptor("application/octet-stream", digest, size)

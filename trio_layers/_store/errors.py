@@ -1,0 +1,47 @@
+"""What the disk's errors mean to whoever uses the store."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from .._errors import StoreError, StoreFull, StoreReadOnly
+
+if TYPE_CHECKING:
+    import sqlite3
+
+__all__ = ["store_error"]
+
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+_READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
+    """What an error of the disk at ``path`` means to whoever uses the store."""
+    if isinstance(error, OSError):
+        full, read_only = error.errno in _FULL, error.errno in _READ_ONLY
+        busy = False
+        reason = error.strerror or str(error)
+    else:
+        # By its names, so that those who have no database need not load one.
+        name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
+        # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
+        full = name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+        # Of a kind there are several, told apart by a suffix.
+        read_only = name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"))
+        busy = name.startswith("SQLITE_BUSY")
+        reason = str(error)
+    if full:
+        return StoreFull(
+            f"no space is left for {path} ({reason}): free some and try again; "
+            "what is stored is intact"
+        )
+    if read_only:
+        return StoreReadOnly(
+            f"{path} cannot be written ({reason}): use a directory that is yours, "
+            "on a file system that is not read-only"
+        )
+    if busy:
+        return StoreError(f"{path} was held by another process for too long: try again")
+    return StoreError(f"{path} failed: {reason}")

@@ -1,0 +1,136 @@
+"""The program of a process that makes trees; `trio_layers._workers` starts it and talks to it.
+
+It loads neither trio nor httpx, nor whatever ``__main__`` the other process has. Jobs and how far
+their blobs have come arrive on its standard input, answers leave by its standard output. When its
+input ends, it ends, whatever it is at: nobody wants it any more.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import struct
+import sys
+import threading
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ._digest import Digest
+from ._errors import LayersError
+from ._manifest import Descriptor
+from ._store.build import follow
+from ._store.growth import Abandoned, Growth, StartedOver, State
+from ._unpack.limits import Limits
+from ._unpack.worker import unpack
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
+
+__all__ = ["ANSWER", "FRAME", "GROWTH", "JOB", "POSITION", "STATE", "Job", "frame"]
+
+FRAME: Final = struct.Struct("=BI")
+"""What comes before each message: its kind, and how many bytes it has."""
+
+# To the worker: a job's fields in a pickle, the state of a job's growth.
+JOB: Final = 0
+GROWTH: Final = 1
+# From the worker: how far it has read; the pickled result of a job, or what was raised, and at
+# its start, that it is ready.
+POSITION: Final = 2
+ANSWER: Final = 3
+
+STATE: Final = struct.Struct("=QQ??")
+
+# Seconds between two positions.
+_REPORT: Final = 0.05
+
+
+class Job(NamedTuple):
+    """A blob to be unpacked; of plain values, which need no class on the other side.
+
+    Attributes:
+        path: Where it arrives.
+        media_type, digest, size: Its descriptor.
+        target: Where its tree is made.
+        limits: The arguments of `Limits`.
+    """
+
+    path: str
+    media_type: str
+    digest: str
+    size: int
+    target: str
+    limits: dict[str, int]
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    return FRAME.pack(kind, len(payload)) + payload
+
+
+def main() -> None:
+    # Files get the mode they are made with.
+    os.umask(0)
+    # Whoever prints must not be in the way.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    jobs: SimpleQueue[tuple[Job, Growth]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    _send(answers, frame(ANSWER, pickle.dumps(None)))
+    while True:
+        job, growth = jobs.get()
+        _send(answers, frame(ANSWER, pickle.dumps(_answer(job, growth, answers))))
+
+
+def _listen(jobs: SimpleQueue[tuple[Job, Growth]]) -> None:
+    growth = Growth()
+    with open(0, "rb") as messages:
+        while head := messages.read(FRAME.size):
+            kind, size = FRAME.unpack(head)
+            payload = messages.read(size)
+            if kind == GROWTH:
+                growth.become(State(*STATE.unpack(payload)))
+            else:
+                growth = Growth()
+                jobs.put((Job(*pickle.loads(payload)), growth))
+    os._exit(0)
+
+
+def _answer(job: Job, growth: Growth, answers: int) -> object:
+    """What becomes of a job, an exception included."""
+    try:
+        return follow(
+            partial(unpack, limits=Limits(**job.limits)),
+            Path(job.path),
+            growth,
+            Descriptor(job.media_type, Digest(job.digest), job.size),
+            Path(job.target),
+            _Reporter(answers),
+        )
+    except Exception as error:
+        if not isinstance(error, LayersError | StartedOver | Abandoned):
+            error.add_note("".join(traceback.format_exception(error)))
+        # Its traceback stays here, and so does what caused it.
+        return error
+
+
+class _Reporter:
+    """Sends positions, but not all of them."""
+
+    def __init__(self, answers: int) -> None:
+        self._answers = answers
+        self._next = 0.0
+
+    def __call__(self, position: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _REPORT
+            _send(self._answers, frame(POSITION, position.to_bytes(8, sys.byteorder)))
+
+
+def _send(answers: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(answers, data) :]

@@ -1,0 +1,282 @@
+"""Processes that make trees, so that a layer takes no time from the one that pulls it.
+
+In threads, each file that is made takes the interpreter's lock a dozen times, from the trio loop
+and from the other layers: with two cores that doubles the time of a pull, and the loop answers
+late. `multiprocessing` would import the program's ``__main__`` again; these import what they need.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final, cast, final
+
+import attrs
+import trio
+
+from ._errors import WorkerError
+from ._manifest import Descriptor
+from ._nursery import open_hidden_nursery
+from ._store.growth import Growth, State
+from ._store.trees import Threads, Unpacked
+from ._unpack.limits import Limits
+from ._unpack.worker import Unpacker
+from ._worker import ANSWER, FRAME, GROWTH, JOB, STATE, Job, frame
+
+__all__ = ["Workers", "open_workers"]
+
+logger = logging.getLogger(__name__)
+
+# A download that stalls keeps its worker, so there are more than downloads by default.
+_FEWEST: Final = 2
+_MOST: Final = 8
+
+# Seconds that a worker has to put down its work; one that has it in the middle of a system call,
+# or of a block that expands to gigabytes, is killed.
+_GRACE: Final = 0.05
+
+# The package without its __init__, which loads all that the package can do.
+_PROGRAM: Final = """
+import sys, types
+sys.path[:] = sys.argv[2:]
+package = sys.modules["trio_layers"] = types.ModuleType("trio_layers")
+package.__path__ = [sys.argv[1]]
+from trio_layers import _worker
+_worker.main()
+"""
+
+
+@asynccontextmanager
+async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
+    """Workers for the block. They are started when there will be something to do for them, and
+    stay until the block ends."""
+    async with open_hidden_nursery() as nursery:
+        workers = Workers(limits, nursery)
+        try:
+            yield workers
+        finally:
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                for worker in workers._idle:
+                    await worker.kill()
+
+
+@final
+class Workers:
+    """A `~trio_layers._store.trees.Builder` in processes, of which there are never more than
+    tokens. Where none can be started, threads do it."""
+
+    def __init__(self, limits: Limits, nursery: trio.Nursery) -> None:
+        number = min(max(_FEWEST, len(os.sched_getaffinity(0))), _MOST)
+        self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
+        self._limits = limits
+        self._nursery = nursery
+        self._idle: list[_Worker] = []
+        self._number = 0
+        self._changed = trio.Event()
+        # Python may be part of another program.
+        self._possible = bool(sys.executable)
+
+    def prepare(self) -> None:
+        """Start the workers that will have something to do soon."""
+        if self._possible and not self._number:
+            for _ in range(int(self.limiter.total_tokens)):
+                self._start_one()
+
+    async def follow(
+        self,
+        path: Path,
+        growth: Growth,
+        blob: Descriptor,
+        target: Path,
+        report: Callable[[int], None],
+    ) -> Unpacked:
+        """See `~trio_layers._store.trees.Builder`."""
+        async with self.limiter:
+            worker = await self._take()
+            if worker is not None:
+                job = Job(
+                    path=os.fspath(path),
+                    media_type=blob.media_type,
+                    digest=blob.digest,
+                    size=blob.size,
+                    target=os.fspath(target),
+                    limits=attrs.asdict(self._limits),
+                )
+                return await self._work(worker, job, growth, report)
+        threads = Threads(Unpacker(self._limits).unpack, self.limiter)
+        return await threads.follow(path, growth, blob, target, report)
+
+    async def _take(self) -> _Worker | None:
+        """A worker that is idle; ``None`` if there can be none."""
+        while self._possible and not self._idle:
+            if self._number < self.limiter.borrowed_tokens:
+                self._start_one()
+            await self._changed.wait()
+        return self._idle.pop() if self._idle else None
+
+    def _start_one(self) -> None:
+        self._number += 1
+        self._nursery.start_soon(self._start)
+
+    async def _start(self) -> None:
+        try:
+            worker = await _start()
+            try:
+                await worker.receive(lambda _: None)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await worker.kill()
+                raise
+            self._idle.append(worker)
+        except (OSError, WorkerError) as error:
+            # The program may have given up the right to run it, or to read the library.
+            if self._possible:
+                logger.warning(
+                    "cannot start %s, so threads unpack layers, which is slower: %s",
+                    sys.executable,
+                    error,
+                )
+            self._possible = False
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _work(
+        self, worker: _Worker, job: Job, growth: Growth, report: Callable[[int], None]
+    ) -> Unpacked:
+        worker.send(JOB, pickle.dumps(tuple(job)))
+        growth.listen(worker.tell)
+        try:
+            try:
+                answer = await worker.receive(report)
+            except trio.Cancelled:
+                growth.abandon()
+                with trio.move_on_after(_GRACE, shield=True), suppress(WorkerError):
+                    await worker.receive(report)
+                raise
+            except WorkerError as error:
+                error.layer = job.digest
+                raise
+        finally:
+            growth.listen(None)
+            if worker.busy:
+                self._number -= 1
+                with trio.CancelScope(shield=True):
+                    await worker.kill()
+            else:
+                self._idle.append(worker)
+                self._wake()
+        if isinstance(answer, BaseException):
+            raise answer
+        return cast(Unpacked, answer)
+
+
+async def _start() -> _Worker:
+    """A process of its own session, which no key on the terminal interrupts.
+
+    Raises:
+        OSError: if there can be none.
+    """
+    flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    paths = [os.fspath(Path(__file__).parent), *map(str, sys.path)]
+    theirs, ours = os.pipe()
+    try:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, *flags, "-c", _PROGRAM, *paths],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    # Whoever writes to it must not wait, see `_Worker.send`.
+    os.set_blocking(ours, False)
+    return _Worker(process, ours)
+
+
+@final
+class _Worker:
+    """A process, and the two pipes to it.
+
+    Attributes:
+        busy: Whether it has not answered yet: that it is there, or to a job.
+    """
+
+    def __init__(self, process: trio.Process, messages: int) -> None:
+        self.busy = True
+        self._process = process
+        assert process.stdout is not None
+        self._answers = process.stdout
+        self._received = bytearray()
+        self._messages = messages
+
+    def tell(self, state: State) -> None:
+        """Say how far the job's blob has come; in any thread."""
+        self.send(GROWTH, STATE.pack(*state))
+
+    def send(self, kind: int, payload: bytes) -> None:
+        """Send a message, without waiting: the pipe has room for thousands."""
+        if kind == JOB:
+            self.busy = True
+        try:
+            os.write(self._messages, frame(kind, payload))
+        except BlockingIOError:
+            # It has not listened for gigabytes.
+            self._process.kill()
+        except BrokenPipeError:
+            # It has died; `receive` says so.
+            pass
+
+    async def receive(self, report: Callable[[int], None]) -> object:
+        """The answer: what becomes of the job.
+
+        Raises:
+            WorkerError: if it dies instead.
+        """
+        while True:
+            kind, payload = await self._next()
+            if kind == ANSWER:
+                self.busy = False
+                # Of a program of ours, which does what we would do in its place.
+                return pickle.loads(payload)
+            report(int.from_bytes(payload, sys.byteorder))
+
+    async def kill(self) -> None:
+        """End the process, and wait for that. Not to be cancelled."""
+        self._process.kill()
+        await self._process.wait()
+        os.close(self._messages)
+        await self._answers.aclose()
+
+    async def _next(self) -> tuple[int, bytes]:
+        received = self._received
+        while True:
+            if len(received) >= FRAME.size:
+                kind, size = FRAME.unpack_from(received)
+                end = FRAME.size + size
+                if len(received) >= end:
+                    payload = bytes(received[FRAME.size : end])
+                    del received[:end]
+                    return kind, payload
+            data = await self._answers.receive_some()
+            if not data:
+                raise WorkerError(_epitaph(await self._process.wait()))
+            received += data
+
+
+def _epitaph(status: int) -> str:
+    if status < 0:
+        return f"the process that unpacks was killed by signal {-status}: try again"
+    return f"the process that unpacks ended with status {status}: try again"
