@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol, final
 
 from isal import igzip_lib
+from isal.isal_zlib import crc32
 
 from ._errors import DecompressionError, LimitExceeded, UnpackError
 
@@ -24,7 +25,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["MAX_WINDOW", "PIECE", "Decompressor"]
+__all__ = ["MAX_WINDOW", "PIECE", "Decompressor", "crc32"]
 
 PIECE: Final = 256 * 1024
 """The most bytes that come out at once."""

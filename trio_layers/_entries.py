@@ -6,7 +6,7 @@ writer keeps nothing in memory. A later line on a path wins:
 
 - ``{"p": path, "t": type, ...}``: this is there now, a new inode. ``m`` is its mode, ``s`` its
   mtime in nanoseconds; left out where they have their default are ``u`` uid, ``g`` gid, ``n``
-  size, ``h`` SHA-256, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64, ``o``
+  size, ``c`` CRC-32, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64, ``o``
   opaque, ``i`` implied.
 - ``{"p": path, "k": target, ...}``: this is one more name of the inode that ``target`` names,
   which takes over the metadata given here.
@@ -72,7 +72,8 @@ class Entry:
         gid: The group, as the layer says.
         mtime_ns: When it was modified, in nanoseconds since 1970; may be negative.
         size: Of a file, in bytes, holes included.
-        sha256: Of a file's content, in hex.
+        crc32: Of a file's content (as in gzip), to know damage by. What ties the content to the
+            image is the layer's diff ID.
         linkname: Where a symlink leads, byte for byte.
         dev: A device's major and minor number.
         xattrs: Extended attributes, without those that overlayfs keeps for itself.
@@ -89,7 +90,7 @@ class Entry:
     gid: int = 0
     mtime_ns: int = 0
     size: int = 0
-    sha256: str | None = None
+    crc32: int | None = None
     linkname: bytes | None = None
     dev: tuple[int, int] | None = None
     xattrs: Mapping[str, bytes] = attrs.field(default=_NO_XATTRS, hash=False)
@@ -156,7 +157,7 @@ class _Line(TypedDict, total=False):
     g: int
     s: int
     n: int
-    h: str
+    c: int
     l: str  # noqa: E741
     d: list[int]
     x: dict[str, str]
@@ -226,8 +227,8 @@ def put_line(entry: Entry) -> bytes:
     line = f'{_metadata(entry.path, entry, entry.xattrs)},"t":"{entry.type}"'
     if entry.size:
         line += f',"n":{entry.size}'
-    if entry.sha256 is not None:
-        line += f',"h":"{entry.sha256}"'
+    if entry.crc32 is not None:
+        line += f',"c":{entry.crc32}'
     if entry.linkname is not None:
         line += f',"l":{_quoted(entry.linkname)}'
     if entry.dev is not None:
@@ -240,11 +241,11 @@ def put_line(entry: Entry) -> bytes:
 
 
 def file_line(
-    path: bytes, about: Metadata, size: int, sha256: str, xattrs: Mapping[str, bytes]
+    path: bytes, about: Metadata, size: int, crc: int, xattrs: Mapping[str, bytes]
 ) -> bytes:
     """What `put_line` gives for a file, of what most lines are, without an `Entry`."""
     length = f',"n":{size}' if size else ""
-    line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"h":"{sha256}"}}\n'
+    line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"c":{crc}}}\n'
     return line.encode("ascii")
 
 
@@ -294,7 +295,7 @@ def _entry(path: bytes, line: _Line) -> Entry:
         gid=line.get("g", 0),
         mtime_ns=line.get("s", 0),
         size=line.get("n", 0),
-        sha256=line.get("h"),
+        crc32=line.get("c"),
         linkname=None if link is None else _bytes(link),
         dev=None if device is None else (device[0], device[1]),
         xattrs=_xattrs(line),

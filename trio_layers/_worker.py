@@ -57,6 +57,7 @@ class Job(NamedTuple):
         media_type, digest, size: Its descriptor.
         target: Where its tree is made.
         limits: The arguments of `Limits`.
+        ahead: Whether another core may inflate it.
     """
 
     path: str
@@ -65,6 +66,7 @@ class Job(NamedTuple):
     size: int
     target: str
     limits: dict[str, int]
+    ahead: bool
 
 
 def frame(kind: int, payload: bytes) -> bytes:
@@ -103,7 +105,7 @@ def _answer(job: Job, growth: Growth, answers: int) -> object:
     """What becomes of a job, an exception included."""
     try:
         return follow(
-            partial(unpack, limits=Limits(**job.limits)),
+            partial(unpack, limits=Limits(**job.limits), ahead=job.ahead),
             Path(job.path),
             growth,
             Descriptor(job.media_type, Digest(job.digest), job.size),

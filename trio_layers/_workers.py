@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 _FEWEST: Final = 2
 _MOST: Final = 8
 
+# Bytes of a blob that are worth a second thread, where nothing else needs the core.
+_LARGE: Final = 16 << 20
+
 # Seconds that a worker has to put down its work; one that has it in the middle of a system call,
 # or of a block that expands to gigabytes, is killed.
 _GRACE: Final = 0.05
@@ -96,6 +99,8 @@ class Workers:
         blob: Descriptor,
         target: Path,
         report: Callable[[int], None],
+        *,
+        alone: bool,
     ) -> Unpacked:
         """See `~trio_layers._store.trees.Builder`."""
         async with self.limiter:
@@ -108,10 +113,11 @@ class Workers:
                     size=blob.size,
                     target=os.fspath(target),
                     limits=attrs.asdict(self._limits),
+                    ahead=alone and blob.size >= _LARGE,
                 )
                 return await self._work(worker, job, growth, report)
         threads = Threads(Unpacker(self._limits).unpack, self.limiter)
-        return await threads.follow(path, growth, blob, target, report)
+        return await threads.follow(path, growth, blob, target, report, alone=alone)
 
     async def _take(self) -> _Worker | None:
         """A worker that is idle; ``None`` if there can be none."""

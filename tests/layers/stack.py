@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import subprocess
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -120,10 +121,10 @@ def text(path: bytes) -> str:
     )
 
 
-def described(entries: list[Entry]) -> dict[str, dict[str, object]]:
-    """Entries as a tree of the cases (``FORMAT.md``)."""
+def described(merged: MergedTree) -> dict[str, dict[str, object]]:
+    """What layers make together, as a tree of the cases (``FORMAT.md``)."""
     tree: dict[str, dict[str, object]] = {}
-    for entry in entries:
+    for entry in merged.walk():
         seconds, rest = divmod(entry.mtime_ns, 10**9)
         there: dict[str, object] = {"type": entry.type, "uid": entry.uid, "gid": entry.gid}
         there["mtime"] = seconds
@@ -132,7 +133,9 @@ def described(entries: list[Entry]) -> dict[str, dict[str, object]]:
         if entry.type != "symlink":
             there["mode"] = f"{entry.mode:04o}"
         if entry.type == "file":
-            there |= {"size": entry.size, "sha256": entry.sha256}
+            with open(merged.open(entry.path), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            there |= {"size": entry.size, "sha256": digest}
         if entry.linkname is not None:
             there["linkname"] = text(entry.linkname)
         if entry.dev is not None:
@@ -188,7 +191,7 @@ def on_disk(root: Path) -> list[Entry]:
                 gid=now.st_gid,
                 mtime_ns=now.st_mtime_ns,
                 size=len(content) if content is not None else 0,
-                sha256=hashlib.sha256(content).hexdigest() if content is not None else None,
+                crc32=zlib.crc32(content) if content is not None else None,
                 linkname=os.readlink(full) if kind == "symlink" else None,
                 dev=device,
                 xattrs=xattrs,

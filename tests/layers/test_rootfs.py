@@ -358,7 +358,7 @@ def test_entries_round_trip() -> None:
         Entry(path=b"", type="dir", mode=0o755, opaque=True, implied=True),
         Entry(path=b"\xff\n\xc3\xa9", type="symlink", mode=0o777, linkname=b"\xfe/%"),
         Entry(path=b"d", type="block", mode=0o600, dev=(8, 1), mtime_ns=-1),
-        Entry(path=b"f", type="file", size=3, sha256="ab", uid=1, gid=2, xattrs={"user.x": b"\0"}),
+        Entry(path=b"f", type="file", size=3, crc32=171, uid=1, gid=2, xattrs={"user.x": b"\0"}),
     ]
     lines = [put_line(entry) for entry in entries] + [summary_line(SUMMARY)]
     assert all(line.isascii() and line.count(b"\n") == 1 for line in lines)
@@ -369,7 +369,7 @@ def test_entries_round_trip() -> None:
 
 def test_later_lines_win() -> None:
     """Replaced, removed, linked, made opaque: the list tells what is there in the end."""
-    file = Entry(path=b"a", type="file", sha256="1", xattrs={"security.capability": b"c"})
+    file = Entry(path=b"a", type="file", crc32=1, xattrs={"security.capability": b"c"})
     directory = Entry(path=b"d", type="dir", mode=0o700)
     lines = [
         put_line(file),

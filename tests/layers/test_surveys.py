@@ -58,7 +58,7 @@ def write_list(tree: Path, chance: random.Random) -> None:
             uid=0,
             gid=0,
             linkname=b"b" if kind == "symlink" else None,
-            sha256=64 * "0" if kind == "file" else None,
+            crc32=0 if kind == "file" else None,
             implied=kind == "dir" and chance.random() < 0.3,
         )
         lines.append(put_line(entry))

@@ -130,7 +130,8 @@ async def pull(store: Path, name: str, image: RealImage) -> Pulled:
 
 
 def nodes(entries: Iterable[Entry]) -> dict[str, Node]:
-    """What `describe` would say of a directory with these entries."""
+    """What `describe` would say of a directory with these entries, but for the files' content,
+    which has only its checksum there."""
     groups: dict[bytes, list[str]] = {}
     for entry in entries:
         if entry.links is not None:
@@ -142,7 +143,8 @@ def nodes(entries: Iterable[Entry]) -> dict[str, Node]:
             owner=(entry.uid, entry.gid),
             mtime_ns=entry.mtime_ns,
             device=os.makedev(*entry.dev) if entry.dev else 0,
-            content=entry.sha256 or os.fsdecode(entry.linkname or b""),
+            content=os.fsdecode(entry.linkname or b""),
+            crc32=entry.crc32 or 0,
             links=tuple(sorted(groups[entry.links])) if entry.links is not None else (),
             xattrs=tuple(sorted(entry.xattrs.items())),
         )
@@ -188,7 +190,11 @@ def test_they_are_what_they_should_be(ours: Pulled) -> None:
 
 def test_view_and_mount_agree(ours: Pulled) -> None:
     """What is listed is what the kernel shows."""
-    assert not differences(dict(ours.listed), dict(ours.mounted))
+    mounted = {
+        path: attrs.evolve(node, content="") if node.type == "file" else node
+        for path, node in ours.mounted.items()
+    }
+    assert not differences(dict(ours.listed), mounted)
 
 
 def test_umoci(ours: Pulled, work: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Node:
     mtime_ns: int
     device: int
     content: str
+    crc32: int
     links: tuple[str, ...]
     xattrs: tuple[tuple[str, bytes], ...]
 
@@ -54,10 +56,10 @@ def describe(root: Path) -> dict[str, Node]:
 
 def _node(path: Path, status: os.stat_result, links: list[str]) -> Node:
     kind = TYPES[stat.S_IFMT(status.st_mode)]
-    content = ""
+    content, crc32 = "", 0
     if kind == "file":
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        data = path.read_bytes()
+        content, crc32 = hashlib.sha256(data).hexdigest(), zlib.crc32(data)
     elif kind == "symlink":
         content = os.readlink(path)
     xattrs = {name: os.getxattr(path, name, follow_symlinks=False) for name in _names(path)}
@@ -68,6 +70,7 @@ def _node(path: Path, status: os.stat_result, links: list[str]) -> Node:
         mtime_ns=status.st_mtime_ns,
         device=status.st_rdev if "device" in kind else 0,
         content=content,
+        crc32=crc32,
         links=tuple(links) if len(links) > 1 else (),
         xattrs=tuple(sorted(xattrs.items())),
     )

@@ -174,7 +174,12 @@ class DirectoryStage:
             async with staging.scratch.name("tree") as target:
                 try:
                     unpacked = await staging.trees.builder.follow(
-                        path, self._growth, self._descriptor, target, self._see
+                        path,
+                        self._growth,
+                        self._descriptor,
+                        target,
+                        self._see,
+                        alone=staging.limiter.borrowed_tokens == 1,
                     )
                 except StartedOver:
                     continue

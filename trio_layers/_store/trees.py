@@ -82,9 +82,12 @@ class Builder(Protocol):
         blob: Descriptor,
         target: Path,
         report: Callable[[int], None],
+        *,
+        alone: bool,
     ) -> Unpacked:
-        """See `trio_layers._store.build.follow`. ``report`` is called in any thread. However
-        this ends, nobody is at work in ``target`` any more.
+        """See `trio_layers._store.build.follow`. ``report`` is called in any thread. ``alone``:
+        nothing else is on its way, so that it may be done with all cores. However this ends,
+        nobody is at work in ``target`` any more.
 
         Raises:
             WorkerError: if the worker died of it.
@@ -110,6 +113,8 @@ class Threads:
         blob: Descriptor,
         target: Path,
         report: Callable[[int], None],
+        *,
+        alone: bool,
     ) -> Unpacked:
         work = partial(follow, self._unpack, path, growth, blob, target, report)
         return await trio.to_thread.run_sync(work, limiter=self.limiter)

@@ -21,6 +21,7 @@ __all__ = [
     "decimal",
     "mode_and_owner",
     "number",
+    "octal",
     "pax_time",
     "records",
     "shown",
@@ -61,7 +62,7 @@ def until_nul(field: bytes) -> bytes:
 
 def number(field: bytes, name: bytes, what: str) -> int:
     """A numeric field: octal, or base-256 as GNU tar has it for what does not fit."""
-    value = _octal(field)
+    value = octal(field)
     if value is not None:
         return value
     if field[0] & 0x80:
@@ -80,11 +81,11 @@ def number(field: bytes, name: bytes, what: str) -> int:
 @lru_cache(maxsize=256)
 def mode_and_owner(field: bytes) -> tuple[int, int, int] | None:
     """Mode, owner and group, if they are plain octal numbers; ``None`` for all others."""
-    mode, uid, gid = _octal(field[:8]), _octal(field[8:16]), _octal(field[16:])
+    mode, uid, gid = octal(field[:8]), octal(field[8:16]), octal(field[16:])
     return None if mode is None or uid is None or gid is None else (mode & 0o7777, uid, gid)
 
 
-def _octal(field: bytes) -> int | None:
+def octal(field: bytes) -> int | None:
     """The number in a field that has nothing before it; ``None`` for all others."""
     text = field.rstrip(b"\0 ")
     if text.isdigit():
@@ -107,14 +108,6 @@ def _base_256(field: bytes, name: bytes, what: str) -> int:
     return value
 
 
-def _sum(data: bytes) -> int:
-    """Of the bytes of a block, or a part of one."""
-    if data.isascii():
-        # The lower half of an Adler-32 is one more than the sum, modulo more than this can be.
-        return (adler32(data) & 0xFFFF) - 1
-    return sum(data)
-
-
 def checksum_is_right(header: bytes) -> bool:
     """Whether a header is one: its bytes, those of the checksum taken as blanks, add up to it."""
     field = header[148:156]
@@ -122,7 +115,10 @@ def checksum_is_right(header: bytes) -> bool:
     if not text or text.strip(b"01234567"):
         return False
     wanted = int(text, 8) - 8 * ord(" ")
-    if _sum(header) - _sum(field) == wanted:
+    if header.isascii():
+        # The lower half of an Adler-32 is one more than the sum, modulo more than this can be.
+        return (adler32(header) & 0xFFFF) - (adler32(field) & 0xFFFF) == wanted
+    if sum(header) - sum(field) == wanted:
         return True
     # Some old writers took the bytes as signed.
     blank = memoryview(header[:148] + header[156:]).cast("b")

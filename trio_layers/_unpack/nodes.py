@@ -12,11 +12,11 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from hashlib import sha256
 from types import TracebackType
 from typing import Final, final
 
 from .._acl import ACCESS_ACL, DEFAULT_ACL
+from .._compression import crc32
 from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .fields import shown
@@ -111,16 +111,19 @@ class Nodes:
         self._powers = powers
         # Whom a new node belongs to; not known where a directory passes on its group.
         self._ids = powers.ids
+        self._modes = powers.modes
         self._limited = powers.limited
         self.incomplete = False
 
-    def create(self, parent: int, name: bytes) -> int:
-        """A descriptor of a new, empty file, for `file`.
+    def create(self, parent: int, name: bytes, mode: int) -> int:
+        """A descriptor of a new, empty file, for `file`, which is to have ``mode``.
 
         Raises:
             FileExistsError: if something of that name is there.
         """
-        return os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
+        if not self._modes or mode > 0o777:
+            mode = 0o600
+        return os.open(name, _NEW_FILE, mode, dir_fd=parent)
 
     def file(
         self,
@@ -130,27 +133,26 @@ class Nodes:
         xattrs: Mapping[str, bytes],
         data: Iterable[Content],
         check: Callable[[], None],
-    ) -> tuple[int, str]:
-        """Write a new file, and close it; returns its size and the SHA-256 of its content.
+    ) -> tuple[int, int]:
+        """Write a new file, and close it; returns its size and the CRC-32 of its content.
 
         What ``data`` raises comes out as it is.
         """
         try:
-            digest = sha256()
-            size = 0
+            crc = size = 0
             for piece in data:
                 if isinstance(piece, int):
                     # A hole: skipped on the disk, hashed as the zeros it stands for.
                     size += piece
                     for start in range(0, piece, len(_ZEROS)):
-                        digest.update(_ZEROS[: piece - start])
+                        crc = crc32(_ZEROS[: piece - start], crc)
                         check()
                     with naming(path):
                         os.lseek(descriptor, size, os.SEEK_SET)
                         os.ftruncate(descriptor, size)
                     continue
                 size += len(piece)
-                digest.update(piece)
+                crc = crc32(piece, crc)
                 try:
                     written = os.write(descriptor, piece)
                     while written < len(piece):
@@ -163,15 +165,15 @@ class Nodes:
                         *(descriptor, descriptor, path, about, stat.S_IFREG, xattrs, "file"),
                         fresh=True,
                     )
-                else:
-                    # The most frequent ones need no more.
+                elif not self._modes or about.mode > 0o777:
                     os.chmod(descriptor, about.mode)
+                # The most frequent ones need no more.
                 os.utime(descriptor, ns=(about.mtime_ns, about.mtime_ns))
             except OSError as error:
                 raise named(error, path) from error
         finally:
             os.close(descriptor)
-        return size, digest.hexdigest()
+        return size, crc
 
     def directory(
         self, descriptor: int, entry: Entry, xattrs: Mapping[str, bytes], *, fresh: bool

@@ -24,6 +24,7 @@ class Powers:
     Attributes:
         ids: Whom a new file belongs to, as owner and group; ``None`` if that depends on the
             directory it is made in.
+        modes: Make a file with the very mode that it is made with: there is no umask.
         owners: Give files to others, to those at least that its user namespace knows.
         root: Reach what a mode would keep from it, as root does.
         devices: Make device nodes.
@@ -34,6 +35,7 @@ class Powers:
     """
 
     ids: tuple[int, int] | None
+    modes: bool
     owners: bool
     root: bool
     devices: bool
@@ -59,7 +61,7 @@ def probe(directory: int) -> Powers:
                     overlay = prefix
                     break
             override = _can_set(descriptor, OVERRIDE)
-            owners, ids = _owners(descriptor)
+            owners, ids, modes = _owners(descriptor)
             os.fchmod(descriptor, 0)
             try:
                 os.close(os.open(b".", _DIRECTORY, dir_fd=descriptor))
@@ -73,6 +75,7 @@ def probe(directory: int) -> Powers:
         os.rmdir(_PROBE, dir_fd=directory)
     return Powers(
         ids=ids,
+        modes=modes,
         owners=owners,
         root=root,
         devices=_can_make(directory, os.makedev(1, 3)),
@@ -82,8 +85,9 @@ def probe(directory: int) -> Powers:
     )
 
 
-def _owners(directory: int) -> tuple[bool, tuple[int, int] | None]:
-    """`Powers.owners` and `Powers.ids`, tried in a directory that is of no further use."""
+def _owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
+    """`Powers.owners`, `Powers.ids` and `Powers.modes`, tried in a directory that is of no further
+    use."""
     # The group of the directory that the store is in may have been passed on to it.
     os.fchmod(directory, 0o700)
     now = os.fstat(directory)
@@ -93,14 +97,14 @@ def _owners(directory: int) -> tuple[bool, tuple[int, int] | None]:
     except OSError as error:
         # EINVAL: root of a user namespace that does not have these, and may have more.
         if error.errno == errno.EINVAL:
-            return True, None
-        return False, _ids_of_new(directory)
-    ids = _ids_of_new(directory)
+            return True, None, False
+        return False, *_new(directory)
+    ids, modes = _new(directory)
     if ids is not None and ids[1] == other[1]:
         # A mount with "grpid": each directory passes on its group.
         ids = None
     os.chown(directory, now.st_uid, now.st_gid)
-    return True, ids
+    return True, ids, modes
 
 
 def _can_set(descriptor: int, attribute: str) -> bool:
@@ -120,11 +124,12 @@ def _can_make(directory: int, device: int) -> bool:
     return True
 
 
-def _ids_of_new(directory: int) -> tuple[int, int] | None:
+def _new(directory: int) -> tuple[tuple[int, int] | None, bool]:
+    """Whom a new file belongs to, and whether it has the mode it was made with."""
     try:
-        os.mknod(_PROBE, stat.S_IFREG | 0o600, dir_fd=directory)
+        os.mknod(_PROBE, stat.S_IFREG | 0o777, dir_fd=directory)
     except OSError:
-        return None
+        return None, False
     now = os.stat(_PROBE, dir_fd=directory, follow_symlinks=False)
     os.unlink(_PROBE, dir_fd=directory)
-    return now.st_uid, now.st_gid
+    return (now.st_uid, now.st_gid), stat.S_IMODE(now.st_mode) == 0o777

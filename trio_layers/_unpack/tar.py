@@ -23,6 +23,7 @@ from .fields import (
     decimal,
     mode_and_owner,
     number,
+    octal,
     pax_time,
     records,
     shown,
@@ -62,6 +63,7 @@ _TYPES: Final[dict[int, MemberType]] = {
 
 _NO_RECORDS: Final[Mapping[bytes, bytes]] = {}
 _NO_XATTRS: Final[Mapping[str, bytes]] = {}
+_NO_DEVICE: Final = (0, 0)
 
 
 # Not frozen, since that makes each one cost three times as much. Nobody changes them.
@@ -179,12 +181,36 @@ class TarReader:
         if self.left:
             for _ in self._take(self.left):
                 pass
+        header = self._header()
+        if header is None:
+            return None
+        return self._plain_file(header) or self._any(header)
+
+    def _plain_file(self, header: bytes) -> Member | None:
+        """A file that its header tells all about, as most members are; ``None`` for others."""
+        if header[156] != 48 or header[345] or header[157]:
+            return None
+        known = mode_and_owner(header[100:124])
+        size = octal(header[124:136])
+        mtime = octal(header[136:148])
+        if known is None or size is None or mtime is None:
+            return None
+        mode, uid, gid = known
+        self.name = name = until_nul(header[:100])
+        self.left = self._size = size
+        self._padding = -size % BLOCK
+        self._parts = None
+        self.holes = 0
+        mtime *= 10**9
+        if mtime > MAX:
+            mtime = 0
+        return Member(name, "file", mode, uid, gid, mtime, size, b"", _NO_DEVICE, _NO_XATTRS)
+
+    def _any(self, first: bytes) -> Member | None:
         pax: Mapping[bytes, bytes] | None = None
         longname = longlink = b""
-        while True:
-            header = self._header()
-            if header is None:
-                return None
+        header: bytes | None = first
+        while header is not None:
             flag = header[156]
             kind = _TYPES.get(flag)
             if kind is not None:
@@ -210,6 +236,8 @@ class TarReader:
                     raise damaged(name, "a size in a global header")
             else:
                 raise damaged(name, "an extended header where the entry should be that it extends")
+            header = self._header()
+        return None
 
     def _header(self) -> bytes | None:
         header = self._source.read(self._padding + BLOCK)
@@ -308,7 +336,7 @@ class TarReader:
             self._mtime(header[136:148], pax.get(b"mtime")),
             self._size,
             linkname,
-            self._device(header) if kind in ("char", "block") else (0, 0),
+            self._device(header) if kind in ("char", "block") else _NO_DEVICE,
             self._xattrs(pax) if pax else _NO_XATTRS,
         )
 

@@ -162,7 +162,7 @@ class TreeWriter:
         if last.startswith(_WHITEOUT):
             self._remove_below(parent, last[len(_WHITEOUT) :])
         elif member.type == "file":
-            return self._create(parent, last, path), path
+            return self._create(parent, last, path, member.mode), path
         elif member.type == "hardlink":
             self._hardlink(member, path)
         elif member.type == "dir":
@@ -252,12 +252,12 @@ class TreeWriter:
 
     # All else.
 
-    def _create(self, parent: bytes, name: bytes, path: bytes) -> int:
+    def _create(self, parent: bytes, name: bytes, path: bytes, mode: int) -> int:
         try:
-            return self._nodes.create(self._directories.open(parent), name)
+            return self._nodes.create(self._directories.open(parent), name, mode)
         except FileExistsError:
             self._state.clear(path)
-            return self._nodes.create(self._directories.open(parent), name)
+            return self._nodes.create(self._directories.open(parent), name, mode)
 
     def _fill(
         self,
@@ -267,8 +267,8 @@ class TreeWriter:
         xattrs: Mapping[str, bytes],
         data: Iterator[Content],
     ) -> None:
-        size, sha256 = self._nodes.file(descriptor, path, about, xattrs, data, self._check)
-        self._log(file_line(path, about, size, sha256, xattrs))
+        size, crc = self._nodes.file(descriptor, path, about, xattrs, data, self._check)
+        self._log(file_line(path, about, size, crc, xattrs))
 
     def _special(self, entry: Entry) -> None:
         if entry.type == "char" and entry.dev == (0, 0):
@@ -338,7 +338,7 @@ class TreeWriter:
         if entry.type == "file":
             source = _readable(target, lower.open, target)
             try:
-                descriptor = self._create(parent, name, target)
+                descriptor = self._create(parent, name, target, entry.mode)
                 data = self._content(target, source)
                 self._fill(descriptor, target, entry, entry.xattrs, data)
             finally:

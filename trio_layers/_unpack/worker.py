@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ from .._compression import PIECE, Decompressor
 from .._digest import DiffID, Digest
 from .._entries import Entry, Summary, summary_line
 from .._errors import LimitExceeded, UnpackError
+from .ahead import Ahead
 from .archive import archive as archive
 from .export import export as export
 from .fields import shown
@@ -68,6 +70,7 @@ def unpack(
     lower: LowerTree | None = None,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
     check_cancelled: Callable[[], None] = _never,
+    ahead: bool = False,
 ) -> Unpacked:
     """Unpack a layer; blocks, so it is for a worker thread.
 
@@ -80,6 +83,9 @@ def unpack(
             wherever `holds` says so; with it, it is for this parent only.
         limits: How much the layer may hold.
         check_cancelled: Called at each chunk and entry; what it raises comes out as it is.
+        ahead: Whether to read, inflate and hash in a thread of its own, ahead of writing: good for
+            one large layer, where there is a core for it. Whatever it ends with, this returns
+            when ``read`` does.
 
     Raises:
         DecompressionError: if the beginning of the blob is no valid compressed data.
@@ -95,8 +101,8 @@ def unpack(
         with naming(os.fsencode(target)):
             powers = probe(root)
             log = _Log(target / "entries")
-        with log:
-            source = _Source(read, limits, check_cancelled)
+        source = _Source(read, limits, check_cancelled, ahead=ahead)
+        with log, contextlib.closing(source):
             return _unpack(source, root, powers, lower, limits, log.write)
     finally:
         os.close(root)
@@ -245,7 +251,12 @@ class _Source:
     """
 
     def __init__(
-        self, read: Callable[[int], bytes], limits: Limits, check: Callable[[], None]
+        self,
+        read: Callable[[int], bytes],
+        limits: Limits,
+        check: Callable[[], None],
+        *,
+        ahead: bool,
     ) -> None:
         self.check = check
         self.entry = b""
@@ -255,7 +266,8 @@ class _Source:
         self._compressed = 0
         self._holes = 0
         self._hash = hashlib.sha256()
-        self._plain = self._inflate()
+        self._ahead = Ahead(self._inflate()) if ahead else None
+        self._plain = self._count(iter(self._ahead or self._inflate()))
         # What has come and was not asked for yet, and where it goes on.
         self._held = b""
         self._view = memoryview(self._held)
@@ -311,33 +323,43 @@ class _Source:
     def _hold(self, piece: bytes) -> None:
         self._held, self._view, self._position = piece, memoryview(piece), 0
 
-    def _inflate(self) -> Iterator[bytes]:
+    def close(self) -> None:
+        """Wait until nobody reads any more."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _inflate(self) -> Iterator[tuple[bytes, int]]:
+        """Pieces, and how many bytes of the blob they and those before them took."""
         decompressor = Decompressor(max_window=self._limits.max_window)
+        compressed = 0
         while data := self._read(_SLICE):
             # Not all input gives output.
             self.check()
-            self._compressed += len(data)
-            yield from self._count(decompressor.feed(data))
-        yield from self._count(decompressor.finish())
+            compressed += len(data)
+            for piece in decompressor.feed(data):
+                self._hash.update(piece)
+                yield piece, compressed
+        for piece in decompressor.finish():
+            self._hash.update(piece)
+            yield piece, compressed
 
-    def _count(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        for piece in self._locate(pieces):
+    def _count(self, inflated: Iterator[tuple[bytes, int]]) -> Iterator[bytes]:
+        while True:
+            try:
+                made = next(inflated, None)
+            except UnpackError as error:
+                if not self.entry:
+                    raise
+                # Tell which entry was read; something has been inflated ahead.
+                raise type(error)(f"{shown(self.entry)}, or soon after it: {error}") from error
+            if made is None:
+                return
+            piece, self._compressed = made
             self.check()
             self.size += len(piece)
             self._allow(self.size + self._holes)
             self._allow_of_blob(self.size + self._holes)
-            self._hash.update(piece)
             yield piece
-
-    def _locate(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """Tell in an error which entry was read when the compressed data proved damaged."""
-        try:
-            yield from pieces
-        except UnpackError as error:
-            if not self.entry:
-                raise
-            # Up to a piece has been inflated ahead.
-            raise type(error)(f"{shown(self.entry)}, or soon after it: {error}") from error
 
     def _allow(self, size: int) -> None:
         if size > self._limits.max_unpacked_bytes:
