@@ -25,7 +25,7 @@ from ._store.catalog import StoredImage
 from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
 from ._unpack.limits import Limits
-from ._unpack.worker import Unpacker
+from ._unpack.unpacker import Unpacker
 from ._workers import open_workers
 from .abc import BlobSink, ProgressSink, ReportProgress
 

@@ -7,6 +7,7 @@ input ends, it ends, whatever it is at: nobody wants it any more.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -14,7 +15,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -76,6 +76,8 @@ def frame(kind: int, payload: bytes) -> bytes:
 def main() -> None:
     # Files get the mode they are made with.
     os.umask(0)
+    # What is loaded stays, and what is done makes few cycles.
+    gc.freeze()
     # Whoever prints must not be in the way.
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -114,6 +116,9 @@ def _answer(job: Job, growth: Growth, answers: int) -> object:
         )
     except Exception as error:
         if not isinstance(error, LayersError | StartedOver | Abandoned):
+            # To load it takes longer than to unpack a small layer.
+            import traceback
+
             error.add_note("".join(traceback.format_exception(error)))
         # Its traceback stays here, and so does what caused it.
         return error

@@ -26,7 +26,7 @@ from ._nursery import open_hidden_nursery
 from ._store.growth import Growth, State
 from ._store.trees import Threads, Unpacked
 from ._unpack.limits import Limits
-from ._unpack.worker import Unpacker
+from ._unpack.unpacker import Unpacker
 from ._worker import ANSWER, FRAME, GROWTH, JOB, STATE, Job, frame
 
 __all__ = ["Workers", "open_workers"]

@@ -29,7 +29,8 @@ from trio_layers._entries import Entry
 from trio_layers._errors import UnpackError
 from trio_layers._store.directory import open_store
 from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack import worker
+from trio_layers._unpack.limits import Limits
+from trio_layers._unpack.unpacker import Unpacker
 from trio_layers.testing import build_image
 
 # Few, so that paths meet.
@@ -208,7 +209,7 @@ async def check_store(
     """One store has the same layers upon different parents, whichever came first."""
     counts: Counter[str] = Counter(stores=1)
     blobs = blobs_of(stack)
-    async with open_store(base / "store", unpacker=worker.Unpacker(worker.Limits())) as store:
+    async with open_store(base / "store", unpacker=Unpacker(Limits())) as store:
         for number, order in enumerate(orders):
             place = base / f"order-{number}"
             place.mkdir()

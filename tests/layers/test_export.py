@@ -451,7 +451,9 @@ import io, json, os, shutil, sys
 from pathlib import Path
 import attrs
 from trio_layers._store.merged import MergedTree
-from trio_layers._unpack.worker import archive, export, unpack
+from trio_layers._unpack.archive import archive
+from trio_layers._unpack.export import export
+from trio_layers._unpack.worker import unpack
 base, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "user":
     os.setgroups([])

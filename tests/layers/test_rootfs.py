@@ -30,7 +30,8 @@ from trio_layers._entries import (
 from trio_layers._errors import ExportError, StoreError
 from trio_layers._store.merged import MergedTree
 from trio_layers._store.rootfs import RootfsView
-from trio_layers._unpack import worker
+from trio_layers._unpack.limits import Limits
+from trio_layers._unpack.unpacker import Unpacker
 
 LOWER = [
     {"name": "./", "type": "dir"},
@@ -102,7 +103,7 @@ def no_scratch(kind: str) -> AbstractAsyncContextManager[Path]:
 
 def view_of(trees: list[Path]) -> RootfsView:
     tree = MergedTree(trees, check_cancelled=trio.from_thread.check_cancelled)
-    return RootfsView(tree, worker, no_scratch)
+    return RootfsView(tree, Unpacker(Limits()), no_scratch)
 
 
 async def test_read_bytes(view: RootfsView) -> None:
@@ -232,7 +233,7 @@ async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> No
             trio.from_thread.run_sync(scope.cancel)
         trio.from_thread.check_cancelled()
 
-    view = RootfsView(MergedTree(trees, check_cancelled=check), worker, no_scratch)
+    view = RootfsView(MergedTree(trees, check_cancelled=check), Unpacker(Limits()), no_scratch)
     argument = {
         "walk": (),
         "export": (tmp_path / "out",),

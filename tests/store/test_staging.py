@@ -33,6 +33,8 @@ from trio_layers._errors import StoreError, StoreFull, UnpackError, Verification
 from trio_layers._store import commits
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
 from trio_layers._unpack import worker
+from trio_layers._unpack.limits import Limits
+from trio_layers._unpack.unpacker import Unpacker
 
 MIB = 1024 * 1024
 NOISE = random.Random(1).randbytes(3 * MIB)
@@ -133,7 +135,7 @@ async def test_what_is_started_over_is_never_mixed(tmp_path: Path) -> None:
 async def test_what_is_wrong_with_unverified_bytes_is_not_the_layers_fault(tmp_path: Path) -> None:
     """The worker has met the damage by then; the next attempt brings the right ones."""
     wrong = TOP.data[: 2 * MIB] + bytes(len(TOP.data) - 2 * MIB)
-    async with open_store(tmp_path, unpacker=worker) as store:
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
         async with store.stage(TOP.descriptor) as staged:
             await staged.write(wrong)
             with trio.move_on_after(0.1) as scope:
@@ -150,7 +152,7 @@ async def test_what_is_wrong_with_unverified_bytes_is_not_the_layers_fault(tmp_p
 
 async def test_a_layer_that_is_verified_and_cannot_be_unpacked(tmp_path: Path) -> None:
     data = TOP.data[:1000] + bytes(len(TOP.data) - 1000)
-    async with open_store(tmp_path, unpacker=worker) as store:
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
         async with store.stage(describe(data)) as staged:
             await staged.write(data)
             await staged.finish(ignore)
@@ -183,7 +185,7 @@ async def test_left_without_commit_the_bytes_stay_and_nothing_else(tmp_path: Pat
 
 async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
     """At each checkpoint of the whole once: the worker is quiet, and nothing arrives twice."""
-    async with open_store(tmp_path, unpacker=worker) as store:
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
         for deadline in range(1, 200):
             scope = trio.CancelScope()
             steps = 0

@@ -10,13 +10,14 @@ import trio
 from store.test_unpacking import IMPLYING, PRIVATE, register
 
 from trio_layers._store.directory import open_store
-from trio_layers._unpack import worker
+from trio_layers._unpack.limits import Limits
+from trio_layers._unpack.unpacker import Unpacker
 
 
 async def main(path: Path) -> None:
-    async with open_store(path, unpacker=worker) as store:
+    async with open_store(path, unpacker=Unpacker(Limits())) as store:
         await register(store, PRIVATE, IMPLYING)
-    async with open_store(path, unpacker=worker) as store:
+    async with open_store(path, unpacker=Unpacker(Limits())) as store:
         top = await register(store, PRIVATE, IMPLYING)
         rootfs = await store.rootfs(top.chain_id)
         assert await rootfs.read_bytes("/etc/group") == b"wheel"

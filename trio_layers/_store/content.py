@@ -30,6 +30,8 @@ __all__ = ["BlobStream", "Content", "Ingest", "Partial"]
 # wait for the disk, and going to a thread and back costs as much as hashing 100 KiB.
 _BATCH: Final = 1024 * 1024
 
+_FEW: Final = 16
+
 # What a reader gets at once that does not say how much it wants.
 _CHUNK: Final = 256 * 1024
 
@@ -74,20 +76,22 @@ class Partial:
     def matches(self, descriptor: Descriptor) -> bool:
         return self.size == descriptor.size and self.digest() == descriptor.digest
 
-    def append(self, data: bytes) -> None:
-        """Write all of ``data``, or raise and leave the file as it was."""
-        rest = memoryview(data)
+    def append(self, *pieces: bytes) -> None:
+        """Write all of ``pieces``, or raise and leave the file as it was."""
         with disk_errors(self.path.parent):
             self._mend()
             self._torn = True
             try:
-                while rest:
-                    rest = rest[self._file.write(rest) :]
+                for piece in pieces:
+                    rest = memoryview(piece)
+                    while rest:
+                        rest = rest[self._file.write(rest) :]
             except BaseException:
                 self._mend()
                 raise
             self._torn = False
-        self._count(data)
+        for piece in pieces:
+            self._count(piece)
         self.growth.grow(self.size)
 
     def restart(self) -> None:
@@ -283,7 +287,9 @@ class Ingest:
     def _flush(self) -> None:
         partial = self._arriving()
         if self._pending:
-            partial.append(b"".join(self._pending))
+            # To write them one by one saves a copy, as long as they are few.
+            few = len(self._pending) <= _FEW
+            partial.append(*(self._pending if few else [b"".join(self._pending)]))
             self._pending.clear()
             self._pending_size = 0
 

@@ -111,13 +111,13 @@ def _base_256(field: bytes, name: bytes, what: str) -> int:
 def checksum_is_right(header: bytes) -> bool:
     """Whether a header is one: its bytes, those of the checksum taken as blanks, add up to it."""
     field = header[148:156]
-    text = field.strip(b"\0 ")
-    if not text or text.strip(b"01234567"):
+    wanted = octal(field.lstrip(b"\0 "))
+    if wanted is None:
         return False
-    wanted = int(text, 8) - 8 * ord(" ")
+    wanted -= 8 * ord(" ")
     if header.isascii():
         # The lower half of an Adler-32 is one more than the sum, modulo more than this can be.
-        return (adler32(header) & 0xFFFF) - (adler32(field) & 0xFFFF) == wanted
+        return (adler32(header) - adler32(field)) & 0xFFFF == wanted
     if sum(header) - sum(field) == wanted:
         return True
     # Some old writers took the bytes as signed.

@@ -64,6 +64,7 @@ _TYPES: Final[dict[int, MemberType]] = {
 _NO_RECORDS: Final[Mapping[bytes, bytes]] = {}
 _NO_XATTRS: Final[Mapping[str, bytes]] = {}
 _NO_DEVICE: Final = (0, 0)
+_FILE: Final = ord("0")
 
 
 # Not frozen, since that makes each one cost three times as much. Nobody changes them.
@@ -132,8 +133,7 @@ class TarReader:
         self._size = 0
 
     def __iter__(self) -> Iterator[Member]:
-        while (member := self._next()) is not None:
-            yield member
+        return iter(self.next, None)
 
     def data(self) -> Iterator[Content]:
         """The content of a file: bytes, and for each hole how many zeros it stands for.
@@ -177,34 +177,40 @@ class TarReader:
         if size:
             raise damaged(self.name, f"its data ends {size} bytes early")
 
-    def _next(self) -> Member | None:
+    def next(self) -> Member | None:
+        """The next member; ``None`` at the end.
+
+        Raises:
+            UnpackError: if the archive is damaged.
+            LimitExceeded: if a header is too long.
+        """
         if self.left:
             for _ in self._take(self.left):
                 pass
         header = self._header()
         if header is None:
             return None
-        return self._plain_file(header) or self._any(header)
-
-    def _plain_file(self, header: bytes) -> Member | None:
-        """A file that its header tells all about, as most members are; ``None`` for others."""
-        if header[156] != 48 or header[345] or header[157]:
-            return None
-        known = mode_and_owner(header[100:124])
-        size = octal(header[124:136])
-        mtime = octal(header[136:148])
-        if known is None or size is None or mtime is None:
-            return None
-        mode, uid, gid = known
-        self.name = name = until_nul(header[:100])
-        self.left = self._size = size
-        self._padding = -size % BLOCK
-        self._parts = None
-        self.holes = 0
-        mtime *= 10**9
-        if mtime > MAX:
-            mtime = 0
-        return Member(name, "file", mode, uid, gid, mtime, size, b"", _NO_DEVICE, _NO_XATTRS)
+        # Most members are files that a single header tells all about.
+        if header[156] == _FILE and not header[345] and not header[157]:
+            known = mode_and_owner(header[100:124])
+            size = octal(header[124:136])
+            mtime = octal(header[136:148])
+            if known is not None and size is not None and mtime is not None:
+                mode, uid, gid = known
+                self.name = name = until_nul(header[:100])
+                self.left = self._size = size
+                self._padding = -size % BLOCK
+                self._parts = None
+                self.holes = 0
+                mtime *= 10**9
+                if mtime > MAX:
+                    mtime = 0
+                # fmt: off
+                return Member(
+                    name, "file", mode, uid, gid, mtime, size, b"", _NO_DEVICE, _NO_XATTRS
+                )
+                # fmt: on
+        return self._any(header)
 
     def _any(self, first: bytes) -> Member | None:
         pax: Mapping[bytes, bytes] | None = None

@@ -116,7 +116,7 @@ class TreeWriter:
             self.needs_lower = True
             return
         if file is not None:
-            self._fill(*file, member, xattrs_of(member), data)
+            self._fill(*file, member, xattrs_of(member) if member.xattrs else member.xattrs, data)
 
     def finish(self) -> None:
         """Set the directories' times, which every change in them has moved, and default ACLs."""

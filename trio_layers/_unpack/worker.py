@@ -18,8 +18,6 @@ from .._digest import DiffID, Digest
 from .._entries import Entry, Summary, summary_line
 from .._errors import LimitExceeded, UnpackError
 from .ahead import Ahead
-from .archive import archive as archive
-from .export import export as export
 from .fields import shown
 from .limits import Limits
 from .nodes import named, naming
@@ -31,7 +29,7 @@ from .tree import TreeWriter
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["Limits", "Unpacked", "Unpacker", "archive", "export", "holds", "unpack"]
+__all__ = ["Limits", "Unpacked", "holds", "unpack"]
 
 # A larger slice gains nothing; a smaller one keeps cancellation near.
 _SLICE: Final = 256 * 1024
@@ -179,34 +177,6 @@ def _differs(below: Entry) -> bool:
         made.gid,
         made.xattrs,
     )
-
-
-@attrs.frozen
-class Unpacker:
-    """What a store unpacks its layers with.
-
-    Attributes:
-        limits: How much each layer may hold.
-    """
-
-    limits: Limits
-
-    archive = staticmethod(archive)
-    export = staticmethod(export)
-    holds = staticmethod(holds)
-
-    def unpack(
-        self,
-        read: Callable[[int], bytes],
-        target: Path,
-        *,
-        lower: LowerTree | None,
-        check_cancelled: Callable[[], None],
-    ) -> Unpacked:
-        """See `unpack`."""
-        return unpack(
-            read, target, lower=lower, limits=self.limits, check_cancelled=check_cancelled
-        )
 
 
 @final
