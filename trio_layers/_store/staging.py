@@ -173,14 +173,15 @@ class DirectoryStage:
         while True:
             async with staging.scratch.name("tree") as target:
                 try:
-                    unpacked = await staging.trees.builder.follow(
-                        path,
-                        self._growth,
-                        self._descriptor,
-                        target,
-                        self._see,
-                        alone=staging.limiter.borrowed_tokens == 1,
-                    )
+                    with staging.commits.expecting():
+                        unpacked = await staging.trees.builder.follow(
+                            path,
+                            self._growth,
+                            self._descriptor,
+                            target,
+                            self._see,
+                            alone=staging.limiter.borrowed_tokens == 1,
+                        )
                 except StartedOver:
                     continue
                 if not unpacked.needs_lower:
