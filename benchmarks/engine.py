@@ -1,25 +1,45 @@
-"""The engine on layers of nothing: what a layer costs, at 1,000 layers and at 10,000."""
+"""The engine on layers of nothing: what it costs as there is more of it.
+
+    python -m benchmarks.engine
+
+Time must be linear and memory bounded: in the number of layers of a pull, of pulls that share
+their layers, and of events that a slow sink has to take. Each measurement is a process of its own,
+on a mock clock; CPU seconds, and what its peak of memory is over that of a pull of nothing.
+"""
 
 from __future__ import annotations
 
-import gc
+import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Awaitable, Callable
 
 import trio
 from trio.testing import MockClock
 
-from trio_layers import MemoryStore, MemoryStream, open_download_manager
+from trio_layers import MemoryStore, MemoryStream, Progress, Status, open_download_manager
+from trio_layers.abc import ReportProgress
+
+ROUNDS = 5
 
 
 class Nothing:
-    def __init__(self, index: int) -> None:
+    """A layer of its own name, which reports so many steps."""
+
+    def __init__(self, index: int, events: int = 0) -> None:
         self.key = self.id = str(index)
+        self._events = events
 
     def diff_id(self) -> None:
         return None
 
-    async def download(self, progress: object) -> tuple[MemoryStream, int]:
+    async def download(self, progress: ReportProgress) -> tuple[MemoryStream, int]:
+        for event in range(self._events):
+            progress(Status.DOWNLOADING, event, self._events)
+            await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
         return MemoryStream(self.key.encode()), 0
 
@@ -27,34 +47,90 @@ class Nothing:
         pass
 
 
-async def ignore(event: object) -> None:
+async def ignore(event: Progress) -> None:
     await trio.lowlevel.checkpoint()
 
 
-async def pull(layers: int) -> None:
+async def layers(number: int) -> None:
+    """One pull of so many layers."""
     async with open_download_manager(MemoryStore()) as manager:
-        sources = [Nothing(index) for index in range(layers)]
+        sources = [Nothing(index) for index in range(number)]
         async with manager.download(sources, progress=ignore) as rootfs:
-            assert len(rootfs.diff_ids) == layers
+            assert len(rootfs.diff_ids) == number
 
 
-def seconds_per_layer(layers: int) -> float:
-    gc.collect()
-    start = time.process_time()
-    trio.run(pull, layers, clock=MockClock(autojump_threshold=0))
-    return (time.process_time() - start) / layers
+async def pulls(number: int) -> None:
+    """So many pulls of the same ten layers, all at once."""
+    async with open_download_manager(MemoryStore()) as manager:
+
+        async def pull() -> None:
+            sources = [Nothing(index) for index in range(10)]
+            async with manager.download(sources, progress=ignore) as rootfs:
+                assert len(rootfs.diff_ids) == 10
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(number):
+                nursery.start_soon(pull)
+
+
+async def events(number: int) -> None:
+    """A pull with so many events, by a sink that takes a second for each it gets."""
+
+    async def take(event: Progress) -> None:
+        await trio.sleep(1)
+
+    async with open_download_manager(MemoryStore()) as manager:
+        async with manager.download([Nothing(0, number)], progress=take):
+            pass
+
+
+SCENARIOS: dict[str, tuple[Callable[[int], Awaitable[None]], tuple[int, int]]] = {
+    "layers": (layers, (1_000, 10_000)),
+    "pulls": (pulls, (100, 1_000)),
+    "events": (events, (10_000, 100_000)),
+}
+
+
+def peak() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_one(scenario: str, number: int) -> None:
+    trio.run(layers, 1)
+    before, start = peak(), time.process_time()
+    trio.run(SCENARIOS[scenario][0], number, clock=MockClock(autojump_threshold=0))
+    print(time.process_time() - start, peak() - before)
+
+
+def measure(scenario: str, number: int) -> tuple[float, float]:
+    """The medians of CPU seconds and bytes."""
+    command = [sys.executable, "-m", "benchmarks.engine", "--run", scenario, str(number)]
+    runs = [
+        [float(figure) for figure in subprocess.check_output(command, text=True).split()]
+        for _ in range(ROUNDS)
+    ]
+    cpu, size = zip(*runs, strict=True)
+    return statistics.median(cpu), statistics.median(size)
 
 
 def main() -> None:
-    sizes = (1_000, 10_000)
-    rounds: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(5):
-        for size in sizes:
-            rounds[size].append(seconds_per_layer(size))
-    medians = {size: statistics.median(times) for size, times in rounds.items()}
-    for size, median in medians.items():
-        print(f"{size:>6} layers: {median * 1e6:6.0f} µs of CPU a layer (median of 5)")
-    print(f"ratio: {medians[10_000] / medians[1_000]:.2f}")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine")
+    parser.add_argument("--run", nargs=2, metavar=("SCENARIO", "N"), help="once, in this process")
+    options = parser.parse_args()
+    if options.run:
+        run_one(options.run[0], int(options.run[1]))
+        return
+    for scenario, (_, numbers) in SCENARIOS.items():
+        each = []
+        for number in numbers:
+            cpu, size = measure(scenario, number)
+            each.append(cpu / number)
+            print(
+                f"{number:>7} {scenario:7} {cpu:7.2f} s of CPU, {cpu / number * 1e6:6.0f} µs each; "
+                f"{size / 1e6:6.1f} MB more, {size / number:6.0f} bytes each"
+            )
+        print(f"{'':7} ten times as many: {each[1] / each[0]:.2f} times as long, each", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A process that has its store open and has pulled before: what a service that pulls is.
 
-Another image, of a few small layers, has come from a registry in the process itself. Then it says ``ready``, then reads references, one a line, and answers each with the seconds until the
-image was there. The clock runs inside: no start of a process and no pipe is in the figure.
+Another image, of a few small layers, has come from a registry in the process itself. Then it says
+``ready``, reads references, one a line, and answers each with the seconds until the image was
+there. The clock runs inside: no start of a process and no pipe is in the figure.
 """
 
 from __future__ import annotations

@@ -139,5 +139,9 @@ class _Reporter:
 
 
 def _send(answers: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(answers, data) :]
+    try:
+        while data:
+            data = data[os.write(answers, data) :]
+    except BrokenPipeError:
+        # Nobody wants to know: see `_listen`, which may be about to find out, too.
+        os._exit(0)

@@ -29,7 +29,7 @@ from ._unpack.limits import Limits
 from ._unpack.unpacker import Unpacker
 from ._worker import ANSWER, FRAME, GROWTH, JOB, STATE, Job, frame
 
-__all__ = ["Workers", "open_workers"]
+__all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Workers:
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
         self._limits = limits
         self._nursery = nursery
-        self._idle: list[_Worker] = []
+        self._idle: list[Worker] = []
         self._number = 0
         self._changed = trio.Event()
         # Python may be part of another program.
@@ -119,13 +119,22 @@ class Workers:
         threads = Threads(Unpacker(self._limits).unpack, self.limiter)
         return await threads.follow(path, growth, blob, target, report, alone=alone)
 
-    async def _take(self) -> _Worker | None:
+    async def _take(self) -> Worker | None:
         """A worker that is idle; ``None`` if there can be none."""
-        while self._possible and not self._idle:
+        while True:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.alive:
+                    return worker
+                # Killed, perhaps for want of memory, while it had nothing to do.
+                self._number -= 1
+                with trio.CancelScope(shield=True):
+                    await worker.kill()
+            if not self._possible:
+                return None
             if self._number < self.limiter.borrowed_tokens:
                 self._start_one()
             await self._changed.wait()
-        return self._idle.pop() if self._idle else None
 
     def _start_one(self) -> None:
         self._number += 1
@@ -133,14 +142,7 @@ class Workers:
 
     async def _start(self) -> None:
         try:
-            worker = await _start()
-            try:
-                await worker.receive(lambda _: None)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await worker.kill()
-                raise
-            self._idle.append(worker)
+            self._idle.append(await start_worker())
         except (OSError, WorkerError) as error:
             # The program may have given up the right to run it, or to read the library.
             if self._possible:
@@ -157,7 +159,7 @@ class Workers:
         self._changed = trio.Event()
 
     async def _work(
-        self, worker: _Worker, job: Job, growth: Growth, report: Callable[[int], None]
+        self, worker: Worker, job: Job, growth: Growth, report: Callable[[int], None]
     ) -> Unpacked:
         worker.send(JOB, pickle.dumps(tuple(job)))
         growth.listen(worker.tell)
@@ -186,11 +188,11 @@ class Workers:
         return cast(Unpacked, answer)
 
 
-async def _start() -> _Worker:
-    """A process of its own session, which no key on the terminal interrupts.
+async def start_worker() -> Worker:
+    """A process of its own session, which no key on the terminal interrupts; it is ready.
 
     Raises:
-        OSError: if there can be none.
+        OSError, WorkerError: if there can be none.
     """
     flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
     paths = [os.fspath(Path(__file__).parent), *map(str, sys.path)]
@@ -207,13 +209,20 @@ async def _start() -> _Worker:
         raise
     finally:
         os.close(theirs)
-    # Whoever writes to it must not wait, see `_Worker.send`.
+    # Whoever writes to it must not wait, see `Worker.send`.
     os.set_blocking(ours, False)
-    return _Worker(process, ours)
+    worker = Worker(process, ours)
+    try:
+        await worker.receive(lambda _: None)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await worker.kill()
+        raise
+    return worker
 
 
 @final
-class _Worker:
+class Worker:
     """A process, and the two pipes to it.
 
     Attributes:
@@ -227,6 +236,10 @@ class _Worker:
         self._answers = process.stdout
         self._received = bytearray()
         self._messages = messages
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
 
     def tell(self, state: State) -> None:
         """Say how far the job's blob has come; in any thread."""

@@ -1,0 +1,305 @@
+"""Layers are unpacked in processes: what they answer, how they end, and what is done without."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from store.test_unpack_errors import FAMILIES, LIMITS, blob_of, tar
+from store.world import Blob, arriving, chain_of, layer_of, visible
+
+import trio_layers
+from trio_layers import DirectoryStore, Limits, UnpackError, WorkerError, _workers, open_store
+from trio_layers._unpack.worker import unpack
+
+MIB = 1 << 20
+NOISE = random.Random(1).randbytes(3 * MIB)
+LARGE = layer_of(big=NOISE, more=b"more")
+
+
+def ignore(_: int) -> None:
+    pass
+
+
+async def stage(store: DirectoryStore, blob: Blob) -> trio_layers.abc.Layer:
+    async with store.stage(blob.descriptor) as staged:
+        await staged.write(blob.data[staged.offset :])
+        await staged.finish(ignore)
+        return await staged.commit(None)
+
+
+def children() -> set[int]:
+    """Our workers: processes whose program is the workers'."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            if b"_worker.main()" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(pid))
+    return found
+
+
+async def working(store: DirectoryStore) -> None:
+    while not store.statistics().unpacking:  # noqa: ASYNC110
+        await trio.sleep(0.001)
+
+
+def bomb() -> Blob:
+    """Zeros enough for a minute, in few bytes."""
+    from trio_layers._compression import zstd
+
+    pieces = [zstd.compress(tar({"name": "zeros", "size": 64 << 30})[:512])]
+    pieces += [zstd.compress(bytes(64 * MIB))] * 1024
+    return blob_of(b"".join(pieces))
+
+
+async def test_a_layer_is_the_same_as_from_a_thread(tmp_path: Path) -> None:
+    """Modes are exact, whatever the umask here is: that of a worker is its own."""
+    blob = blob_of(
+        tar(
+            {"name": "d", "type": "dir", "mode": "0777"},
+            {"name": "d/f", "text": "f", "mode": "0666"},
+            {"name": "d/s", "text": "s", "mode": "4777"},
+        )
+    )
+    before = os.umask(0o077)
+    try:
+        async with open_store(tmp_path / "store") as store:
+            layer = await stage(store, blob)
+    finally:
+        os.umask(before)
+    (tmp_path / "thread").mkdir()
+    unpack(io.BytesIO(blob.data).read, tmp_path / "thread")
+    assert (layer.tree / "entries").read_bytes() == (tmp_path / "thread/entries").read_bytes()
+    assert (layer.tree / "entries").stat().st_mode & 0o777 == 0o600
+    for path, mode in (("d", 0o777), ("d/f", 0o666), ("d/s", 0o4777)):
+        assert (layer.tree / "fs" / path).stat().st_mode & 0o7777 == mode
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_errors_come_as_from_a_thread(family: str, tmp_path: Path) -> None:
+    data, kind, text = FAMILIES[family]
+    blob = blob_of(data)
+    async with open_store(tmp_path, limits=LIMITS) as store:
+        with pytest.raises(kind, match=rf"^layer {blob.digest}: .*{text}") as caught:
+            await stage(store, blob)
+        assert type(caught.value) is kind
+        assert caught.value.layer == blob.digest
+        # At most the blob is there: what could be the fault of what is below is tried there.
+        assert not [name for name in visible(tmp_path) if name.startswith("trees/")]
+        assert (await stage(store, layer_of(other="other"))).tree.is_dir()
+
+
+async def test_workers_are_started_when_there_is_something_to_do(tmp_path: Path) -> None:
+    """… once, and end with the store."""
+    async with open_store(tmp_path) as store:
+        assert children() == set()
+        await stage(store, layer_of(a="a"))
+        first = children()
+        assert first
+        for name in "bcd":
+            await stage(store, layer_of(**{name: name}))
+        assert children() >= first
+    assert children() == set()
+
+
+async def test_a_worker_that_is_killed_costs_its_layer_only(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        async with store.stage(LARGE.descriptor) as staged:
+            await staged.write(LARGE.data[: 2 * MIB])
+            await working(store)
+            await trio.sleep(0.2)
+            for pid in children():
+                os.kill(pid, signal.SIGKILL)
+            error = await staged.wait_failed()
+            assert isinstance(error, WorkerError)
+            assert str(error) == (
+                f"layer {LARGE.digest}: the process that unpacks was killed by signal 9: try again"
+            )
+            await staged.write(LARGE.data[2 * MIB :])
+            await staged.finish(ignore)
+            with pytest.raises(WorkerError):
+                await staged.commit(None)
+        assert visible(tmp_path) == []
+        layer = await stage(store, LARGE)
+        assert layer.chain_id == chain_of(LARGE)
+    assert arriving(tmp_path) == []
+
+
+@pytest.mark.parametrize("expands", [False, True])
+async def test_a_cancelled_layer_leaves_nobody_at_work(expands: bool, tmp_path: Path) -> None:
+    """Neither one that waits for bytes, nor one in the middle of a bomb. The worker is as good as
+    new."""
+    blob = bomb() if expands else LARGE
+    async with open_store(tmp_path) as store:
+        await stage(store, layer_of(first="first"))
+        before = children()
+        async with store.stage(blob.descriptor) as staged:
+            await staged.write(blob.data if expands else blob.data[: 2 * MIB])
+            if expands:
+                await staged.finish(ignore)
+            await working(store)
+        assert store.statistics().unpacking == 0
+        left = [name for name in arriving(tmp_path) if not name.endswith(".trash")]
+        assert left == [f"{blob.file_name}.partial"]
+        await stage(store, layer_of(last="last"))
+        assert children() & before
+
+
+async def test_without_an_interpreter_threads_do_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it starts, and cannot read the library."""
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    for number, path in enumerate((str(tmp_path / "none"), str(broken), "")):
+        caplog.clear()
+        monkeypatch.setattr(sys, "executable", path)
+        with caplog.at_level(logging.WARNING):
+            async with open_store(tmp_path / f"{number}") as store:
+                async with trio.open_nursery() as nursery:
+                    for name in "abcdef":
+                        nursery.start_soon(stage, store, layer_of(**{name: name}))
+        assert len(visible(tmp_path / f"{number}")) == 12
+        assert [record.message.partition(":")[0] for record in caplog.records] == (
+            [f"cannot start {path}, so threads unpack layers, which is slower"] if path else []
+        )
+
+
+SCRIPT = """
+import json, os, sys
+print("here", flush=True)
+import trio
+from trio_layers import open_store
+from store.test_workers import LARGE, MIB, children, stage, working
+
+async def main():
+    async with open_store(sys.argv[1]) as store:
+        if sys.argv[2] == "stage":
+            await stage(store, LARGE)
+            return
+        async with store.stage(LARGE.descriptor) as staged:
+            await staged.write(LARGE.data[:2 * MIB])
+            await working(store)
+            print(json.dumps(list(children())), flush=True)
+            await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    # Without a guard: whoever imports it would run it.
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def test_the_program_is_not_run_again(tmp_path: Path, script: Path) -> None:
+    command = [sys.executable, script, tmp_path / "store", "stage"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "here\n", "")
+
+
+def test_workers_die_with_their_program(tmp_path: Path, script: Path) -> None:
+    """Whatever it dies of: nobody writes into the store after it."""
+    command = [sys.executable, script, tmp_path / "store", "wait"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "here\n"
+        pids = json.loads(process.stdout.readline())
+        assert pids
+        process.kill()
+        # They have its standard error, which ends when the last of them has.
+        assert process.stderr.read() == ""
+    for pid in pids:
+        # It may be a zombie whom nobody has asked for yet.
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            continue
+        assert state == "Z"
+
+
+@pytest.mark.parametrize("size", [0, 1, 300_000, len(LARGE.data)])
+def test_ahead_or_not_is_the_same(size: int, tmp_path: Path) -> None:
+    """Trees, and errors of what ends early."""
+    outcomes = []
+    for ahead in (False, True):
+        target = tmp_path / f"{ahead}"
+        target.mkdir()
+        rest = memoryview(LARGE.data)[:size]
+
+        def read(wanted: int) -> bytes:
+            nonlocal rest
+            data, rest = rest[:wanted], rest[wanted:]
+            return bytes(data)
+
+        try:
+            outcomes.append(str(unpack(read, target, ahead=ahead)))
+        except UnpackError as error:
+            outcomes.append(str(error))
+        outcomes.append((target / "entries").read_bytes() if size in (0, len(LARGE.data)) else b"")
+    assert outcomes[:2] == outcomes[2:]
+
+
+def test_ahead_ends_when_unpacking_does(tmp_path: Path) -> None:
+    """It neither goes on reading, nor is what it meets lost."""
+    limits = Limits(max_entries=1)
+    data = tar({"name": "a"}, {"name": "b", "text": "b" * MIB})
+    reads = 0
+
+    def read(size: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        return data[:size] if reads == 1 else bytes(size)
+
+    with pytest.raises(trio_layers.LimitExceeded, match="max_entries"):
+        unpack(read, tmp_path, limits=limits, ahead=True)
+    ended = reads
+    assert reads < 100
+
+    def fail(size: int) -> bytes:
+        raise ConnectionError("the cable")
+
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConnectionError, match="the cable"):
+        unpack(fail, tmp_path / "other", ahead=True)
+    assert reads == ended
+
+
+async def test_only_a_layer_that_is_alone_gets_two_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+    work = _workers.Workers._work
+
+    async def note(self, worker, job, growth, report):  # type: ignore[no-untyped-def]
+        jobs.append(job.ahead)
+        return await work(self, worker, job, growth, report)
+
+    monkeypatch.setattr(_workers.Workers, "_work", note)
+    monkeypatch.setattr(_workers, "_LARGE", MIB)
+    async with open_store(tmp_path) as store:
+        await stage(store, LARGE)
+        await stage(store, layer_of(small="small"))
+        async with trio.open_nursery() as nursery:
+            for name in "ab":
+                blob = layer_of(**{name: NOISE})
+                nursery.start_soon(stage, store, blob)
+    assert jobs == [True, False, False, False]
