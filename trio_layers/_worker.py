@@ -7,6 +7,7 @@ input ends, it ends, whatever it is at: nobody wants it any more.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -76,6 +77,9 @@ def frame(kind: int, payload: bytes) -> bytes:
 def main() -> None:
     # Files get the mode they are made with.
     os.umask(0)
+    with contextlib.suppress(OSError):
+        # Much to do, and nobody who waits for an answer: whoever does goes first.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # What is loaded stays, and what is done makes few cycles.
     gc.freeze()
     # Whoever prints must not be in the way.

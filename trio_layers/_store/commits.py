@@ -49,6 +49,8 @@ async def open_commits(catalog: Catalog, root: Path) -> AsyncIterator[Commits]:
 class _Commit:
     job: Job
     failures: int
+    under_way: bool = False
+    withdrawn: bool = False
     done: trio.Event = attrs.field(factory=trio.Event)
     error: Exception | None = None
 
@@ -104,9 +106,8 @@ class Commits:
         try:
             await this.done.wait()
         except trio.Cancelled:
-            if this in self._waiting:
-                self._waiting.remove(this)
-            else:
+            this.withdrawn = True
+            if this.under_way:
                 # Its files are in use.
                 with trio.CancelScope(shield=True):
                     await this.done.wait()
@@ -126,10 +127,18 @@ class Commits:
                 await self._commit(group)
 
     async def _commit(self, group: list[_Commit]) -> None:
+        group = [each for each in group if not each.withdrawn]
+        if not group:
+            return
         failed: StoreError | None = StoreError(f"{self._root}: a commit was broken off: try again")
         try:
             await trio.to_thread.run_sync(self._sync)
-            await self._catalog.write(self._place, group)
+            # That took the disk as long as it liked; nobody waits for it who does not want to.
+            group = [each for each in group if not each.withdrawn]
+            for each in group:
+                each.under_way = True
+            if group:
+                await self._catalog.write(self._place, group)
             failed = None
         except StoreError as error:
             failed = error
