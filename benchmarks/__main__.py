@@ -29,6 +29,7 @@ from . import plot
 from .contestants import CONTESTANTS, FLOOR, INFLATE, Contestant, other_containerd, versions
 from .machine import (
     Failed,
+    disk_for,
     enter_own_mounts,
     fresh_disk,
     group,
@@ -175,7 +176,7 @@ def _measure(
         and (each.name != INFLATE or scenario.image == "layer-4G")
     ]
     read_blobs(storage)
-    size = 4 * facts(storage, "latest")["unpacked"] + (2 << 30)
+    size = disk_for(facts(storage, "latest"))
     runs = []
     with registry(storage) as host:
         for number in range(rounds):

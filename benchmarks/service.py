@@ -33,6 +33,7 @@ from trio_layers._workers import start_worker
 from trio_layers.testing import BuiltImage, build_image, build_layer, open_registry
 
 from .machine import (
+    disk_for,
     enter_own_mounts,
     fresh_disk,
     interrupt_on_signals,
@@ -65,7 +66,7 @@ def main() -> None:
         for image in ("large", "small"):
             storage = stock(options.cache, image)
             read_blobs(storage)
-            size = 4 * facts(storage, "latest")["unpacked"] + (2 << 30)
+            size = disk_for(facts(storage, "latest"))
             with registry(storage) as host:
                 reference = f"{host}/{REPOSITORY}:latest"
                 _measure(image, reference, directory, size, options.rounds)
@@ -164,7 +165,7 @@ async def _with_bomb(bomb: BuiltImage, directory: Path, rounds: int) -> None:
     async with open_registry() as server:
         reference = server.add(bomb, "library/bomb:latest")
         for _ in range(rounds):
-            with fresh_disk(directory, 20 << 30) as disk:
+            with fresh_disk(directory, 6 << 30) as disk:
                 async with open_puller(disk / "store") as puller, watched(lags):
 
                     async def moment() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from .images import SHAPES
 from .machine import (
     Failed,
+    disk_for,
     enter_own_mounts,
     fresh_disk,
     group,
@@ -49,7 +50,7 @@ def main() -> None:
     sweep()
     storage = stock(options.cache, options.image)
     read_blobs(storage)
-    size = 4 * facts(storage, "latest")["unpacked"] + (2 << 30)
+    size = disk_for(facts(storage, "latest"))
     with (
         memory() as directory,
         registry(storage) as host,
