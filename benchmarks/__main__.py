@@ -176,7 +176,8 @@ def _measure(
         and (each.name != INFLATE or scenario.image == "layer-4G")
     ]
     read_blobs(storage)
-    size = disk_for(facts(storage, "latest"))
+    images = 1 if scenario.before in (None, scenario.tag) else 2
+    size = disk_for(facts(storage, "latest"), images)
     runs = []
     with registry(storage) as host:
         for number in range(rounds):

@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -45,7 +46,9 @@ Spent = dict[tuple[str, bool], list[float]]
 """By stage and whether in the main thread: calls, CPU seconds, wall seconds."""
 
 _spent: dict[int, Spent] = {}  # by thread: nobody has to lock
+_threads = ("main", "others")  # what they are called in the end
 _original_exit = os._exit
+_rename = os.rename
 
 
 def install(directory: str) -> None:
@@ -66,8 +69,10 @@ def install(directory: str) -> None:
         (zstd, "ZstdDecompressor"),
     ):
         setattr(module, name, _maker("inflate", getattr(module, name), "decompress"))
+    _replace(isal_zlib, "crc32", _timed("crc32", isal_zlib.crc32))
     _time_syncfs()
     _time_sqlite()
+    _reach_workers(directory)
     atexit.register(_write, directory)
     os._exit = lambda status: (_write(directory), _original_exit(status))  # type: ignore
 
@@ -133,16 +138,50 @@ def _time_sqlite() -> None:
     sqlite3.connect = lambda *args, **kwargs: original(*args, **{"factory": Timed, **kwargs})
 
 
+def _reach_workers(directory: str) -> None:
+    """Have the library's workers count, too, which read no ``sitecustomize``."""
+    original = subprocess.Popen.__init__
+    load = "from trio_layers import _worker\n"
+    count = (
+        f"from benchmarks import clock\nclock.install({directory!r})\n"
+        f"{load}clock.watch_worker(_worker, {directory!r})\n"
+    )
+
+    @functools.wraps(original)
+    def start(self: Any, arguments: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(arguments, list):
+            arguments = [each.replace(load, count) for each in map(os.fsdecode, arguments)]
+        original(self, arguments, *args, **kwargs)
+
+    subprocess.Popen.__init__ = start  # type: ignore
+
+
+def watch_worker(worker: Any, directory: str) -> None:
+    """Write what was counted at each message: a worker is killed when it has nothing to do."""
+    global _threads
+    _threads = ("worker", "its ahead")
+    original = worker._send
+
+    def send(*args: Any) -> None:
+        _write(directory)
+        original(*args)
+
+    worker._send = send
+
+
 def _write(directory: str) -> None:
     total, main = time.process_time(), time.thread_time()
-    stages: dict[str, dict[str, list[float]]] = {"main": {}, "others": {}}
+    first, second = _threads
+    stages: dict[str, dict[str, list[float]]] = {first: {}, second: {}}
     for spent in list(_spent.values()):
         for (stage, in_main), figures in spent.items():
-            sums = stages["main" if in_main else "others"].setdefault(stage, [0, 0.0, 0.0])
+            sums = stages[first if in_main else second].setdefault(stage, [0, 0.0, 0.0])
             sums[:] = [a + b for a, b in zip(sums, figures, strict=True)]
-    for who, cpu in (("main", main), ("others", total - main)):
+    for who, cpu in ((first, main), (second, total - main)):
         rest = cpu - sum(figures[1] for figures in stages[who].values())
         stages[who]["Python, all the rest"] = [0, max(rest, 0.0), 0.0]
-    path = f"{directory}/{os.getpid()}.json"
+    # Whole, whenever the process is killed.
+    path = f"{directory}/{os.getpid()}"
     with open(path, "w") as file:
         json.dump(stages, file)
+    _rename(path, f"{path}.json")

@@ -65,9 +65,10 @@ class Failed(Exception):
         super().__init__(f"{' '.join(command[:4])}: {last}")
 
 
-def disk_for(facts: Mapping[str, int]) -> int:
-    """The size of a disk that an image can be pulled to, also by those who keep more of it."""
-    return (facts["packed"] + facts["unpacked"]) * 3 // 2 + (1 << 30)
+def disk_for(facts: Mapping[str, int], images: int = 1) -> int:
+    """The size of a disk that an image can be pulled to, or several of its size, also by those who
+    keep more of it."""
+    return images * (facts["packed"] + facts["unpacked"]) * 3 // 2 + (1 << 30)
 
 
 @contextmanager

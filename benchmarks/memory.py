@@ -1,13 +1,17 @@
 """How much memory unpacking takes, of layers made to take much: ``python -m benchmarks.memory``.
 
 Each layer is unpacked by a process of its own, which makes it while it reads it. Shown are the
-process's peak of resident memory, what of that it had before, and the time.
+process's peak of resident memory, what of that it had before, and the time. Last comes a whole
+pull of a layer of 10 GB: the peak of all its processes together. That takes root, and 13 GB of
+disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import random
 import resource
 import shutil
 import subprocess
@@ -17,8 +21,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attrs
+import trio
+
 from trio_layers import LimitExceeded, Limits
 from trio_layers._unpack.worker import unpack
+from trio_layers.testing import BuiltLayer, build_image, build_layer, open_registry
+
+from .machine import group
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -104,6 +114,58 @@ def measure(name: str, directory: str | None) -> str:
         shutil.rmtree(target)
 
 
+def layer_of_10_gb(path: Path) -> BuiltLayer:
+    """Ten files of 1 GB, of noise that comes 16 times, one behind the other."""
+    piece = random.Random(1).randbytes(MIB // 16) * 16
+    packed = zstd.compress(piece)
+    tar = hashlib.sha256()
+    size = 10**9 // MIB * MIB
+    with path.open("wb") as file:
+        for number in range(10):
+            head = header(f"file{number}", size=size)
+            tar.update(head)
+            file.write(zstd.compress(head))
+            for _ in range(size // MIB):
+                tar.update(piece)
+                file.write(packed)
+        end = bytes(2 * BLOCK)
+        tar.update(end)
+        file.write(zstd.compress(end))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    small = build_layer([], compression="zstd")
+    return attrs.evolve(
+        small,
+        descriptor=attrs.evolve(
+            small.descriptor, digest=f"sha256:{digest}", size=path.stat().st_size
+        ),
+        diff_id=f"sha256:{tar.hexdigest()}",
+        content=path,
+    )
+
+
+def measure_pull(directory: Path) -> str:
+    image = build_image([layer_of_10_gb(directory / "blob")])
+
+    def pull(reference: str) -> str:
+        store = str(directory / "store")
+        command = [sys.executable, "-m", "trio_layers", "pull", "-q", "--store", store, reference]
+        with group("memory") as processes, processes.watched() as most:
+            start = time.perf_counter()
+            process = processes.start(command, stdout=subprocess.DEVNULL)
+            if process.wait():
+                raise SystemExit("the pull failed")
+            took = time.perf_counter() - start
+        return f"{most.bytes // MIB:6} MiB {'':14} {took:7.1f} s  all processes together"
+
+    async def serve() -> str:
+        async with open_registry() as registry:
+            reference = registry.add(image, "library/large:latest")
+            return await trio.to_thread.run_sync(pull, reference)
+
+    return trio.run(serve)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
     parser.add_argument("--directory", help="where to unpack; room for 10⁶ inodes is needed")
@@ -116,6 +178,8 @@ def main() -> None:
     for name in LAYERS:
         command = [sys.executable, "-m", "benchmarks.memory", "--layer", name, *more]
         subprocess.run(command, check=True)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        print(f"{'a pull of 10 GB':25} {measure_pull(Path(name))}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,10 @@ async def open_store(
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
+    Layers that arrive are unpacked in processes, as many as there are cores, two at least and eight
+    at most. They are started, with ``sys.executable``, when there is something to unpack, do not
+    import the program's own modules, and end with the block or with the program.
+
     Args:
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         limits: How much a layer may hold that is unpacked in the block. Layers that are there
@@ -117,8 +121,9 @@ async def open_puller(
 ) -> AsyncIterator[Puller]:
     """Open a puller, in whose block images are pulled into ``store``.
 
-    Pulls that run at the same time share what they have in common. Leaving the block cancels
-    what still runs, and waits until it has stopped. What the block raises comes out as it is.
+    Pulls that run at the same time share what they have in common. Layers are unpacked in processes
+    (see `open_store`). Leaving the block cancels what still runs, and waits until it has stopped.
+    What the block raises comes out as it is.
 
     Args:
         store: The directory of a store, made if it is not there, or an open store.

@@ -27,6 +27,7 @@ from ._store.build import follow
 from ._store.growth import Abandoned, Growth, StartedOver, State
 from ._unpack.limits import Limits
 from ._unpack.worker import unpack
+from ._version import __version__
 
 if TYPE_CHECKING:
     from queue import SimpleQueue
@@ -39,8 +40,8 @@ FRAME: Final = struct.Struct("=BI")
 # To the worker: a job's fields in a pickle, the state of a job's growth.
 JOB: Final = 0
 GROWTH: Final = 1
-# From the worker: how far it has read; the pickled result of a job, or what was raised, and at
-# its start, that it is ready.
+# From the worker: how far it has read; the pickled result of a job, or what was raised, and when
+# it is ready, its version.
 POSITION: Final = 2
 ANSWER: Final = 3
 
@@ -61,11 +62,11 @@ class Job(NamedTuple):
         ahead: Whether another core may inflate it.
     """
 
-    path: str
+    path: bytes
     media_type: str
     digest: str
     size: int
-    target: str
+    target: bytes
     limits: dict[str, int]
     ahead: bool
 
@@ -75,7 +76,8 @@ def frame(kind: int, payload: bytes) -> bytes:
 
 
 def main() -> None:
-    # Files get the mode they are made with.
+    # Files get the mode they are made with; what is compiled would be anybody's to write to.
+    sys.dont_write_bytecode = True
     os.umask(0)
     with contextlib.suppress(OSError):
         # Much to do, and nobody who waits for an answer: whoever does goes first.
@@ -87,7 +89,7 @@ def main() -> None:
     os.dup2(2, 1)
     jobs: SimpleQueue[tuple[Job, Growth]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
-    _send(answers, frame(ANSWER, pickle.dumps(None)))
+    _send(answers, frame(ANSWER, pickle.dumps(__version__)))
     while True:
         job, growth = jobs.get()
         _send(answers, frame(ANSWER, pickle.dumps(_answer(job, growth, answers))))
@@ -95,27 +97,34 @@ def main() -> None:
 
 def _listen(jobs: SimpleQueue[tuple[Job, Growth]]) -> None:
     growth = Growth()
-    with open(0, "rb") as messages:
-        while head := messages.read(FRAME.size):
-            kind, size = FRAME.unpack(head)
-            payload = messages.read(size)
-            if kind == GROWTH:
+    job: Job | None = None
+    try:
+        with open(0, "rb") as messages:
+            while head := messages.read(FRAME.size):
+                kind, size = FRAME.unpack(head)
+                payload = messages.read(size)
+                if kind == JOB:
+                    job, growth = Job(*pickle.loads(payload)), Growth()
+                    continue
                 growth.become(State(*STATE.unpack(payload)))
-            else:
-                growth = Growth()
-                jobs.put((Job(*pickle.loads(payload)), growth))
-    os._exit(0)
+                if job is not None:
+                    # Not before it is known which attempt it is.
+                    jobs.put((job, growth))
+                    job = None
+    finally:
+        # Whatever it is, nothing more can be heard.
+        os._exit(1)
 
 
 def _answer(job: Job, growth: Growth, answers: int) -> object:
     """What becomes of a job, an exception included."""
     try:
         return follow(
-            partial(unpack, limits=Limits(**job.limits), ahead=job.ahead),
-            Path(job.path),
+            partial(unpack, limits=Limits(**job.limits), ahead=job.ahead, no_umask=True),
+            Path(os.fsdecode(job.path)),
             growth,
             Descriptor(job.media_type, Digest(job.digest), job.size),
-            Path(job.target),
+            Path(os.fsdecode(job.target)),
             _Reporter(answers),
         )
     except Exception as error:

@@ -27,18 +27,22 @@ from ._store.growth import Growth, State
 from ._store.trees import Threads, Unpacked
 from ._unpack.limits import Limits
 from ._unpack.unpacker import Unpacker
+from ._version import __version__
 from ._worker import ANSWER, FRAME, GROWTH, JOB, STATE, Job, frame
 
 __all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
 logger = logging.getLogger(__name__)
 
-# A download that stalls keeps its worker, so there are more than downloads by default.
+# More than there are cores would only wait for each other.
 _FEWEST: Final = 2
 _MOST: Final = 8
 
 # Bytes of a blob that are worth a second thread, where nothing else needs the core.
 _LARGE: Final = 16 << 20
+
+# Seconds in which a worker should have started: what runs may be no interpreter.
+_START: Final = 30
 
 # Seconds that a worker has to put down its work; one that has it in the middle of a system call,
 # or of a block that expands to gigabytes, is killed.
@@ -59,15 +63,17 @@ _worker.main()
 async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
     """Workers for the block. They are started when there will be something to do for them, and
     stay until the block ends."""
-    async with open_hidden_nursery() as nursery:
-        workers = Workers(limits, nursery)
-        try:
-            yield workers
-        finally:
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                for worker in workers._idle:
-                    await worker.kill()
+    idle: list[Worker] = []
+    try:
+        async with open_hidden_nursery() as nursery:
+            try:
+                yield Workers(limits, nursery, idle)
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            for worker in idle:
+                await worker.kill()
 
 
 @final
@@ -75,22 +81,21 @@ class Workers:
     """A `~trio_layers._store.trees.Builder` in processes, of which there are never more than
     tokens. Where none can be started, threads do it."""
 
-    def __init__(self, limits: Limits, nursery: trio.Nursery) -> None:
+    def __init__(self, limits: Limits, nursery: trio.Nursery, idle: list[Worker]) -> None:
         number = min(max(_FEWEST, len(os.sched_getaffinity(0))), _MOST)
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
         self._limits = limits
         self._nursery = nursery
-        self._idle: list[Worker] = []
+        self._idle = idle
         self._number = 0
         self._changed = trio.Event()
-        # Python may be part of another program.
-        self._possible = bool(sys.executable)
+        # Python may be part of another program, which is not to be started again.
+        self._possible = bool(sys.executable) and not getattr(sys, "frozen", False)
 
     def prepare(self) -> None:
-        """Start the workers that will have something to do soon."""
-        if self._possible and not self._number:
-            for _ in range(int(self.limiter.total_tokens)):
-                self._start_one()
+        """There will be something to do soon: start one more worker, if that makes sense."""
+        if self._possible and not self._idle and self._number < self.limiter.total_tokens:
+            self._start_one()
 
     async def follow(
         self,
@@ -107,11 +112,11 @@ class Workers:
             worker = await self._take()
             if worker is not None:
                 job = Job(
-                    path=os.fspath(path),
+                    path=os.fsencode(path),
                     media_type=blob.media_type,
                     digest=blob.digest,
                     size=blob.size,
-                    target=os.fspath(target),
+                    target=os.fsencode(target),
                     limits=attrs.asdict(self._limits),
                     ahead=alone and blob.size >= _LARGE,
                 )
@@ -143,7 +148,7 @@ class Workers:
     async def _start(self) -> None:
         try:
             self._idle.append(await start_worker())
-        except (OSError, WorkerError) as error:
+        except Exception as error:  # whatever it is, there is another way
             # The program may have given up the right to run it, or to read the library.
             if self._possible:
                 logger.warning(
@@ -213,12 +218,16 @@ async def start_worker() -> Worker:
     os.set_blocking(ours, False)
     worker = Worker(process, ours)
     try:
-        await worker.receive(lambda _: None)
+        with trio.move_on_after(_START):
+            version = await worker.receive(lambda _: None)
+            if version == __version__:
+                return worker
+            raise WorkerError(f"its library is {version}, and that of the program {__version__}")
+        raise WorkerError(f"it did not answer in {_START} seconds")
     except BaseException:
         with trio.CancelScope(shield=True):
             await worker.kill()
         raise
-    return worker
 
 
 @final
@@ -249,8 +258,10 @@ class Worker:
         """Send a message, without waiting: the pipe has room for thousands."""
         if kind == JOB:
             self.busy = True
+        message = frame(kind, payload)
         try:
-            os.write(self._messages, frame(kind, payload))
+            if os.write(self._messages, message) < len(message):
+                self._process.kill()
         except BlockingIOError:
             # It has not listened for gigabytes.
             self._process.kill()

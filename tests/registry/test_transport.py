@@ -17,6 +17,7 @@ from trio_layers._reference import parse_reference
 from trio_layers._registry.auth import Credentials
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.transport import MAX_REDIRECTS
+from trio_layers.testing import build_image, build_layer, open_registry
 
 HOST = "https://registry.example"
 STORAGE = "https://storage.example"
@@ -375,3 +376,23 @@ async def test_a_plain_registry_on_loopback() -> None:
             image = await client.resolve(parse_reference(f"127.0.0.1:{port}/team/app"))
         assert image.config.platform.os == "linux"
         nursery.cancel_scope.cancel()
+
+
+async def test_a_blob_is_read_in_large_pieces() -> None:
+    """What httpx and httpcore have no option for: a version that keeps its network backend
+    elsewhere shows here."""
+    content = bytes(8 << 20)
+    sizes: list[int] = []
+
+    class Sink(MemorySink):
+        async def write(self, data: bytes) -> None:
+            sizes.append(len(data))
+            await super().write(data)
+
+    image = build_image([build_layer(content, compression="none")])
+    async with open_registry() as registry, open_registry_client() as client:
+        reference = parse_reference(registry.add(image, "library/large:latest"))
+        [layer] = image.layers
+        await client.fetch_blob(reference, layer.descriptor, Sink(), Report())
+    assert sum(sizes) == len(content)
+    assert max(sizes) > 64 << 10

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -399,3 +400,69 @@ async def test_a_plain_tar(tmp_path: Path) -> None:
         assert await store.get(layer.chain_id) is layer
         layer = await store.register(Stream(data), None, describe(data))
         assert layer.chain_id == digest_of(data)
+
+
+async def test_a_commit_waits_for_those_that_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """… and no longer than until the last of them is there."""
+    syncs = 0
+    sync = commits.sync_file_system
+
+    def counted(path: Path) -> None:
+        nonlocal syncs
+        syncs += 1
+        sync(path)
+
+    monkeypatch.setattr(commits, "sync_file_system", counted)
+    monkeypatch.setattr(commits, "_LINGER", 3600)
+    sequencer = trio.testing.Sequencer()
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+
+        async def make(number: int) -> None:
+            with store._commits.expecting():
+                async with sequencer(number):
+                    pass
+            await store._commits.commit(lambda connection: None, since=0)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(make, number)
+    assert syncs == 1
+
+
+async def test_a_cancelled_commit_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others want of the same sync is done; what nobody wants is not."""
+    syncing, go_on = trio.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        trio.from_thread.run_sync(syncing.set)
+        go_on.wait()
+
+    done: list[str] = []
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+        monkeypatch.setattr(commits, "sync_file_system", slow)
+        scope = trio.CancelScope()
+
+        async def cancelled() -> None:
+            with scope:
+                await store._commits.commit(lambda connection: done.append("cancelled"), since=0)
+
+        async def wanted() -> None:
+            await store._commits.commit(lambda connection: done.append("wanted"), since=0)
+
+        try:
+            async with trio.open_nursery() as others:
+                others.start_soon(wanted)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancelled)
+                    await syncing.wait()
+                    scope.cancel()
+                assert done == []
+                go_on.set()
+        finally:
+            go_on.set()
+    assert scope.cancelled_caught
+    assert done == ["wanted"]

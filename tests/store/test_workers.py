@@ -16,6 +16,7 @@ import pytest
 import trio
 from store.test_unpack_errors import FAMILIES, LIMITS, blob_of, tar
 from store.world import Blob, arriving, chain_of, layer_of, visible
+from trio.testing import wait_all_tasks_blocked
 
 import trio_layers
 from trio_layers import DirectoryStore, Limits, UnpackError, WorkerError, _workers, open_store
@@ -45,11 +46,6 @@ def children() -> set[int]:
             if b"_worker.main()" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.add(int(pid))
     return found
-
-
-async def working(store: DirectoryStore) -> None:
-    while not store.statistics().unpacking:  # noqa: ASYNC110
-        await trio.sleep(0.001)
 
 
 def bomb() -> Blob:
@@ -113,10 +109,12 @@ async def test_workers_are_started_when_there_is_something_to_do(tmp_path: Path)
 
 async def test_a_worker_that_is_killed_costs_its_layer_only(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
+        await stage(store, layer_of(first="first"))
+        before = visible(tmp_path)
         async with store.stage(LARGE.descriptor) as staged:
             await staged.write(LARGE.data[: 2 * MIB])
-            await working(store)
-            await trio.sleep(0.2)
+            await wait_all_tasks_blocked()
+            assert store.statistics().unpacking == 1
             for pid in children():
                 os.kill(pid, signal.SIGKILL)
             error = await staged.wait_failed()
@@ -128,10 +126,28 @@ async def test_a_worker_that_is_killed_costs_its_layer_only(tmp_path: Path) -> N
             await staged.finish(ignore)
             with pytest.raises(WorkerError):
                 await staged.commit(None)
-        assert visible(tmp_path) == []
+        assert visible(tmp_path) == before
         layer = await stage(store, LARGE)
         assert layer.chain_id == chain_of(LARGE)
     assert arriving(tmp_path) == []
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_is_started_over_is_never_mixed(waits: bool, tmp_path: Path) -> None:
+    """Whether the worker has begun, or is about to: it gets no attempt but the last for whole."""
+    other = layer_of(other=NOISE[::-1])
+    async with open_store(tmp_path) as store:
+        async with store.stage(LARGE.descriptor) as staged:
+            for length in (MIB, 2 * MIB, MIB + 17):
+                await staged.write(other.data[:length])
+                if waits:
+                    await wait_all_tasks_blocked()
+                await staged.restart()
+            await staged.write(LARGE.data)
+            await staged.finish(ignore)
+            layer = await staged.commit(None)
+        assert sorted(os.listdir(layer.tree / "fs")) == ["big", "more"]
+        assert (layer.tree / "fs" / "big").read_bytes() == NOISE
 
 
 @pytest.mark.parametrize("expands", [False, True])
@@ -146,7 +162,8 @@ async def test_a_cancelled_layer_leaves_nobody_at_work(expands: bool, tmp_path: 
             await staged.write(blob.data if expands else blob.data[: 2 * MIB])
             if expands:
                 await staged.finish(ignore)
-            await working(store)
+            await wait_all_tasks_blocked()
+            assert store.statistics().unpacking == 1
         assert store.statistics().unpacking == 0
         left = [name for name in arriving(tmp_path) if not name.endswith(".trash")]
         assert left == [f"{blob.file_name}.partial"]
@@ -161,17 +178,22 @@ async def test_without_an_interpreter_threads_do_it(
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    for number, path in enumerate((str(tmp_path / "none"), str(broken), "")):
+    for number, path in enumerate((str(tmp_path / "none"), str(broken), "", sys.executable)):
         caplog.clear()
         monkeypatch.setattr(sys, "executable", path)
+        # Last, a program that has Python in it, and is no interpreter.
+        monkeypatch.setattr(sys, "frozen", number == 3, raising=False)
         with caplog.at_level(logging.WARNING):
             async with open_store(tmp_path / f"{number}") as store:
                 async with trio.open_nursery() as nursery:
                     for name in "abcdef":
                         nursery.start_soon(stage, store, layer_of(**{name: name}))
+                assert children() == set()
         assert len(visible(tmp_path / f"{number}")) == 12
         assert [record.message.partition(":")[0] for record in caplog.records] == (
-            [f"cannot start {path}, so threads unpack layers, which is slower"] if path else []
+            [f"cannot start {path}, so threads unpack layers, which is slower"]
+            if number < 2
+            else []
         )
 
 
@@ -180,16 +202,18 @@ import json, os, sys
 print("here", flush=True)
 import trio
 from trio_layers import open_store
-from store.test_workers import LARGE, MIB, children, stage, working
+from trio.testing import wait_all_tasks_blocked
+from store.test_workers import LARGE, MIB, children, layer_of, stage
 
 async def main():
     async with open_store(sys.argv[1]) as store:
         if sys.argv[2] == "stage":
             await stage(store, LARGE)
             return
+        await stage(store, layer_of(first="first"))
         async with store.stage(LARGE.descriptor) as staged:
             await staged.write(LARGE.data[:2 * MIB])
-            await working(store)
+            await wait_all_tasks_blocked()
             print(json.dumps(list(children())), flush=True)
             await trio.sleep_forever()
 

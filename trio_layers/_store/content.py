@@ -31,6 +31,7 @@ __all__ = ["BlobStream", "Content", "Ingest", "Partial"]
 _BATCH: Final = 1024 * 1024
 
 _FEW: Final = 16
+_TINY: Final = 4096
 
 # What a reader gets at once that does not say how much it wants.
 _CHUNK: Final = 256 * 1024
@@ -201,6 +202,9 @@ class Ingest:
         self._arriving()
         self._pending.append(data)
         self._pending_size += len(data)
+        if len(data) < _TINY:
+            # Of these, thousands may come of one read from the network.
+            await trio.lowlevel.checkpoint()
         if self._pending_size < _BATCH:
             # Who waits for each chunk to arrive has let others run.
             await trio.lowlevel.checkpoint_if_cancelled()

@@ -45,8 +45,8 @@ class State(NamedTuple):
 
 @final
 class Growth:
-    """How much of a file is there, and whether that is all. For any thread; nothing here waits
-    but `wait`."""
+    """How much of a file is there, and whether that is all. For any thread; only those of its
+    methods wait that are called so."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -110,8 +110,10 @@ class Growth:
             StartedOver, Abandoned: if there is nothing to wait for any more.
         """
         with self._changed:
-            while not self._state.complete:
+            while True:
                 self.check(attempt)
+                if self._state.complete:
+                    return
                 self._changed.wait()
 
     def wait(self, position: int, attempt: int) -> int:
@@ -172,8 +174,11 @@ class Follower:
         """At most so many bytes; none at the end."""
         there = self._growth.wait(self._position, self._attempt) - self._position
         data = os.pread(self._file, min(size, there), self._position) if there else b""
-        # The file may have been cut off, and begun anew, before it was read.
+        # The file may have been cut off, and begun anew, before it was read. In another process
+        # that may not be known yet; but it is before all of the new attempt is said to be there.
         self._growth.check(self._attempt)
+        if there and not data:
+            raise StartedOver
         self._position += len(data)
         self._report(self._position)
         return data

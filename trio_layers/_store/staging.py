@@ -65,7 +65,6 @@ class Staging:
     @asynccontextmanager
     async def open(self, descriptor: Descriptor) -> AsyncIterator[DirectoryStage]:
         stage = DirectoryStage(self, descriptor)
-        self.trees.builder.prepare()
         async with open_hidden_nursery() as nursery:
             stage._nursery = nursery
             try:
@@ -152,6 +151,7 @@ class DirectoryStage:
             task_status.started()
             try:
                 if self._tree is None:
+                    self._staging.trees.builder.prepare()
                     await self._build()
             except Exception as error:
                 self._error = error
@@ -171,6 +171,7 @@ class DirectoryStage:
             # Until there is something to do, others may have the worker.
             await self._sink.arriving.wait()
         while True:
+            self._unpacked = 0
             async with staging.scratch.name("tree") as target:
                 try:
                     with staging.commits.expecting():

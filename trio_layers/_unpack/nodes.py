@@ -111,7 +111,9 @@ class Nodes:
         self._powers = powers
         # Whom a new node belongs to; not known where a directory passes on its group.
         self._ids = powers.ids
-        self._modes = powers.modes
+        # To be limited takes a change of mode anyway, and a file of ours that we may not write to
+        # takes no attributes.
+        self._modes = powers.modes and not powers.limited
         self._limited = powers.limited
         self.incomplete = False
 

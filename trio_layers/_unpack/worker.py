@@ -1,4 +1,4 @@
-"""From a layer's blob to a tree, in one blocking function for a worker thread."""
+"""From a layer's blob to a tree, in one blocking function for a worker."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def unpack(
     limits: Limits = Limits(),  # noqa: B008  a frozen value
     check_cancelled: Callable[[], None] = _never,
     ahead: bool = False,
+    no_umask: bool = False,
 ) -> Unpacked:
-    """Unpack a layer; blocks, so it is for a worker thread.
+    """Unpack a layer; blocks, so it is for a worker.
 
     Args:
         read: Gives at most as many bytes of the blob as it is asked for, ``b""`` at its end.
@@ -84,6 +85,8 @@ def unpack(
         ahead: Whether to read, inflate and hash in a thread of its own, ahead of writing: good for
             one large layer, where there is a core for it. Whatever it ends with, this returns
             when ``read`` does.
+        no_umask: Whether this process has none, and nobody in it who would set one: then files
+            are made with their modes.
 
     Raises:
         DecompressionError: if the beginning of the blob is no valid compressed data.
@@ -98,6 +101,8 @@ def unpack(
     try:
         with naming(os.fsencode(target)):
             powers = probe(root)
+            if not no_umask:
+                powers = attrs.evolve(powers, modes=False)
             log = _Log(target / "entries")
         source = _Source(read, limits, check_cancelled, ahead=ahead)
         with log, contextlib.closing(source):
