@@ -1,8 +1,8 @@
 """Processes that make trees, so that a layer takes no time from the one that pulls it.
 
 In threads, each file that is made takes the interpreter's lock a dozen times, from the trio loop
-and from the other layers: with two cores that doubles the time of a pull, and the loop answers
-late. `multiprocessing` would import the program's ``__main__`` again; these import what they need.
+and from the other layers: with two cores that doubles the time of a pull of many small files.
+`multiprocessing` would import the program's ``__main__`` again; these import what they need.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from trio_layers._digest import ChainID
 from trio_layers._errors import StoreError, StoreFull, UnpackError, VerificationError
 from trio_layers._store import commits
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
+from trio_layers._store.growth import Abandoned, Follower, Growth, StartedOver, State
 from trio_layers._unpack import worker
 from trio_layers._unpack.limits import Limits
 from trio_layers._unpack.unpacker import Unpacker
@@ -466,3 +467,28 @@ async def test_a_cancelled_commit_does_not_wait_for_the_disk(
             go_on.set()
     assert scope.cancelled_caught
     assert done == ["wanted"]
+
+
+def test_an_attempt_that_was_given_up_is_never_complete() -> None:
+    """Also where that is heard of late, and together with the end of the next."""
+    growth = Growth()
+    growth.become(State(size=5, attempt=1, complete=True))
+    with pytest.raises(StartedOver):
+        growth.wait_complete(0)
+    with pytest.raises(StartedOver):
+        growth.wait(0, 0)
+    growth.wait_complete(1)
+    growth.abandon()
+    with pytest.raises(Abandoned):
+        growth.wait_complete(1)
+
+
+def test_bytes_that_are_gone_are_no_end(tmp_path: Path) -> None:
+    """The file was cut off, and who reads it has not heard of it: it is not a shorter blob."""
+    growth = Growth()
+    growth.grow(10)
+    (tmp_path / "blob").write_bytes(b"01234")
+    with Follower(tmp_path / "blob", growth, describe(b"0123456789"), ignore) as follower:
+        assert follower.read(100) == b"01234"
+        with pytest.raises(StartedOver):
+            follower.read(100)

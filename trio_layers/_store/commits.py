@@ -26,7 +26,7 @@ Job: TypeAlias = Callable[[sqlite3.Connection], object]
 """Renames what is durable to its place, and writes its rows, in a transaction."""
 
 # Seconds that a commit waits for others to share it. With forty layers of a hundred files that
-# makes ten syncs of thirty-four.
+# makes a dozen syncs of thirty-four.
 _LINGER: Final = 0.05
 
 _LOST: Final = "the disk lost something of it while it was written: try again"
