@@ -6,6 +6,7 @@ import gc
 import logging
 import random
 
+import httpcore
 import httpx
 import pytest
 import trio
@@ -16,8 +17,8 @@ from trio_layers._errors import RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.auth import Credentials
 from trio_layers._registry.client import open_registry_client
+from trio_layers._registry.reading import read_more_at_once
 from trio_layers._registry.transport import MAX_REDIRECTS
-from trio_layers.testing import build_image, build_layer, open_registry
 
 HOST = "https://registry.example"
 STORAGE = "https://storage.example"
@@ -378,21 +379,22 @@ async def test_a_plain_registry_on_loopback() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_blob_is_read_in_large_pieces() -> None:
-    """What httpx and httpcore have no option for: a version that keeps its network backend
-    elsewhere shows here."""
-    content = bytes(8 << 20)
-    sizes: list[int] = []
+async def test_httpx_is_made_to_read_more_at_once() -> None:
+    """It has no option for that: a version that keeps its network backend elsewhere shows here."""
+    asked: list[int] = []
 
-    class Sink(MemorySink):
-        async def write(self, data: bytes) -> None:
-            sizes.append(len(data))
-            await super().write(data)
+    class Stream(httpcore.AsyncMockStream):
+        async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+            asked.append(max_bytes)
+            return await super().read(max_bytes, timeout)
 
-    image = build_image([build_layer(content, compression="none")])
-    async with open_registry() as registry, open_registry_client() as client:
-        reference = parse_reference(registry.add(image, "library/large:latest"))
-        [layer] = image.layers
-        await client.fetch_blob(reference, layer.descriptor, Sink(), Report())
-    assert sum(sizes) == len(content)
-    assert max(sizes) > 64 << 10
+    class Backend(httpcore.AsyncMockBackend):
+        async def connect_tcp(self, *args: object, **options: object) -> Stream:
+            return Stream([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", b"ok"])
+
+    async with httpx.AsyncClient(trust_env=False) as client:
+        client._transport._pool._network_backend = Backend([])
+        read_more_at_once(client)
+        assert (await client.get("http://registry.example/")).content == b"ok"
+    assert asked
+    assert min(asked) == 512 * 1024
