@@ -244,14 +244,8 @@ def file_line(
     path: bytes, about: Metadata, size: int, crc: int, xattrs: Mapping[str, bytes]
 ) -> bytes:
     """What `put_line` gives for a file, of what most lines are, without an `Entry`."""
-    if about.uid or about.gid or xattrs or not size:
-        length = f',"n":{size}' if size else ""
-        line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"c":{crc}}}\n'
-    else:
-        line = (
-            f'{{"p":{_quoted(path)},"m":{about.mode},"s":{about.mtime_ns},'
-            f'"t":"file","n":{size},"c":{crc}}}\n'
-        )
+    length = f',"n":{size}' if size else ""
+    line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"c":{crc}}}\n'
     return line.encode("ascii")
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ._digest import Digest
 from ._errors import LayersError
 from ._manifest import Descriptor
-from ._store.build import follow
+from ._store.build import Arrival, follow
 from ._store.growth import Abandoned, Growth, StartedOver, State
 from ._unpack.limits import Limits
 from ._unpack.worker import unpack
@@ -121,11 +121,13 @@ def _answer(job: Job, growth: Growth, answers: int) -> object:
     try:
         return follow(
             partial(unpack, limits=Limits(**job.limits), ahead=job.ahead, no_umask=True),
-            Path(os.fsdecode(job.path)),
-            growth,
-            Descriptor(job.media_type, Digest(job.digest), job.size),
-            Path(os.fsdecode(job.target)),
-            _Reporter(answers),
+            Arrival(
+                Path(os.fsdecode(job.path)),
+                growth,
+                Descriptor(job.media_type, Digest(job.digest), job.size),
+                Path(os.fsdecode(job.target)),
+                _Reporter(answers),
+            ),
         )
     except Exception as error:
         if not isinstance(error, LayersError | StartedOver | Abandoned):

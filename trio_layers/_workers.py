@@ -21,9 +21,9 @@ import attrs
 import trio
 
 from ._errors import WorkerError
-from ._manifest import Descriptor
 from ._nursery import open_hidden_nursery
-from ._store.growth import Growth, State
+from ._store.build import Arrival
+from ._store.growth import State
 from ._store.trees import Threads, Unpacked
 from ._unpack.limits import Limits
 from ._unpack.unpacker import Unpacker
@@ -97,32 +97,13 @@ class Workers:
         if self._possible and not self._idle and self._number < self.limiter.total_tokens:
             self._start_one()
 
-    async def follow(
-        self,
-        path: Path,
-        growth: Growth,
-        blob: Descriptor,
-        target: Path,
-        report: Callable[[int], None],
-        *,
-        alone: bool,
-    ) -> Unpacked:
+    async def follow(self, arrival: Arrival) -> Unpacked:
         """See `~trio_layers._store.trees.Builder`."""
         async with self.limiter:
             worker = await self._take()
             if worker is not None:
-                job = Job(
-                    path=os.fsencode(path),
-                    media_type=blob.media_type,
-                    digest=blob.digest,
-                    size=blob.size,
-                    target=os.fsencode(target),
-                    limits=attrs.asdict(self._limits),
-                    ahead=alone and blob.size >= _LARGE,
-                )
-                return await self._work(worker, job, growth, report)
-        threads = Threads(Unpacker(self._limits).unpack, self.limiter)
-        return await threads.follow(path, growth, blob, target, report, alone=alone)
+                return await self._work(worker, arrival)
+        return await Threads(Unpacker(self._limits).unpack, self.limiter).follow(arrival)
 
     async def _take(self) -> Worker | None:
         """A worker that is idle; ``None`` if there can be none."""
@@ -163,9 +144,17 @@ class Workers:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _work(
-        self, worker: Worker, job: Job, growth: Growth, report: Callable[[int], None]
-    ) -> Unpacked:
+    async def _work(self, worker: Worker, arrival: Arrival) -> Unpacked:
+        growth, blob, report = arrival.growth, arrival.blob, arrival.report
+        job = Job(
+            path=os.fsencode(arrival.path),
+            media_type=blob.media_type,
+            digest=blob.digest,
+            size=blob.size,
+            target=os.fsencode(arrival.target),
+            limits=attrs.asdict(self._limits),
+            ahead=arrival.alone and blob.size >= _LARGE,
+        )
         worker.send(JOB, pickle.dumps(tuple(job)))
         growth.listen(worker.tell)
         try:
@@ -177,7 +166,7 @@ class Workers:
                     await worker.receive(report)
                 raise
             except WorkerError as error:
-                error.layer = job.digest
+                error.layer = blob.digest
                 raise
         finally:
             growth.listen(None)
@@ -269,7 +258,7 @@ class Worker:
             # It has died; `receive` says so.
             pass
 
-    async def receive(self, report: Callable[[int], None]) -> object:
+    async def receive(self, report: Callable[[int], object]) -> object:
         """The answer: what becomes of the job.
 
         Raises:

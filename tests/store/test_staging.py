@@ -330,29 +330,32 @@ async def test_a_thousand_that_wait_for_their_parents_hold_nothing(tmp_path: Pat
     assert len([name for name in visible(tmp_path) if name.startswith("trees")]) == 1000
 
 
-async def test_what_is_ready_together_is_synced_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    syncs = 0
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is synced, one by one."""
     sync = commits.sync_file_system
+    synced: list[Path] = []
 
-    def counted(path: Path) -> None:
-        nonlocal syncs
-        syncs += 1
+    def noted(path: Path) -> None:
+        synced.append(path)
         sync(path)
 
+    monkeypatch.setattr(commits, "sync_file_system", noted)
+    return synced
+
+
+async def test_what_is_ready_together_is_synced_together(tmp_path: Path, syncs: list[Path]) -> None:
     jobs: list[int] = []
 
     async def commit(store: DirectoryStore, number: int) -> None:
         await store._commits.commit(lambda connection: jobs.append(number), since=0)
 
-    monkeypatch.setattr(commits, "sync_file_system", counted)
     async with opened(tmp_path) as store:
         async with trio.open_nursery() as nursery:
             for number in range(100):
                 nursery.start_soon(commit, store, number)
         assert sorted(jobs) == list(range(100))
-    assert syncs <= 2
+    assert len(syncs) <= 2
 
 
 async def test_one_that_fails_takes_nobody_with_it(tmp_path: Path) -> None:
@@ -404,18 +407,9 @@ async def test_a_plain_tar(tmp_path: Path) -> None:
 
 
 async def test_a_commit_waits_for_those_that_are_on_their_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, syncs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """… and no longer than until the last of them is there."""
-    syncs = 0
-    sync = commits.sync_file_system
-
-    def counted(path: Path) -> None:
-        nonlocal syncs
-        syncs += 1
-        sync(path)
-
-    monkeypatch.setattr(commits, "sync_file_system", counted)
     monkeypatch.setattr(commits, "_LINGER", 3600)
     sequencer = trio.testing.Sequencer()
     async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
@@ -429,7 +423,7 @@ async def test_a_commit_waits_for_those_that_are_on_their_way(
         async with trio.open_nursery() as nursery:
             for number in range(5):
                 nursery.start_soon(make, number)
-    assert syncs == 1
+    assert len(syncs) == 1
 
 
 async def test_a_cancelled_commit_does_not_wait_for_the_disk(

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,28 +13,17 @@ from pathlib import Path
 
 import pytest
 import trio
+from store.test_staging import MIB, NOISE, ignore, stage
 from store.test_unpack_errors import FAMILIES, LIMITS, blob_of, tar
 from store.world import Blob, arriving, chain_of, layer_of, visible
 from trio.testing import wait_all_tasks_blocked
 
 import trio_layers
-from trio_layers import DirectoryStore, Limits, UnpackError, WorkerError, _workers, open_store
+from trio_layers import Limits, UnpackError, WorkerError, _workers, open_store
+from trio_layers._compression import zstd
 from trio_layers._unpack.worker import unpack
 
-MIB = 1 << 20
-NOISE = random.Random(1).randbytes(3 * MIB)
 LARGE = layer_of(big=NOISE, more=b"more")
-
-
-def ignore(_: int) -> None:
-    pass
-
-
-async def stage(store: DirectoryStore, blob: Blob) -> trio_layers.abc.Layer:
-    async with store.stage(blob.descriptor) as staged:
-        await staged.write(blob.data[staged.offset :])
-        await staged.finish(ignore)
-        return await staged.commit(None)
 
 
 def children() -> set[int]:
@@ -50,8 +38,6 @@ def children() -> set[int]:
 
 def bomb() -> Blob:
     """Zeros enough for a minute, in few bytes."""
-    from trio_layers._compression import zstd
-
     pieces = [zstd.compress(tar({"name": "zeros", "size": 64 << 30})[:512])]
     pieces += [zstd.compress(bytes(64 * MIB))] * 1024
     return blob_of(b"".join(pieces))
@@ -311,13 +297,13 @@ async def test_only_a_layer_that_is_alone_gets_two_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = []
-    work = _workers.Workers._work
+    job = _workers.Job
 
-    async def note(self, worker, job, growth, report):  # type: ignore[no-untyped-def]
-        jobs.append(job.ahead)
-        return await work(self, worker, job, growth, report)
+    def note(**fields):  # type: ignore[no-untyped-def]
+        jobs.append(fields["ahead"])
+        return job(**fields)
 
-    monkeypatch.setattr(_workers.Workers, "_work", note)
+    monkeypatch.setattr(_workers, "Job", note)
     monkeypatch.setattr(_workers, "_LARGE", MIB)
     async with open_store(tmp_path) as store:
         await stage(store, LARGE)

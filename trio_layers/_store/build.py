@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import attrs
+
 from .._digest import DiffID, Digest
 from .._errors import DecompressionError, UnpackError, VerificationError
 from .._manifest import Descriptor
@@ -18,7 +20,7 @@ from .growth import Follower, Growth
 if TYPE_CHECKING:
     from .merged import MergedTree
 
-__all__ = ["Source", "Unpack", "Unpacked", "build", "describe", "follow"]
+__all__ = ["Arrival", "Source", "Unpack", "Unpacked", "build", "describe", "follow"]
 
 
 class Unpacked(Protocol):
@@ -135,36 +137,43 @@ def build(
     return unpacked, expected
 
 
-def follow(
-    unpack: Unpack,
-    path: Path,
-    growth: Growth,
-    blob: Descriptor,
-    target: Path,
-    report: Callable[[int], object],
-) -> Unpacked:
-    """Make the tree of a blob while it arrives. What is found wrong with it counts when it has
-    been verified: until then, what arrived may be to blame.
+@attrs.frozen(eq=False)
+class Arrival:
+    """A blob on its way in, of which a tree is to be made.
 
-    Args:
-        unpack: What makes it.
-        path: Where the blob arrives.
+    Attributes:
+        path: Where it arrives.
         growth: How much of it is there.
         blob: What it is.
         target: Where the tree is made.
-        report: Told how many bytes of the blob were read, now and then.
+        report: Told how many bytes of the blob were read, now and then, in any thread.
+        alone: Nothing else is on its way, so that it may be done with all cores.
+    """
+
+    path: Path
+    growth: Growth
+    blob: Descriptor
+    target: Path
+    report: Callable[[int], object]
+    alone: bool = False
+
+
+def follow(unpack: Unpack, arrival: Arrival) -> Unpacked:
+    """Make the tree of a blob while it arrives. What is found wrong with it counts when it has
+    been verified: until then, what arrived may be to blame.
 
     Raises:
         StartedOver, Abandoned: if nobody wants it any more.
         DecompressionError, UnpackError, StoreError: as `build` does.
     """
+    path, blob = arrival.path, arrival.blob
     try:
-        follower = Follower(path, growth, blob, report)
+        follower = Follower(path, arrival.growth, blob, arrival.report)
     except OSError as error:
         raise store_error(error, path) from error
     with follower:
         try:
-            return build(unpack, follower, target, expected=blob)[0]
+            return build(unpack, follower, arrival.target, expected=blob)[0]
         except (DecompressionError, UnpackError):
             follower.finish()
             raise

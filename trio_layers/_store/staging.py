@@ -23,6 +23,7 @@ from .._digest import ChainID, Digest
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
 from ..abc import Layer, ReportUnpacked
+from .build import Arrival
 from .catalog import StoredTree, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
@@ -173,16 +174,13 @@ class DirectoryStage:
         while True:
             self._unpacked = 0
             async with staging.scratch.name("tree") as target:
+                alone = staging.limiter.borrowed_tokens == 1
+                arrival = Arrival(
+                    path, self._growth, self._descriptor, target, self._see, alone=alone
+                )
                 try:
                     with staging.commits.expecting():
-                        unpacked = await staging.trees.builder.follow(
-                            path,
-                            self._growth,
-                            self._descriptor,
-                            target,
-                            self._see,
-                            alone=staging.limiter.borrowed_tokens == 1,
-                        )
+                        unpacked = await staging.trees.builder.follow(arrival)
                 except StartedOver:
                     continue
                 if not unpacked.needs_lower:

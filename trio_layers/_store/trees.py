@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .._compression import Decompressor
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
 from .._errors import DecompressionError, UnpackError, text_of
 from .._manifest import Descriptor
-from .build import Source, Unpack, Unpacked, build, describe, follow
+from .build import Arrival, Source, Unpack, Unpacked, build, describe, follow
 from .catalog import (
     Catalog,
     StoredBlob,
@@ -37,7 +37,6 @@ from .catalog import (
 from .commits import Commits
 from .content import Content, Partial
 from .files import disk_errors, file_name
-from .growth import Growth
 from .merged import MergedTree
 from .rootfs import Exporter
 from .scratch import Scratch
@@ -75,19 +74,9 @@ class Builder(Protocol):
         """There will be something to do soon."""
         ...
 
-    async def follow(
-        self,
-        path: Path,
-        growth: Growth,
-        blob: Descriptor,
-        target: Path,
-        report: Callable[[int], None],
-        *,
-        alone: bool,
-    ) -> Unpacked:
-        """See `trio_layers._store.build.follow`. ``report`` is called in any thread. ``alone``:
-        nothing else is on its way, so that it may be done with all cores. However this ends,
-        nobody is at work in ``target`` any more.
+    async def follow(self, arrival: Arrival) -> Unpacked:
+        """See `trio_layers._store.build.follow`. However this ends, nobody is at work in the
+        arrival's ``target`` any more.
 
         Raises:
             WorkerError: if the worker died of it.
@@ -106,17 +95,8 @@ class Threads:
     def prepare(self) -> None:
         """Threads start at once."""
 
-    async def follow(
-        self,
-        path: Path,
-        growth: Growth,
-        blob: Descriptor,
-        target: Path,
-        report: Callable[[int], None],
-        *,
-        alone: bool,
-    ) -> Unpacked:
-        work = partial(follow, self._unpack, path, growth, blob, target, report)
+    async def follow(self, arrival: Arrival) -> Unpacked:
+        work = partial(follow, self._unpack, arrival)
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
 
 

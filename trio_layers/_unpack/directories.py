@@ -40,9 +40,6 @@ class Directories:
     def __init__(self, root: int) -> None:
         self._root = root
         self._open: OrderedDict[bytes, int] = OrderedDict()
-        # The one asked for last: most that is asked for is the same again.
-        self._last = b""
-        self._last_descriptor = root
 
     def open(self, path: bytes) -> int:
         """The descriptor of a directory.
@@ -51,13 +48,6 @@ class Directories:
             FileNotFoundError: if it, or one on the way, is not there.
             NotADirectoryError: if it, or one on the way, is something else, also a link.
         """
-        if path == self._last:
-            return self._last_descriptor
-        self._last_descriptor = self._find(path)
-        self._last = path
-        return self._last_descriptor
-
-    def _find(self, path: bytes) -> int:
         if not path:
             return self._root
         known = self._open.get(path)
@@ -91,7 +81,6 @@ class Directories:
 
     def forget(self, path: bytes) -> None:
         """Close ``path`` and all below it."""
-        self._last, self._last_descriptor = b"", self._root
         below = path + b"/"
         for known in [k for k in self._open if k == path or k.startswith(below)]:
             os.close(self._open.pop(known))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
 import attrs
 
@@ -12,9 +10,6 @@ from .archive import archive
 from .export import export
 from .limits import Limits
 from .worker import Unpacked, holds, unpack
-
-if TYPE_CHECKING:
-    from ..abc import LowerTree
 
 __all__ = ["Unpacker"]
 
@@ -33,15 +28,7 @@ class Unpacker:
     export = staticmethod(export)
     holds = staticmethod(holds)
 
-    def unpack(
-        self,
-        read: Callable[[int], bytes],
-        target: Path,
-        *,
-        lower: LowerTree | None,
-        check_cancelled: Callable[[], None],
-    ) -> Unpacked:
-        """See `unpack`."""
-        return unpack(
-            read, target, lower=lower, limits=self.limits, check_cancelled=check_cancelled
-        )
+    @property
+    def unpack(self) -> partial[Unpacked]:
+        """`unpack`, with these limits."""
+        return partial(unpack, limits=self.limits)
