@@ -289,6 +289,10 @@ class Puller:
         index = None if stored.index is None else stored.index.digest
         held = (stored.manifest.digest, stored.config.digest, index, stored.chain_id)
         async with self._store.lease(*held):
+            if await self._store.image(stored.reference, stored.platform) != stored:
+                # Removed, or replaced, before it was held.
+                yield None
+                return
             manifest_bytes = await self._store.read_blob(stored.manifest.digest)
             config_bytes = await self._store.read_blob(stored.config.digest)
             manifest = await trio.to_thread.run_sync(

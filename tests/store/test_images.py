@@ -172,7 +172,17 @@ async def test_a_lease_has_a_locked_file_and_rows_until_it_ends(tmp_path: Path) 
             assert lease.digests == {one, two}
             assert "2 held" in repr(lease)
             assert other.digests == {two}
-            assert leases_of(tmp_path) == [(holder, one), (holder, two), (holder, two)]
+            assert leases_of(tmp_path) == [(holder, one), (holder, two)]
+        assert leases_of(tmp_path) == []
+
+
+async def test_a_digest_is_held_until_the_last_of_its_leases_ends(tmp_path: Path) -> None:
+    one = digest_of(b"one")
+    async with opened(tmp_path) as store:
+        async with store.lease(one):
+            async with store.lease(one):
+                pass
+            assert [digest for _, digest in leases_of(tmp_path)] == [one]
         assert leases_of(tmp_path) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -153,13 +154,67 @@ async def test_a_file_is_no_directory(tmp_path: Path) -> None:
 async def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "store"
     await make(path)
-    edit_catalog(path, "PRAGMA user_version = 2")
+    edit_catalog(path, "PRAGMA user_version = 1000")
     before = snapshot(path)
-    with pytest.raises(UnsupportedStore, match="version 2") as caught:
+    with pytest.raises(UnsupportedStore, match="version 1000") as caught:
         async with opened(path):
             pytest.fail("entered")
     assert str(path) in str(caught.value)
     assert snapshot(path) == before
+
+
+VERSION_1 = """
+DROP TABLE image_blobs;
+DROP TABLE leases;
+CREATE TABLE leases (id INTEGER PRIMARY KEY, holder TEXT NOT NULL, lease TEXT NOT NULL,
+    digest TEXT NOT NULL);
+CREATE INDEX leases_by_holder ON leases (holder, lease);
+CREATE INDEX leases_by_digest ON leases (digest);
+INSERT INTO leases (holder, lease, digest) VALUES ('0123456789abcdef', '0', 'sha256:0');
+PRAGMA user_version = 1;
+"""
+
+
+def rows_of(path: Path, query: str) -> list[tuple[object, ...]]:
+    connection = sqlite3.connect(path / "catalog.sqlite")
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+async def test_an_older_store_is_brought_to_this_version(tmp_path: Path) -> None:
+    layer = layer_of(hello="world")
+    async with opened(tmp_path) as store:
+        manifest = await put_sample_image(store, "docker.io/library/sample:1", layer)
+    for statement in VERSION_1.split(";"):
+        edit_catalog(tmp_path, statement)
+    async with opened(tmp_path) as store:
+        assert rows_of(tmp_path, "SELECT * FROM image_blobs") == [(manifest, layer.digest)]
+        assert rows_of(tmp_path, "SELECT * FROM leases") == []
+        # The file itself says so, to software that looks without SQLite.
+        header = (tmp_path / "catalog.sqlite").read_bytes()[:100]
+        assert int.from_bytes(header[60:64]) == 2
+        [image] = await store.images()
+        assert image.manifest.digest == manifest
+        assert (await store.collect()).blobs == 0
+
+
+async def test_an_older_store_is_not_changed_under_somebody(tmp_path: Path) -> None:
+    await make(tmp_path)
+    for statement in VERSION_1.split(";"):
+        edit_catalog(tmp_path, statement)
+    file = os.open(tmp_path / "leases" / "0123456789abcdef", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UnsupportedStore, match="in use"):
+            async with opened(tmp_path):
+                pytest.fail("entered")
+        assert rows_of(tmp_path, "PRAGMA user_version") == [(1,)]
+    finally:
+        os.close(file)
+    async with opened(tmp_path):
+        assert rows_of(tmp_path, "PRAGMA user_version") == [(2,)]
 
 
 async def test_a_store_of_another_flavour_is_left_alone(tmp_path: Path) -> None:

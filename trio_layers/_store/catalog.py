@@ -36,13 +36,17 @@ __all__ = [
     "add_tree",
     "connect",
     "create_schema",
+    "drop_image",
     "drop_leases",
+    "drop_references",
     "find_blob",
     "find_image",
     "find_images",
     "find_layer",
     "find_tree",
+    "find_whole_images",
     "is_open_here",
+    "migrate",
     "put_image",
     "set_diff_id",
     "transaction",
@@ -54,8 +58,10 @@ Ts = TypeVarTuple("Ts")
 APPLICATION_ID: Final = 0x746C7972
 """Marks the file as ours, at byte 68 (SQLite file format, 1.3)."""
 
-VERSION: Final = 1
-"""Of the schema, and of the store's layout: SQLite's ``user_version``, at byte 60."""
+VERSION: Final = 2
+"""Of the schema, and of the store's layout: SQLite's ``user_version``, at byte 60.
+
+1: the first. 2: images list their blobs, and a holder has one lease on a digest."""
 
 _SCHEMA: Final = """
 CREATE TABLE flavour (
@@ -110,13 +116,21 @@ CREATE TABLE image_references (
 CREATE INDEX references_by_manifest ON image_references (manifest);
 CREATE INDEX references_by_index ON image_references (index_digest);
 
+"""
+
+# Tables of their own, since they are also made in a store that has the others.
+_SCHEMA_2: Final = """
+CREATE TABLE image_blobs (      -- besides config and index: layers that need not be there
+    manifest TEXT NOT NULL REFERENCES images ON DELETE CASCADE,
+    digest TEXT NOT NULL,
+    PRIMARY KEY (manifest, digest)
+) WITHOUT ROWID;
+
 CREATE TABLE leases (
-    id INTEGER PRIMARY KEY,
     holder TEXT NOT NULL,       -- the locked file in leases/
-    lease TEXT NOT NULL,
-    digest TEXT NOT NULL        -- of a blob, or a chain ID
-);
-CREATE INDEX leases_by_holder ON leases (holder, lease);
+    digest TEXT NOT NULL,       -- of a blob, a chain ID or the ID of a tree
+    PRIMARY KEY (holder, digest)
+) WITHOUT ROWID;
 CREATE INDEX leases_by_digest ON leases (digest);
 """
 
@@ -307,9 +321,27 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def create_schema(connection: sqlite3.Connection) -> None:
     """Make the tables; to be called in a transaction."""
-    for statement in _SCHEMA.split(";"):
+    for statement in (_SCHEMA + _SCHEMA_2).split(";"):
         connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def migrate(
+    connection: sqlite3.Connection, blobs_of: Callable[[Descriptor], Iterable[Digest]]
+) -> None:
+    """Bring the tables of an older version to this one; to be called in a transaction.
+
+    Args:
+        blobs_of: Tells the blobs of an image's layers, given its manifest.
+    """
+    connection.execute("DROP TABLE leases")  # whoever held them is gone
+    for statement in _SCHEMA_2.split(";"):
+        connection.execute(statement)
+    query = "SELECT media_type, digest, size FROM images JOIN blobs ON manifest = digest"
+    for row in connection.execute(query).fetchall():
+        manifest = Descriptor(*row)
+        _add_image_blobs(connection, manifest.digest, blobs_of(manifest))
     connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
@@ -362,9 +394,9 @@ def add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> None:
     )
 
 
-def put_image(connection: sqlite3.Connection, image: StoredImage) -> None:
-    """Let a reference stand for an image. What it stood for before, on the same platform,
-    loses it."""
+def put_image(connection: sqlite3.Connection, image: StoredImage, layers: Iterable[Digest]) -> None:
+    """Let a reference stand for an image, whose layers have these blobs. What it stood for
+    before, on the same platform, loses it."""
     connection.execute(
         "INSERT INTO images (manifest, media_type, config, config_media_type, chain_id) "
         "VALUES (?, ?, ?, ?, ?) ON CONFLICT (manifest) DO UPDATE "
@@ -377,6 +409,7 @@ def put_image(connection: sqlite3.Connection, image: StoredImage) -> None:
             image.chain_id,
         ),
     )
+    _add_image_blobs(connection, image.manifest.digest, layers)
     # Replaced, not updated: the newest of a reference's platforms has the highest serial.
     connection.execute(
         "INSERT OR REPLACE INTO image_references "
@@ -388,6 +421,15 @@ def put_image(connection: sqlite3.Connection, image: StoredImage) -> None:
             image.index and image.index.digest,
             image.index and image.index.media_type,
         ),
+    )
+
+
+def _add_image_blobs(
+    connection: sqlite3.Connection, manifest: Digest, blobs: Iterable[Digest]
+) -> None:
+    connection.executemany(
+        "INSERT OR IGNORE INTO image_blobs (manifest, digest) VALUES (?, ?)",
+        [(manifest, blob) for blob in blobs],
     )
 
 
@@ -435,18 +477,47 @@ def _images(rows: sqlite3.Cursor) -> Iterator[StoredImage]:
         )
 
 
-def add_leases(
-    connection: sqlite3.Connection, holder: str, lease: str, digests: Iterable[Digest]
-) -> None:
+def find_whole_images(connection: sqlite3.Connection) -> list[StoredImage]:
+    """Those of `find_images` whose blobs are all there. A layer may have been there before, from
+    a blob of another compression; then the image's own was not downloaded."""
+    where = (
+        "WHERE NOT EXISTS (SELECT 1 FROM image_blobs b WHERE b.manifest = i.manifest "
+        "AND b.digest NOT IN (SELECT digest FROM blobs)) "
+    )
+    rows = connection.execute(_IMAGES + where + "ORDER BY r.reference, r.serial DESC")
+    return list(_images(rows))
+
+
+def drop_references(connection: sqlite3.Connection, reference: str, platform: str | None) -> int:
+    """Take a reference from what it stands for, on one platform or on all; on how many it did."""
+    return connection.execute(
+        "DELETE FROM image_references "
+        "WHERE reference = :reference AND (:platform IS NULL OR platform = :platform)",
+        {"reference": reference, "platform": platform},
+    ).rowcount
+
+
+def drop_image(connection: sqlite3.Connection, manifest: Digest) -> bool:
+    """Drop an image with all its references. Whether it was there."""
+    connection.execute("DELETE FROM image_references WHERE manifest = ?", (manifest,))
+    return connection.execute("DELETE FROM images WHERE manifest = ?", (manifest,)).rowcount > 0
+
+
+def add_leases(connection: sqlite3.Connection, holder: str, digests: Iterable[Digest]) -> None:
     connection.executemany(
-        "INSERT INTO leases (holder, lease, digest) VALUES (?, ?, ?)",
-        [(holder, lease, digest) for digest in digests],
+        "INSERT OR IGNORE INTO leases (holder, digest) VALUES (?, ?)",
+        [(holder, digest) for digest in digests],
     )
 
 
-def drop_leases(connection: sqlite3.Connection, holder: str, lease: str | None = None) -> None:
-    """Those of one lease; ``None``: all of a holder's."""
-    connection.execute(
-        "DELETE FROM leases WHERE holder = :holder AND (:lease IS NULL OR lease = :lease)",
-        {"holder": holder, "lease": lease},
+def drop_leases(
+    connection: sqlite3.Connection, holder: str, digests: Iterable[Digest] | None = None
+) -> None:
+    """A holder's leases on these digests; ``None``: all it has."""
+    if digests is None:
+        connection.execute("DELETE FROM leases WHERE holder = ?", (holder,))
+        return
+    connection.executemany(
+        "DELETE FROM leases WHERE holder = ? AND digest = ?",
+        [(holder, digest) for digest in digests],
     )

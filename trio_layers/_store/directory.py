@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
@@ -16,8 +15,8 @@ import attrs
 import trio
 
 from .._digest import ChainID, DiffID, Digest
-from .._errors import StoreError
-from .._manifest import Descriptor
+from .._errors import ManifestError, StoreError
+from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
 from ..abc import Layer
 from .catalog import (
@@ -25,17 +24,21 @@ from .catalog import (
     StoredImage,
     StoredLayer,
     StoredTree,
+    drop_image,
+    drop_references,
     find_blob,
     find_image,
     find_images,
     find_layer,
+    find_whole_images,
     put_image,
 )
+from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
-from .leases import Lease, open_lease
+from .leases import Holds, Lease, open_holds, open_lease
 from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
@@ -72,8 +75,12 @@ async def open_store(
     connection = await trio.to_thread.run_sync(open_directory, root)
     try:
         catalog = Catalog(connection, root)
-        async with open_scratch(root, catalog) as scratch, open_commits(catalog, root) as commits:
-            store = DirectoryStore(root, catalog, scratch, commits, unpacker, builder)
+        async with (
+            open_scratch(root, catalog) as scratch,
+            open_holds(catalog, scratch.holder) as holds,
+            open_commits(catalog, root) as commits,
+        ):
+            store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
             await catalog.write(store._write_index)
             yield store
     finally:
@@ -145,6 +152,7 @@ class DirectoryStore:
         catalog: Catalog,
         scratch: Scratch,
         commits: Commits,
+        holds: Holds,
         unpacker: Unpacker,
         builder: Builder | None,
     ) -> None:
@@ -152,6 +160,7 @@ class DirectoryStore:
         self._catalog = catalog
         self._scratch = scratch
         self._commits = commits
+        self._holds = holds
         self._unpacker = unpacker
         self._content = Content(root, catalog, scratch, commits)
         self._trees = Trees(
@@ -160,15 +169,16 @@ class DirectoryStore:
             content=self._content,
             scratch=scratch,
             commits=commits,
+            holds=holds,
             unpacker=unpacker,
             builder=builder,
         )
-        self._staging = Staging(self._content, self._trees, scratch, commits, self._put)
+        self._staging = Staging(self._content, self._trees, scratch, commits, holds, self._put)
+        self._collector = Collector(root, catalog, scratch)
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
         self._surveys = Surveys()
-        self._lease_names = itertools.count()
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -197,13 +207,22 @@ class DirectoryStore:
 
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
         """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
-        layer = await self.find(chain_id)
-        return None if layer is None else self._refer(layer)
+        # First held, then looked for: what is found stays.
+        await self._holds.hold([chain_id])
+        try:
+            layer = await self.find(chain_id)
+        except BaseException:
+            self._holds.let_go([chain_id])
+            raise
+        if layer is None:
+            self._holds.let_go([chain_id])
+            return None
+        return self._refer(layer)
 
     async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
-        """Like `get`, without a reference. While the object is there, those of the layers below
-        it are, too: the catalog is not asked for them again."""
-        layer = self._layers.get(chain_id)
+        """Like `get`, without a reference: if nothing else holds the layer, it may be removed.
+        While the object is there, layers below it that are held, too, are not looked up again."""
+        layer = self._sure(chain_id)
         if layer is not None:
             await trio.lowlevel.checkpoint()
             return layer
@@ -236,7 +255,7 @@ class DirectoryStore:
         """
         async with self._on(parent) as (base, below):
             row = await self._trees.register(stream, base, descriptor)
-            return self._refer(self._layer([row], below))
+            return self._refer_new(row, below)
 
     def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[DirectoryStage]:
         """Take a blob in, and unpack it while it arrives, in the block; see
@@ -254,7 +273,7 @@ class DirectoryStore:
     ) -> DirectoryLayer:
         async with self._on(parent) as (base, below):
             row = await self._trees.put_on(base, tree, blob)
-            return self._refer(self._layer([row], below))
+            return self._refer_new(row, below)
 
     @asynccontextmanager
     async def _on(
@@ -273,10 +292,12 @@ class DirectoryStore:
                 self.release(below)
 
     def release(self, layer: Layer) -> None:
-        """Give one reference back. The layer stays in the store."""
+        """Give one reference back. The layer stays in the store until it is removed
+        (see `collect`)."""
         references = self._references.pop(layer.chain_id)
         if references > 1:
             self._references[layer.chain_id] = references - 1
+        self._holds.let_go([layer.chain_id])
 
     async def rootfs(self, chain_id: ChainID | None) -> RootfsView:
         """The files of a layer and all below it, merged; ``None``: of nothing.
@@ -393,11 +414,16 @@ class DirectoryStore:
         image = StoredImage(reference, platform, manifest, config, chain_id, index)
         if await self._catalog.read(find_image, reference, None) == image:
             return
+        document = documents.get(manifest.digest)
+        if document is None:
+            document = await self.read_blob(manifest.digest)
+        layers = await trio.to_thread.run_sync(_blobs_of_layers, document, manifest)
         blobs = [blob for blob in (manifest, config, index) if blob is not None]
         new = [(blob, documents[blob.digest]) for blob in blobs if blob.digest in documents]
         since = self._commits.failures
         async with self._content.written(new) as place:
-            await self._commits.commit(partial(self._put_image, image, place), since=since)
+            job = partial(self._put_image, image, layers, place)
+            await self._commits.commit(job, since=since)
 
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
         """What a reference stands for; ``None`` if that is nothing.
@@ -422,25 +448,71 @@ class DirectoryStore:
 
         The lease ends with the block, at the latest with the process.
         """
-        name = str(next(self._lease_names))
-        async with open_lease(self._catalog, self._scratch.holder, name) as lease:
+        async with open_lease(self._holds) as lease:
             await lease.hold(*digests)
             yield lease
 
-    def _put_image(self, image: StoredImage, place: Job, connection: sqlite3.Connection) -> None:
+    async def remove(self, reference: str, platform: str | None = None) -> bool:
+        """Take a reference from the image it stands for; whether there was one.
+
+        The image stays until the next `collect`, which removes it if no other reference stands
+        for it and nobody has a lease on it.
+
+        Args:
+            reference: The image's full name; or the digest of its manifest: then the image is
+                removed from the list of images with all the references it has.
+            platform: The platform it was put under; ``None``: all.
+        """
+        return await self._catalog.write(self._remove, reference, platform)
+
+    async def collect(self, *, dry_run: bool = False) -> Collected:
+        """Remove what nobody needs: images that no reference stands for, and layers, trees and
+        blobs that no image needs, downloads that were broken off, and what a crash left.
+
+        What a live process, this one or another, has a lease on or a reference to stays, and so
+        does what it takes in or unpacks at the moment. Pulls go on meanwhile, and a blob that one
+        of them brings is not removed before its lease has ended; whoever brings blobs without a
+        lease (`ingest`, `put_blob`) may lose them at once.
+
+        Cancelled, it has removed some of it; what of that still takes space is freed when the
+        store is left, at the latest when it is next opened.
+
+        Args:
+            dry_run: Only tell what would be removed.
+        """
+        await self._holds.drop_idle()
+        if dry_run:
+            return await self._collector.find()
+        return await self._collector.remove()
+
+    def _remove(self, connection: sqlite3.Connection, reference: str, platform: str | None) -> bool:
+        if reference.startswith("sha256:"):
+            found = drop_image(connection, Digest(reference))
+        else:
+            found = drop_references(connection, reference, platform) > 0
+        self._write_index(connection)
+        return found
+
+    def _put_image(
+        self,
+        image: StoredImage,
+        layers: list[Digest],
+        place: Job,
+        connection: sqlite3.Connection,
+    ) -> None:
         place(connection)
         for blob in (image.manifest, image.config, image.index):
             if blob is not None and find_blob(connection, blob.digest) is None:
                 raise StoreError(f"{image.reference} lacks the blob {blob.digest}: store it first")
         if image.chain_id is not None and find_layer(connection, image.chain_id) is None:
             raise StoreError(f"{image.reference} lacks the layer {image.chain_id}: store it first")
-        put_image(connection, image)
+        put_image(connection, image, layers)
         self._write_index(connection)
 
     def _write_index(self, connection: sqlite3.Connection) -> None:
         """In a transaction: whoever writes last has seen what the others wrote."""
         path = self._root / "index.json"
-        document = index_document(find_images(connection))
+        document = index_document(find_whole_images(connection))
         if not path.exists() or path.read_bytes() != document:
             replace_file(path, document, temporary=self._scratch.new("index"))
 
@@ -457,22 +529,38 @@ class DirectoryStore:
             if row is None:
                 break
             rows.append(row)
+            self._holds.note_found(row.chain_id)
             above = row.parent
             if above is not None:
-                below = self._layers.get(above)
+                below = self._sure(above)
         return rows, below
+
+    def _sure(self, chain_id: ChainID) -> DirectoryLayer | None:
+        """A layer that we have an object of, and that has not been removed since."""
+        return self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
 
     def _layer(self, rows: list[StoredLayer], below: DirectoryLayer | None) -> DirectoryLayer:
         """The layer that the first of ``rows`` is of; the last is the one on ``below``."""
-        *above, bottom = rows
-        layer = self._layers.setdefault(bottom.chain_id, self._new_layer(bottom, below))
-        for row in reversed(above):
-            layer = self._layers.setdefault(row.chain_id, self._new_layer(row, layer))
+        layer = below
+        for row in reversed(rows):
+            layer = self._object(row, layer)
+        assert layer is not None
         return layer
 
-    def _new_layer(self, row: StoredLayer, parent: DirectoryLayer | None) -> DirectoryLayer:
+    def _object(self, row: StoredLayer, parent: DirectoryLayer | None) -> DirectoryLayer:
+        """The one object of a layer, unless the layer is another one now, after it was removed."""
         tree = self._trees.path(row.tree)
-        return DirectoryLayer(row.diff_id, row.chain_id, parent, row.blob, tree, self._content)
+        known = self._layers.get(row.chain_id)
+        if known is not None and (known.blob, known.tree, known.parent) == (row.blob, tree, parent):
+            return known
+        layer = DirectoryLayer(row.diff_id, row.chain_id, parent, row.blob, tree, self._content)
+        self._layers[row.chain_id] = layer
+        return layer
+
+    def _refer_new(self, row: StoredLayer, below: DirectoryLayer | None) -> DirectoryLayer:
+        """A reference to a layer that is held already."""
+        self._holds.note_found(row.chain_id)
+        return self._refer(self._object(row, below))
 
     def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
         self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
@@ -489,6 +577,13 @@ class DirectoryStore:
             check_cancelled=trio.from_thread.check_cancelled,
             surveys=self._surveys,
         )
+
+
+def _blobs_of_layers(document: bytes, descriptor: Descriptor) -> list[Digest]:
+    manifest = decode_manifest(document, descriptor.media_type)
+    if not isinstance(manifest, Manifest):
+        raise ManifestError(f"{descriptor.digest} is an index, and not the manifest of an image")
+    return [layer.digest for layer in manifest.layers]
 
 
 def _resolved(path: Path) -> Path:

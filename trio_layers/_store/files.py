@@ -8,6 +8,7 @@ import fcntl
 import functools
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from .errors import store_error
 __all__ = [
     "DIRECTORY",
     "disk_errors",
+    "disk_usage",
     "file_name",
     "lock_directory",
     "remove_directory",
@@ -198,3 +200,51 @@ def remove_directory(
         finally:
             os.close(descriptor)
         os.rmdir(directory)
+
+
+def disk_usage(path: Path, check_cancelled: Callable[[], None]) -> int:
+    """The bytes that a file takes on the disk, or a directory with all that is in it; a file with
+    several names counts once, and one that is not there for nothing.
+
+    Nothing must change in it meanwhile. However deep it is, it takes one descriptor.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return 0
+    blocks = found.st_blocks
+    if stat.S_ISDIR(found.st_mode):
+        counted: set[int] = set()
+        # The directories yet to be looked at, in those that we are in.
+        waiting: list[list[str]] = [[]]
+        here = os.open(path, DIRECTORY)
+        try:
+            while True:
+                directories: list[str] = []
+                with os.scandir(here) as entries:
+                    for entry in entries:
+                        check_cancelled()
+                        found = entry.stat(follow_symlinks=False)
+                        if stat.S_ISDIR(found.st_mode):
+                            directories.append(entry.name)
+                        elif found.st_nlink > 1:
+                            if found.st_ino in counted:
+                                continue
+                            counted.add(found.st_ino)
+                        blocks += found.st_blocks
+                waiting.append(directories)
+                while not waiting[-1]:
+                    waiting.pop()
+                    if len(waiting) == 1:
+                        return 512 * blocks
+                    here = _go(here, "..")
+                here = _go(here, waiting[-1].pop())
+        finally:
+            os.close(here)
+    return 512 * blocks
+
+
+def _go(here: int, name: str) -> int:
+    there = os.open(name, DIRECTORY, dir_fd=here)
+    os.close(here)
+    return there

@@ -18,7 +18,9 @@ from typing import Final, TypeVarTuple
 
 import attrs
 
-from .._errors import UnsupportedStore
+from .._digest import Digest
+from .._errors import ManifestError, UnsupportedStore
+from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
 from .catalog import (
     APPLICATION_ID,
@@ -27,9 +29,18 @@ from .catalog import (
     connect,
     create_schema,
     is_open_here,
+    migrate,
     transaction,
 )
-from .files import disk_errors, lock_directory, replace_file, sync_directory
+from .files import (
+    disk_errors,
+    file_name,
+    lock_directory,
+    replace_file,
+    sync_directory,
+    try_lock,
+    unlock,
+)
 
 __all__ = ["Flavour", "index_document", "open_directory"]
 
@@ -129,10 +140,14 @@ def _open_locked(root: Path) -> sqlite3.Connection:
         _take(root)
     connection = connect(root / _CATALOG)
     try:
-        # A crash while it was made: SQLite has rolled that back only now.
-        made = made and _is_made(connection)
-        if made:
+        # Asked of SQLite: the file may be behind its log, and a crash while it was made is rolled
+        # back only now.
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        _check_version(root, version)
+        if made and version:
             _check_flavour(root, connection)
+            if version < VERSION:
+                _migrate(root, connection)
             _close_to_others(root)
         else:
             _make(root, connection)
@@ -166,13 +181,16 @@ def _recognise(root: Path) -> bool:
         raise UnsupportedStore(
             f"{root} is not empty, and what it holds is no store: choose a new or empty directory"
         )
-    version = int.from_bytes(header[60:64])
+    _check_version(root, int.from_bytes(header[60:64]))
+    return True
+
+
+def _check_version(root: Path, version: int) -> None:
     if version > VERSION:
         raise UnsupportedStore(
             f"the store {root} has version {version}, and this is software for version {VERSION}: "
             "use a newer trio_layers"
         )
-    return True
 
 
 def _take(root: Path) -> None:
@@ -193,11 +211,6 @@ def _close_to_others(root: Path) -> None:
     """Trees hold set-uid files of strangers."""
     if stat.S_IMODE(root.stat().st_mode) != 0o700:
         os.chmod(root, 0o700)
-
-
-def _is_made(connection: sqlite3.Connection) -> bool:
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    return version == VERSION
 
 
 def _make(root: Path, connection: sqlite3.Connection) -> None:
@@ -221,6 +234,33 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
             "INSERT INTO flavour (key, value) VALUES (?, ?)",
             [(key, json.dumps(value)) for key, value in attrs.asdict(flavour).items()],
         )
+
+
+def _migrate(root: Path, connection: sqlite3.Connection) -> None:
+    """Bring a store of an older version to this one. Nobody else may have it open: the older
+    software would not know what it finds."""
+    leases = root / "leases"
+    for name in os.listdir(leases):
+        descriptor = try_lock(leases / name)
+        if descriptor is None:
+            raise UnsupportedStore(
+                f"the store {root} is of an older version, and in use: "
+                "try again when nobody has it open"
+            )
+        unlock(leases / name, descriptor)
+
+    def blobs_of(descriptor: Descriptor) -> list[Digest]:
+        path = root / "blobs" / "sha256" / file_name(descriptor.digest)
+        try:
+            manifest = decode_manifest(path.read_bytes(), descriptor.media_type)
+        except (OSError, ManifestError):
+            return []  # damaged, which is nothing that a migration could mend
+        return [layer.digest for layer in manifest.layers] if isinstance(manifest, Manifest) else []
+
+    with transaction(connection):
+        migrate(connection, blobs_of)
+    # So that the file itself tells its version to the older software.
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _check_flavour(root: Path, connection: sqlite3.Connection) -> None:

@@ -1,53 +1,203 @@
 """Leases: what must stay in the store, while somebody uses it.
 
-A lease is rows that bear a holder's name (see ``scratch.py``): those of a process that is dead
-count for nothing. The holder's file is locked before its first row is written.
+A lease is a row with a holder's name (see ``scratch.py``) and a digest; those of a process that
+is dead count for nothing. The holder's file is locked before its first row is written. Within a
+process the uses of a digest are counted, so that it has one row however many there are.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import final
+from functools import partial
+from typing import TypeVar, TypeVarTuple, final
 
 import trio
 
-from .._digest import Digest
+from .._digest import ChainID, Digest
 from .._errors import StoreError
+from .._nursery import open_hidden_nursery
 from .catalog import Catalog, add_leases, drop_leases
 
-__all__ = ["Lease", "open_lease"]
+__all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 
 @asynccontextmanager
-async def open_lease(catalog: Catalog, holder: str, name: str) -> AsyncIterator[Lease]:
-    """Open the lease ``name`` of a holder; see `DirectoryStore.lease`."""
-    try:
-        yield Lease(catalog, holder, name)
-    finally:
+async def open_holds(catalog: Catalog, holder: str) -> AsyncIterator[Holds]:
+    """Hold things in the store for the block, at the longest."""
+    holds = Holds(catalog, holder)
+    async with open_hidden_nursery() as nursery:
+        nursery.start_soon(holds.drop_in_background)
         try:
-            with trio.CancelScope(shield=True):
-                await catalog.note(drop_leases, holder, name)
-        except StoreError as error:
-            # It ends with its holder, if not now, and what is under way says more.
-            logger.warning("cannot end a lease: %s", error)
+            yield holds
+        finally:
+            nursery.cancel_scope.cancel()
+    await holds.drop_all()
+
+
+@final
+class Holds:
+    """What a holder keeps in the store."""
+
+    def __init__(self, catalog: Catalog, holder: str) -> None:
+        self._catalog = catalog
+        self._holder = holder
+        # How often each is in use; a row is there, or on its way.
+        self._uses = Counter[Digest]()
+        # Those that have a row. Some are not in use any more, and wait for the next to be written.
+        self._written: set[Digest] = set()
+        self._idle: set[Digest] = set()
+        self._sure: set[ChainID] = set()
+        self._waste = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._uses)
+
+    async def hold(self, digests: Collection[Digest]) -> None:
+        """Hold these until they are let go of as often. They need not be there.
+
+        It is a checkpoint only if a row must be written. Cancelled or failed, nothing is held.
+        """
+        self._uses.update(digests)
+        new = [digest for digest in digests if digest not in self._written]
+        if not new:
+            return
+        try:
+            await self._write(new, _nothing)
+        except BaseException:
+            self.let_go(digests)
+            raise
+
+    @asynccontextmanager
+    async def holding(self, digest: Digest) -> AsyncIterator[None]:
+        """Hold one for the block."""
+        await self.hold([digest])
+        try:
+            yield
+        finally:
+            self.let_go([digest])
+
+    async def hold_with(
+        self, digest: Digest, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts
+    ) -> T:
+        """Hold one more, and run a job in the same transaction (see `Catalog.note`): what it
+        makes or finds is never there without being held."""
+        self._uses[digest] += 1
+        try:
+            return await self._write([digest], job, *args)
+        except BaseException:
+            self.let_go([digest])
+            raise
+
+    def let_go(self, digests: Collection[Digest]) -> None:
+        """Take back one `hold`; does not wait. The rows go soon."""
+        self._uses.subtract(digests)
+        for digest in digests:
+            if self._uses[digest] <= 0:
+                del self._uses[digest]
+                self._idle.add(digest)
+        if self._idle:
+            self._waste.set()
+
+    async def drop_in_background(self) -> None:
+        """Remove rows until cancelled: who gives a layer back cannot wait for it."""
+        while True:
+            await self._waste.wait()
+            self._waste = trio.Event()
+            await self.drop_idle()
+
+    async def drop_idle(self) -> None:
+        """Remove the rows of what nobody uses any more. Not cancelled; what fails is logged: they
+        end with their holder, if not now."""
+        if self._idle:
+            await _end(partial(self._write, (), _nothing))
+
+    async def drop_all(self) -> None:
+        """The same for all rows, in use or not."""
+        if self._written:
+            self._written.clear()
+            await _end(partial(self._catalog.note, drop_leases, self._holder))
+
+    # What is there stays while it is held: it need not be looked up again.
+
+    def is_sure(self, chain_id: ChainID) -> bool:
+        """Whether the layer has been in the store since it is held."""
+        return chain_id in self._sure and chain_id in self._written
+
+    def note_found(self, chain_id: ChainID) -> None:
+        """A layer is in the store; to be called by a job that has just read its row."""
+        if chain_id in self._written:
+            self._sure.add(chain_id)
+
+    async def _write(
+        self,
+        digests: Collection[Digest],
+        job: Callable[[sqlite3.Connection, *Ts], T],
+        *args: *Ts,
+    ) -> T:
+        idle = {digest for digest in self._idle if digest not in self._uses}
+        self._idle.clear()
+        # From now on whoever wants one of these writes a row of its own, after this.
+        self._written -= idle
+        self._sure -= idle
+
+        def write(connection: sqlite3.Connection) -> T:
+            drop_leases(connection, self._holder, idle)
+            add_leases(connection, self._holder, digests)
+            return job(connection, *args)
+
+        try:
+            result = await self._catalog.note(write)
+        except BaseException:
+            self._idle |= idle
+            raise
+        # What was found while there was no row may have gone since.
+        self._sure.difference_update(set(digests) - self._written)
+        self._written.update(digests)
+        return result
+
+
+async def _end(write: Callable[[], Awaitable[object]]) -> None:
+    try:
+        with trio.CancelScope(shield=True):
+            await write()
+    except StoreError as error:
+        logger.warning("cannot end a lease: %s", error)
+
+
+def _nothing(connection: sqlite3.Connection) -> None:
+    pass
+
+
+@asynccontextmanager
+async def open_lease(holds: Holds) -> AsyncIterator[Lease]:
+    """Open a lease; see `DirectoryStore.lease`."""
+    lease = Lease(holds)
+    try:
+        yield lease
+    finally:
+        holds.let_go(lease.digests)
+        await holds.drop_idle()
 
 
 @final
 class Lease:
     """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
 
-    def __init__(self, catalog: Catalog, holder: str, name: str) -> None:
-        self._catalog = catalog
-        self._holder = holder
-        self._name = name
+    def __init__(self, holds: Holds) -> None:
+        self._holds = holds
         self._digests: set[Digest] = set()
 
     def __repr__(self) -> str:
-        return f"<Lease {self._holder}/{self._name}: {len(self._digests)} held>"
+        return f"<Lease: {len(self._digests)} held>"
 
     @property
     def digests(self) -> frozenset[Digest]:
@@ -55,8 +205,9 @@ class Lease:
         return frozenset(self._digests)
 
     async def hold(self, *digests: Digest | None) -> None:
-        """Hold more: blobs by their digest, layers with all that is below them by their chain
-        ID, images by their manifest's digest. They need not be there yet.
+        """Hold more: blobs by their digest, with the trees that were made of them; layers with
+        all that is below them by their chain ID; images by their manifest's digest. They need
+        not be there yet.
 
         Args:
             digests: What to hold; ``None`` is left out.
@@ -65,5 +216,6 @@ class Lease:
             StoreError: for what the disk does.
         """
         new = {digest for digest in digests if digest is not None} - self._digests
-        await self._catalog.note(add_leases, self._holder, self._name, new)
+        await trio.lowlevel.checkpoint()
+        await self._holds.hold(new)
         self._digests |= new

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # How long a waiter may take to see that a lock is free, in seconds.
 _POLL: Final = 0.05
 
+_HOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
 
 
@@ -140,7 +141,7 @@ class Scratch:
     async def sweep_in_background(self, catalog: Catalog) -> None:
         """Remove what dead holders left, then whatever is discarded, until cancelled."""
         try:
-            await self._sweep_after_the_dead(catalog)
+            await self.sweep_after_the_dead(catalog)
         except (StoreError, OSError) as error:
             # Nothing of it is visible, and the next to open the store tries again.
             logger.warning("cannot remove what is left of other processes: %s", error)
@@ -149,7 +150,8 @@ class Scratch:
             self._waste = trio.Event()
             await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
 
-    async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
+    async def sweep_after_the_dead(self, catalog: Catalog) -> None:
+        """Remove what dead holders left, and their leases."""
         for holder in await trio.to_thread.run_sync(self._others):
             path = self._leases / holder
             descriptor = await trio.to_thread.run_sync(self._try_lock, path)
@@ -171,7 +173,8 @@ class Scratch:
     def _others(self) -> set[str]:
         """The other holders: by their files, and by what is left of them without one."""
         named = {match[1] for name in os.listdir(self._ingest) if (match := _HELD.fullmatch(name))}
-        return (named | set(os.listdir(self._leases))) - {self.holder}
+        named.update(name for name in os.listdir(self._leases) if _HOLDER.fullmatch(name))
+        return named - {self.holder}
 
     def _remove_locks(self) -> None:
         """Those that the dead held; who waits for one meanwhile tries again."""

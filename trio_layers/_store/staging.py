@@ -28,6 +28,7 @@ from .catalog import StoredTree, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
 from .growth import Growth, StartedOver
+from .leases import Holds
 from .scratch import Scratch
 from .trees import Trees, Unpacked, stored_tree
 
@@ -54,9 +55,16 @@ class Staging:
     """
 
     def __init__(
-        self, content: Content, trees: Trees, scratch: Scratch, commits: Commits, put: Put
+        self,
+        content: Content,
+        trees: Trees,
+        scratch: Scratch,
+        commits: Commits,
+        holds: Holds,
+        put: Put,
     ) -> None:
         self.content = content
+        self.holds = holds
         self.trees = trees
         self.scratch = scratch
         self.commits = commits
@@ -66,7 +74,8 @@ class Staging:
     @asynccontextmanager
     async def open(self, descriptor: Descriptor) -> AsyncIterator[DirectoryStage]:
         stage = DirectoryStage(self, descriptor)
-        async with open_hidden_nursery() as nursery:
+        # What has been made of it may wait for its parent for a long time.
+        async with self.holds.holding(descriptor.digest), open_hidden_nursery() as nursery:
             stage._nursery = nursery
             try:
                 await nursery.start(stage._work)

@@ -37,6 +37,7 @@ from .catalog import (
 from .commits import Commits
 from .content import Content, Partial
 from .files import disk_errors, file_name
+from .leases import Holds
 from .merged import MergedTree
 from .rootfs import Exporter
 from .scratch import Scratch
@@ -178,12 +179,14 @@ class Trees:
         content: Content,
         scratch: Scratch,
         commits: Commits,
+        holds: Holds,
         unpacker: Unpacker,
         builder: Builder | None,
     ) -> None:
         self._trees = root / "trees" / "sha256"
         self._catalog = catalog
         self._commits = commits
+        self._holds = holds
         self._content = content
         self._scratch = scratch
         self._unpacker = unpacker
@@ -198,12 +201,16 @@ class Trees:
     async def register(
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor | None
     ) -> StoredLayer:
-        """Make the layer visible that the stream holds; see `DirectoryStore.register`."""
+        """Make the layer visible that the stream holds, and hold it; see
+        `DirectoryStore.register`."""
         if descriptor is None:
             async with self._scratch.name("partial") as path, self._partial(path) as kept:
                 return await self._from_stream(stream, base, None, kept)
-        # Held until the tree is there, so that others who want it wait, and find it.
-        async with self._content.lock(descriptor.digest):
+        # The lock is held until the tree is there, so that others who want it wait, and find it.
+        async with (
+            self._holds.holding(descriptor.digest),
+            self._content.lock(descriptor.digest),
+        ):
             blob = await self._content.claim(descriptor)
             if blob is None:
                 path = self._scratch.partial(descriptor.digest)
@@ -217,9 +224,10 @@ class Trees:
         if blob.diff_id is None:
             return None
         chain = extend_chain(base.chain_id, blob.diff_id)
-        layer = await self._catalog.read(find_layer, chain)
+        layer = await self._holds.hold_with(chain, find_layer, chain)
         if layer is not None:
             return layer
+        self._holds.let_go([chain])
         tree = await self.find(blob)
         if tree is None:
             return None
@@ -232,12 +240,20 @@ class Trees:
         return await self._catalog.read(find_tree, blob.diff_id)
 
     async def put_on(self, base: Base, tree: StoredTree | None, blob: Digest) -> StoredLayer:
-        """Make the layer visible whose tree is this one, where that fits. Else, and if it has
-        none to share, it is unpacked once more, from its blob, which is stored."""
-        if tree is None or not await self._holds(tree, base):
-            tree = await self._upon(base, blob)
+        """Make the layer visible, and hold it, whose tree is this one, where that fits. Else, and
+        if it has none to share, it is unpacked once more, from its blob, which is stored. Both
+        are to be held."""
+        if tree is not None and await self._fits(tree, base):
+            return await self._put(tree, base, blob)
+        async with self._upon(base, blob) as tree:
+            return await self._put(tree, base, blob)
+
+    async def _put(self, tree: StoredTree, base: Base, blob: Digest) -> StoredLayer:
+        layer = StoredLayer(
+            extend_chain(base.chain_id, tree.diff_id), tree.diff_id, base.chain_id, tree.id, blob
+        )
         # Trees and blobs are durable; the row is with the image's.
-        return await self._catalog.note(self._add_layer, tree, base, blob)
+        return await self._holds.hold_with(layer.chain_id, _add_layer, layer)
 
     def add_tree(
         self, connection: sqlite3.Connection, *, target: Path, tree: StoredTree, blob: Digest
@@ -262,19 +278,21 @@ class Trees:
         since = self._commits.failures
         async with self._scratch.name("tree") as target:
             unpacked, blob = await self._unpack(_Reader(stream, kept), target, expected=descriptor)
-            if kept is not None:
-                await self._content.keep(kept, blob)
-            tree = None
-            if not unpacked.needs_lower:
-                tree = stored_tree(unpacked, unpacked.diff_id)
-                if await self._holds(tree, base):
-                    job = partial(self.add_tree, target=target, tree=tree, blob=blob.digest)
-                    await self._commits.commit(job, since=since)
-                    return await self._catalog.write(self._add_layer, tree, base, blob.digest)
-        return await self.put_on(base, None, blob.digest)
+            async with self._holds.holding(blob.digest):
+                if kept is not None:
+                    await self._content.keep(kept, blob)
+                tree = None
+                if not unpacked.needs_lower:
+                    tree = stored_tree(unpacked, unpacked.diff_id)
+                    if await self._fits(tree, base):
+                        job = partial(self.add_tree, target=target, tree=tree, blob=blob.digest)
+                        await self._commits.commit(job, since=since)
+                        return await self._put(tree, base, blob.digest)
+                return await self.put_on(base, None, blob.digest)
 
-    async def _upon(self, base: Base, digest: Digest) -> StoredTree:
-        """Unpack a stored blob through what is below it."""
+    @asynccontextmanager
+    async def _upon(self, base: Base, digest: Digest) -> AsyncIterator[StoredTree]:
+        """Unpack a stored blob through what is below it; the tree is held for the block."""
         blob = await self._content.stored(digest)
         since = self._commits.failures
         async with self._scratch.name("tree") as target:
@@ -286,9 +304,10 @@ class Trees:
                     expected=describe(digest, blob.size),
                 )
             tree = stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
-            job = partial(self.add_tree, target=target, tree=tree, blob=digest)
-            await self._commits.commit(job, since=since)
-            return tree
+            async with self._holds.holding(tree.id):
+                job = partial(self.add_tree, target=target, tree=tree, blob=digest)
+                await self._commits.commit(job, since=since)
+                yield tree
 
     @asynccontextmanager
     async def _partial(self, path: Path) -> AsyncIterator[Partial]:
@@ -299,7 +318,7 @@ class Trees:
         finally:
             kept.close()
 
-    async def _holds(self, tree: StoredTree, base: Base) -> bool:
+    async def _fits(self, tree: StoredTree, base: Base) -> bool:
         def check() -> bool:
             with disk_errors(self._trees):
                 return self._unpacker.holds(tree.assumed, base.lower)
@@ -318,15 +337,12 @@ class Trees:
         work = partial(build, self._unpacker.unpack, reader, target, lower=lower, expected=expected)
         return await trio.to_thread.run_sync(work, limiter=self.threads)
 
-    def _add_layer(
-        self, connection: sqlite3.Connection, tree: StoredTree, base: Base, blob: Digest
-    ) -> StoredLayer:
-        chain = extend_chain(base.chain_id, tree.diff_id)
-        layer = find_layer(connection, chain)
-        if layer is None:
-            layer = StoredLayer(chain, tree.diff_id, base.chain_id, tree.id, blob)
-            add_layer(connection, layer)
-        return layer
+
+def _add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> StoredLayer:
+    add_layer(connection, layer)
+    there = find_layer(connection, layer.chain_id)
+    assert there is not None
+    return there
 
 
 def tree_upon(base: ChainID | None, diff_id: DiffID) -> Digest:

@@ -1,0 +1,278 @@
+"""Garbage: what no image, lease or work under way needs goes, while pulls go on.
+
+First the rows, in one transaction, made durable: a power cut must not bring back the row of
+what is gone. Then whatever is at a visible place and has no row is moved out of the way, a few
+names at a time, each time in a transaction that keeps others from giving it a row. So what is
+left of a crash goes, too, and what another process has brought anew meanwhile stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final, final
+
+import attrs
+import trio
+
+from .._digest import Digest
+from .catalog import Catalog
+from .files import disk_errors, disk_usage, remove_directory, try_lock, unlock
+from .scratch import Scratch
+
+__all__ = ["Collected", "Collector"]
+
+_NAME: Final = re.compile(r"[0-9a-f]{64}")
+_PARTIAL: Final = re.compile(r"([0-9a-f]{64})\.partial")
+_LOCK: Final = re.compile(r"([0-9a-f]{64})\.lock")
+
+# Names that are looked up and moved in one transaction: some milliseconds.
+_BATCH: Final = 256
+
+# What is kept, from what is held up to what that is made of. A layer needs those below it, a
+# blob that is held the tree that was made of it.
+_MARK: Final = """
+CREATE TEMP TABLE kept_images AS
+    SELECT manifest FROM images
+    WHERE manifest IN (SELECT manifest FROM image_references) OR manifest IN held;
+
+CREATE TEMP TABLE kept_layers (chain_id TEXT PRIMARY KEY) WITHOUT ROWID;
+INSERT INTO kept_layers
+    WITH RECURSIVE kept (chain_id) AS (
+        SELECT chain_id FROM images WHERE manifest IN kept_images AND chain_id IS NOT NULL
+        UNION SELECT chain_id FROM layers WHERE chain_id IN held
+        UNION SELECT parent FROM layers JOIN kept USING (chain_id) WHERE parent IS NOT NULL
+    )
+    SELECT chain_id FROM kept;
+
+CREATE TEMP TABLE kept_trees (id TEXT PRIMARY KEY) WITHOUT ROWID;
+INSERT INTO kept_trees
+    SELECT tree FROM layers WHERE chain_id IN kept_layers
+    UNION SELECT id FROM trees WHERE id IN held
+    UNION SELECT diff_id FROM blobs WHERE digest IN held AND diff_id IS NOT NULL;
+
+CREATE TEMP TABLE kept_blobs (digest TEXT PRIMARY KEY) WITHOUT ROWID;
+INSERT INTO kept_blobs
+    SELECT manifest FROM kept_images
+    UNION SELECT config FROM images WHERE manifest IN kept_images
+    UNION SELECT digest FROM image_blobs WHERE manifest IN kept_images
+    UNION SELECT index_digest FROM image_references WHERE index_digest IS NOT NULL
+    UNION SELECT blob FROM layers WHERE chain_id IN kept_layers
+    UNION SELECT digest FROM held;
+"""
+
+_TABLES: Final = ("held", "kept_images", "kept_layers", "kept_trees", "kept_blobs")
+
+
+@attrs.frozen
+class Collected:
+    """What a garbage collection removed, or would remove.
+
+    Attributes:
+        images: How many images that no reference stands for.
+        layers: How many layers.
+        trees: How many unpacked layers, leftovers of crashes included.
+        blobs: How many blobs, such leftovers and broken-off downloads included.
+        size: What they take on the disk, in bytes. What is shared with something that stays is
+            not in it.
+    """
+
+    images: int = 0
+    layers: int = 0
+    trees: int = 0
+    blobs: int = 0
+    size: int = 0
+
+
+@attrs.frozen
+class _Garbage:
+    images: int
+    layers: int
+    trees: list[Path]
+    blobs: list[Path]
+
+    def sized(self, size: int) -> Collected:
+        return Collected(self.images, self.layers, len(self.trees), len(self.blobs), size)
+
+
+@final
+class Collector:
+    """Finds and removes what nobody needs."""
+
+    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch) -> None:
+        self._root = root
+        self._blobs = root / "blobs" / "sha256"
+        self._trees = root / "trees" / "sha256"
+        self._ingest = root / "ingest"
+        self._catalog = catalog
+        self._scratch = scratch
+
+    async def find(self) -> Collected:
+        """What there is to remove."""
+        await self._scratch.sweep_after_the_dead(self._catalog)
+        garbage = await self._catalog.read(self._look)
+        paths = garbage.blobs + garbage.trees
+        return garbage.sized(await trio.to_thread.run_sync(self._measure, paths))
+
+    async def remove(self) -> Collected:
+        """Remove it."""
+        await self._scratch.sweep_after_the_dead(self._catalog)
+        images, layers = await self._catalog.write(self._drop_rows)
+        trees = await self._take_all(self._trees, "trees", "id")
+        blobs = await self._take_all(self._blobs, "blobs", "digest")
+        held = await self._catalog.read(_held)
+        blobs += await trio.to_thread.run_sync(self._take_partials, held)
+        garbage = _Garbage(images, layers, trees, blobs)
+        return garbage.sized(await trio.to_thread.run_sync(self._delete, trees + blobs))
+
+    # Jobs for the catalog.
+
+    def _look(self, connection: sqlite3.Connection) -> _Garbage:
+        with _undone(connection):
+            busy = set(self._busy())
+            images, layers = _drop(connection, busy)
+            names = _without_row(connection, "trees", "id", _names_in(self._trees))
+            trees = [self._trees / name for name in names]
+            names = _without_row(connection, "blobs", "digest", _names_in(self._blobs))
+            blobs = [self._blobs / name for name in names if f"sha256:{name}" not in busy]
+            partials = self._partials(_held(connection) | busy)
+            return _Garbage(images, layers, trees, [*blobs, *partials])
+
+    def _drop_rows(self, connection: sqlite3.Connection) -> tuple[int, int]:
+        return _drop(connection, self._busy())
+
+    def _take(
+        self, connection: sqlite3.Connection, place: Path, table: str, key: str, names: list[str]
+    ) -> list[Path]:
+        """Move those out of the way that have no row. In a transaction: nobody gives them one."""
+        taken: list[Path] = []
+        busy = {name.removeprefix("sha256:") for name in self._busy()}
+        for name in _without_row(connection, table, key, names):
+            # A file without a row may be what a download goes on from.
+            if name in busy:
+                continue
+            path = self._scratch.new("garbage")
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(place / name, path)
+                taken.append(path)
+        return taken
+
+    async def _take_all(self, place: Path, table: str, key: str) -> list[Path]:
+        names = await trio.to_thread.run_sync(_names_in, place)
+        taken: list[Path] = []
+        for start in range(0, len(names), _BATCH):
+            batch = names[start : start + _BATCH]
+            if await self._catalog.read(_any_without_row, table, key, batch):
+                taken += await self._catalog.note(self._take, place, table, key, batch)
+        return taken
+
+    # Blocking, for worker threads.
+
+    def _busy(self) -> Iterator[Digest]:
+        """The blobs that somebody, in any process, takes in or unpacks."""
+        for name in os.listdir(self._ingest):
+            if match := _LOCK.fullmatch(name):
+                path = self._ingest / name
+                descriptor = try_lock(path)
+                if descriptor is None:
+                    yield Digest(f"sha256:{match[1]}")
+                else:
+                    unlock(path, descriptor)
+
+    def _partials(self, held: set[Digest]) -> Iterator[Path]:
+        for name in os.listdir(self._ingest):
+            match = _PARTIAL.fullmatch(name)
+            if match and f"sha256:{match[1]}" not in held:
+                yield self._ingest / name
+
+    def _take_partials(self, held: set[Digest]) -> list[Path]:
+        taken: list[Path] = []
+        with disk_errors(self._ingest):
+            for path in self._partials(held):
+                lock = path.with_suffix(".lock")
+                descriptor = try_lock(lock)
+                if descriptor is None:
+                    continue
+                try:
+                    new = self._scratch.new("garbage")
+                    os.rename(path, new)
+                    taken.append(new)
+                except FileNotFoundError:
+                    pass  # it has become a blob
+                finally:
+                    unlock(lock, descriptor)
+        return taken
+
+    def _measure(self, paths: Iterable[Path]) -> int:
+        with disk_errors(self._root):
+            return sum(disk_usage(path, trio.from_thread.check_cancelled) for path in paths)
+
+    def _delete(self, paths: Iterable[Path]) -> int:
+        check = trio.from_thread.check_cancelled
+        size = 0
+        with disk_errors(self._root):
+            for path in paths:
+                size += disk_usage(path, check)
+                if path.is_dir() and not path.is_symlink():
+                    aside = partial(self._scratch.new, "garbage")
+                    remove_directory(path, aside=aside, check_cancelled=check)
+                else:
+                    path.unlink()
+        return size
+
+
+@contextlib.contextmanager
+def _undone(connection: sqlite3.Connection) -> Iterator[None]:
+    """A transaction that is of no consequence."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _drop(connection: sqlite3.Connection, busy: Iterable[Digest]) -> tuple[int, int]:
+    """Drop the rows that nobody needs; how many images and layers those are."""
+    connection.execute("CREATE TEMP TABLE held (digest TEXT PRIMARY KEY) WITHOUT ROWID")
+    connection.execute("INSERT INTO held SELECT DISTINCT digest FROM leases")
+    connection.executemany("INSERT OR IGNORE INTO held VALUES (?)", [(digest,) for digest in busy])
+    for statement in _MARK.split(";"):
+        connection.execute(statement)
+    drop = connection.execute
+    images = drop("DELETE FROM images WHERE manifest NOT IN kept_images").rowcount
+    layers = drop("DELETE FROM layers WHERE chain_id NOT IN kept_layers").rowcount
+    drop("DELETE FROM trees WHERE id NOT IN kept_trees")
+    drop("DELETE FROM blobs WHERE digest NOT IN kept_blobs")
+    for table in _TABLES:
+        connection.execute(f"DROP TABLE temp.{table}")
+    return images, layers
+
+
+def _held(connection: sqlite3.Connection) -> set[Digest]:
+    return {Digest(digest) for (digest,) in connection.execute("SELECT digest FROM leases")}
+
+
+def _names_in(place: Path) -> list[str]:
+    with disk_errors(place):
+        return [name for name in os.listdir(place) if _NAME.fullmatch(name)]
+
+
+def _without_row(
+    connection: sqlite3.Connection, table: str, key: str, names: Iterable[str]
+) -> Iterator[str]:
+    query = f"SELECT 1 FROM {table} WHERE {key} = ?"
+    for name in names:
+        if connection.execute(query, (f"sha256:{name}",)).fetchone() is None:
+            yield name
+
+
+def _any_without_row(
+    connection: sqlite3.Connection, table: str, key: str, names: Iterable[str]
+) -> bool:
+    return any(True for _ in _without_row(connection, table, key, names))
