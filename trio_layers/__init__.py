@@ -58,6 +58,9 @@ from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
 from ._registry.auth import Credentials as Credentials
 from ._registry.client import ResolvedImage as ResolvedImage
+from ._store.check import CheckReport as CheckReport
+from ._store.check import Problem as Problem
+from ._store.collect import Collected as Collected
 from ._store.directory import DirectoryStore as DirectoryStore
 from ._store.memory import MemoryLayer as MemoryLayer
 from ._store.memory import MemoryStore as MemoryStore

@@ -19,9 +19,11 @@ import attrs
 import trio
 
 from ._display import DisplayKind, open_display
-from ._errors import LayersError, text_of
+from ._errors import LayersError, StoreError, text_of
 from ._nursery import open_hidden_nursery
+from ._platform import parse_platform
 from ._pull import Image, Puller, open_puller, open_store
+from ._reference import parse_reference
 from ._registry.auth import Credentials
 from .abc import ProgressSink
 
@@ -260,6 +262,76 @@ async def _images(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "references",
+        metavar="REF",
+        nargs="+",
+        help="an image's name, or its digest (sha256:…): then all its names",
+    )
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="default: all")
+
+
+async def _rm(arguments: argparse.Namespace) -> int:
+    platform = arguments.platform and str(parse_platform(arguments.platform))
+    failures: list[tuple[str, Exception]] = []
+    async with open_store(arguments.store) as store:
+        for name in arguments.references:
+            try:
+                digest = name.startswith("sha256:")
+                reference = name if digest else str(parse_reference(name))
+                if not await store.remove(reference, platform):
+                    raise StoreError("it is not in the store")
+            except LayersError as error:
+                failures.append((name, error))
+    for name, failure in failures:
+        complain(failure, name)
+    return EXIT_FAILED if failures else 0
+
+
+def _gc_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+async def _gc(arguments: argparse.Namespace) -> int:
+    async with open_store(arguments.store) as store:
+        collected = await store.collect(dry_run=arguments.dry_run)
+    counts = attrs.asdict(collected)
+    if arguments.json:
+        print(json.dumps(counts))
+    else:
+        size = counts.pop("size")
+        what = ", ".join(f"{count} {name}" for name, count in counts.items())
+        print(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+    return 0
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="drop what is damaged: the next pull of an image brings it back",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+async def _check(arguments: argparse.Namespace) -> int:
+    async with open_store(arguments.store) as store:
+        report = await store.check(repair=arguments.repair)
+    if arguments.json:
+        print(json.dumps(attrs.asdict(report)))
+    else:
+        for problem in report.problems:
+            print(shown(str(problem)))
+        print(
+            f"checked: {report.blobs} blobs, {report.trees} trees, {report.layers} layers, "
+            f"{report.images} images; {len(report.problems)} problems"
+            + (", repaired" if report.repaired else "")
+        )
+    return EXIT_FAILED if report.problems and not report.repaired else 0
+
+
 def _credentials(text: str) -> Credentials:
     username, colon, password = text.partition(":")
     if not colon:
@@ -316,4 +388,7 @@ COMMANDS: Final = (
         "mount", "mount an image's root file system until interrupted", _mount_arguments, _mount
     ),
     Command("images", "list the images in the store", _images_arguments, _images),
+    Command("rm", "remove images' names; gc removes what nobody needs then", _rm_arguments, _rm),
+    Command("gc", "remove what no image needs, and nobody uses", _gc_arguments, _gc),
+    Command("check", "look at all that is stored for damage", _check_arguments, _check),
 )

@@ -18,6 +18,7 @@ import attrs
 from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import Entry, Summary, parse_entries
 from trio_layers._store.rootfs import MergedTree
+from trio_layers._unpack.verify import verify
 from trio_layers._unpack.worker import Limits, Unpacked, holds, unpack
 
 UNLIMITED = Limits()
@@ -52,13 +53,22 @@ class Pieces:
 
 
 def unpack_blob(
-    blob: bytes | Pieces, target: Path, lower: MergedTree | None = None, limits: Limits = UNLIMITED
+    blob: bytes | Pieces,
+    target: Path,
+    lower: MergedTree | None = None,
+    limits: Limits = UNLIMITED,
+    *,
+    verified: bool = True,
 ) -> Unpacked:
     """One layer into a fresh directory, with canaries where ``..`` leads from its root."""
     target.mkdir()
     plant(target / "outside")
     read = blob.reader() if isinstance(blob, Pieces) else io.BytesIO(blob).read
-    return unpack(read, target, lower=lower, limits=limits)
+    unpacked = unpack(read, target, lower=lower, limits=limits)
+    if verified and not unpacked.needs_lower:
+        # Whatever a layer holds, a check finds its tree as it should be.
+        verify(target, check_cancelled=lambda: None)
+    return unpacked
 
 
 def unpack_stack(

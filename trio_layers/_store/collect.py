@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, final
@@ -123,12 +123,28 @@ class Collector:
         """Remove it."""
         await self._scratch.sweep_after_the_dead(self._catalog)
         images, layers = await self._catalog.write(self._drop_rows)
-        trees = await self._take_all(self._trees, "trees", "id")
-        blobs = await self._take_all(self._blobs, "blobs", "digest")
+        trees = await self.take_trees(await trio.to_thread.run_sync(_names_in, self._trees))
+        blobs = await self.take_blobs(await trio.to_thread.run_sync(_names_in, self._blobs))
         held = await self._catalog.read(_held)
         blobs += await trio.to_thread.run_sync(self._take_partials, held)
         garbage = _Garbage(images, layers, trees, blobs)
-        return garbage.sized(await trio.to_thread.run_sync(self._delete, trees + blobs))
+        return garbage.sized(await self.delete(trees + blobs))
+
+    async def take_trees(self, names: Sequence[str]) -> list[Path]:
+        """Move those of these trees out of the way that have no row; where they are now."""
+        return await self._take_all(self._trees, "trees", "id", names)
+
+    async def take_blobs(self, names: Sequence[str]) -> list[Path]:
+        """The same for blobs. One that somebody takes in stays: he may go on from it."""
+        return await self._take_all(self._blobs, "blobs", "digest", names)
+
+    async def delete(self, paths: Sequence[Path]) -> int:
+        """Delete what was taken; how many bytes it had on the disk."""
+        return await trio.to_thread.run_sync(self._delete, paths)
+
+    def new_name(self) -> Path:
+        """A name for a file that is in the way of nobody."""
+        return self._scratch.new("garbage")
 
     # Jobs for the catalog.
 
@@ -147,7 +163,12 @@ class Collector:
         return _drop(connection, self._busy())
 
     def _take(
-        self, connection: sqlite3.Connection, place: Path, table: str, key: str, names: list[str]
+        self,
+        connection: sqlite3.Connection,
+        place: Path,
+        table: str,
+        key: str,
+        names: Sequence[str],
     ) -> list[Path]:
         """Move those out of the way that have no row. In a transaction: nobody gives them one."""
         taken: list[Path] = []
@@ -162,8 +183,9 @@ class Collector:
                 taken.append(path)
         return taken
 
-    async def _take_all(self, place: Path, table: str, key: str) -> list[Path]:
-        names = await trio.to_thread.run_sync(_names_in, place)
+    async def _take_all(
+        self, place: Path, table: str, key: str, names: Sequence[str]
+    ) -> list[Path]:
         taken: list[Path] = []
         for start in range(0, len(names), _BATCH):
             batch = names[start : start + _BATCH]

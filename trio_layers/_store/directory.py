@@ -33,6 +33,7 @@ from .catalog import (
     find_whole_images,
     put_image,
 )
+from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import BlobStream, Content, Ingest
@@ -175,6 +176,16 @@ class DirectoryStore:
         )
         self._staging = Staging(self._content, self._trees, scratch, commits, holds, self._put)
         self._collector = Collector(root, catalog, scratch)
+        self._checker = Checker(
+            root,
+            catalog=catalog,
+            content=self._content,
+            trees=self._trees,
+            holds=holds,
+            collector=self._collector,
+            unpacker=unpacker,
+            write_index=self._write_index,
+        )
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
@@ -484,6 +495,24 @@ class DirectoryStore:
         if dry_run:
             return await self._collector.find()
         return await self._collector.remove()
+
+    async def check(self, *, repair: bool = False) -> CheckReport:
+        """Look at all that is there: whether each blob has its digest, each tree is what its list
+        of entries says (names, types, owners, modes, times, attributes, contents), the rows of the
+        catalog agree with each other and with the images' documents, and other tools see the
+        same images.
+
+        It reads every byte of the store. Others may use it meanwhile, and what they bring is
+        not looked at. What a crash left is no damage: the next `collect` removes it.
+
+        Cancelled, nothing has changed, or all repairs are made.
+
+        Args:
+            repair: Drop what is damaged, with the layers that need it, whoever has them: the
+                next pull of an image brings back what is missing, and no more. A catalog that
+                is broken itself cannot be repaired.
+        """
+        return await self._checker.run(repair=repair)
 
     def _remove(self, connection: sqlite3.Connection, reference: str, platform: str | None) -> bool:
         if reference.startswith("sha256:"):

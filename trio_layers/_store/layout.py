@@ -42,7 +42,7 @@ from .files import (
     unlock,
 )
 
-__all__ = ["Flavour", "index_document", "open_directory"]
+__all__ = ["OCI_LAYOUT", "Flavour", "index_document", "open_directory"]
 
 Ts = TypeVarTuple("Ts")
 
@@ -59,7 +59,7 @@ _NAMES: Final = {
 }
 
 # OCI image specification, image-layout.md.
-_OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 
 
@@ -220,7 +220,7 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
     """
     for name in _DIRECTORIES:
         (root / name).mkdir(0o700, exist_ok=True)
-    replace_file(root / "oci-layout", _OCI_LAYOUT, temporary=root / "ingest" / "oci-layout")
+    replace_file(root / "oci-layout", OCI_LAYOUT, temporary=root / "ingest" / "oci-layout")
     replace_file(root / "index.json", index_document(()), temporary=root / "ingest" / "index.json")
     for name in ("blobs", "trees", "."):
         sync_directory(root / name)

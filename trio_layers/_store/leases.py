@@ -137,6 +137,10 @@ class Holds:
         if chain_id in self._written:
             self._sure.add(chain_id)
 
+    def forget(self) -> None:
+        """What was found may be gone, though it is held: it was damaged."""
+        self._sure.clear()
+
     async def _write(
         self,
         digests: Collection[Digest],

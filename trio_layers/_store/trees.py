@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import trio
 
 from .._compression import Decompressor
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
+from .._entries import Summary
 from .._errors import DecompressionError, UnpackError, text_of
 from .._manifest import Descriptor
 from .build import Arrival, Source, Unpack, Unpacked, build, describe, follow
@@ -59,6 +60,14 @@ class Unpacker(Exporter, Protocol):
 
     def holds(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
         """Whether what was assumed is so on top of ``lower``."""
+        ...
+
+    def verify(self, target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
+        """Compare a tree with its list of entries, whose summary is returned.
+
+        Raises:
+            StoreError: if there is a difference; the message names it, but not the tree.
+        """
         ...
 
 

@@ -23,7 +23,7 @@ from .fields import shown
 from .powers import OVERRIDE, Powers
 from .tar import Content
 
-__all__ = ["Nodes", "named", "naming"]
+__all__ = ["Nodes", "attributes_of", "named", "naming"]
 
 _ZEROS: Final = bytes(1 << 18)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -89,9 +89,10 @@ def _is_full(subject: int | str) -> bool:
     return there.f_blocks > 0 and there.f_bavail < 64
 
 
-def _listed(descriptor: int) -> list[str]:
+def attributes_of(subject: int | str) -> list[str]:
+    """The names of its extended attributes."""
     try:
-        return os.listxattr(descriptor)
+        return os.listxattr(subject)
     except OSError as error:
         # FUSE has it so where there are none at all.
         if error.errno != errno.ENOTSUP:
@@ -183,7 +184,7 @@ class Nodes:
         """Give an open directory its metadata, its times apart. ``fresh``: it has none yet."""
         if not fresh:
             ours = self._powers.overlay
-            for attribute in _listed(descriptor):
+            for attribute in attributes_of(descriptor):
                 if attribute not in xattrs and not (ours and attribute.startswith(ours)):
                     try:
                         os.removexattr(descriptor, attribute)

@@ -9,6 +9,7 @@ import attrs
 from .archive import archive
 from .export import export
 from .limits import Limits
+from .verify import verify
 from .worker import Unpacked, holds, unpack
 
 __all__ = ["Unpacker"]
@@ -27,6 +28,7 @@ class Unpacker:
     archive = staticmethod(archive)
     export = staticmethod(export)
     holds = staticmethod(holds)
+    verify = staticmethod(verify)
 
     @property
     def unpack(self) -> partial[Unpacked]:

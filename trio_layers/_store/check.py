@@ -1,0 +1,398 @@
+"""Whether all that a store has is there and is what it should be.
+
+Everything is looked at as it was when the check began. Others go on meanwhile; so what seems to
+be damaged is held and looked at once more, and counts only if it has a row then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Generic, TypeVar, final
+
+import attrs
+import trio
+
+from .._digest import ChainID, Digest, extend_chain
+from .._errors import LayersError, StoreError, text_of
+from .._manifest import Descriptor, Manifest, decode_config, decode_manifest
+from .._nursery import open_hidden_nursery
+from .catalog import (
+    Catalog,
+    StoredBlob,
+    StoredLayer,
+    StoredTree,
+    find_blob,
+    find_layer,
+    find_tree,
+    find_whole_images,
+)
+from .collect import Collector
+from .content import Content
+from .files import file_name, replace_file
+from .layout import OCI_LAYOUT, index_document
+from .leases import Holds
+from .trees import Trees, Unpacker, tree_upon
+
+__all__ = ["CheckReport", "Checker", "Problem"]
+
+T = TypeVar("T")
+
+_CHUNK: Final = 1 << 20
+
+# How many rows are read in one job, where there is little to do for each.
+_BATCH: Final = 500
+
+
+@attrs.frozen
+class Problem:
+    """Something in a store that is not as it should be.
+
+    Attributes:
+        kind: What it is of: ``blob``, ``tree``, ``layer``, ``image``; ``index`` for
+            ``index.json``, which can be made anew; ``catalog`` for the database, which cannot.
+        id: The digest, tree ID, chain ID or manifest's digest; empty for the last two.
+        text: What is wrong.
+    """
+
+    kind: str
+    id: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{' '.join(filter(None, (self.kind, self.id)))}: {self.text}"
+
+
+@attrs.frozen
+class CheckReport:
+    """What a check has looked at and found.
+
+    Attributes:
+        blobs: How many blobs it has looked at.
+        trees: How many trees.
+        layers: How many layers.
+        images: How many images.
+        problems: What is wrong.
+        repaired: Whether what is damaged was dropped.
+    """
+
+    blobs: int
+    trees: int
+    layers: int
+    images: int
+    problems: tuple[Problem, ...]
+    repaired: bool = False
+
+
+@attrs.frozen
+class _LayerItem:
+    layer: StoredLayer
+    tree: StoredTree | None
+    blob: StoredBlob | None
+
+
+@attrs.frozen
+class _ImageItem:
+    manifest: Descriptor
+    config: Digest
+    chain_id: ChainID | None
+    layers: frozenset[Digest]
+
+
+@attrs.frozen
+class _Kind(Generic[T]):
+    """One kind of what is looked at.
+
+    Attributes:
+        name: See `Problem.kind`.
+        ids: All there are.
+        find: Finds one in the catalog.
+        look: Raises for one that is damaged. Blocks.
+        batch: How many are looked at in one go.
+    """
+
+    name: str
+    ids: list[Digest]
+    find: Callable[[sqlite3.Connection, Digest], T | None]
+    look: Callable[[T], None]
+    batch: int
+
+
+@final
+class Checker:
+    """Looks at all of a store.
+
+    Args:
+        write_index: A job that makes ``index.json`` what it should be.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        catalog: Catalog,
+        content: Content,
+        trees: Trees,
+        holds: Holds,
+        collector: Collector,
+        unpacker: Unpacker,
+        write_index: Callable[[sqlite3.Connection], None],
+    ) -> None:
+        self._root = root
+        self._catalog = catalog
+        self._content = content
+        self._trees = trees
+        self._holds = holds
+        self._collector = collector
+        self._unpacker = unpacker
+        self._write_index = write_index
+        self._threads = trio.CapacityLimiter(os.cpu_count() or 1)
+
+    async def run(self, *, repair: bool) -> CheckReport:
+        broken = await self._catalog.read(_broken)
+        if broken:
+            # What the rows say is worth nothing then.
+            return CheckReport(0, 0, 0, 0, tuple(Problem("catalog", "", text) for text in broken))
+        ids = await self._catalog.read(_all_ids)
+        blobs = _Kind("blob", ids["blobs"], find_blob, self._look_at_blob, 1)
+        trees = _Kind("tree", ids["trees"], find_tree, self._look_at_tree, 1)
+        layers = _Kind("layer", ids["layers"], _find_layer_item, _look_at_layer, _BATCH)
+        images = _Kind("image", ids["images"], _find_image_item, self._look_at_image, _BATCH)
+        problems = [
+            *await self._look_at_all(blobs),
+            *await self._look_at_all(trees),
+            *await self._look_at_all(layers),
+            *await self._look_at_all(images),
+        ]
+        # In a transaction: others replace the file in theirs.
+        text = await self._catalog.note(self._look_at_index)
+        if text is not None:
+            problems.append(Problem("index", "", text))
+        if repair and problems:
+            await self._repair(problems)
+        return CheckReport(
+            blobs=len(blobs.ids),
+            trees=len(trees.ids),
+            layers=len(layers.ids),
+            images=len(images.ids),
+            problems=tuple(problems),
+            repaired=repair and bool(problems),
+        )
+
+    async def _look_at_all(self, kind: _Kind[T]) -> list[Problem]:
+        problems: list[Problem] = []
+        batches = iter(
+            [kind.ids[at : at + kind.batch] for at in range(0, len(kind.ids), kind.batch)]
+        )
+
+        async def work() -> None:
+            for batch in batches:
+                for id in await self._suspects(kind, batch):
+                    problems.extend(await self._look_again(kind, id))
+
+        async with open_hidden_nursery() as nursery:
+            for _ in range(int(self._threads.total_tokens)):
+                nursery.start_soon(work)
+        return sorted(problems, key=lambda problem: problem.id)
+
+    async def _suspects(self, kind: _Kind[T], ids: list[Digest]) -> list[Digest]:
+        def find(connection: sqlite3.Connection) -> list[tuple[Digest, T]]:
+            found = ((id, kind.find(connection, id)) for id in ids)
+            return [(id, item) for id, item in found if item is not None]
+
+        def look(items: list[tuple[Digest, T]]) -> list[Digest]:
+            return [id for id, item in items if _failure(kind, item) is not None]
+
+        items = await self._catalog.read(find)
+        return await trio.to_thread.run_sync(look, items, limiter=self._threads)
+
+    async def _look_again(self, kind: _Kind[T], id: Digest) -> list[Problem]:
+        """It may have been removed meanwhile, and even be back. Now it stays."""
+        async with self._holds.holding(id):
+            item = await self._catalog.read(kind.find, id)
+            if item is None:
+                return []
+            text = await trio.to_thread.run_sync(_failure, kind, item, limiter=self._threads)
+            return [] if text is None else [Problem(kind.name, id, text)]
+
+    # Each raises for what is damaged. In worker threads.
+
+    def _look_at_blob(self, blob: StoredBlob) -> None:
+        path = self._content.path(blob.digest)
+        hashed, size = hashlib.sha256(), 0
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while data := file.read(_CHUNK):
+                    trio.from_thread.check_cancelled()
+                    hashed.update(data)
+                    size += len(data)
+        except OSError as error:
+            raise StoreError(f"it cannot be read ({error.strerror})") from error
+        if size != blob.size:
+            raise StoreError(f"it is {size} bytes long, and should be {blob.size}")
+        if f"sha256:{hashed.hexdigest()}" != blob.digest:
+            raise StoreError("its content has changed")
+
+    def _look_at_tree(self, tree: StoredTree) -> None:
+        summary = self._unpacker.verify(
+            self._trees.path(tree.id), check_cancelled=trio.from_thread.check_cancelled
+        )
+        listed = (summary.diff_id, summary.size, summary.entries, tuple(summary.assumed))
+        if listed != (tree.diff_id, tree.size, tree.entries, tree.assumed):
+            raise StoreError("its list and its row in the catalog do not agree")
+
+    def _look_at_image(self, image: _ImageItem) -> None:
+        document = self._read(image.manifest.digest)
+        manifest = decode_manifest(document, image.manifest.media_type)
+        if not isinstance(manifest, Manifest):
+            raise StoreError("its manifest is an index")
+        if manifest.config.digest != image.config:
+            raise StoreError("its row has another config than its manifest")
+        if {layer.digest for layer in manifest.layers} != image.layers:
+            raise StoreError("its rows have other layers than its manifest")
+        chain: ChainID | None = None
+        for diff_id in decode_config(self._read(image.config)).diff_ids:
+            chain = extend_chain(chain, diff_id)
+        if image.chain_id not in (None, chain):
+            raise StoreError("its row has other layers than its config")
+
+    def _read(self, digest: Digest) -> bytes:
+        try:
+            return self._content.path(digest).read_bytes()
+        except OSError as error:
+            raise StoreError(f"{digest} cannot be read ({error.strerror})") from error
+
+    def _look_at_index(self, connection: sqlite3.Connection) -> str | None:
+        expected = {
+            "index.json": index_document(find_whole_images(connection)),
+            "oci-layout": OCI_LAYOUT,
+        }
+        for name, document in expected.items():
+            try:
+                if (self._root / name).read_bytes() != document:
+                    return f"{name} is not what it should be: other tools see other images"
+            except FileNotFoundError:
+                return f"{name} is missing: other tools see no images"
+        return None
+
+    # Repairs.
+
+    async def _repair(self, problems: list[Problem]) -> None:
+        await self._catalog.write(self._drop, problems)
+        self._holds.forget()
+        for kind, take in (
+            ("tree", self._collector.take_trees),
+            ("blob", self._collector.take_blobs),
+        ):
+            names = [file_name(Digest(each.id)) for each in problems if each.kind == kind]
+            await self._collector.delete(await take(names))
+
+    def _drop(self, connection: sqlite3.Connection, problems: list[Problem]) -> None:
+        for kind, table in _BAD.items():
+            connection.execute(f"CREATE TEMP TABLE {table} (id TEXT PRIMARY KEY) WITHOUT ROWID")
+            connection.executemany(
+                f"INSERT INTO {table} VALUES (?)",
+                [(problem.id,) for problem in problems if problem.kind == kind],
+            )
+        for statement in _DROP.split(";"):
+            connection.execute(statement)
+        for table in (*_BAD.values(), "lost_layers"):
+            connection.execute(f"DROP TABLE temp.{table}")
+        replace_file(self._root / "oci-layout", OCI_LAYOUT, temporary=self._collector.new_name())
+        self._write_index(connection)
+
+
+_BAD: Final = {
+    "blob": "bad_blobs",
+    "tree": "bad_trees",
+    "layer": "bad_layers",
+    "image": "bad_images",
+}
+
+# An image whose layers are lost stays, as one that was never unpacked: what is there of it need
+# not come again. Without its manifest or config it is none.
+_DROP: Final = """
+CREATE TEMP TABLE lost_layers (chain_id TEXT PRIMARY KEY) WITHOUT ROWID;
+INSERT INTO lost_layers
+    WITH RECURSIVE lost (chain_id) AS (
+        SELECT chain_id FROM layers
+            WHERE chain_id IN bad_layers OR tree IN bad_trees OR blob IN bad_blobs
+        UNION SELECT layers.chain_id FROM layers JOIN lost ON layers.parent = lost.chain_id
+    )
+    SELECT chain_id FROM lost;
+INSERT OR IGNORE INTO bad_images
+    SELECT manifest FROM images WHERE manifest IN bad_blobs OR config IN bad_blobs;
+DELETE FROM image_references WHERE manifest IN bad_images;
+DELETE FROM images WHERE manifest IN bad_images;
+UPDATE image_references SET index_digest = NULL, index_media_type = NULL
+    WHERE index_digest IN bad_blobs;
+UPDATE images SET chain_id = NULL WHERE chain_id IN lost_layers;
+DELETE FROM layers WHERE chain_id IN lost_layers;
+DELETE FROM trees WHERE id IN bad_trees;
+DELETE FROM blobs WHERE digest IN bad_blobs
+"""
+
+
+def _failure(kind: _Kind[T], item: T) -> str | None:
+    """What is wrong with it."""
+    trio.from_thread.check_cancelled()
+    try:
+        kind.look(item)
+    except LayersError as error:
+        return text_of(error)
+    return None
+
+
+def _look_at_layer(item: _LayerItem) -> None:
+    layer, tree, blob = item.layer, item.tree, item.blob
+    if layer.chain_id != extend_chain(layer.parent, layer.diff_id):
+        raise StoreError("its chain ID is not that of its diff ID upon its parent")
+    if tree is None or tree.diff_id != layer.diff_id:
+        raise StoreError(f"its tree {layer.tree} is of another layer")
+    if tree.id not in (layer.diff_id, tree_upon(layer.parent, layer.diff_id)):
+        raise StoreError(f"its tree {layer.tree} is for another parent")
+    if blob is None or blob.diff_id not in (None, layer.diff_id):
+        raise StoreError(f"its blob {layer.blob} is of another layer")
+
+
+# Jobs for the catalog.
+
+
+def _broken(connection: sqlite3.Connection) -> list[str]:
+    """What SQLite finds wrong with its file."""
+    found = [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
+    for table, *_ in connection.execute("PRAGMA foreign_key_check"):
+        found.append(f"a row of {table} refers to one that is not there")
+    return found
+
+
+def _all_ids(connection: sqlite3.Connection) -> dict[str, list[Digest]]:
+    keys = {"blobs": "digest", "trees": "id", "layers": "chain_id", "images": "manifest"}
+    return {
+        table: [Digest(id) for (id,) in connection.execute(f"SELECT {key} FROM {table}")]
+        for table, key in keys.items()
+    }
+
+
+def _find_layer_item(connection: sqlite3.Connection, id: Digest) -> _LayerItem | None:
+    layer = find_layer(connection, ChainID(id))
+    if layer is None:
+        return None
+    return _LayerItem(layer, find_tree(connection, layer.tree), find_blob(connection, layer.blob))
+
+
+def _find_image_item(connection: sqlite3.Connection, id: Digest) -> _ImageItem | None:
+    row = connection.execute(
+        "SELECT i.media_type, b.digest, b.size, i.config, i.chain_id "
+        "FROM images i JOIN blobs b ON b.digest = i.manifest WHERE i.manifest = ?",
+        (id,),
+    ).fetchone()
+    if row is None:
+        return None
+    layers = connection.execute("SELECT digest FROM image_blobs WHERE manifest = ?", (id,))
+    return _ImageItem(
+        Descriptor(*row[:3]), row[3], row[4], frozenset(digest for (digest,) in layers)
+    )

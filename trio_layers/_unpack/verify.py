@@ -1,0 +1,191 @@
+"""Whether a tree on the disk still is what its list of entries says."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, final
+
+from .._acl import ACCESS_ACL, DEFAULT_ACL
+from .._compression import crc32
+from .._entries import Entry, Summary, parse_entries
+from .._errors import StoreError
+from .directories import Directories, join, split
+from .fields import shown
+from .nodes import attributes_of
+from .powers import OVERRIDE
+
+__all__ = ["verify"]
+
+_CHUNK: Final = 1 << 18
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_TYPES: Final = {
+    "file": stat.S_IFREG,
+    "dir": stat.S_IFDIR,
+    "symlink": stat.S_IFLNK,
+    "fifo": stat.S_IFIFO,
+    "char": stat.S_IFCHR,
+    "block": stat.S_IFBLK,
+    "whiteout": stat.S_IFCHR,
+}
+_OVERLAY: Final = ("trusted.overlay.", "user.overlay.")
+# The others of "security." are for the machine to set: SELinux labels, hashes of IMA.
+_OURS: Final = ("user.", "trusted.", "security.capability", ACCESS_ACL, DEFAULT_ACL)
+
+# Times that any file system takes as they are; ext4 may have 32 bits for the seconds.
+_SECONDS: Final = range(-(2**31), 2**31)
+
+
+def verify(target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
+    """Compare a tree with its list: names, types, owners, modes, times, attributes, contents.
+
+    Where the list says that something could not be set for lack of privilege, owners, modes,
+    device nodes and attributes may differ. Blocks; nothing must change in the tree meanwhile.
+
+    Raises:
+        StoreError: if there is a difference, which the message names; the first, if several. Also
+            if the list or the tree cannot be read.
+    """
+    try:
+        with open(target / "entries", "rb") as file:
+            entries, summary = parse_entries(file)
+        root = os.open(target / "fs", _DIRECTORY)
+        try:
+            _Comparison(root, entries, summary, check_cancelled).run()
+        finally:
+            os.close(root)
+    except OSError as error:
+        raise StoreError(f"it cannot be read ({error.strerror})") from error
+    return summary
+
+
+@final
+class _Comparison:
+    def __init__(
+        self, root: int, entries: list[Entry], summary: Summary, check: Callable[[], None]
+    ) -> None:
+        self._entries = entries
+        self._limited = summary.incomplete
+        self._check = check
+        self._directories = Directories(root)
+        self._children: dict[bytes, set[bytes]] = {}
+        self._inodes: dict[bytes, int] = {}
+        self._names: dict[bytes, int] = {}
+        for entry in entries:
+            if entry.path:
+                parent, name = split(entry.path)
+                self._children.setdefault(parent, set()).add(name)
+            if entry.links is not None:
+                self._names[entry.links] = self._names.get(entry.links, 0) + 1
+
+    def run(self) -> None:
+        try:
+            if not self._entries or self._entries[0].path:
+                raise StoreError("its list has no root")
+            for entry in self._entries:
+                self._check()
+                try:
+                    self._compare(entry)
+                except OSError as error:
+                    raise _differs(entry.path, (error.strerror or "").lower()) from error
+        finally:
+            self._directories.close()
+
+    def _compare(self, entry: Entry) -> None:
+        parent, name = split(entry.path)
+        directory = self._directories.open(parent)
+        found = os.stat(name or b".", dir_fd=directory, follow_symlinks=False)
+        self._compare_type(entry, found)
+        if entry.type == "whiteout":
+            return
+        if entry.type == "dir":
+            names = {os.fsencode(name) for name in os.listdir(self._directories.open(entry.path))}
+            expected = self._children.get(entry.path, set())
+            for name in sorted(names - expected):
+                raise _differs(join(entry.path, name), "is not in the list")
+        elif found.st_nlink != self._names.get(entry.links or b"", 1):
+            raise _differs(entry.path, "has more or fewer names than in the list")
+        if entry.links is not None and (
+            self._inodes.setdefault(entry.links, found.st_ino) != found.st_ino
+        ):
+            raise _differs(entry.path, f"is no longer the same file as {shown(entry.links)}")
+        self._compare_metadata(entry, found)
+        if entry.type == "symlink":
+            if os.readlink(name, dir_fd=directory) != entry.linkname:
+                raise _differs(entry.path, "leads elsewhere")
+            return
+        if entry.type == "file" and entry.links in (None, entry.path):
+            self._compare_content(entry, found, directory, name)
+        self._compare_xattrs(entry, directory, name)
+
+    def _compare_type(self, entry: Entry, found: os.stat_result) -> None:
+        kind = stat.S_IFMT(found.st_mode)
+        empty = kind == stat.S_IFREG and found.st_size == 0
+        if self._limited and empty and entry.type in ("char", "block", "whiteout"):
+            return  # which stands for a device
+        if kind != _TYPES.get(entry.type):
+            raise _differs(entry.path, f"is no {entry.type}")
+        device = (0, 0) if entry.type == "whiteout" else entry.dev
+        if device and (os.major(found.st_rdev), os.minor(found.st_rdev)) != device:
+            raise _differs(entry.path, "is another device")
+
+    def _compare_metadata(self, entry: Entry, found: os.stat_result) -> None:
+        if entry.mtime_ns // 10**9 in _SECONDS and found.st_mtime_ns != entry.mtime_ns:
+            raise _differs(entry.path, "has been modified")
+        if self._limited:
+            return
+        if (found.st_uid, found.st_gid) != (entry.uid, entry.gid):
+            raise _differs(entry.path, "belongs to somebody else")
+        if entry.type != "symlink" and stat.S_IMODE(found.st_mode) != entry.mode:
+            raise _differs(entry.path, "has another mode")
+
+    def _compare_content(
+        self, entry: Entry, found: os.stat_result, directory: int, name: bytes
+    ) -> None:
+        if found.st_size != entry.size:
+            raise _differs(entry.path, "has another size")
+        crc = 0
+        file = os.open(name, _FILE, dir_fd=directory)
+        try:
+            while data := os.read(file, _CHUNK):
+                self._check()
+                crc = crc32(data, crc)
+        finally:
+            os.close(file)
+        if entry.crc32 is not None and crc != entry.crc32:
+            raise _differs(entry.path, "has another content")
+
+    def _compare_xattrs(self, entry: Entry, directory: int, name: bytes) -> None:
+        descriptor = os.open(
+            name or b".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
+        )
+        try:
+            handle = f"/proc/self/fd/{descriptor}"
+            there = attributes_of(handle)
+            for attribute, value in entry.xattrs.items():
+                if attribute not in there:
+                    if not self._limited:
+                        raise _differs(entry.path, f"lacks the attribute {attribute!r}")
+                elif os.getxattr(handle, attribute) != value:
+                    raise _differs(entry.path, f"has another value of {attribute!r}")
+            opaque = any(prefix + "opaque" in there for prefix in _OVERLAY)
+            if opaque != entry.opaque and not self._limited:
+                raise _differs(entry.path, "hides more or less than in the list")
+            for attribute in there:
+                if (
+                    attribute.startswith(_OURS)
+                    and attribute not in entry.xattrs
+                    and attribute != OVERRIDE
+                    and not attribute.startswith(_OVERLAY)
+                ):
+                    raise _differs(entry.path, f"has an attribute {attribute!r}")
+        finally:
+            os.close(descriptor)
+
+
+def _differs(path: bytes, how: str) -> StoreError:
+    return StoreError(f"{shown(path or b'.')} {how}")
