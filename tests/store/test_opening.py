@@ -164,7 +164,11 @@ async def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
 
 
 VERSION_1 = """
+DROP TRIGGER blob_comes;
+DROP TRIGGER blob_goes;
 DROP TABLE image_blobs;
+DROP TABLE lacking;
+DROP TABLE layout;
 DROP TABLE leases;
 CREATE TABLE leases (id INTEGER PRIMARY KEY, holder TEXT NOT NULL, lease TEXT NOT NULL,
     digest TEXT NOT NULL);

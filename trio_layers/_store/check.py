@@ -27,6 +27,7 @@ from .catalog import (
     StoredTree,
     find_blob,
     find_layer,
+    find_layout,
     find_tree,
     find_whole_images,
 )
@@ -266,6 +267,8 @@ class Checker:
             raise StoreError(f"{digest} cannot be read ({error.strerror})") from error
 
     def _look_at_index(self, connection: sqlite3.Connection) -> str | None:
+        if find_layout(connection) is None:
+            self._write_index(connection)  # to be done anyway
         expected = {
             "index.json": index_document(find_whole_images(connection)),
             "oci-layout": OCI_LAYOUT,
