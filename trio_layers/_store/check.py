@@ -366,9 +366,15 @@ def _look_at_layer(item: _LayerItem) -> None:
 
 def _broken(connection: sqlite3.Connection) -> list[str]:
     """What SQLite finds wrong with its file."""
-    found = [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
-    for table, *_ in connection.execute("PRAGMA foreign_key_check"):
-        found.append(f"a row of {table} refers to one that is not there")
+    found: list[str] = []
+    try:
+        found += [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
+        for table, *_ in connection.execute("PRAGMA foreign_key_check"):
+            found.append(f"a row of {table} refers to one that is not there")
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        found.append(str(error))
     return found
 
 

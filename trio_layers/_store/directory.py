@@ -47,6 +47,7 @@ from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Base, Builder, Trees, Unpacker
+from .usage import Meter, StoreUsage
 
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
@@ -179,6 +180,7 @@ class DirectoryStore:
         )
         self._staging = Staging(self._content, self._trees, scratch, commits, holds, self._put)
         self._collector = Collector(root, catalog, scratch)
+        self._meter = Meter(root, catalog, self._content, self._trees)
         self._checker = Checker(
             root,
             catalog=catalog,
@@ -498,6 +500,11 @@ class DirectoryStore:
         if dry_run:
             return await self._collector.find()
         return await self._collector.remove()
+
+    async def usage(self) -> StoreUsage:
+        """What the store and its images take on the disk. It looks at every file, so it takes a
+        while; what comes or goes meanwhile may be counted or not."""
+        return await self._meter.measure()
 
     async def check(self, *, repair: bool = False) -> CheckReport:
         """Look at all that is there: whether each blob has its digest, each tree is what its list
