@@ -33,6 +33,7 @@ LEVELS: dict[str, int] = {
     "_compression": 0,
     "_acl": 0,
     "_entries": 0,
+    "_choice": 0,
     # The base: what the rooms agree on.
     "abc": 1,
     "_progress": 1,
@@ -44,6 +45,7 @@ LEVELS: dict[str, int] = {
     "_unpack": 2,
     "_store": 2,
     # What ties them together.
+    "_image": 3,
     "_worker": 3,
     "_workers": 4,
     "_pull": 5,

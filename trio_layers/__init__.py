@@ -41,6 +41,7 @@ from ._errors import UnpackError as UnpackError
 from ._errors import UnsupportedStore as UnsupportedStore
 from ._errors import VerificationError as VerificationError
 from ._errors import WorkerError as WorkerError
+from ._image import ImageLayer as ImageLayer
 from ._manifest import Descriptor as Descriptor
 from ._manifest import ImageConfig as ImageConfig
 from ._platform import Platform as Platform
@@ -49,7 +50,6 @@ from ._platform import parse_platform as parse_platform
 from ._progress import Progress as Progress
 from ._progress import Status as Status
 from ._pull import Image as Image
-from ._pull import ImageLayer as ImageLayer
 from ._pull import Puller as Puller
 from ._pull import PullPolicy as PullPolicy
 from ._pull import open_puller as open_puller
