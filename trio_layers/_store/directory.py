@@ -29,10 +29,11 @@ from .catalog import (
     find_image,
     find_images,
     find_layer,
+    find_tree,
     put_image,
 )
 from .commits import Commits, Job, open_commits
-from .content import BlobStream, Content, Ingest
+from .content import Batch, BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
 from .leases import Lease, open_lease
@@ -42,7 +43,7 @@ from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Base, Builder, Trees, Unpacker
 
-__all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
+__all__ = ["Batch", "DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
@@ -210,6 +211,14 @@ class DirectoryStore:
         rows, below = await self._catalog.read(self._find_rows, chain_id)
         return self._layer(rows, below) if rows else None
 
+    async def tar_size(self, layer: Layer) -> int:
+        """The length of a layer's tar in bytes, decompressed.
+
+        Raises:
+            StoreError: if the layer is not there.
+        """
+        return await self._catalog.read(_tar_size, layer.chain_id)
+
     async def register(
         self,
         stream: trio.abc.ReceiveStream,
@@ -314,6 +323,15 @@ class DirectoryStore:
             StoreError: for what the disk does.
         """
         return self._content.ingest(descriptor)
+
+    def batch(self) -> AbstractAsyncContextManager[Batch]:
+        """Take blobs in whose digests are not known before, in the block; see `Batch`. Those
+        that are not committed there are removed, however it ends.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        return self._content.batch()
 
     async def put_blob(self, descriptor: Descriptor, data: bytes) -> None:
         """Store a blob that is in memory. One that is there already stays.
@@ -489,6 +507,14 @@ class DirectoryStore:
             check_cancelled=trio.from_thread.check_cancelled,
             surveys=self._surveys,
         )
+
+
+def _tar_size(connection: sqlite3.Connection, chain_id: ChainID) -> int:
+    layer = find_layer(connection, chain_id)
+    tree = None if layer is None else find_tree(connection, layer.tree)
+    if tree is None:
+        raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
+    return tree.size
 
 
 def _resolved(path: Path) -> Path:

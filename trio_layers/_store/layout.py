@@ -31,7 +31,7 @@ from .catalog import (
 )
 from .files import disk_errors, lock_directory, replace_file, sync_directory
 
-__all__ = ["Flavour", "index_document", "open_directory"]
+__all__ = ["INDEX_ANNOTATION", "OCI_LAYOUT", "Flavour", "index_document", "open_directory"]
 
 Ts = TypeVarTuple("Ts")
 
@@ -48,7 +48,11 @@ _NAMES: Final = {
 }
 
 # OCI image specification, image-layout.md.
-_OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+INDEX_ANNOTATION: Final = "trio-layers.index"
+"""In a layout's index, of an image: the digest of the index it was chosen from, a blob of the
+layout that nothing else points to."""
+
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 
 
@@ -104,15 +108,19 @@ def index_document(images: Iterable[StoredImage]) -> bytes:
     ``image-layout.md``), which containerd reads from an annotation of its own."""
     manifests: list[dict[str, object]] = []
     for image in images:
+        annotations: dict[str, str] = {
+            "io.containerd.image.name": image.reference,
+            "org.opencontainers.image.ref.name": image.reference,
+        }
         entry: dict[str, object] = {
             "mediaType": image.manifest.media_type,
             "digest": image.manifest.digest,
             "size": image.manifest.size,
-            "annotations": {
-                "io.containerd.image.name": image.reference,
-                "org.opencontainers.image.ref.name": image.reference,
-            },
+            "annotations": annotations,
         }
+        if image.index is not None:
+            # The index itself may have entries that are not here, over which tools stumble.
+            annotations[INDEX_ANNOTATION] = image.index.digest
         if image.platform is not None:
             platform = parse_platform(image.platform)
             fields = ("os", "architecture", "variant")
@@ -207,7 +215,7 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
     """
     for name in _DIRECTORIES:
         (root / name).mkdir(0o700, exist_ok=True)
-    replace_file(root / "oci-layout", _OCI_LAYOUT, temporary=root / "ingest" / "oci-layout")
+    replace_file(root / "oci-layout", OCI_LAYOUT, temporary=root / "ingest" / "oci-layout")
     replace_file(root / "index.json", index_document(()), temporary=root / "ingest" / "index.json")
     for name in ("blobs", "trees", "."):
         sync_directory(root / name)
