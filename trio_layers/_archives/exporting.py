@@ -48,11 +48,13 @@ async def export_images(
 
     The OCI forms have manifest, config and layers as they were pulled, so all digests stay; and
     the index that an image was chosen from, if there was one, for `import_images`, while other
-    tools are shown the image alone. ``skopeo``, ``podman load``, ``umoci`` and containerd read
-    them; images are found in them under their full names.
+    tools are shown the image alone. Images are found in them under their full names. An
+    OCI archive has a ``manifest.json`` besides, as those of Docker 25 have, so that ``docker
+    load`` takes it in any version. What was pulled in Docker's schema 2 stays that, too; skopeo
+    finds no such image by its name in an OCI layout, but by that ``manifest.json`` it does.
 
-    A docker-archive is for ``docker load``, too. The config, and so the image's ID, stays; the
-    layers are plain tars. It is larger, and there are no manifests in it.
+    A docker-archive has the layers as plain tars, and no manifests. The config, and so the
+    image's ID, stays.
 
     Equal images give equal bytes.
 
@@ -104,7 +106,7 @@ async def export_images(
         if format == "docker-archive":
             entries = await _docker_entries(store, images)
         else:
-            entries = await _oci_entries(store, images)
+            entries = await _oci_entries(store, images, for_docker=format == "oci-archive")
         await _write(entries, target, format)
 
 
@@ -125,7 +127,9 @@ async def _stored(
     return image
 
 
-async def _oci_entries(store: DirectoryStore, images: Sequence[_Exported]) -> list[Entry]:
+async def _oci_entries(
+    store: DirectoryStore, images: Sequence[_Exported], *, for_docker: bool
+) -> list[Entry]:
     blobs: dict[Digest, Blob] = {}
     for exported in images:
         image, layers = exported.image, exported.manifest.layers
@@ -140,16 +144,25 @@ async def _oci_entries(store: DirectoryStore, images: Sequence[_Exported]) -> li
                     "docker-archive"
                 )
             blobs[descriptor.digest] = Blob(path, descriptor.digest, descriptor.size)
+    docker = _described(
+        (
+            exported.reference,
+            blob_path(exported.image.config.digest),
+            [blob_path(layer.digest) for layer in exported.manifest.layers],
+        )
+        for exported in images
+    )
     return [
         (LAYOUT, OCI_LAYOUT),
         (INDEX, index_document(exported.image for exported in images)),
+        *([(DOCKER, docker)] if for_docker else ()),
         *((blob_path(digest), blobs[digest]) for digest in sorted(blobs)),
     ]
 
 
 async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) -> list[Entry]:
     files: dict[str, bytes | Blob] = {}
-    described: dict[str, DockerImage] = {}
+    described: list[tuple[Reference, str, list[str]]] = []
     for exported in images:
         image = exported.image
         config = await store.read_blob(image.config.digest)
@@ -168,10 +181,18 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
                 size = await store.tar_size(layer)
                 files[layers[-1]] = Blob(path, layer.diff_id, size, inflate=True)
         files[name] = config
-        # An image that has several names has them all at one place.
-        before = described[name].tags if name in described else ()
-        described[name] = DockerImage(name, before + _tags(exported.reference), tuple(layers))
-    return [*files.items(), (DOCKER, encode_docker(described.values()))]
+        described.append((exported.reference, name, layers))
+    return [*files.items(), (DOCKER, _described(described))]
+
+
+def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
+    """The ``manifest.json`` of images: their names, where their configs and their layers are. One
+    that has several names has them all at one place."""
+    described: dict[str, DockerImage] = {}
+    for reference, config, layers in images:
+        before = described[config].tags if config in described else ()
+        described[config] = DockerImage(config, before + _tags(reference), tuple(layers))
+    return encode_docker(described.values())
 
 
 async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLayer]:
