@@ -11,12 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
-from store.world import Stream, visible
 
 from trio_layers import DirectoryStore, Entry, StoredImage, open_store
 from trio_layers.testing import Built, BuiltImage, File, build_image
-
-__all__ = ["Stream", "visible"]
 
 NAME = "docker.io/library/demo:1"
 OCI_LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'

@@ -206,9 +206,9 @@ async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLa
 
 
 def _tags(reference: Reference) -> tuple[str, ...]:
-    """As docker writes them; they have no digests."""
-    tagged = attrs.evolve(reference, digest=None)
-    return (tagged.familiar,) if reference.tag else ()
+    """In full, though docker writes short ones: podman takes those for its own. They have no
+    digests."""
+    return (str(attrs.evolve(reference, digest=None)),) if reference.tag else ()
 
 
 def _hex(digest: Digest) -> str:
