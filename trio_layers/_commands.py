@@ -224,13 +224,14 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _import(arguments: argparse.Namespace) -> int:
+    source = _archive_on_stdin() if arguments.source == "-" else arguments.source
     async with (
         open_store(arguments.store) as store,
         _open_display(arguments) as progress,
     ):
         images = await import_images(
             store,
-            _archive_on_stdin() if arguments.source == "-" else arguments.source,
+            source,
             reference=arguments.reference,
             platform=arguments.platform,
             progress=progress,
