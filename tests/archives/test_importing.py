@@ -46,7 +46,7 @@ from trio_layers import (
     VerificationError,
     import_images,
 )
-from trio_layers._archives import reading
+from trio_layers._archives import importing, reading
 from trio_layers._compression import zstd
 from trio_layers._digest import digest_of
 from trio_layers._manifest import decode_manifest
@@ -544,7 +544,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "another config": (
         {**DOCKER, CONFIG: OTHER.config},
         VerificationError,
-        f"{CONFIG} is damaged.*{OTHER.config_descriptor.digest}",
+        f"'{CONFIG}' is damaged.*{OTHER.config_descriptor.digest}",
     ),
     "no layer": (changed(DOCKER, **{"1/layer.tar": None}), ArchiveError, "lacks '1/layer.tar'"),
     "another layer": (
@@ -586,6 +586,11 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
         tar_of({**DOCKER, "0/layer.tar": link("0/layer.tar", "../../../etc/passwd")}),
         ArchiveError,
         "lacks '0/layer.tar'",
+    ),
+    "a blob that is a link": (
+        tar_of({**changed(OCI, **{LAYER: None}), "x": b"no", LAYER: link(LAYER, "../../x")}),
+        VerificationError,
+        f"{LAYER} is damaged: what it holds is {digest_of(b'no')}",
     ),
     "links in a circle": (
         tar_of(
@@ -682,6 +687,9 @@ async def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         with pytest.raises(ArchiveError, match=r"'zeros'.*limit max_ratio"):
             await import_images(store, Stream(data))
+        monkeypatch.setattr(importing, "MAX_LAYERS", 1)
+        with pytest.raises(ArchiveError, match="more than 1 layers"):
+            await import_images(store, Stream(tar_of(DOCKER)))
         assert visible(tmp_path) == []
 
 

@@ -152,12 +152,16 @@ async def _oci_entries(
         )
         for exported in images
     )
-    return [
+    documents: list[Entry] = [
         (LAYOUT, OCI_LAYOUT),
         (INDEX, index_document(exported.image for exported in images)),
-        *([(DOCKER, docker)] if for_docker else ()),
-        *((blob_path(digest), blobs[digest]) for digest in sorted(blobs)),
     ]
+    contents: list[Entry] = [(blob_path(digest), blobs[digest]) for digest in sorted(blobs)]
+    if not for_docker:
+        # What is there at once is a layout when it is whole.
+        return contents + documents
+    # Whoever reads it as it comes is to know first what it is of.
+    return [*documents, (DOCKER, docker), *contents]
 
 
 async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) -> list[Entry]:

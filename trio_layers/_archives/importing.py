@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from typing import TypeVar, TypeVarTuple, final
+from typing import Final, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
@@ -57,6 +57,10 @@ from .documents import (
 from .reading import Shelf, Source, open_source
 
 __all__ = ["import_images"]
+
+MAX_LAYERS: Final = 100_000
+"""Of all images of a source. They take memory, and an archive can name one blob any number of
+times."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -123,17 +127,19 @@ async def import_images(
     async with store.lease() as lease, store.batch() as batch:
         shelf = Shelf(store, batch, lease)
         opened = await open_source(source, shelf)
+        images: list[_Image] = []
+        layers = 0
         try:
-            images = [
-                await _find(opened, candidate, names, platform)
-                for candidate, names in _select(opened.name, await _candidates(opened), reference)
-            ]
+            for candidate, names in _select(opened.name, await _candidates(opened), reference):
+                images.append(await _find(opened, shelf, candidate, names, platform))
+                layers += len(images[-1].layers)
+                if layers > MAX_LAYERS:
+                    raise ArchiveError(f"{opened.name} has more than {MAX_LAYERS} layers")
         except ManifestError as error:
             raise ManifestError(f"{opened.name}: {error}") from error
-        await lease.hold(*(digest for image in images for digest in image.digests()))
-        await batch.commit(
-            (layer.descriptor.digest for image in images for layer in image.layers), lease=lease
-        )
+        digests = [digest for image in images for digest in image.digests()]
+        await lease.hold(*digests)
+        await batch.commit(digests, lease=lease)
         return await _put(store, images, progress)
 
 
@@ -159,7 +165,6 @@ async def _put(
                     platform=stored.platform,
                     chain_id=stored.chain_id,
                     index=stored.index,
-                    documents=image.documents,
                 )
                 put.append(stored)
     return put
@@ -195,14 +200,14 @@ class _Image:
     config: Descriptor
     platform: Platform
     layers: tuple[ImageLayer, ...]
-    documents: dict[Digest, bytes]
     index: Descriptor | None = None
 
-    def digests(self) -> Iterator[Digest | None]:
-        """What must stay in the store."""
+    def digests(self) -> Iterator[Digest]:
+        """What must be in the store, and stay there: blobs and chains."""
         yield self.manifest.digest
         yield self.config.digest
-        yield None if self.index is None else self.index.digest
+        if self.index is not None:
+            yield self.index.digest
         for layer in self.layers:
             yield layer.descriptor.digest
             yield layer.chain_id
@@ -322,13 +327,14 @@ def _select(
 
 async def _find(
     source: Source,
+    shelf: Shelf,
     candidate: _Candidate,
     names: tuple[Reference, ...],
     platform: Platform | None,
 ) -> _Image:
     """The image, all of whose parts the store or the batch has."""
     if candidate.docker is not None:
-        image = await _find_docker(source, candidate.docker, names, platform)
+        image = await _find_docker(source, shelf, candidate.docker, names, platform)
     else:
         image = await _find_oci(source, candidate.roots, names, platform)
     digests = {image.manifest.digest, None if image.index is None else image.index.digest}
@@ -351,7 +357,6 @@ async def _find_oci(
     """By the rules of `RegistryClient.resolve`."""
     called = f"{source.name}: {', '.join(map(str, names))}"
     wanted = platform or host_platform()
-    documents: dict[Digest, bytes] = {}
     index: Descriptor | None = None
     several = len(roots) > 1
     if several:
@@ -365,43 +370,39 @@ async def _find_oci(
         if not isinstance(document, Index):
             break
         if index is None:
-            index, documents[descriptor.digest] = descriptor, data
+            index = descriptor
         descriptor = choose_image(called, document, wanted)
         data = await _document(source, descriptor)
         document = await _decode(source, decode_manifest, data, descriptor.media_type)
     if isinstance(document, Index):
         raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
     check_image(document)
-    documents[descriptor.digest] = data
-    config_data = await _document(source, document.config)
-    documents[document.config.digest] = config_data
-    config = await _decode(source, decode_config, config_data)
+    config = await _decode(source, decode_config, await _document(source, document.config))
     check_layer_count(document, config)
     chosen = several or index is not None
     said = chosen and descriptor.platform is not None
     if not said and (chosen or platform is not None):
         check_platform(called, config.platform, wanted)
     if index is None:
-        index = await _index_of(source, root, documents)
-    for layer in document.layers:
-        item = await source.take(blob_path(layer.digest))
+        index = await _index_of(source, root)
+    for part in (index, descriptor, document.config, *document.layers):
+        if part is None:
+            continue
+        item = await source.take(blob_path(part.digest))
         if item is None:
-            raise _missing(source, layer)
-        _check_size(source, layer, item.size)
+            raise _missing(source, part)
+        _check(source, part, item.digest, item.size)
     return _Image(
         names,
         _plain(descriptor),
         _plain(document.config),
         config.platform,
         layers_of(document.layers, config.diff_ids),
-        documents,
         None if index is None else _plain(index),
     )
 
 
-async def _index_of(
-    source: Source, root: Descriptor, documents: dict[Digest, bytes]
-) -> Descriptor | None:
+async def _index_of(source: Source, root: Descriptor) -> Descriptor | None:
     """The index that an image was once chosen from, where one of our layouts has it."""
     digest = root.annotations.get(INDEX_ANNOTATION)
     if digest is None or claimed_digest(f"blobs/{digest.replace(':', '/')}") is None:
@@ -414,13 +415,13 @@ async def _index_of(
             index = await _decode(source, decode_manifest, data, media_type)
         except ManifestError:
             continue
-        documents[Digest(digest)] = data
         return Descriptor(index.media_type, Digest(digest), len(data))
     return None
 
 
 async def _find_docker(
     source: Source,
+    shelf: Shelf,
     image: DockerImage,
     names: tuple[Reference, ...],
     platform: Platform | None,
@@ -432,7 +433,7 @@ async def _find_docker(
     claimed = claimed_digest(image.config, config=True)
     if claimed not in (None, digest):
         raise VerificationError(
-            f"{source.name}: {image.config} is damaged: what it holds is {digest}",
+            f"{source.name}: {shown(image.config)} is damaged: what it holds is {digest}",
             digest=claimed,
         )
     config = await _decode(source, decode_config, data)
@@ -448,13 +449,14 @@ async def _find_docker(
     config_descriptor = Descriptor(CONFIG_TYPE, digest, len(data))
     manifest = encode_manifest(config_descriptor, layers)
     descriptor = Descriptor(MANIFEST_TYPES[0], digest_of(manifest), len(manifest))
+    await source.take(image.config)
+    await shelf.keep(descriptor.digest, manifest)
     return _Image(
         names,
         descriptor,
         config_descriptor,
         config.platform,
         layers_of(layers, config.diff_ids),
-        {digest: data, descriptor.digest: manifest},
     )
 
 
@@ -486,13 +488,7 @@ async def _document(source: Source, descriptor: Descriptor) -> bytes:
     data = await source.read(blob_path(descriptor.digest))
     if data is None:
         raise _missing(source, descriptor)
-    if digest_of(data) != descriptor.digest:
-        raise VerificationError(
-            f"{source.name}: {blob_path(descriptor.digest)} is damaged: what it holds is "
-            f"{digest_of(data)}",
-            digest=descriptor.digest,
-        )
-    _check_size(source, descriptor, len(data))
+    _check(source, descriptor, digest_of(data), len(data))
     return data
 
 
@@ -502,7 +498,12 @@ def _missing(source: Source, descriptor: Descriptor) -> ArchiveError:
     )
 
 
-def _check_size(source: Source, descriptor: Descriptor, size: int) -> None:
+def _check(source: Source, descriptor: Descriptor, digest: Digest, size: int) -> None:
+    if digest != descriptor.digest:
+        raise VerificationError(
+            f"{source.name}: {blob_path(descriptor.digest)} is damaged: what it holds is {digest}",
+            digest=descriptor.digest,
+        )
     if size != descriptor.size:
         raise VerificationError(
             f"{source.name}: {descriptor.digest} is {size} bytes long, "

@@ -131,10 +131,10 @@ class Shelf:
         digest, size = self.batch.add(watched())
         return Item(digest, size, recognise(head))
 
-    async def keep(self, item: Item) -> None:
-        """See to it that the batch has what is held in memory."""
-        if item.data is not None and await self._find(item.digest) is None:
-            await trio.to_thread.run_sync(self.batch.add, [item.data])
+    async def keep(self, digest: Digest, data: bytes) -> None:
+        """Take in a blob that is in memory."""
+        if await self._find(digest) is None:
+            await trio.to_thread.run_sync(self.batch.add, [data])
 
     async def _find(self, digest: Digest) -> Path | None:
         await self.lease.hold(digest)
@@ -231,10 +231,10 @@ class Archive:
 
     async def take(self, path: str) -> Item | None:
         item = self._find(path)
-        if item is None:
+        if item is None or item.data is None:
             await trio.lowlevel.checkpoint()
         else:
-            await self._shelf.keep(item)
+            await self._shelf.keep(item.digest, item.data)
         return item
 
     async def names(self) -> list[str]:

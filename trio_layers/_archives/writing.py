@@ -79,7 +79,7 @@ def write_tar(
 
 
 def write_file(target: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that is there when it is whole, and which replaces nothing.
+    """Write a file that is there when it is whole, and on the disk, and which replaces nothing.
 
     Raises:
         ExportError: if it is there already, or cannot be written.
@@ -94,6 +94,8 @@ def write_file(target: Path, pieces: Iterable[bytes]) -> None:
             for piece in pieces:
                 with _writing(target):
                     _write(file.fileno(), piece)
+            with _writing(target):
+                os.fsync(file.fileno())
         with _writing(target):
             _rename(temporary, target)
     finally:
