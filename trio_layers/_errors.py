@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 _E = TypeVar("_E", bound="LayersError")
 
 __all__ = [
+    "ArchiveError",
     "AuthenticationError",
     "DecompressionError",
     "DoNotRetry",
@@ -101,6 +102,12 @@ class PlatformError(LayersError, ValueError):
 class ManifestError(LayersError):
     """A manifest, an index or an image config is not what the specification allows, or is not
     one of an image. The image's publisher has to mend it."""
+
+
+class ArchiveError(LayersError):
+    """An image archive or layout is damaged, lacks something, or is of an unknown kind; or it
+    does not tell which of its images is meant, or what that is called. Names the archive, and
+    what in it."""
 
 
 # The registry.
@@ -251,8 +258,9 @@ class WorkerError(_OfALayer):
 
 
 class ExportError(LayersError):
-    """A directory could not take a root file system: it is not empty, or what the operating
-    system raised is the ``__cause__``. The store is not concerned.
+    """A root file system or an archive could not be written: the directory is not empty, the file
+    is there, or what the operating system raised is the ``__cause__``. The store is not
+    concerned.
 
     Attributes:
         path: What could not be written.

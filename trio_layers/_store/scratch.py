@@ -91,6 +91,7 @@ class Scratch:
         self._leases = root / "leases"
         self._numbers = itertools.count()
         self._waste = trio.Event()
+        self._sweeping = trio.Lock()
         self.holder: str = secrets.token_hex(8)
 
     def new(self, kind: str) -> Path:
@@ -151,7 +152,11 @@ class Scratch:
             await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
 
     async def sweep_after_the_dead(self, catalog: Catalog) -> None:
-        """Remove what dead holders left, and their leases."""
+        """Remove what dead holders left, and their leases. If that is under way, it is waited for."""
+        async with self._sweeping:
+            await self._sweep_after_the_dead(catalog)
+
+    async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
         for holder in await trio.to_thread.run_sync(self._others):
             path = self._leases / holder
             descriptor = await trio.to_thread.run_sync(self._try_lock, path)
