@@ -152,7 +152,7 @@ class Scratch:
             await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
 
     async def sweep_after_the_dead(self, catalog: Catalog) -> None:
-        """Remove what dead holders left, and their leases. If that is under way, it is waited for."""
+        """Remove what dead holders left, and their leases; wait for who is at it already."""
         async with self._sweeping:
             await self._sweep_after_the_dead(catalog)
 
