@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -242,6 +243,7 @@ async def open_world() -> AsyncIterator[World]:
                 [sys.executable, SCRIPT],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": paths},
             )
             try:
@@ -250,7 +252,7 @@ async def open_world() -> AsyncIterator[World]:
                 yield world
             finally:
                 with trio.CancelScope(shield=True):
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # with its child
                     await process.wait()
 
 
