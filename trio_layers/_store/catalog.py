@@ -38,6 +38,7 @@ __all__ = [
     "create_schema",
     "drop_leases",
     "find_blob",
+    "find_holders",
     "find_image",
     "find_images",
     "find_layer",
@@ -450,3 +451,8 @@ def drop_leases(connection: sqlite3.Connection, holder: str, lease: str | None =
         "DELETE FROM leases WHERE holder = :holder AND (:lease IS NULL OR lease = :lease)",
         {"holder": holder, "lease": lease},
     )
+
+
+def find_holders(connection: sqlite3.Connection) -> set[str]:
+    """Who has leases, alive or not."""
+    return {row[0] for row in connection.execute("SELECT DISTINCT holder FROM leases")}
