@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -93,6 +94,33 @@ def make_ext4(image: Path, *, size: int = SIZE) -> None:
     options = "nodiscard,lazy_itable_init=1,lazy_journal_init=1"
     command = ["mkfs.ext4", "-q", "-F", "-E", options, "-J", "size=4", "-N", "4096", image]
     subprocess.run(command, check=True)
+
+
+def make_thin_ext4(image: Path, *, size: int) -> None:
+    """One that has more space than the file system that its image is on: its own tables and its
+    journal are there, and what files need is asked for when it is written back."""
+    make_ext4(image, size=size)
+    with open(image, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    told = subprocess.run(["dumpe2fs", image], check=True, capture_output=True, text=True).stdout
+    block = int(re.search(r"^Block size: +(\d+)$", told, re.M)[1])
+    for ranges in re.findall(r"^  Free blocks: (.+)$", told, re.M):
+        for free in ranges.split(", "):
+            first, last = free.split("-")[0], free.split("-")[-1]
+            length = int(last) + 1 - int(first)
+            where = ["--offset", str(int(first) * block), "--length", str(length * block)]
+            subprocess.run(["fallocate", "--punch-hole", *where, image], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write to a file until there is no space."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (64 * 1024, 4096):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
 
 
 @contextmanager

@@ -233,7 +233,12 @@ def _watch_sync(steps: Steps) -> None:
             ctypes.set_errno(error.errno or 0)
             return -1
 
-    files._syncfs = lambda: watched
+    def asked() -> Callable[[int], int]:
+        # Before there is a descriptor to do it with, which is told only of what fails from then on.
+        with steps.step("look for syncfs"):
+            return watched
+
+    files._syncfs = asked
 
 
 def _watch_catalog(steps: Steps) -> None:

@@ -130,6 +130,7 @@ class World:
         names: tuple[str, ...],
         *,
         at: Callable[[dict, list[dict]], Awaitable[None]] | None = None,
+        said: list[dict] | None = None,
         **request: object,
     ) -> Run:
         """Have a child pull into a store.
@@ -138,11 +139,12 @@ class World:
             path: The store.
             names: What it pulls.
             at: Called where the child waits at a step, with that and what was said before.
+            said: Where what it says goes, as it says it.
             request: More, see ``child.py``.
         """
         pulls = [(self.names[name], wanted(name)) for name in names]
         await self._tell({"path": os.fspath(path), "pulls": pulls, **request})
-        said: list[dict] = []
+        said = [] if said is None else said
         with trio.fail_after(300):
             while True:
                 line = await self._next()
@@ -216,6 +218,17 @@ def lost(had: dict[str, list[str]], found: dict[str, list[str]]) -> list[str]:
         for key in keys
         if key not in found.get(table, ())
     ]
+
+
+def untyped(run: Run) -> list[str]:
+    """What a child said of errors that are not what they should be."""
+    wrong = [f"it ended with {run.ended}"] if run.ended != 0 else []
+    for failure in run.failures:
+        if "StoreError" not in failure["kinds"]:
+            wrong.append(f"{failure['failed']}: {failure['kinds'][0]}: {failure['text']}")
+        elif failure["failed"] == "again":
+            wrong.append(f"when it was over: {failure['text']}")
+    return wrong
 
 
 async def verdict(

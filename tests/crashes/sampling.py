@@ -48,10 +48,10 @@ def points(counts: Mapping[str, int], *, each: bool) -> Iterator[Point]:
         elif is_decisive(name):
             # What is after one step is before the next, but for the last.
             yield Point(name, 1, "before")
-            if name.startswith(("COMMIT", "replace")) or count > 1:
+            if name.startswith(("COMMIT", "replace")):
                 yield Point(name, count, "after")
         elif each and " in tr" not in name:
-            yield Point(name, count, "before")
+            yield Point(name, 1, "before")
 
 
 def is_decisive(name: str) -> bool:
