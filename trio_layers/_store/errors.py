@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,9 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
         name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
         # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
         full = name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+        if name.startswith("SQLITE_CANTOPEN"):
+            # It does not say why it cannot make its log.
+            full = _is_full(path)
         # Of a kind there are several, told apart by a suffix.
         read_only = name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"))
         busy = name.startswith("SQLITE_BUSY")
@@ -45,3 +49,12 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
     if busy:
         return StoreError(f"{path} was held by another process for too long: try again")
     return StoreError(f"{path} failed: {reason}")
+
+
+def _is_full(path: Path) -> bool:
+    """Whether no file can be made there for lack of space. No number at all means no limit."""
+    try:
+        there = os.statvfs(path)
+    except OSError:
+        return False
+    return there.f_bavail == 0 < there.f_blocks or there.f_favail == 0 < there.f_files
