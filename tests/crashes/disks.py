@@ -149,11 +149,10 @@ def remount(path: Path, options: str) -> None:
 
 
 def _device(path: Path) -> str:
-    for line in reversed(Path("/proc/mounts").read_text().splitlines()):
-        source, where, *_ = line.split()
-        if where == os.fspath(path):
-            return source.rpartition("/")[2]
-    raise AssertionError(f"{path} is not mounted")
+    number = os.stat(path).st_dev
+    return os.path.basename(
+        os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    )
 
 
 def _copy_sparse(source: Path, target: Path) -> None:
