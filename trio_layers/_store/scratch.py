@@ -24,7 +24,7 @@ import trio
 from .._digest import Digest
 from .._errors import StoreError
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog, drop_leases
+from .catalog import Catalog, drop_leases, find_holders
 from .files import disk_errors, file_name, remove_directory, try_lock, unlock
 from .mount import detach_stale
 
@@ -157,7 +157,9 @@ class Scratch:
             await self._sweep_after_the_dead(catalog)
 
     async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
-        for holder in await trio.to_thread.run_sync(self._others):
+        # Of one that could not end its leases, nothing else may be left.
+        holders = await catalog.read(find_holders)
+        for holder in await trio.to_thread.run_sync(self._others, holders):
             path = self._leases / holder
             descriptor = await trio.to_thread.run_sync(self._try_lock, path)
             if descriptor is None:
@@ -175,11 +177,11 @@ class Scratch:
         with disk_errors(self._leases):
             return try_lock(path)
 
-    def _others(self) -> set[str]:
+    def _others(self, holders: set[str]) -> set[str]:
         """The other holders: by their files, and by what is left of them without one."""
         named = {match[1] for name in os.listdir(self._ingest) if (match := _HELD.fullmatch(name))}
         named.update(name for name in os.listdir(self._leases) if _HOLDER.fullmatch(name))
-        return named - {self.holder}
+        return (holders | named) - {self.holder}
 
     def _remove_locks(self) -> None:
         """Those that the dead held; who waits for one meanwhile tries again."""
