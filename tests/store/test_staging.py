@@ -32,6 +32,7 @@ from store.world import (
 from trio_layers._digest import ChainID
 from trio_layers._errors import StoreError, StoreFull, UnpackError, VerificationError
 from trio_layers._store import commits
+from trio_layers._store.content import Partial
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
 from trio_layers._store.growth import Abandoned, Follower, Growth, StartedOver, State
 from trio_layers._unpack import worker
@@ -210,6 +211,40 @@ async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
         assert deadline > 5
         assert await store.get(chain_of(BASE)) is not None
     assert arriving(tmp_path) == []
+
+
+async def test_cancelled_in_a_write_it_lets_nobody_else_write_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that writes is not to be stopped: until it is through, the file is its own."""
+    append, writing, go_on = Partial.append, trio.Event(), threading.Event()
+    data = TOP.data[: 2 * MIB]
+
+    def slow(self: Partial, *pieces: bytes) -> None:
+        trio.from_thread.run_sync(writing.set)
+        go_on.wait()
+        append(self, *pieces)
+
+    async def write() -> None:
+        with scope:
+            async with store.stage(TOP.descriptor) as staged:
+                await staged.write(data)
+
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+        scope = trio.CancelScope()
+        monkeypatch.setattr(Partial, "append", slow)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                await writing.wait()
+                scope.cancel()
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                go_on.set()
+        finally:
+            go_on.set()
+        monkeypatch.setattr(Partial, "append", append)
+        async with store.stage(TOP.descriptor) as staged:
+            assert (staged.offset, staged.digest) == (len(data), digest_of(data))
 
 
 async def test_the_tree_of_a_blob_serves_another_chain(tmp_path: Path) -> None:

@@ -79,8 +79,11 @@ class Staging:
             stage._nursery = nursery
             try:
                 await nursery.start(stage._work)
+                # Cancelled from outside, it must not leave the file before who writes into it.
+                stage._scope.shield = True
                 yield stage
             finally:
+                stage._scope.cancel()
                 # A worker thread heeds no other cancellation.
                 stage._growth.abandon()
                 nursery.cancel_scope.cancel()
@@ -103,6 +106,7 @@ class DirectoryStage:
         self._ended = trio.Event()
         self._tree: StoredTree | None = None
         self._error: Exception | None = None
+        self._scope = trio.CancelScope()
 
     @property
     def complete(self) -> bool:
@@ -149,6 +153,10 @@ class DirectoryStage:
 
     async def _work(self, task_status: trio.TaskStatus[None]) -> None:
         """Hold the lock while there is something to do under it."""
+        with self._scope:
+            await self._unpack(task_status)
+
+    async def _unpack(self, task_status: trio.TaskStatus[None]) -> None:
         content, trees = self._staging.content, self._staging.trees
         async with self._staging.limiter, content.ingest(self._descriptor) as self._sink:
             if self._sink.committed:
