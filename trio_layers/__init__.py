@@ -66,6 +66,8 @@ from ._store.memory import MemoryLayer as MemoryLayer
 from ._store.memory import MemoryStore as MemoryStore
 from ._store.memory import MemoryStream as MemoryStream
 from ._store.rootfs import RootfsView as RootfsView
+from ._store.usage import ImageUsage as ImageUsage
+from ._store.usage import StoreUsage as StoreUsage
 from ._unpack.limits import Limits as Limits
 from ._util import export_as_public
 from ._version import __version__ as __version__

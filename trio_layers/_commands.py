@@ -251,14 +251,21 @@ def _as_json(image: Image) -> str:
 
 
 def _images_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing but what every command has."""
+    parser.add_argument(
+        "--size",
+        action="store_true",
+        help="also the bytes an image takes, and how many of them no other image needs",
+    )
 
 
 async def _images(arguments: argparse.Namespace) -> int:
     async with open_store(arguments.store) as store:
         images = await store.images()
+        usage = (await store.usage()).images if arguments.size else {}
     for image in images:
-        print(image.reference, image.platform or "-", image.manifest.digest)
+        sizes = usage.get(image.manifest.digest)
+        about = () if sizes is None else (sizes.size, sizes.exclusive)
+        print(image.reference, image.platform or "-", image.manifest.digest, *about)
     return 0
 
 

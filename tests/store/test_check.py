@@ -372,3 +372,32 @@ async def test_a_repaired_layer_is_not_handed_out(tmp_path: Path, built: Built) 
                 assert stored.chain_id is None
             async with puller.pull(reference, policy="missing") as image:
                 assert await image.rootfs.read_bytes("/opt/new") == b"new" * 1000
+
+
+async def test_other_tools_see_an_image_when_all_its_blobs_are_there(tmp_path: Path) -> None:
+    """A layer is not downloaded where it is there from another blob, and others need the blob."""
+    gzip, zstd = (build_layer(BASE, compression=name) for name in ("gzip", "zstd"))
+    assert gzip.diff_id == zstd.diff_id
+
+    def listed() -> set[str]:
+        document = json.loads((tmp_path / "index.json").read_bytes())
+        return {entry["digest"] for entry in document["manifests"]}
+
+    async with open_registry() as registry:
+        one, two = build_image([gzip]), build_image([zstd])
+        references = [registry.add(one, "demo:gzip"), registry.add(two, "demo:zstd")]
+        async with open_puller(tmp_path) as puller:
+            for reference in references:
+                async with puller.pull(reference) as image:
+                    assert await image.rootfs.exists("/etc/passwd")
+            assert listed() == {one.digest}
+            assert len(await puller.store.images()) == 2
+            assert (await puller.store.check()).problems == ()
+            async with puller.store.ingest(zstd.descriptor) as ingest:
+                await ingest.write(bytes(zstd.content))
+                await ingest.commit()
+            assert (await puller.store.check()).problems == ()
+            assert listed() == {one.digest, two.digest}
+            await puller.store.collect()
+            assert (await puller.store.check()).problems == ()
+            assert listed() == {one.digest, two.digest}

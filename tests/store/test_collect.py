@@ -27,11 +27,13 @@ from store.world import (
     visible,
 )
 
+from trio_layers import open_puller
 from trio_layers._errors import VerificationError
 from trio_layers._store.collect import Collected
 from trio_layers._store.directory import DirectoryStore
 from trio_layers._store.files import disk_usage
 from trio_layers.abc import Layer
+from trio_layers.testing import File, build_image, build_layer, open_registry
 
 ONE, TWO, BASE = layer_of(one="1"), layer_of(two="2"), layer_of(base="0")
 NOTHING = Collected()
@@ -343,6 +345,25 @@ async def test_pulls_and_collections_at_once(tmp_path: Path) -> None:
         await store.collect()
         assert visible(tmp_path) == []
         assert rows_of(tmp_path) == dict.fromkeys(rows_of(tmp_path), 0)
+
+
+async def test_what_an_image_has_alone_is_what_its_removal_frees(tmp_path: Path) -> None:
+    async with open_registry() as registry, open_puller(tmp_path) as puller:
+        base = build_layer([File("base", os.urandom(50_000))])
+        for name in ("one", "two"):
+            own = build_layer([File(name, os.urandom(30_000))])
+            reference = registry.add(build_image([base, own]), f"demo:{name}")
+            async with puller.pull(reference) as image:
+                pass
+        usage = await puller.store.usage()
+        assert len(usage.images) == 2
+        this = usage.images[image.digest]
+        assert 2 * 80_000 <= this.size < usage.size
+        assert 2 * 30_000 <= this.exclusive <= this.size - 2 * 50_000
+        assert await puller.store.remove(reference)
+        assert (await puller.store.collect()).size == this.exclusive
+        [that] = (await puller.store.usage()).images.values()
+        assert that.size == that.exclusive
 
 
 def test_disk_usage_is_what_du_says(tmp_path: Path) -> None:

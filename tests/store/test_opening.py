@@ -28,6 +28,7 @@ from store.world import (
 )
 
 from trio_layers._errors import StoreError, StoreReadOnly, UnsupportedStore
+from trio_layers._store import layout
 
 LAYER = layer_of(hello="world")
 
@@ -151,6 +152,49 @@ async def test_a_file_is_no_directory(tmp_path: Path) -> None:
             pytest.fail("entered")
 
 
+async def test_a_directory_that_other_machines_share_is_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layout.file_system_type(Path("/proc")) == 0x9FA0
+    monkeypatch.setattr(layout, "file_system_type", lambda path: 0x6969)
+    with pytest.raises(UnsupportedStore, match="NFS"):
+        async with opened(tmp_path / "store"):
+            pytest.fail("entered")
+    assert snapshot(tmp_path / "store") == {}
+
+
+def scribble(path: Path, start: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(b"\x55" * 2000)
+
+
+async def test_a_damaged_catalog_is_said_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await make(path)
+    edit_catalog(path)
+    scribble(path / "catalog.sqlite", 100)
+    before = snapshot(path)
+    with pytest.raises(StoreError, match=r"catalog of the store .* is damaged") as caught:
+        async with opened(path):
+            pytest.fail("entered")
+    assert str(path) in str(caught.value)
+    assert snapshot(path) == before
+
+
+async def test_a_check_finds_a_damaged_catalog(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await make(path)
+    edit_catalog(path)
+    [(page,)] = rows_of(path, "SELECT rootpage FROM sqlite_schema WHERE name = 'layers_by_tree'")
+    assert isinstance(page, int)
+    scribble(path / "catalog.sqlite", 4096 * (page - 1))
+    async with opened(path) as store:
+        report = await store.check(repair=True)
+        assert {problem.kind for problem in report.problems} == {"catalog"}
+        assert not report.repaired
+
+
 async def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "store"
     await make(path)
@@ -164,7 +208,11 @@ async def test_a_newer_store_is_left_alone(tmp_path: Path) -> None:
 
 
 VERSION_1 = """
+DROP TRIGGER blob_comes;
+DROP TRIGGER blob_goes;
 DROP TABLE image_blobs;
+DROP TABLE lacking;
+DROP TABLE layout;
 DROP TABLE leases;
 CREATE TABLE leases (id INTEGER PRIMARY KEY, holder TEXT NOT NULL, lease TEXT NOT NULL,
     digest TEXT NOT NULL);

@@ -43,12 +43,14 @@ __all__ = [
     "find_image",
     "find_images",
     "find_layer",
+    "find_layout",
     "find_tree",
     "find_whole_images",
     "is_open_here",
     "migrate",
     "put_image",
     "set_diff_id",
+    "set_layout",
     "transaction",
 ]
 
@@ -120,11 +122,36 @@ CREATE INDEX references_by_index ON image_references (index_digest);
 
 # Tables of their own, since they are also made in a store that has the others.
 _SCHEMA_2: Final = """
+CREATE TABLE layout (           -- nothing where other tools may see what is not so
+    index_digest TEXT NOT NULL
+);
+
 CREATE TABLE image_blobs (      -- besides config and index: layers that need not be there
     manifest TEXT NOT NULL REFERENCES images ON DELETE CASCADE,
     digest TEXT NOT NULL,
     PRIMARY KEY (manifest, digest)
 ) WITHOUT ROWID;
+CREATE INDEX image_blobs_by_digest ON image_blobs (digest);
+
+CREATE TABLE lacking (          -- those of them that are not there
+    digest TEXT NOT NULL,
+    manifest TEXT NOT NULL REFERENCES images ON DELETE CASCADE,
+    PRIMARY KEY (digest, manifest)
+) WITHOUT ROWID;
+CREATE INDEX lacking_by_manifest ON lacking (manifest);
+CREATE TRIGGER image_lacks AFTER INSERT ON image_blobs
+    WHEN NOT EXISTS (SELECT 1 FROM blobs WHERE digest = NEW.digest)
+    BEGIN INSERT INTO lacking VALUES (NEW.digest, NEW.manifest); END;
+CREATE TRIGGER blob_comes AFTER INSERT ON blobs
+    BEGIN
+        DELETE FROM layout WHERE EXISTS (SELECT 1 FROM lacking WHERE digest = NEW.digest);
+        DELETE FROM lacking WHERE digest = NEW.digest;
+    END;
+CREATE TRIGGER blob_goes AFTER DELETE ON blobs
+    BEGIN
+        DELETE FROM layout WHERE EXISTS (SELECT 1 FROM image_blobs WHERE digest = OLD.digest);
+        INSERT INTO lacking SELECT digest, manifest FROM image_blobs WHERE digest = OLD.digest;
+    END;
 
 CREATE TABLE leases (
     holder TEXT NOT NULL,       -- the locked file in leases/
@@ -321,10 +348,19 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def create_schema(connection: sqlite3.Connection) -> None:
     """Make the tables; to be called in a transaction."""
-    for statement in (_SCHEMA + _SCHEMA_2).split(";"):
-        connection.execute(statement)
+    _run_all(connection, _SCHEMA + _SCHEMA_2)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _run_all(connection: sqlite3.Connection, statements: str) -> None:
+    """Not by `executescript`, which would end the transaction."""
+    statement = ""
+    for part in statements.split(";"):
+        statement += f"{part};"
+        if sqlite3.complete_statement(statement):
+            connection.execute(statement)
+            statement = ""
 
 
 def migrate(
@@ -336,8 +372,7 @@ def migrate(
         blobs_of: Tells the blobs of an image's layers, given its manifest.
     """
     connection.execute("DROP TABLE leases")  # whoever held them is gone
-    for statement in _SCHEMA_2.split(";"):
-        connection.execute(statement)
+    _run_all(connection, _SCHEMA_2)
     query = "SELECT media_type, digest, size FROM images JOIN blobs ON manifest = digest"
     for row in connection.execute(query).fetchall():
         manifest = Descriptor(*row)
@@ -480,12 +515,20 @@ def _images(rows: sqlite3.Cursor) -> Iterator[StoredImage]:
 def find_whole_images(connection: sqlite3.Connection) -> list[StoredImage]:
     """Those of `find_images` whose blobs are all there. A layer may have been there before, from
     a blob of another compression; then the image's own was not downloaded."""
-    where = (
-        "WHERE NOT EXISTS (SELECT 1 FROM image_blobs b WHERE b.manifest = i.manifest "
-        "AND b.digest NOT IN (SELECT digest FROM blobs)) "
-    )
+    where = "WHERE r.manifest NOT IN (SELECT manifest FROM lacking) "
     rows = connection.execute(_IMAGES + where + "ORDER BY r.reference, r.serial DESC")
     return list(_images(rows))
+
+
+def find_layout(connection: sqlite3.Connection) -> Digest | None:
+    """The digest of ``index.json`` as it was last written."""
+    row = connection.execute("SELECT index_digest FROM layout").fetchone()
+    return None if row is None else row[0]
+
+
+def set_layout(connection: sqlite3.Connection, index_digest: Digest) -> None:
+    connection.execute("DELETE FROM layout")
+    connection.execute("INSERT INTO layout VALUES (?)", (index_digest,))
 
 
 def drop_references(connection: sqlite3.Connection, reference: str, platform: str | None) -> int:

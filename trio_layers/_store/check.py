@@ -27,6 +27,7 @@ from .catalog import (
     StoredTree,
     find_blob,
     find_layer,
+    find_layout,
     find_tree,
     find_whole_images,
 )
@@ -266,6 +267,8 @@ class Checker:
             raise StoreError(f"{digest} cannot be read ({error.strerror})") from error
 
     def _look_at_index(self, connection: sqlite3.Connection) -> str | None:
+        if find_layout(connection) is None:
+            self._write_index(connection)  # to be done anyway
         expected = {
             "index.json": index_document(find_whole_images(connection)),
             "oci-layout": OCI_LAYOUT,
@@ -363,9 +366,15 @@ def _look_at_layer(item: _LayerItem) -> None:
 
 def _broken(connection: sqlite3.Connection) -> list[str]:
     """What SQLite finds wrong with its file."""
-    found = [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
-    for table, *_ in connection.execute("PRAGMA foreign_key_check"):
-        found.append(f"a row of {table} refers to one that is not there")
+    found: list[str] = []
+    try:
+        found += [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
+        for table, *_ in connection.execute("PRAGMA foreign_key_check"):
+            found.append(f"a row of {table} refers to one that is not there")
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        found.append(str(error))
     return found
 
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import attrs
 import trio
 
-from .._digest import ChainID, DiffID, Digest
+from .._digest import ChainID, DiffID, Digest, digest_of
 from .._errors import ManifestError, StoreError
 from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
@@ -30,8 +30,10 @@ from .catalog import (
     find_image,
     find_images,
     find_layer,
+    find_layout,
     find_whole_images,
     put_image,
+    set_layout,
 )
 from .check import Checker, CheckReport
 from .collect import Collected, Collector
@@ -45,6 +47,7 @@ from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Base, Builder, Trees, Unpacker
+from .usage import Meter, StoreUsage
 
 __all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
@@ -82,7 +85,8 @@ async def open_store(
             open_commits(catalog, root) as commits,
         ):
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
-            await catalog.write(store._write_index)
+            if not await catalog.read(store._is_index_right):
+                await catalog.write(store._write_index)
             yield store
     finally:
         with trio.CancelScope(shield=True):
@@ -176,6 +180,7 @@ class DirectoryStore:
         )
         self._staging = Staging(self._content, self._trees, scratch, commits, holds, self._put)
         self._collector = Collector(root, catalog, scratch)
+        self._meter = Meter(root, catalog, self._content, self._trees)
         self._checker = Checker(
             root,
             catalog=catalog,
@@ -496,6 +501,11 @@ class DirectoryStore:
             return await self._collector.find()
         return await self._collector.remove()
 
+    async def usage(self) -> StoreUsage:
+        """What the store and its images take on the disk. It looks at every file, so it takes a
+        while; what comes or goes meanwhile may be counted or not."""
+        return await self._meter.measure()
+
     async def check(self, *, repair: bool = False) -> CheckReport:
         """Look at all that is there: whether each blob has its digest, each tree is what its list
         of entries says (names, types, owners, modes, times, attributes, contents), the rows of the
@@ -538,12 +548,24 @@ class DirectoryStore:
         put_image(connection, image, layers)
         self._write_index(connection)
 
+    def _is_index_right(self, connection: sqlite3.Connection) -> bool:
+        """Whether ``index.json`` is as the catalog has it. It is not where a crash came between
+        the two; and where somebody has changed it, the catalog wins."""
+        try:
+            document = (self._root / "index.json").read_bytes()
+        except FileNotFoundError:
+            return False
+        return find_layout(connection) == digest_of(document)
+
     def _write_index(self, connection: sqlite3.Connection) -> None:
         """In a transaction: whoever writes last has seen what the others wrote."""
-        path = self._root / "index.json"
         document = index_document(find_whole_images(connection))
-        if not path.exists() or path.read_bytes() != document:
-            replace_file(path, document, temporary=self._scratch.new("index"))
+        digest = digest_of(document)
+        if find_layout(connection) == digest and self._is_index_right(connection):
+            return
+        path = self._root / "index.json"
+        replace_file(path, document, temporary=self._scratch.new("index"))
+        set_layout(connection, digest)
 
     def _find_rows(
         self, connection: sqlite3.Connection, chain_id: ChainID

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,9 +30,17 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
         # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
         full = name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
         # Of a kind there are several, told apart by a suffix.
-        read_only = name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"))
+        read_only = name.startswith(("SQLITE_READONLY", "SQLITE_PERM"))
+        if name.startswith("SQLITE_CANTOPEN"):
+            # Or there are too many open files, which SQLite does not tell.
+            read_only = not os.access(path if path.is_dir() else path.parent, os.W_OK)
         busy = name.startswith("SQLITE_BUSY")
         reason = str(error)
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return StoreError(
+                f"the catalog of the store {path} is damaged ({reason}): move the directory away, "
+                "and pull again; other tools may still read its images, as an OCI layout"
+            )
     if full:
         return StoreFull(
             f"no space is left for {path} ({reason}): free some and try again; "

@@ -25,6 +25,7 @@ __all__ = [
     "disk_errors",
     "disk_usage",
     "file_name",
+    "file_system_type",
     "lock_directory",
     "remove_directory",
     "replace_file",
@@ -75,6 +76,28 @@ def _syncfs() -> Callable[[int], int] | None:
     function.restype = ctypes.c_int
     call: Callable[[int], int] = function
     return call
+
+
+@functools.cache
+def _statfs() -> Callable[[bytes, ctypes.Array[ctypes.c_long]], int] | None:
+    # Python's os.statvfs does not tell the type.
+    try:
+        function = ctypes.CDLL(None, use_errno=True).statfs
+    except (OSError, AttributeError):
+        return None
+    function.restype = ctypes.c_int
+    call: Callable[[bytes, ctypes.Array[ctypes.c_long]], int] = function
+    return call
+
+
+def file_system_type(path: Path) -> int:
+    """The number of the type of the file system that ``path`` is on (statfs(2)); 0 if it is not
+    known."""
+    statfs = _statfs()
+    buffer = (ctypes.c_long * 64)()  # the type comes first
+    if statfs is None or statfs(os.fsencode(path), buffer) != 0:
+        return 0
+    return buffer[0] & 0xFFFFFFFF
 
 
 def sync_file_system(path: Path) -> None:

@@ -35,6 +35,7 @@ from .catalog import (
 from .files import (
     disk_errors,
     file_name,
+    file_system_type,
     lock_directory,
     replace_file,
     sync_directory,
@@ -61,6 +62,23 @@ _NAMES: Final = {
 # OCI image specification, image-layout.md.
 OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
+
+
+# statfs(2), and the kernel's magic.h. Other machines may have the directory open there; SQLite's
+# log and its memory, and our locks, are for the processes of one.
+_NETWORKED: Final = {
+    0x0000517B: "SMB",
+    0x00006969: "NFS",
+    0x00C36400: "Ceph",
+    0x01021997: "9P",
+    0x01161970: "GFS2",
+    0x0BD00BD0: "Lustre",
+    0x5346414F: "AFS",
+    0x7461636F: "OCFS2",
+    0x786F4256: "a virtual machine's shared folder",
+    0xFE534D42: "SMB",
+    0xFF534D42: "SMB",
+}
 
 
 @attrs.frozen
@@ -105,6 +123,12 @@ def open_directory(root: Path) -> sqlite3.Connection:
             raise UnsupportedStore(
                 f"{root} belongs to user {root.stat().st_uid}, and this is user {os.geteuid()}: "
                 "each user has a store of their own"
+            )
+        networked = _NETWORKED.get(file_system_type(root))
+        if networked is not None:
+            raise UnsupportedStore(
+                f"{root} is on a file system that other machines may share ({networked}): "
+                "choose a directory on a disk of this machine"
             )
         with lock_directory(root):
             return _open_locked(root)

@@ -1,0 +1,115 @@
+"""What images take on the disk, where they share most of it."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+import attrs
+import trio
+
+from .._digest import ChainID, Digest
+from .catalog import Catalog, find_layer
+from .content import Content
+from .files import disk_errors, disk_usage
+from .trees import Trees
+
+__all__ = ["ImageUsage", "Meter", "StoreUsage"]
+
+
+@attrs.frozen
+class ImageUsage:
+    """What an image takes on the disk, in bytes.
+
+    Attributes:
+        size: All that belongs to it: documents, blobs, trees.
+        exclusive: What of that belongs to no other image: so much a `DirectoryStore.collect`
+            frees once the image has been removed, if nothing holds parts of it.
+    """
+
+    size: int
+    exclusive: int
+
+
+@attrs.frozen
+class StoreUsage:
+    """What a store takes on the disk, in bytes.
+
+    Attributes:
+        size: All of it.
+        images: Each image, by its manifest's digest.
+    """
+
+    size: int
+    images: Mapping[Digest, ImageUsage]
+
+
+@final
+class Meter:
+    """Measures a store. It looks at every file."""
+
+    def __init__(self, root: Path, catalog: Catalog, content: Content, trees: Trees) -> None:
+        self._root = root
+        self._catalog = catalog
+        self._content = content
+        self._trees = trees
+
+    async def measure(self) -> StoreUsage:
+        parts = await self._catalog.read(self._parts)
+        return await trio.to_thread.run_sync(self._measure, parts)
+
+    def _parts(self, connection: sqlite3.Connection) -> dict[Digest, set[Path]]:
+        """The files and trees of each image."""
+        parts: dict[Digest, set[Path]] = {}
+        query = "SELECT manifest, config, chain_id FROM images"
+        # What a layer adds to those below it is looked up once, however many images have it.
+        stacks: dict[ChainID, tuple[ChainID | None, Path, Path]] = {}
+        for manifest, config, chain in connection.execute(query).fetchall():
+            own = parts[manifest] = {self._content.path(manifest), self._content.path(config)}
+            above: ChainID | None = chain
+            while above is not None:
+                if above not in stacks:
+                    layer = find_layer(connection, above)
+                    assert layer is not None
+                    stacks[above] = (
+                        layer.parent,
+                        self._trees.path(layer.tree),
+                        self._content.path(layer.blob),
+                    )
+                above, tree, blob = stacks[above]
+                own.update((tree, blob))
+        for query in (
+            "SELECT manifest, digest FROM image_blobs",
+            "SELECT manifest, index_digest FROM image_references WHERE index_digest IS NOT NULL",
+        ):
+            for manifest, digest in connection.execute(query):
+                parts[manifest].add(self._content.path(digest))
+        return parts
+
+    def _measure(self, parts: dict[Digest, set[Path]]) -> StoreUsage:
+        check = trio.from_thread.check_cancelled
+        uses = Counter(path for own in parts.values() for path in own)
+        with disk_errors(self._root):
+            sizes = {path: disk_usage(path, check) for path in uses}
+            total = sum(sizes.values())
+            # Of the rest, what belongs to no image, and what the store itself needs.
+            for directory in ("blobs/sha256", "trees/sha256"):
+                for name in os.listdir(self._root / directory):
+                    path = self._root / directory / name
+                    if path not in sizes:
+                        total += disk_usage(path, check)
+            for name in os.listdir(self._root):
+                if name not in ("blobs", "trees"):
+                    total += disk_usage(self._root / name, check)
+        images = {
+            manifest: ImageUsage(
+                sum(sizes[path] for path in own),
+                sum(sizes[path] for path in own if uses[path] == 1),
+            )
+            for manifest, own in parts.items()
+        }
+        return StoreUsage(total, images)
