@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -86,7 +86,14 @@ async def pulling(
     store: Path, *references: str, limit: int = 3, go: bool = True
 ) -> AsyncIterator[Pulling]:
     """Such a process; killed at the end of the block, if it has not ended by then."""
-    command = [sys.executable, SCRIPT, store, str(limit), *references]
+    async with running(SCRIPT, str(store), str(limit), *references, go=go) as this:
+        yield this
+
+
+@asynccontextmanager
+async def running(script: Path, *arguments: str, go: bool = True) -> AsyncIterator[Pulling]:
+    """The same of another script that says when it is ready, and waits for a line."""
+    command = [sys.executable, script, *arguments]
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
     )
@@ -108,8 +115,3 @@ async def pulling(
 def environment() -> dict[str, str]:
     places = [str(SCRIPT.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-
-
-def blobs_of(images: list[BuiltImage]) -> Iterator[BuiltLayer]:
-    """The layers of several images, each once."""
-    yield from {layer.descriptor.digest: layer for each in images for layer in each.layers}.values()
