@@ -10,7 +10,15 @@ import trio
 from pull.sharing import MIB, asked, layer_of, pulling
 
 from trio_layers import Progress, Puller, open_puller, open_store
-from trio_layers.testing import BuiltImage, Registry, Slow, Stall, build_image, open_registry
+from trio_layers.testing import (
+    BuiltImage,
+    BuiltLayer,
+    Registry,
+    Slow,
+    Stall,
+    build_image,
+    open_registry,
+)
 
 A, B = layer_of("a", 3 * MIB), layer_of("b", MIB // 2)
 AB, BA = build_image([A, B]), build_image([B, A])
@@ -90,11 +98,64 @@ class Events:
             await self._news.park()
 
 
-def id_of(layer: object) -> str:
+def id_of(layer: BuiltLayer) -> str:
     return layer.descriptor.digest.removeprefix("sha256:")[:12]
 
 
 STALL = 2 * MIB + MIB // 2
+WORDS = [
+    "Pulling fs layer",
+    "Waiting",
+    "Downloading",
+    "Verifying Checksum",
+    "Download complete",
+    "Extracting",
+    "Pull complete",
+]
+
+
+def each_word_in_its_order(events: Events, layer: BuiltLayer) -> None:
+    """The same ones as if nobody else had been there, and counts that never fall."""
+    mine = [event for event in events.all if event.id == id_of(layer)]
+    order = [WORDS.index(event.action) for event in mine]
+    assert order == sorted(order)
+    assert (mine[0].action, mine[-1].action) == (WORDS[0], WORDS[-1])
+    for action in ("Downloading", "Extracting"):
+        counts = [event.current for event in mine if event.action == action]
+        assert counts == sorted(counts)
+        assert all(0 < count <= layer.descriptor.size for count in counts)
+    assert {event.total for event in mine} <= {0, layer.descriptor.size}
+
+
+async def test_who_waits_shows_how_far_the_other_is(tmp_path: Path) -> None:
+    """… and asks for nothing, when all has come that way."""
+    events = Events()
+    data = A.content
+    with trio.fail_after(60):
+        async with open_registry() as registry, open_store(tmp_path) as other:
+            ab, _ = add_both(registry)
+            async with (
+                open_puller(tmp_path, max_concurrent_downloads=2) as puller,
+                trio.open_nursery() as nursery,
+            ):
+
+                async def pull() -> None:
+                    async with puller.pull(ab, progress=events):
+                        pass
+
+                async with other.stage(A.descriptor) as stage:
+                    nursery.start_soon(pull)
+                    for start in range(0, len(data), MIB):
+                        end = min(start + MIB, len(data))
+                        await stage.write(data[start:end])
+                        if end - start == MIB:  # else it may wait for more before it is written
+                            await events.wait_until(id_of(A), "Downloading", end)
+                    await stage.finish(lambda count: None)
+                    other.release(await stage.commit(None))
+            assert asked(registry, AB).keys() == {B.descriptor.digest}
+    each_word_in_its_order(events, A)
+    shown = [event.current for event in events.all if event.id == id_of(A)]
+    assert {MIB, 2 * MIB, 3 * MIB} <= set(shown)
 
 
 @LIMITS
@@ -117,13 +178,15 @@ async def test_one_process_is_killed_and_the_other_takes_over(tmp_path: Path, li
                         assert image.digest == BA.digest
 
                 nursery.start_soon(pull_other_way_round)
-                await events.wait_until(id_of(A), "Pulling fs layer")
+                # It waits, and shows how far the other is.
+                await events.wait_until(id_of(A), "Downloading", STALL - MIB)
                 other.process.kill()
             requests = asked(registry, AB)[A.descriptor.digest]
             # What is written to the disk, a megabyte or more at a time, is not asked for again.
             start = A.descriptor.size - requests[1][1]
             assert STALL - MIB < start <= STALL
             assert requests == [("", STALL), (f"bytes={start}-", A.descriptor.size - start)]
+            each_word_in_its_order(events, A)
 
 
 @LIMITS
@@ -154,10 +217,11 @@ async def test_one_is_cancelled_and_the_other_takes_over(tmp_path: Path, limit: 
                 await first_events.wait_until(id_of(A), "Downloading", STALL)
                 nursery.start_soon(pull_other_way_round)
                 await events.wait_until(id_of(B), "Download complete")
-                await events.wait_until(id_of(A), "Pulling fs layer")
+                await events.wait_until(id_of(A), "Downloading", STALL - MIB)
                 scope.cancel()
             assert scope.cancelled_caught
             requests = asked(registry, AB)
             rest = A.descriptor.size - STALL
             assert requests[A.descriptor.digest] == [("", STALL), (f"bytes={STALL}-", rest)]
             assert requests[B.descriptor.digest] == [("", B.descriptor.size)]
+    each_word_in_its_order(events, A)

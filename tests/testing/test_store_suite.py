@@ -159,7 +159,7 @@ class CanBeCancelledLate(MemoryStore):
         return layer
 
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         async with super().stage(descriptor) as stage:
             commit = stage.commit
 
@@ -296,7 +296,7 @@ class KeepsItsLock(MemoryStore):
 
 class ChangesStages(MemoryStore):
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         async with super().stage(descriptor) as stage:
             self.change(stage)
             yield stage
@@ -347,7 +347,7 @@ class ForgetsAndWaits(MemoryStore):
         self.staged: set[object] = set()
 
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         if descriptor.digest in self.staged:
             raise Defect(descriptor.digest)
         self.staged.add(descriptor.digest)
@@ -379,7 +379,7 @@ class FailsTooSoon(ChangesStages):
 @shown_by("what_the_block_raises_comes_out_as_it_is")
 class StagesInANursery(MemoryStore):
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         async with trio.open_nursery(), super().stage(descriptor) as stage:
             yield stage
 
@@ -398,13 +398,23 @@ class WaitsDeafly(ChangesStages):
 @shown_by("abort_stops")
 class StopsSlowly(MemoryStore):
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         async with super().stage(descriptor) as stage:
             try:
                 yield stage
             finally:
                 with trio.CancelScope(shield=True):
                     await trio.sleep(100)
+
+
+@shown_by("who_waits_is_told_no_more_than_there_can_be")
+class TellsTooMuch(MemoryStore):
+    @asynccontextmanager
+    async def stage(self, descriptor, waiting=None):
+        if waiting is not None:
+            waiting(descriptor.size + 1)
+        async with super().stage(descriptor) as stage:
+            yield stage
 
 
 @shown_by("opposite_orders_do_not_meet")
@@ -414,7 +424,7 @@ class LocksUntilTheLayerIsThere(MemoryStore):
         self.locks: dict[object, trio.Lock] = {}
 
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         async with self.locks.setdefault(descriptor.digest, trio.Lock()):
             async with super().stage(descriptor) as stage:
                 yield stage
@@ -427,7 +437,7 @@ class HasRoomForFew(MemoryStore):
         self.room = trio.CapacityLimiter(100)
 
     @asynccontextmanager
-    async def stage(self, descriptor):
+    async def stage(self, descriptor, waiting=None):
         async with self.room, super().stage(descriptor) as stage:
             yield stage
 

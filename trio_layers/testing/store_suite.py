@@ -824,6 +824,35 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 _check_stack(layer, built)
                 store.release(layer)
 
+    async def test_who_waits_is_told_no_more_than_there_can_be(self) -> None:
+        """Of a blob that somebody else brings, and not after it has been entered."""
+        async with self._opened() as store:
+            built = _layer("a", size=3_000_000)
+            told: list[int] = []
+            layers: list[Layer] = []
+
+            async def wait() -> None:
+                async with store.stage(built.descriptor, told.append) as stage:
+                    count = len(told)
+                    layers.append(await _finish(stage, built))
+                    _check_equal(len(told), count, "how often one is told who does not wait")
+
+            async with trio.open_nursery() as nursery:
+                async with store.stage(built.descriptor) as stage:
+                    nursery.start_soon(wait)
+                    await stage.write(_data(built)[:2_000_000] * 2)
+                    await trio.testing.wait_all_tasks_blocked()
+                    await stage.restart()
+                    layers.append(await _finish(stage, built))
+            size = built.descriptor.size
+            _check(
+                all(0 <= count <= size for count in told),
+                f"of a blob of {size} bytes, {told} are told to be there",
+            )
+            for layer in layers:
+                _check_stack(layer, built)
+                store.release(layer)
+
     async def test_opposite_orders_do_not_meet(self) -> None:
         """[a, b] and [b, a] at once: each stages its upper layer first, and then waits for the
         other's."""
