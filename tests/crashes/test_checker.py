@@ -106,7 +106,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another parent": (run("UPDATE layers SET parent = NULL"), "is called"),
     "another size": (run("UPDATE blobs SET size = size + 1"), "blob .* is sha256"),
     "a lease of nobody": (
-        run("INSERT INTO leases (holder, lease, digest) VALUES ('a', 'b', 'c')"),
+        run("INSERT INTO leases (holder, digest) VALUES ('a', 'b')"),
         "leases of nobody",
     ),
     "an image without its layers": (

@@ -19,13 +19,14 @@ import trio
 from .._digest import Digest, digest_of
 from .._errors import StoreError, VerificationError
 from .._manifest import Descriptor
+from ..abc import ReportArrived
 from .build import describe
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
 from .commits import Commits, Job
 from .files import disk_errors, file_name
 from .growth import Growth
 from .leases import Lease
-from .scratch import Scratch, hold_lock
+from .scratch import Scratch, Watch, hold_lock
 
 __all__ = ["Batch", "BlobStream", "Content", "Ingest", "Partial"]
 
@@ -460,8 +461,15 @@ class Content:
         return await self._catalog.write(self._claim, descriptor)
 
     @asynccontextmanager
-    async def ingest(self, descriptor: Descriptor) -> AsyncIterator[Ingest]:
-        async with self.lock(descriptor.digest):
+    async def ingest(
+        self, descriptor: Descriptor, waiting: ReportArrived | None = None
+    ) -> AsyncIterator[Ingest]:
+        """`DirectoryStore.ingest`; ``waiting``: see `~trio_layers.abc.StagingStore.stage`."""
+        digest = descriptor.digest
+        watch = None
+        if waiting is not None:
+            watch = Watch(self._scratch.partial(digest), descriptor.size, waiting)
+        async with hold_lock(self._scratch.lock(digest), watch):
             partial = None
             # Asked only now: whoever held the lock before us may have brought the blob.
             if await self.claim(descriptor) is None:

@@ -18,7 +18,7 @@ from .._digest import ChainID, DiffID, Digest, digest_of
 from .._errors import ManifestError, StoreError
 from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
-from ..abc import Layer
+from ..abc import Layer, ReportArrived
 from .catalog import (
     Catalog,
     StoredImage,
@@ -282,7 +282,9 @@ class DirectoryStore:
             row = await self._trees.register(stream, base, descriptor)
             return self._refer_new(row, below)
 
-    def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[DirectoryStage]:
+    def stage(
+        self, descriptor: Descriptor, waiting: ReportArrived | None = None
+    ) -> AbstractAsyncContextManager[DirectoryStage]:
         """Take a blob in, and unpack it while it arrives, in the block; see
         `~trio_layers.abc.StagingStore`.
 
@@ -291,7 +293,7 @@ class DirectoryStore:
             VerificationError: if the blob is there and has another size.
             StoreError: for what the disk does.
         """
-        return self._staging.open(descriptor)
+        return self._staging.open(descriptor, waiting)
 
     async def _put(
         self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
