@@ -8,7 +8,8 @@ waits for a line to go on, ``{"durable": ...}`` after each COMMIT, ``{"pulled": 
 
 A request has:
 
-- ``path``: the store; ``pulls``: references, each with files and what they hash to;
+- ``path``: the store; ``pulls``: references, each with files and what they hash to; with none, the
+  reference is removed instead, and the garbage collected;
 - ``workers``: whether layers are unpacked in processes; else in threads, whose steps are seen;
 - ``attempts``: of each download; ``again``: if a pull fails, whatever made it fail ends, and it is
   tried once more with the same open store;
@@ -112,6 +113,10 @@ def failure(name: str, number: int) -> Exception:
 
 async def attempt(puller: trio_layers.Puller, pulls: list) -> None:
     for reference, wanted in pulls:
+        if wanted is None:
+            await puller.store.remove(reference)
+            await puller.store.collect()
+            continue
         async with puller.pull(reference) as image:
             for path, digest in wanted.items():
                 data = await image.rootfs.read_bytes(path)

@@ -142,7 +142,12 @@ class World:
             said: Where what it says goes, as it says it.
             request: More, see ``child.py``.
         """
-        pulls = [(self.names[name], wanted(name)) for name in names]
+        pulls: list[tuple[str, dict[str, str] | None]] = []
+        for name in names:
+            if name.startswith("-"):
+                pulls.append((self.names[name[1:]], None))
+            else:
+                pulls.append((self.names[name], wanted(name)))
         await self._tell({"path": os.fspath(path), "pulls": pulls, **request})
         said = [] if said is None else said
         with trio.fail_after(300):

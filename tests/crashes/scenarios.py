@@ -97,7 +97,8 @@ class Scenario:
 
     Attributes:
         name: What it is called.
-        pulls: What is pulled, one after the other.
+        pulls: What is pulled, one after the other. With a minus before it, a name is removed
+            instead, and the garbage collected.
         before: What was pulled before.
         cut: Of the first of ``pulls``, the blob's number of its largest layer came so far, and
             the connection broke.
@@ -110,7 +111,8 @@ class Scenario:
 
     @property
     def all(self) -> tuple[str, ...]:
-        return (*self.before, *self.pulls)
+        """What can be pulled once it is over."""
+        return tuple(name for name in (*self.before, *self.pulls) if not name.startswith("-"))
 
 
 SCENARIOS = (
@@ -119,4 +121,5 @@ SCENARIOS = (
     Scenario("needy", ("needy:1",), before=("first:1",)),
     Scenario("retagged", ("first:2",), before=("first:1",)),
     Scenario("resumed", ("large:1",), before=("first:1",), cut=1_500_000),
+    Scenario("collected", ("-needy:1", "-first:1"), before=("needy:1", "first:1")),
 )
