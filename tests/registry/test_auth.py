@@ -13,9 +13,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_layers._errors import AuthenticationError, NotFound, RateLimited, RegistryError
 from trio_layers._reference import parse_reference
-from trio_layers._registry import auth
-from trio_layers._registry.auth import Credentials, CredentialsFor, parse_challenges
+from trio_layers._registry import tokens
+from trio_layers._registry.auth import parse_challenges
 from trio_layers._registry.client import RegistryClient, open_registry_client
+from trio_layers._registry.credentials import Credentials, CredentialsFor
 
 HOST = "https://registry.example"
 TOKENS = "https://tokens.example"
@@ -390,7 +391,7 @@ async def test_no_secret_is_shown() -> None:
     ):
         await fetch(client)
         authenticator = client._authenticator
-        shown = repr((client, authenticator, list(authenticator._tokens.items())))
+        shown = repr((client, authenticator, list(authenticator.tokens._tokens.items())))
         assert "s3cret" not in shown
         assert "t1" not in shown
 
@@ -399,7 +400,7 @@ async def test_tokens_are_bounded(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expired ones go when there are many."""
-    monkeypatch.setattr(auth, "MAX_TOKENS", 10)
+    monkeypatch.setattr(tokens, "MAX_TOKENS", 10)
     server = TokenRegistry()
     async with server.network.client() as http, open_registry_client(client=http) as client:
         for number in range(10):
