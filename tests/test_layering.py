@@ -1,6 +1,6 @@
 """The folders show the architecture, and this holds them to it: who may import whom.
 
-    _cli ─► _commands ─► _display, _pull ─► _workers ─► _worker
+    _cli ─► _commands ─► _display, _logins, _pull ─► _workers ─► _worker
          ─► _registry │ _engine │ _unpack │ _store ─► base ─► values
 
 Imports point down only, and the four rooms never import one another. Some libraries belong to
@@ -37,6 +37,7 @@ LEVELS: dict[str, int] = {
     "abc": 1,
     "_progress": 1,
     "_nursery": 1,
+    "_sharing": 1,
     "_util": 1,
     # The rooms.
     "_engine": 2,
@@ -45,6 +46,7 @@ LEVELS: dict[str, int] = {
     "_store": 2,
     # What ties them together.
     "_worker": 3,
+    "_logins": 3,
     "_workers": 4,
     "_pull": 5,
     "_display": 5,
@@ -67,7 +69,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "httpx": frozenset({"_registry", "_pull", "testing"}),
     "httpcore": frozenset({"_registry"}),
     "pickle": frozenset({"_worker", "_workers"}),
-    "subprocess": frozenset({"_workers"}),
+    "subprocess": frozenset({"_logins", "_workers"}),
     "h11": frozenset({"testing"}),
     "isal": frozenset({"_compression", "testing"}),
     "backports": frozenset({"_compression", "testing"}),
@@ -77,13 +79,13 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "getpass": frozenset({"_commands"}),
     "fcntl": frozenset({"_store", "_unpack"}),
     "sqlite3": frozenset({"_store"}),
-    "shutil": frozenset({"_store", "_unpack", "testing"}),
+    "shutil": frozenset({"_logins", "_store", "_unpack", "testing"}),
     "tempfile": frozenset({"_store", "_unpack", "testing"}),
     "tarfile": frozenset({"testing"}),
     "asyncio": frozenset(),
     "requests": frozenset(),
 }
-FILES = frozenset({"_store", "_unpack", "_worker", "_workers", "testing"})
+FILES = frozenset({"_logins", "_store", "_unpack", "_worker", "_workers", "testing"})
 """Who may open files, and call `os` for more than the process's own circumstances."""
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}
