@@ -44,6 +44,7 @@ class Home:
         monkeypatch.setenv("HOME", str(directory))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
         monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+        monkeypatch.setenv("TRIO_LAYERS_STORE", str(directory / "store"))
         monkeypatch.setenv("PATH", f"{self._bin}:{os.environ['PATH']}")
 
     def add_program(self, name: str, script: str) -> None:
