@@ -214,7 +214,9 @@ class Access:
         self._known.challenge = challenge
         self._credentials = await self._authenticator.login(self._reference, self._known)
         value = self._credentials.basic()
-        return value is not None and (value != self._sent or await self._renew())
+        if value is None or value != self._sent:
+            return value is not None
+        return await self._renew() and self._credentials.basic() is not None
 
     async def _token(self, challenge: Challenge) -> str:
         registry_token = self._credentials.registry_token
