@@ -1,6 +1,6 @@
 """The folders show the architecture, and this holds them to it: who may import whom.
 
-    _cli ─► _commands ─► _display, _pull, _archives ─► _workers ─► _worker
+    _cli ─► _commands ─► _display, _logins, _pull, _archives ─► _workers ─► _worker
          ─► _registry │ _engine │ _unpack │ _store ─► base ─► values
 
 Imports point down only, and the four rooms never import one another. Some libraries belong to
@@ -38,6 +38,7 @@ LEVELS: dict[str, int] = {
     "abc": 1,
     "_progress": 1,
     "_nursery": 1,
+    "_sharing": 1,
     "_util": 1,
     # The rooms.
     "_engine": 2,
@@ -47,6 +48,7 @@ LEVELS: dict[str, int] = {
     # What ties them together.
     "_image": 3,
     "_worker": 3,
+    "_logins": 3,
     "_workers": 4,
     "_pull": 5,
     "_archives": 5,
@@ -70,7 +72,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "httpx": frozenset({"_registry", "_pull", "testing"}),
     "httpcore": frozenset({"_registry"}),
     "pickle": frozenset({"_worker", "_workers"}),
-    "subprocess": frozenset({"_workers"}),
+    "subprocess": frozenset({"_logins", "_workers"}),
     "h11": frozenset({"testing"}),
     "isal": frozenset({"_compression", "testing"}),
     "backports": frozenset({"_compression", "testing"}),
@@ -80,13 +82,13 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "getpass": frozenset({"_commands"}),
     "fcntl": frozenset({"_store", "_unpack"}),
     "sqlite3": frozenset({"_store"}),
-    "shutil": frozenset({"_store", "_unpack", "testing"}),
+    "shutil": frozenset({"_logins", "_store", "_unpack", "testing"}),
     "tempfile": frozenset({"_store", "_unpack", "testing"}),
     "tarfile": frozenset({"testing"}),
     "asyncio": frozenset(),
     "requests": frozenset(),
 }
-FILES = frozenset({"_archives", "_store", "_unpack", "_worker", "_workers", "testing"})
+FILES = frozenset({"_archives", "_logins", "_store", "_unpack", "_worker", "_workers", "testing"})
 """Who may open files, and call `os` for more than the process's own circumstances."""
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}

@@ -21,6 +21,7 @@ from ._entries import Entry as Entry
 from ._entries import ExportReport as ExportReport
 from ._errors import ArchiveError as ArchiveError
 from ._errors import AuthenticationError as AuthenticationError
+from ._errors import CredentialsError as CredentialsError
 from ._errors import DecompressionError as DecompressionError
 from ._errors import DoNotRetry as DoNotRetry
 from ._errors import ExportError as ExportError
@@ -46,6 +47,7 @@ from ._errors import UnsupportedStore as UnsupportedStore
 from ._errors import VerificationError as VerificationError
 from ._errors import WorkerError as WorkerError
 from ._image import ImageLayer as ImageLayer
+from ._logins.lookup import LoginFiles as LoginFiles
 from ._manifest import Descriptor as Descriptor
 from ._manifest import ImageConfig as ImageConfig
 from ._platform import Platform as Platform
@@ -60,8 +62,9 @@ from ._pull import open_puller as open_puller
 from ._pull import open_store as open_store
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
-from ._registry.auth import Credentials as Credentials
 from ._registry.client import ResolvedImage as ResolvedImage
+from ._registry.credentials import Credentials as Credentials
+from ._registry.credentials import CredentialsSource as CredentialsSource
 from ._store.catalog import StoredImage as StoredImage
 from ._store.check import CheckReport as CheckReport
 from ._store.check import Problem as Problem

@@ -22,11 +22,12 @@ from ._archives.exporting import export_images
 from ._archives.importing import import_images
 from ._display import DisplayKind, open_display
 from ._errors import LayersError, StoreError, text_of
+from ._logins.lookup import LoginFiles
 from ._nursery import open_hidden_nursery
 from ._platform import parse_platform
 from ._pull import Image, Puller, open_puller, open_store
 from ._reference import parse_reference
-from ._registry.auth import Credentials
+from ._registry.credentials import Credentials
 from ._store.catalog import StoredImage
 from .abc import ProgressSink
 
@@ -64,6 +65,11 @@ def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="USER[:PASSWORD]",
         type=_credentials,
         help="asks for the password if it is left out",
+    )
+    add(
+        "--authfile",
+        metavar="FILE",
+        help="logins to use in place of docker's and podman's own",
     )
     add("--max-concurrent-downloads", metavar="N", type=_number(0), default=3)
     add("--max-download-attempts", metavar="N", type=_number(1), default=5)
@@ -117,7 +123,7 @@ async def _pull(arguments: argparse.Namespace) -> int:
 def _open_puller(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Puller]:
     return open_puller(
         arguments.store,
-        credentials=arguments.creds,
+        credentials=arguments.creds or LoginFiles(arguments.authfile),
         plain_http=arguments.plain_http,
         tls_verify=not arguments.no_tls_verify,
         max_concurrent_downloads=arguments.max_concurrent_downloads,

@@ -14,6 +14,7 @@ _E = TypeVar("_E", bound="LayersError")
 __all__ = [
     "ArchiveError",
     "AuthenticationError",
+    "CredentialsError",
     "DecompressionError",
     "DoNotRetry",
     "ExportError",
@@ -129,6 +130,19 @@ class RegistryError(LayersError):
 
 class AuthenticationError(RegistryError):
     """The registry wants other credentials, or grants these no access. Log in."""
+
+
+class CredentialsError(DoNotRetry):
+    """A login file or a credential helper cannot be used. Mend it, log in anew, or name another
+    one. Neither secrets nor anything else of what it holds is in the message.
+
+    Attributes:
+        source: The file's path, or the helper's program.
+    """
+
+    def __init__(self, message: str, *, source: str) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 class NotFound(RegistryError):

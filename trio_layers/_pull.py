@@ -19,8 +19,8 @@ from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Status
 from ._reference import Reference, parse_reference
-from ._registry.auth import CredentialsFor
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
+from ._registry.credentials import CredentialsFor
 from ._store import directory
 from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
@@ -113,7 +113,8 @@ async def open_puller(
     Args:
         store: The directory of a store, made if it is not there, or an open store.
         client: Asks the registries; closed by whoever made it. ``None``: one of our own.
-        credentials: For the registries asked; ``None``: anonymous.
+        credentials: For the registries asked, when they want some: those for all of them; or by
+            their domains; or a function that knows them, such as `LoginFiles`. ``None``: anonymous.
         plain_http: Whether registries that are not on this machine may be asked without TLS.
         tls_verify: Whether certificates are checked.
         max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of

@@ -18,7 +18,7 @@ CONFIG = """\
 version: 0.1
 log: {{level: info, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {data}}}}}
-http: {{addr: "127.0.0.1:0", secret: none}}
+http: {{addr: "{address}", secret: none}}
 """
 LISTENING = re.compile(r"listening on (127\.0\.0\.1:\d+)")
 
@@ -35,12 +35,21 @@ class DockerRegistry:
     host: str
     log: Path
 
-    def push(self, layout: Path, name: str, *, tag: str = "latest", as_docker: bool = False) -> str:
+    def push(
+        self,
+        layout: Path,
+        name: str,
+        *,
+        tag: str = "latest",
+        as_docker: bool = False,
+        creds: str | None = None,
+    ) -> str:
         """Copy an OCI layout's image of that tag to ``name`` (``library/demo:1``), as it is, or
         its manifest rewritten to Docker's schema 2; returns the reference to pull it by."""
         reference = f"{self.host}/{name}"
         command = [require("skopeo"), "copy", "--quiet", "--all"]
         command += ["--format", "v2s2"] if as_docker else ["--preserve-digests"]
+        command += [] if creds is None else ["--dest-creds", creds]
         command += ["--dest-tls-verify=false", f"oci:{layout}:{tag}", f"docker://{reference}"]
         subprocess.run(command, check=True, timeout=120)
         return reference
@@ -58,11 +67,19 @@ def require(program: str) -> str:
 
 
 @contextmanager
-def run_docker_registry(directory: Path) -> Iterator[DockerRegistry]:
-    """Run one that keeps all it has in ``directory``, on a port that it chooses itself."""
+def run_docker_registry(
+    directory: Path, *, auth: str = "", address: str = "127.0.0.1:0"
+) -> Iterator[DockerRegistry]:
+    """Run one that keeps all it has in ``directory``, on a port that it chooses itself.
+
+    Args:
+        directory: Where its files are.
+        auth: Who may use it: a part of its configuration.
+        address: Where it listens, in place of that.
+    """
     program = require("docker-registry")
     config, log = directory / "config.yml", directory / "log"
-    config.write_text(CONFIG.format(data=directory / "data"))
+    config.write_text(CONFIG.format(data=directory / "data", address=address) + auth)
     with log.open("wb") as output:
         process = subprocess.Popen(
             [program, "serve", str(config)], stdout=output, stderr=subprocess.STDOUT

@@ -36,8 +36,9 @@ from .._reference import Reference
 from .._version import __version__
 from ..abc import BlobSink, ReportProgress
 from .answers import read_error, readable
-from .auth import Authenticator, CredentialsFor
+from .auth import Authenticator
 from .blobs import BlobFetch, EntityTags
+from .credentials import CredentialsFor
 from .hosts import base_urls
 from .reading import read_more_at_once
 from .transport import Answer, Transport
@@ -375,21 +376,22 @@ class RegistryClient:
         """A success, or a 416, which only those who ask for a range can get; authenticated."""
         base = await self._base(reference)
         url = base.join(f"{reference.path}/{path}")
-        for last in (False, True):
-            authorization = await self._authenticator.authorization(reference)
+        access = self._authenticator.access(reference)
+        while True:
+            authorization = await access.authorization()
             async with self._transport.get(
                 url, what, headers=headers, authorization=authorization
             ) as answer:
                 self._bases[reference.domain] = base
-                asks = answer.status == 401 and not answer.redirected and not last
-                if asks and self._authenticator.refused(reference, answer, authorization):
-                    await answer.skip()
-                    continue
                 unsatisfiable = "Range" in headers and answer.status == 416
-                if not (200 <= answer.status < 300 or unsatisfiable):
-                    raise await read_error(answer, what)
-                yield answer
-                return
+                if 200 <= answer.status < 300 or unsatisfiable:
+                    yield answer
+                    return
+                error = await read_error(answer, what)
+            # Not while a connection waits: somebody may have to be asked for a password.
+            asks = answer.status == 401 and not answer.redirected
+            if not (asks and await access.refused(answer)):
+                raise error
 
     async def _base(self, reference: Reference) -> httpx.URL:
         """Where the registry is. Remembered once it has answered there."""
