@@ -68,7 +68,7 @@ def images(seed: str) -> list[BuiltImage]:
 
 
 @pytest.fixture
-def seeds(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Counter]:
+def counts(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Counter]:
     """What is counted in a test; printed if that was asked for."""
     counts: Counter[str] = Counter()
     yield counts
@@ -157,18 +157,18 @@ async def contend_for_long(
         round += 1
 
 
-async def test_nothing_is_downloaded_twice(tmp_path: Path, seeds: Counter) -> None:
+async def test_nothing_is_downloaded_twice(tmp_path: Path, counts: Counter) -> None:
     """… where nobody is disturbed. What each of them holds is kept from the collector."""
-    await contend_for_long(tmp_path, seeds, disturbed=False, beside="collect")
-    assert seeds["pulled"] == 4 * PROCESSES * seeds["rounds"]
-    assert seeds["collect done"] > seeds["rounds"]
+    await contend_for_long(tmp_path, counts, disturbed=False, beside="collect")
+    assert counts["pulled"] == 4 * PROCESSES * counts["rounds"]
+    assert counts["collect done"] > counts["rounds"]
 
 
-async def test_nothing_is_lost_whoever_dies(tmp_path: Path, seeds: Counter) -> None:
+async def test_nothing_is_lost_whoever_dies(tmp_path: Path, counts: Counter) -> None:
     """Nor where images are removed all the while."""
-    await contend_for_long(tmp_path, seeds, disturbed=True, beside="remove")
+    await contend_for_long(tmp_path, counts, disturbed=True, beside="remove")
     for what in ("pulled", "killed", "cancelled", "remove removed"):
-        assert seeds[what] > 0
+        assert counts[what] > 0
 
 
 async def test_the_checker_finds_what_is_wrong(tmp_path: Path) -> None:
