@@ -277,7 +277,7 @@ class StagingStore(LayerStore, Protocol):
         So that two who want the same blobs in different order never wait for each other, nobody
         is made to wait for a stage whose blob is complete and whose worker is through. And as
         there may be thousands whose parent is not there yet, such a stage holds no thread, lock
-        or open file; nor does one whose blob is complete and whose worker waits for its turn.
+        or open file.
 
         Leaving without commit aborts: it stops the worker, within 100 ms, also when cancelled;
         what arrived of the blob stays, for the next who stages it. Leaving raises nothing of its

@@ -540,7 +540,10 @@ class Content:
         blob = find_blob(connection, digest)
         if blob is None or blob.size > limit:
             return None
-        return self.path(digest).read_bytes()
+        try:
+            return self.path(digest).read_bytes()
+        except FileNotFoundError:
+            return None  # removed since, or lost: whoever asks has another source
 
     async def read(self, digest: Digest, *, limit: int) -> bytes:
         blob = await self.stored(digest)

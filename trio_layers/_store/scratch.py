@@ -185,7 +185,7 @@ class Scratch:
         """Remove what dead holders left, then whatever is discarded, until cancelled."""
         try:
             await self.sweep_after_the_dead(catalog)
-        except (StoreError, OSError) as error:
+        except StoreError as error:
             # Nothing of it is visible, and the next to open the store tries again.
             logger.warning("cannot remove what is left of other processes: %s", error)
         while True:
@@ -194,9 +194,14 @@ class Scratch:
             await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
 
     async def sweep_after_the_dead(self, catalog: Catalog) -> None:
-        """Remove what dead holders left, and their leases; wait for who is at it already."""
+        """Remove what dead holders left, and their leases; wait for who is at it already.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
         async with self._sweeping:
-            await self._sweep_after_the_dead(catalog)
+            with disk_errors(self._ingest):
+                await self._sweep_after_the_dead(catalog)
 
     async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
         # Of one that could not end its leases, nothing else may be left.
