@@ -80,6 +80,7 @@ class World:
         self._process = process
         self._buffer = bytearray()
         self._stores: dict[str, Path] = {}
+        self._remaining: dict[str, dict[str, list[str]]] = {}
         self._number = 0
         self.names = {
             name: registry.add(built, f"crashes/{name}") for name, (built, _) in IMAGES.items()
@@ -123,6 +124,21 @@ class World:
             found = look_at(path)
             assert found.wrong == []
             assert found.there[largest.digest] == scenario.cut
+
+    async def certain(self, scenario: Scenario, had: dict[str, list[str]]) -> dict[str, list[str]]:
+        """What of all that a catalog had must be there whenever the scenario was broken: what it
+        removes may have gone by a COMMIT of which nobody has heard any more."""
+        if not scenario.removes:
+            return had
+        if scenario.name not in self._remaining:
+            path = await self.store_for(scenario)
+            self._remaining[scenario.name] = (await self.run(path, scenario.pulls)).keys()
+            remove(path)
+        remaining = self._remaining[scenario.name]
+        return {
+            table: [key for key in keys if key in remaining.get(table, ())]
+            for table, keys in had.items()
+        }
 
     async def run(
         self,
@@ -247,7 +263,7 @@ async def verdict(
 ) -> list[str]:
     """What is wrong with a store that was broken, when it had committed this."""
     found: Found = look_at(path)
-    wrong = lost(had, found.keys)
+    wrong = lost(await world.certain(scenario, had), found.keys)
     return wrong + await world.recover(path, scenario, kept=kept, workers=workers)
 
 

@@ -110,6 +110,10 @@ class Scenario:
     cut: int | None = None
 
     @property
+    def removes(self) -> bool:
+        return any(name.startswith("-") for name in self.pulls)
+
+    @property
     def all(self) -> tuple[str, ...]:
         """What can be pulled once it is over."""
         return tuple(name for name in (*self.before, *self.pulls) if not name.startswith("-"))
@@ -121,5 +125,5 @@ SCENARIOS = (
     Scenario("needy", ("needy:1",), before=("first:1",)),
     Scenario("retagged", ("first:2",), before=("first:1",)),
     Scenario("resumed", ("large:1",), before=("first:1",), cut=1_500_000),
-    Scenario("collected", ("-needy:1", "-first:1"), before=("needy:1", "first:1")),
+    Scenario("collected", ("-needy:1", "-first:1"), before=("needy:1", "first:1", "sharing:1")),
 )
