@@ -6,6 +6,7 @@ that need another one write it the same way.
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Mapping
 
@@ -18,14 +19,18 @@ __all__ = [
     "Cut",
     "Delay",
     "Drop",
+    "Encoded",
     "Fault",
     "IgnoreRange",
+    "Longer",
     "NoLength",
+    "Raw",
     "Redirect",
     "Reply",
     "Slow",
     "Stall",
     "WrongRange",
+    "WrongTotal",
 ]
 
 
@@ -185,6 +190,68 @@ class WrongRange(Fault):
             "Content-Length": str(stop - start),
         }
         return attrs.evolve(answer, start=start, stop=stop, headers=headers)
+
+
+@attrs.frozen
+class Longer(Fault):
+    """What is sent has so many bytes more than it should have, and says so."""
+
+    extra: int = 1
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        if not isinstance(answer.blob.content, bytes) or answer.stop == answer.start:
+            return answer
+        content = answer.blob.content + b"\0" * self.extra
+        stop = answer.stop + self.extra
+        headers = {**answer.headers, "Content-Length": str(stop - answer.start)}
+        if answer.status == 206:
+            headers["Content-Range"] = f"bytes {answer.start}-{stop - 1}/{len(content)}"
+        blob = Blob(content, len(content))
+        return attrs.evolve(answer, blob=blob, stop=stop, headers=headers)
+
+
+@attrs.frozen
+class WrongTotal(Fault):
+    """A range is sent as one of another whole, which is so many bytes longer or shorter."""
+
+    by: int = 1
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        if answer.status != 206:
+            return answer
+        total = answer.blob.size + self.by
+        field = f"bytes {answer.start}-{answer.stop - 1}/{total}"
+        return attrs.evolve(answer, headers={**answer.headers, "Content-Range": field})
+
+
+@attrs.frozen
+class Encoded(Fault):
+    """The body is compressed for the way, though nobody asked for that (RFC 9110, 8.4)."""
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        if not isinstance(answer.blob.content, bytes) or answer.stop == answer.start:
+            return answer
+        body = gzip.compress(answer.blob.content[answer.start : answer.stop], mtime=0)
+        headers = {
+            **answer.headers,
+            "Content-Encoding": "gzip",
+            "Content-Length": str(len(body)),
+        }
+        blob = Blob(body, len(body))
+        return attrs.evolve(answer, blob=blob, start=0, stop=len(body), headers=headers)
+
+
+@attrs.frozen
+class Raw(Fault):
+    """These bytes come in place of an answer, whatever they are; then the connection is closed.
+
+    Over a transport without sockets the client is told that the server broke the protocol.
+    """
+
+    data: bytes
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, raw=self.data)
 
 
 def _without(headers: Mapping[str, str], unwanted: str) -> dict[str, str]:

@@ -74,6 +74,7 @@ class Answer:
         stop: Where in the blob it ends.
         delay: Seconds that pass before the answer.
         dropped: The connection is closed instead of the answer.
+        raw: What is sent instead of the answer, before the connection is closed.
         cut_after: The connection is closed after so many bytes of the body.
         stall_after: After so many bytes of the body nothing comes for ``stall_seconds``.
         stall_seconds: How long a stall lasts.
@@ -88,6 +89,7 @@ class Answer:
     stop: int = 0
     delay: float = 0
     dropped: bool = False
+    raw: bytes | None = None
     cut_after: int | None = None
     stall_after: int | None = None
     stall_seconds: float = math.inf

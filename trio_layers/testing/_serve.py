@@ -74,7 +74,9 @@ class _Connection:
             body = BodyStream(answer, exchange)
             try:
                 await trio.sleep(answer.delay)
-                if answer.dropped:
+                if answer.raw is not None:
+                    await self._stream.send_all(answer.raw)
+                if answer.dropped or answer.raw is not None:
                     return
                 await self._send(answer, body)
             finally:

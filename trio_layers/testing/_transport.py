@@ -43,11 +43,10 @@ class RegistryTransport(httpx.AsyncBaseTransport):
             except trio.Cancelled:
                 exchange.end()
                 raise
-        if answer.dropped:
+        if answer.dropped or answer.raw is not None:
             exchange.end()
-            raise httpx.RemoteProtocolError(
-                "Server disconnected without sending a response.", request=request
-            )
+            said = "illegal response" if answer.raw else "Server disconnected without a response."
+            raise httpx.RemoteProtocolError(said, request=request)
         body = _Body(BodyStream(answer, exchange), request, limit)
         return httpx.Response(
             answer.status, headers=dict(answer.headers), stream=body, request=request
