@@ -57,6 +57,7 @@ def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--progress", choices=("auto", "tty", "plain", "json", "none"), default="auto")
     add("--plain-http", action="store_true", help="allow registries without TLS")
     add("--no-tls-verify", action="store_true", help="accept any certificate")
+    add("--hosts-dir", metavar="DIR", help="mirrors and certificates, as containerd's certs.d")
     add(
         "--creds",
         metavar="USER[:PASSWORD]",
@@ -108,6 +109,7 @@ def _open_puller(arguments: argparse.Namespace) -> AbstractAsyncContextManager[P
         credentials=arguments.creds,
         plain_http=arguments.plain_http,
         tls_verify=not arguments.no_tls_verify,
+        hosts_dir=arguments.hosts_dir,
         max_concurrent_downloads=arguments.max_concurrent_downloads,
         max_download_attempts=arguments.max_download_attempts,
     )

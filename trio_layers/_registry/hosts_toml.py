@@ -11,7 +11,7 @@ Nothing here waits for a network or looks into certificates: values go in and ou
 from __future__ import annotations
 
 import ipaddress
-import os
+import logging
 import posixpath
 import re
 import tomllib
@@ -24,6 +24,8 @@ import attrs
 from .._errors import HostsError
 
 __all__ = ["Configuration", "Host", "read_configuration"]
+
+log = logging.getLogger("trio_layers.registry")
 
 FILE_NAME: Final = "hosts.toml"
 MAX_FILE_SIZE: Final = 1024 * 1024
@@ -75,17 +77,12 @@ class Configuration:
     Attributes:
         directory: Where it was found; ``None`` if there is none.
         hosts: Who is asked, in this order.
+        source: The file, or the directory, that complaints are about.
     """
 
     directory: Path | None
     hosts: tuple[Host, ...]
-
-    @property
-    def source(self) -> Path:
-        """What a complaint is about."""
-        assert self.directory is not None
-        file = self.directory / FILE_NAME
-        return file if file.exists() else self.directory
+    source: str = ""
 
 
 def read_configuration(root: Path, registry: str) -> Configuration:
@@ -105,7 +102,8 @@ def read_configuration(root: Path, registry: str) -> Configuration:
     data = _read(file)
     hosts = _parse(data, file) if data else [_from_certificates(directory)]
     hosts[-1] = _completed(hosts[-1], registry)
-    return Configuration(directory, tuple(map(_with_fallback, hosts)))
+    source = str(file if data else directory)
+    return Configuration(directory, tuple(map(_with_fallback, hosts)), source)
 
 
 def _find_directory(root: Path, registry: str) -> Path | None:
@@ -147,7 +145,7 @@ def _from_certificates(directory: Path) -> Host:
     ca: list[str] = []
     client: list[tuple[str, str]] = []
     try:
-        for path in sorted(directory.iterdir(), key=lambda path: os.fsencode(path.name)):
+        for path in sorted(directory.iterdir(), key=lambda path: path.name):
             if path.is_dir() and not path.is_symlink():
                 continue
             if path.name.endswith(".crt"):
@@ -234,10 +232,10 @@ def _parse(data: bytes, file: Path) -> list[Host]:
         reader.check_types(_fields(table), f"host.{key!r}.")
     reader.check_types(top, "")
     server = reader.text(top.get("server", ""), "server")
-    hosts = [
-        reader.host(key, _fields(configured.get(key, {})), f"host.{key!r}.")
-        for key in _hosts_in_order(text)
-    ]
+    order = list(_hosts_in_order(text))
+    for key in configured.keys() - set(order):
+        log.warning("%s: host %r has no [host] header, and is not asked", file, key)
+    hosts = [reader.host(key, _fields(configured.get(key, {})), f"host.{key!r}.") for key in order]
     return [*hosts, reader.host(server, top, "")]
 
 
