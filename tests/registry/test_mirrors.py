@@ -35,6 +35,7 @@ from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.auth import Credentials, CredentialsFor
 from trio_layers._registry.client import RegistryClient, open_registry_client
+from trio_layers._registry.hosts_toml import _parse_duration, read_configuration
 from trio_layers._registry.sites import REST
 from trio_layers._registry.trust import Trust, make_context
 
@@ -546,3 +547,98 @@ def test_who_is_referred_to_learns_less() -> None:
     trust = Trust(ca=("ca",), client=(("cert", None),))
     assert trust.of_others() == Trust(ca=("ca",))
     assert Trust(client=(("cert", None),)).of_others() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("3s", 3),
+        ("1h2m3.5s", 3723.5),
+        ("300ms", 0.3),
+        ("100us", 0.0001),
+        ("1.", None),
+        (".5m", 30),
+        ("1.s", 1),
+        ("-2s", -2),
+        ("0", 0),
+        ("1d", None),
+        ("3", None),
+        ("", None),
+        ("9999999h", None),
+        ("1" * 10_000 + "s", None),
+    ],
+)
+def test_durations(text: str, seconds: float | None) -> None:
+    """They are Go's."""
+    assert _parse_duration(text) == seconds
+
+
+def host_names(directory: Path, toml: str) -> list[str]:
+    place = directory / "registry.example"
+    place.mkdir(exist_ok=True)
+    (place / "hosts.toml").write_text(toml)
+    return [host.host for host in read_configuration(directory, "registry.example").hosts[:-1]]
+
+
+def test_headers_of_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Hosts come in the order of theirs, whatever else there is in the file that looks like one."""
+    toml = '''
+        text = """
+[host."no1"]
+"""
+        other = \'\'\'
+[host."no2"]\'\'\'
+        list = [
+            ["a"],
+            [ "[host.no3]" ], # [host.no4]
+        ]
+        inline = { a = [
+[1]] }
+        [ host . "b" ] # [host.no5]
+          [host."b".header]
+            x = "1"
+        [host.'a']
+        [[hosts]]
+        [unrelated]
+          [host.b.more]
+    '''
+    assert host_names(tmp_path, toml) == ["b", "a", "b"]
+    assert caplog.messages == []
+    assert host_names(tmp_path, 'host = { "c" = {} }') == []
+    assert "host 'c' has no [host] header, and is not asked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        "server = 1",
+        "host = 1",
+        "host.x = 1",
+        'capabilities = "pull"',
+        "capabilities = [1]",
+        'skip_verify = "yes"',
+        "override_path = 1",
+        "header = 1",
+        "[header]\nx = 1",
+        "[header]\nx = [1]",
+        "ca = 1",
+        "ca = [1]",
+        "client = 1",
+        "client = [1]",
+        'client = [["a"]]',
+        'client = [["a", 1]]',
+        "dial_timeout = 3",
+        'server = "https://a b"',
+        'server = "https://a:b"',
+        'server = "https://[::1"',
+        'server = "https://::1/"',
+        'server = "https://a/%zz"',
+        'server = "https://a\\u0007"',
+        'server = "http_x:1"',
+        "x = 1\nx = 2",
+        "\x00",
+    ],
+)
+def test_values_that_are_none(toml: str, tmp_path: Path) -> None:
+    with pytest.raises(HostsError, match=r"hosts\.toml cannot be used: "):
+        host_names(tmp_path, toml)

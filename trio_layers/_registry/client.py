@@ -165,7 +165,7 @@ async def open_registry_client(
         raise HostsError(str(directory), "it is no directory")
 
     def make(trust: Trust) -> httpx.AsyncClient:
-        return _make_client(make_context(trust), max_connections)
+        return _make_client(trust, max_connections)
 
     async with AsyncExitStack() as stack:
         if client is None:
@@ -185,8 +185,9 @@ async def open_registry_client(
         yield RegistryClient(connections, sites)
 
 
-def _make_client(verify: bool | ssl.SSLContext, max_connections: int) -> httpx.AsyncClient:
+def _make_client(trust: bool | Trust, max_connections: int) -> httpx.AsyncClient:
     try:
+        verify = trust if isinstance(trust, bool) else make_context(trust)
         return _new_client(verify, max_connections)
     # ImportError: a SOCKS proxy needs a package that httpx does not bring.
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:

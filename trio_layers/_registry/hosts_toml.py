@@ -16,6 +16,7 @@ import posixpath
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias
 
@@ -371,20 +372,21 @@ def _clean(path: str) -> str:
     return cleaned[1:] if cleaned.startswith("//") else cleaned
 
 
+# In nanoseconds, which is what Go counts in, in 63 bits.
 _UNITS: Final = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "µs": 1e-6,  # the micro sign
-    "μs": 1e-6,  # the Greek letter
-    "ms": 1e-3,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0,
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,  # the micro sign
+    "μs": 10**3,  # the Greek letter
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
 }
-_DURATION = re.compile(r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ns|us|µs|μs|ms|s|m|h))+\Z")
-_DURATION_PART = re.compile(r"([0-9.]+)([^0-9.]+)")
-# Go counts nanoseconds in 63 bits.
-_MAX_DURATION: Final = 2**63 / 1e9
+_NUMBER_AND_UNIT = r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(ns|us|µs|μs|ms|s|m|h)"
+_DURATION = re.compile(rf"[-+]?(?:{_NUMBER_AND_UNIT})+\Z")
+_DURATION_PART = re.compile(_NUMBER_AND_UNIT)
+_MAX_DURATION: Final = 2**63 - 1
 
 
 def _parse_duration(text: str) -> float | None:
@@ -393,11 +395,11 @@ def _parse_duration(text: str) -> float | None:
         return 0.0
     if not _DURATION.match(text):
         return None
-    parts = _DURATION_PART.findall(text.lstrip("+-"))
-    # An integer with a unit in seconds is to come out exact.
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if seconds >= _MAX_DURATION:
+    parts = _DURATION_PART.findall(text)
+    total = sum(int(Fraction(number) * _UNITS[unit]) for number, unit in parts)
+    if total > _MAX_DURATION:
         return None
+    seconds = total // 10**9 + total % 10**9 / 1e9
     return -seconds if text.startswith("-") else seconds
 
 
