@@ -13,11 +13,14 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+import trio.testing
 import trustme
 from _tools.docker_registry import DockerRegistry, run_docker_registry
 from registry.fakes import Network
 
 from trio_layers import AuthenticationError, HostsError, Puller, RegistryError, open_puller
+from trio_layers._reference import parse_reference
+from trio_layers._registry.client import open_registry_client
 from trio_layers.testing import (
     BuiltImage,
     Corrupt,
@@ -404,3 +407,38 @@ async def test_credentials_are_not_for_mirrors(world: World, built: BuiltImage) 
         world.configure(mirror.url)
         assert await world.pull() == big(built)
     assert len(world.upstream.requests) == 4
+
+
+async def test_one_limit_over_all_clients(
+    authority: trustme.CA, world: World, built: BuiltImage
+) -> None:
+    """A request by a client with certificates of its own takes a slot from the others."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    async with open_registry(ssl_context=context) as secured:
+        secured.add(built, "team/app:1")
+        secured.inject("*/manifests/*", Delay(math.inf))
+        place = world.directory / "certs.d" / secured.host
+        place.mkdir()
+        authority.cert_pem.write_to_path(place / "ca.crt")
+        references = [
+            parse_reference(f"{each.host}/team/app:1") for each in (secured, *world.mirrors)
+        ]
+        async with (
+            open_registry_client(
+                hosts_dir=world.directory / "certs.d", max_connections=1
+            ) as client,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(client.resolve, references[0])
+            with trio.fail_after(20):
+                while not secured.requests:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.start_soon(client.resolve, references[1])
+            with trio.fail_after(20):
+                while client.statistics().waiting == 0:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+            assert client.statistics().active == 1
+            assert world.mirrors[0].requests == []
+            nursery.cancel_scope.cancel()
+        assert client.statistics().active == 0
