@@ -33,9 +33,10 @@ from trio_layers._errors import (
 )
 from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
+from trio_layers._registry.as_go import parse_duration
 from trio_layers._registry.auth import Credentials, CredentialsFor
 from trio_layers._registry.client import RegistryClient, open_registry_client
-from trio_layers._registry.hosts_toml import _parse_duration, read_configuration
+from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.sites import REST
 from trio_layers._registry.trust import Trust, make_context
 
@@ -570,7 +571,7 @@ def test_who_is_referred_to_learns_less() -> None:
 )
 def test_durations(text: str, seconds: float | None) -> None:
     """They are Go's."""
-    assert _parse_duration(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 def host_names(directory: Path, toml: str) -> list[str]:
