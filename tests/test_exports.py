@@ -10,9 +10,10 @@ import pytest
 import trio_layers
 import trio_layers.abc
 import trio_layers.testing
+import trio_layers.testing.store_suite
 from trio_layers._util import export_as_public
 
-PUBLIC = [trio_layers, trio_layers.abc, trio_layers.testing]
+PUBLIC = [trio_layers, trio_layers.abc, trio_layers.testing, trio_layers.testing.store_suite]
 
 
 def names(module: ModuleType) -> list[str]:

@@ -1,6 +1,6 @@
 """The folders show the architecture, and this holds them to it: who may import whom.
 
-    _cli ─► _commands ─► _display, _pull ─► _workers ─► _worker
+    _cli ─► _commands ─► _display, _logins, _pull, _archives ─► _workers ─► _worker
          ─► _registry │ _engine │ _unpack │ _store ─► base ─► values
 
 Imports point down only, and the four rooms never import one another. Some libraries belong to
@@ -33,10 +33,12 @@ LEVELS: dict[str, int] = {
     "_compression": 0,
     "_acl": 0,
     "_entries": 0,
+    "_choice": 0,
     # The base: what the rooms agree on.
     "abc": 1,
     "_progress": 1,
     "_nursery": 1,
+    "_sharing": 1,
     "_util": 1,
     # The rooms.
     "_engine": 2,
@@ -44,9 +46,12 @@ LEVELS: dict[str, int] = {
     "_unpack": 2,
     "_store": 2,
     # What ties them together.
+    "_image": 3,
     "_worker": 3,
+    "_logins": 3,
     "_workers": 4,
     "_pull": 5,
+    "_archives": 5,
     "_display": 5,
     "__init__": 6,
     "_commands": 6,
@@ -67,7 +72,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "httpx": frozenset({"_registry", "_pull", "testing"}),
     "httpcore": frozenset({"_registry"}),
     "pickle": frozenset({"_worker", "_workers"}),
-    "subprocess": frozenset({"_workers"}),
+    "subprocess": frozenset({"_logins", "_workers"}),
     "h11": frozenset({"testing"}),
     "isal": frozenset({"_compression", "testing"}),
     "backports": frozenset({"_compression", "testing"}),
@@ -77,7 +82,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "getpass": frozenset({"_commands"}),
     "fcntl": frozenset({"_store", "_unpack"}),
     "sqlite3": frozenset({"_store"}),
-    "shutil": frozenset({"_store", "_unpack", "testing"}),
+    "shutil": frozenset({"_logins", "_store", "_unpack", "testing"}),
     "tempfile": frozenset({"_store", "_unpack", "testing"}),
     "tarfile": frozenset({"testing"}),
     "asyncio": frozenset(),
@@ -85,7 +90,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "tomllib": frozenset({"_registry"}),
     "ssl": frozenset({"_registry", "testing"}),
 }
-FILES = frozenset({"_store", "_unpack", "_worker", "_workers", "testing"})
+FILES = frozenset({"_archives", "_logins", "_store", "_unpack", "_worker", "_workers", "testing"})
 """Who may open files, and call `os` for more than the process's own circumstances."""
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}
@@ -191,6 +196,9 @@ def test_every_module_keeps_the_rules(path: Path) -> None:
         ("_pull", "print('done')", "prints"),
         ("_pull", "open('file')", "opens a file"),
         ("_registry.client", "import os\nos.open('file', 0)", "uses os.open"),
+        ("_archives.reading", "from .._pull import Image", "imports its neighbour _pull"),
+        ("_archives.reading", "import tarfile", "imports tarfile"),
+        ("_store.content", "from .._archives import x", "imports upward, _archives"),
         ("_extra", "", "has no place"),
     ],
 )

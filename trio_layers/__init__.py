@@ -5,6 +5,9 @@ the engine under it, for layer sources and stores of one's own (see `trio_layers
 """
 
 from . import abc as abc
+from ._archives.exporting import ArchiveFormat as ArchiveFormat
+from ._archives.exporting import export_images as export_images
+from ._archives.importing import import_images as import_images
 from ._digest import ChainID as ChainID
 from ._digest import DiffID as DiffID
 from ._digest import Digest as Digest
@@ -16,7 +19,9 @@ from ._engine.download import DownloadStatistics as DownloadStatistics
 from ._engine.download import open_download_manager as open_download_manager
 from ._entries import Entry as Entry
 from ._entries import ExportReport as ExportReport
+from ._errors import ArchiveError as ArchiveError
 from ._errors import AuthenticationError as AuthenticationError
+from ._errors import CredentialsError as CredentialsError
 from ._errors import DecompressionError as DecompressionError
 from ._errors import DoNotRetry as DoNotRetry
 from ._errors import ExportError as ExportError
@@ -42,6 +47,8 @@ from ._errors import UnpackError as UnpackError
 from ._errors import UnsupportedStore as UnsupportedStore
 from ._errors import VerificationError as VerificationError
 from ._errors import WorkerError as WorkerError
+from ._image import ImageLayer as ImageLayer
+from ._logins.lookup import LoginFiles as LoginFiles
 from ._manifest import Descriptor as Descriptor
 from ._manifest import ImageConfig as ImageConfig
 from ._platform import Platform as Platform
@@ -50,15 +57,16 @@ from ._platform import parse_platform as parse_platform
 from ._progress import Progress as Progress
 from ._progress import Status as Status
 from ._pull import Image as Image
-from ._pull import ImageLayer as ImageLayer
 from ._pull import Puller as Puller
 from ._pull import PullPolicy as PullPolicy
 from ._pull import open_puller as open_puller
 from ._pull import open_store as open_store
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
-from ._registry.auth import Credentials as Credentials
 from ._registry.client import ResolvedImage as ResolvedImage
+from ._registry.credentials import Credentials as Credentials
+from ._registry.credentials import CredentialsSource as CredentialsSource
+from ._store.catalog import StoredImage as StoredImage
 from ._store.check import CheckReport as CheckReport
 from ._store.check import Problem as Problem
 from ._store.collect import Collected as Collected

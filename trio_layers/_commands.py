@@ -18,13 +18,17 @@ from typing import Final, final
 import attrs
 import trio
 
+from ._archives.exporting import export_images
+from ._archives.importing import import_images
 from ._display import DisplayKind, open_display
 from ._errors import LayersError, StoreError, text_of
+from ._logins.lookup import LoginFiles
 from ._nursery import open_hidden_nursery
 from ._platform import parse_platform
 from ._pull import Image, Puller, open_puller, open_store
 from ._reference import parse_reference
-from ._registry.auth import Credentials
+from ._registry.credentials import Credentials
+from ._store.catalog import StoredImage
 from .abc import ProgressSink
 
 __all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain", "shown"]
@@ -52,9 +56,8 @@ def _pull_arguments(parser: argparse.ArgumentParser) -> None:
 def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command has that may have to pull."""
     add = parser.add_argument
-    add("--platform", metavar="OS/ARCH[/VARIANT]", help="default: this machine's")
-    add("-q", "--quiet", action="store_true", help="no progress")
-    add("--progress", choices=("auto", "tty", "plain", "json", "none"), default="auto")
+    _platform_argument(parser)
+    _progress_arguments(parser)
     add("--plain-http", action="store_true", help="allow registries without TLS")
     add("--no-tls-verify", action="store_true", help="accept any certificate")
     add("--hosts-dir", metavar="DIR", help="mirrors and certificates, as containerd's certs.d")
@@ -64,8 +67,23 @@ def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
         type=_credentials,
         help="asks for the password if it is left out",
     )
+    add(
+        "--authfile",
+        metavar="FILE",
+        help="logins to use in place of docker's and podman's own",
+    )
     add("--max-concurrent-downloads", metavar="N", type=_number(0), default=3)
     add("--max-download-attempts", metavar="N", type=_number(1), default=5)
+
+
+def _platform_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="default: this machine's")
+
+
+def _progress_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-q", "--quiet", action="store_true", help="no progress")
+    add("--progress", choices=("auto", "tty", "plain", "json", "none"), default="auto")
 
 
 async def _pull(arguments: argparse.Namespace) -> int:
@@ -106,7 +124,7 @@ async def _pull(arguments: argparse.Namespace) -> int:
 def _open_puller(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Puller]:
     return open_puller(
         arguments.store,
-        credentials=arguments.creds,
+        credentials=arguments.creds or LoginFiles(arguments.authfile),
         plain_http=arguments.plain_http,
         tls_verify=not arguments.no_tls_verify,
         hosts_dir=arguments.hosts_dir,
@@ -153,9 +171,7 @@ def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _rootfs(arguments: argparse.Namespace) -> int:
-    stdout = _Stdout() if arguments.destination == "-" else None
-    if stdout is not None and sys.stdout.isatty():
-        raise LayersError("a terminal is no place for a tar: redirect stdout")
+    stdout = _tar_on_stdout() if arguments.destination == "-" else None
     async with _open_image(arguments) as image:
         if stdout is not None:
             await image.rootfs.export_tar(stdout)
@@ -204,6 +220,110 @@ async def _mount(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="an archive, or the directory of a layout; -: stdin")
+    add(
+        "--reference",
+        metavar="REF",
+        help="what to call the image; of several, the one that is called so already",
+    )
+    _platform_argument(parser)
+    add("--json", action="store_true", help="print a JSON object for each image")
+    _progress_arguments(parser)
+
+
+async def _import(arguments: argparse.Namespace) -> int:
+    source = _archive_on_stdin() if arguments.source == "-" else arguments.source
+    async with (
+        open_store(arguments.store) as store,
+        _open_display(arguments) as progress,
+    ):
+        images = await import_images(
+            store,
+            source,
+            reference=arguments.reference,
+            platform=arguments.platform,
+            progress=progress,
+        )
+    for image in images:
+        if arguments.json:
+            print(_stored_as_json(image))
+        else:
+            print(image.reference, image.platform, image.manifest.digest)
+    return 0
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("references", metavar="REF", nargs="+", help="an image in the store")
+    add(
+        "destination",
+        metavar="DEST",
+        help="a new file; for oci a directory, empty or new; -: stdout",
+    )
+    add(
+        "--format",
+        choices=("oci-archive", "docker-archive", "oci"),
+        default="oci-archive",
+        help="default: %(default)s, which docker load and podman load take, too",
+    )
+    _platform_argument(parser)
+
+
+async def _export(arguments: argparse.Namespace) -> int:
+    target = arguments.destination
+    if target == "-":
+        if arguments.format == "oci":
+            raise LayersError("an OCI layout is a directory: write an oci-archive to stdout")
+        target = _tar_on_stdout()
+    async with open_store(arguments.store) as store:
+        await export_images(
+            store,
+            arguments.references,
+            target,
+            format=arguments.format,
+            platform=arguments.platform,
+        )
+    return 0
+
+
+def _tar_on_stdout() -> _Stdout:
+    stdout = _Stdout()
+    if sys.stdout.isatty():
+        raise LayersError("a terminal is no place for a tar: redirect stdout")
+    return stdout
+
+
+def _archive_on_stdin() -> _Stdin:
+    stdin = _Stdin()
+    if sys.stdin.isatty():
+        raise LayersError("a terminal has no archive: redirect stdin")
+    return stdin
+
+
+@final
+class _Stdin(trio.abc.ReceiveStream):
+    """Bytes from stdin, whatever that is."""
+
+    def __init__(self) -> None:
+        if sys.stdin is None:  # its number may be some other file's by now
+            raise OSError(errno.EBADF, "it is closed", "stdin")
+        self._file = io.FileIO(sys.stdin.fileno(), "rb", closefd=False)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        # Whoever writes it may never go on: then the thread is left behind.
+        data = await trio.to_thread.run_sync(
+            self._file.read, max_bytes or _CHUNK, abandon_on_cancel=True
+        )
+        if data is None:
+            raise BlockingIOError(errno.EAGAIN, "it does not wait", "stdin")
+        return data
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 @final
 class _Stdout(trio.abc.SendStream):
     """Bytes to stdout, which may be anything: not every file can be waited for."""
@@ -248,6 +368,17 @@ def _as_json(image: Image) -> str:
             "digest": image.digest,
             "platform": str(image.platform),
             "layers": layers,
+        }
+    )
+
+
+def _stored_as_json(image: StoredImage) -> str:
+    return json.dumps(
+        {
+            "reference": image.reference,
+            "digest": image.manifest.digest,
+            "platform": image.platform,
+            "config": image.config.digest,
         }
     )
 
@@ -396,6 +527,8 @@ COMMANDS: Final = (
     Command(
         "mount", "mount an image's root file system until interrupted", _mount_arguments, _mount
     ),
+    Command("import", "put the images of an archive into the store", _import_arguments, _import),
+    Command("export", "write images of the store to an archive", _export_arguments, _export),
     Command("images", "list the images in the store", _images_arguments, _images),
     Command("rm", "remove images' names; gc removes what nobody needs then", _rm_arguments, _rm),
     Command("gc", "remove what no image needs, and nobody uses", _gc_arguments, _gc),

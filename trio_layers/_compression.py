@@ -25,7 +25,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["MAX_WINDOW", "PIECE", "Decompressor", "crc32"]
+__all__ = ["MAX_WINDOW", "PIECE", "Decompressor", "crc32", "recognise"]
 
 PIECE: Final = 256 * 1024
 """The most bytes that come out at once."""
@@ -87,8 +87,9 @@ _CODECS: Final[dict[str, Callable[[int], _Codec]]] = {
 }
 
 
-def _recognise(head: bytes) -> str | None:
-    """The compression that ``head`` begins, ``None`` for none."""
+def recognise(head: bytes) -> str | None:
+    """The compression whose data begin with ``head``, 10 bytes or all there are; ``None`` for
+    none."""
     if head.startswith(b"\x1f\x8b\x08"):
         return "gzip"
     if head.startswith(b"BZh"):
@@ -202,7 +203,7 @@ class Decompressor:
             if len(data) < _BEGINNING and not end:
                 self._held = data
                 return
-            self.compression = _recognise(data)
+            self.compression = recognise(data)
             self._recognised = True
             self.opened = self.compression is None
         if self.compression is None:

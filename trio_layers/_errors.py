@@ -12,7 +12,9 @@ from typing import Self, TypeVar
 _E = TypeVar("_E", bound="LayersError")
 
 __all__ = [
+    "ArchiveError",
     "AuthenticationError",
+    "CredentialsError",
     "DecompressionError",
     "DoNotRetry",
     "ExportError",
@@ -104,6 +106,12 @@ class ManifestError(LayersError):
     one of an image. The image's publisher has to mend it."""
 
 
+class ArchiveError(LayersError):
+    """An image archive or layout is damaged, lacks something, or is of an unknown kind; or it
+    does not tell which of its images is meant, or what that is called. Names the archive, and
+    what in it."""
+
+
 # The registry.
 
 
@@ -123,6 +131,19 @@ class RegistryError(LayersError):
 
 class AuthenticationError(RegistryError):
     """The registry wants other credentials, or grants these no access. Log in."""
+
+
+class CredentialsError(DoNotRetry):
+    """A login file or a credential helper cannot be used. Mend it, log in anew, or name another
+    one. Neither secrets nor anything else of what it holds is in the message.
+
+    Attributes:
+        source: The file's path, or the helper's program.
+    """
+
+    def __init__(self, message: str, *, source: str) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 class NotFound(RegistryError):
@@ -264,8 +285,9 @@ class WorkerError(_OfALayer):
 
 
 class ExportError(LayersError):
-    """A directory could not take a root file system: it is not empty, or what the operating
-    system raised is the ``__cause__``. The store is not concerned.
+    """A root file system or an archive could not be written: the directory is not empty, the file
+    is there, or what the operating system raised is the ``__cause__``. The store is not
+    concerned.
 
     Attributes:
         path: What could not be written.

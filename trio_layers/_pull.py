@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final, Literal, TypeAlias, final
 
@@ -11,18 +11,18 @@ import attrs
 import httpx
 import trio
 
-from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain
+from ._digest import DiffID, Digest
 from ._engine.download import DownloadManager, open_download_manager
-from ._errors import StoreError, VerificationError
-from ._manifest import Descriptor, ImageConfig, Manifest, decode_config, decode_manifest
-from ._platform import Platform, choose, host_platform, parse_platform
+from ._errors import StoreError
+from ._image import ImageLayer, check_diff_ids, choose_stored, layers_of
+from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
+from ._platform import Platform, parse_platform
 from ._progress import Status
 from ._reference import Reference, parse_reference
-from ._registry.auth import CredentialsFor
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
+from ._registry.credentials import CredentialsFor
 from ._registry.transport import STALL_LIMIT
 from ._store import directory
-from ._store.catalog import StoredImage
 from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
 from ._unpack.limits import Limits
@@ -30,7 +30,7 @@ from ._unpack.unpacker import Unpacker
 from ._workers import open_workers
 from .abc import BlobSink, ProgressSink, ReportProgress
 
-__all__ = ["Image", "ImageLayer", "PullPolicy", "Puller", "open_puller", "open_store"]
+__all__ = ["Image", "PullPolicy", "Puller", "open_puller", "open_store"]
 
 PullPolicy: TypeAlias = Literal["always", "missing", "never"]
 """When a registry is asked: each time, so that the newest image is had; if the store has no such
@@ -38,21 +38,6 @@ image; or not at all."""
 
 UNLIMITED_DOWNLOADS: Final = 90
 """With those for other requests, as many connections as httpx allows if it is not told."""
-
-
-@attrs.frozen
-class ImageLayer:
-    """One layer of an image.
-
-    Attributes:
-        descriptor: Its blob: media type, digest, and size in bytes, as the registry has it.
-        diff_id: The digest of its tar, decompressed.
-        chain_id: Names it together with all that is below it.
-    """
-
-    descriptor: Descriptor
-    diff_id: DiffID
-    chain_id: ChainID
 
 
 @attrs.frozen
@@ -131,7 +116,8 @@ async def open_puller(
     Args:
         store: The directory of a store, made if it is not there, or an open store.
         client: Asks the registries; closed by whoever made it. ``None``: one of our own.
-        credentials: For the registries asked; ``None``: anonymous.
+        credentials: For the registries asked, when they want some: those for all of them; or by
+            their domains; or a function that knows them, such as `LoginFiles`. ``None``: anonymous.
         plain_http: Whether registries that are not on this machine may be asked without TLS.
         tls_verify: Whether certificates are checked.
         hosts_dir: A directory of mirrors and certificates, as containerd has it, such as
@@ -260,7 +246,7 @@ class Puller:
             what = f" for {platform}" if platform else ""
             raise StoreError(f"{reference}{what} is not in the store: pull it")
         resolved = await self.resolve(reference, platform=platform)
-        layers = _layers_of(resolved.layers, resolved.diff_ids)
+        layers = layers_of(resolved.layers, resolved.diff_ids)
         async with self._store.lease(*_digests_of(resolved, layers)):
             sources = [
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)
@@ -270,7 +256,7 @@ class Puller:
             top = await self._store.find(layers[-1].chain_id) if layers else None
             async with self._manager.download(sources, progress=progress) as rootfs:
                 del top
-                _check_diff_ids(layers, rootfs)
+                check_diff_ids(layers, rootfs)
                 chain = rootfs.chain_id
                 await self._store.put_image(
                     str(resolved.reference),
@@ -295,7 +281,7 @@ class Puller:
         self, reference: Reference, platform: Platform | None
     ) -> AsyncIterator[Image | None]:
         """An image of the store, kept there for the block; ``None`` if there is none."""
-        stored = _chosen(await self._store.images(str(reference)), platform)
+        stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
             yield None
             return
@@ -321,7 +307,7 @@ class Puller:
                 digest=stored.manifest.digest,
                 platform=config.platform,
                 config=config,
-                layers=_layers_of(manifest.layers, config.diff_ids),
+                layers=layers_of(manifest.layers, config.diff_ids),
                 rootfs=await self._store.rootfs(stored.chain_id),
             )
 
@@ -344,44 +330,6 @@ def _parsed(
     if isinstance(platform, str):
         platform = parse_platform(platform)
     return reference, platform
-
-
-def _chosen(images: Sequence[StoredImage], platform: Platform | None) -> StoredImage | None:
-    """The one of a reference's images that a pull for the platform would bring, see
-    `RegistryClient.resolve`; of equals the one put last."""
-    offered = [parse_platform(image.platform) if image.platform else None for image in images]
-    index = choose(platform or host_platform(), offered)
-    if index is not None:
-        return images[index]
-    if platform is not None:
-        return None
-    return next((image for image in images if image.index is None), None)
-
-
-def _layers_of(
-    descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
-) -> tuple[ImageLayer, ...]:
-    layers = []
-    chain: ChainID | None = None
-    for descriptor, diff_id in zip(descriptors, diff_ids, strict=True):
-        chain = extend_chain(chain, diff_id)
-        layers.append(ImageLayer(descriptor, diff_id, chain))
-    return tuple(layers)
-
-
-def _check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:
-    """Compare what the layers unpacked to with what the config says.
-
-    Here and not when a layer is registered: a download may serve images whose configs differ,
-    and only the pull of the one that lies shall fail.
-    """
-    for layer, diff_id in zip(layers, rootfs.diff_ids, strict=True):
-        if diff_id != layer.diff_id:
-            raise VerificationError(
-                f"layer {layer.descriptor.digest} unpacks to {diff_id}, "
-                f"but the image's config says {layer.diff_id}",
-                digest=layer.diff_id,
-            )
 
 
 def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iterator[Digest]:

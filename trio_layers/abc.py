@@ -26,6 +26,7 @@ __all__ = [
     "LayerStore",
     "LowerTree",
     "ProgressSink",
+    "ReportArrived",
     "ReportProgress",
     "ReportUnpacked",
     "Stage",
@@ -194,6 +195,11 @@ ReportUnpacked: TypeAlias = Callable[[int], None]
 called in trio's thread."""
 
 
+ReportArrived: TypeAlias = Callable[[int], None]
+"""Told how many bytes of a blob are there, while somebody else brings them. It never waits, and is
+to be called in trio's thread."""
+
+
 class Stage(BlobSink, Protocol):
     """A blob on its way to being a layer: the sink it arrives in, and a worker that inflates,
     hashes and unpacks what has arrived. It comes from `StagingStore.stage`.
@@ -258,7 +264,9 @@ class Stage(BlobSink, Protocol):
 class StagingStore(LayerStore, Protocol):
     """A store that can unpack a layer while it arrives, before what is below it is known."""
 
-    def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[Stage]:
+    def stage(
+        self, descriptor: Descriptor, waiting: ReportArrived | None = None
+    ) -> AbstractAsyncContextManager[Stage]:
         """Take a blob in, and unpack it, in the block.
 
         Entering may wait until nobody else, in any process, takes in or unpacks this blob. What
@@ -276,6 +284,12 @@ class StagingStore(LayerStore, Protocol):
         own.
 
         Cancellation: entering is cancellable, and then nothing is left behind.
+
+        Args:
+            descriptor: The blob. What its media type says is not believed.
+            waiting: Told how much of the blob is there while entering waits for somebody else who
+                takes it in, if the store can see that: at most every 100 ms, and never more than
+                the blob's size. It may become less, when they start over.
 
         Raises:
             Exception: for what keeps the store from taking the blob in; it is not tried again.

@@ -18,7 +18,7 @@ CONFIG = """\
 version: 0.1
 log: {{level: info, accesslog: {{disabled: {quiet}}}}}
 storage: {{filesystem: {{rootdirectory: {data}}}}}
-http: {{addr: "127.0.0.1:0", secret: none{http}}}
+http: {{addr: "{address}", secret: none{http}}}
 {more}
 """
 REQUEST = re.compile(r'"((?:GET|HEAD) [^"]+) HTTP/1\.1" (\d+)')
@@ -42,12 +42,21 @@ class DockerRegistry:
         found = REQUEST.findall(self.log.read_text())
         return [f"{request} {status}" for request, status in found]
 
-    def push(self, layout: Path, name: str, *, tag: str = "latest", as_docker: bool = False) -> str:
+    def push(
+        self,
+        layout: Path,
+        name: str,
+        *,
+        tag: str = "latest",
+        as_docker: bool = False,
+        creds: str | None = None,
+    ) -> str:
         """Copy an OCI layout's image of that tag to ``name`` (``library/demo:1``), as it is, or
         its manifest rewritten to Docker's schema 2; returns the reference to pull it by."""
         reference = f"{self.host}/{name}"
         command = [require("skopeo"), "copy", "--quiet", "--all"]
         command += ["--format", "v2s2"] if as_docker else ["--preserve-digests"]
+        command += [] if creds is None else ["--dest-creds", creds]
         command += ["--dest-tls-verify=false", f"oci:{layout}:{tag}", f"docker://{reference}"]
         subprocess.run(command, check=True, timeout=120)
         return reference
@@ -66,20 +75,27 @@ def require(program: str) -> str:
 
 @contextmanager
 def run_docker_registry(
-    directory: Path, *, quiet: bool = True, http: str = "", more: str = ""
+    directory: Path,
+    *,
+    address: str = "127.0.0.1:0",
+    quiet: bool = True,
+    http: str = "",
+    more: str = "",
 ) -> Iterator[DockerRegistry]:
     """Run one that keeps all it has in ``directory``, on a port that it chooses itself.
 
     Args:
         directory: Also for its configuration and log.
+        address: Where it listens, in place of that.
         quiet: Whether it does without a log of requests.
         http: YAML for that part of its configuration, such as ``tls: {…}``.
-        more: YAML for the whole, such as ``proxy: {…}``.
+        more: YAML for the whole, such as ``auth: {…}`` or ``proxy: {…}``.
     """
     program = require("docker-registry")
     config, log = directory / "config.yml", directory / "log"
     text = CONFIG.format(
         data=directory / "data",
+        address=address,
         quiet=str(quiet).lower(),
         http=f", {http}" if http else "",
         more=more,

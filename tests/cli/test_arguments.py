@@ -110,8 +110,10 @@ def test_pull_passes_everything_on(puller: FakePuller) -> None:
 def test_pull_has_careful_defaults(puller: FakePuller) -> None:
     assert _cli.main(["pull", "debian:12", "-q"]) == 0
     [(_, options)] = puller.opened
+    logins = options.pop("credentials")
+    assert isinstance(logins, _commands.LoginFiles)
+    assert logins.authfile is None
     assert options == {
-        "credentials": None,
         "plain_http": False,
         "tls_verify": True,
         "hosts_dir": None,
@@ -119,6 +121,15 @@ def test_pull_has_careful_defaults(puller: FakePuller) -> None:
         "max_download_attempts": 5,
     }
     assert puller.pulled == [("debian:12", None)]
+
+
+def test_a_login_file_is_named(puller: FakePuller) -> None:
+    """A name and a password come before it."""
+    assert _cli.main(["pull", "one", "-q", "--authfile", "F"]) == 0
+    assert _cli.main(["pull", "one", "-q", "--authfile", "F", "--creds", "me:secret"]) == 0
+    [(_, first), (_, second)] = puller.opened
+    assert first["credentials"].authfile == "F"
+    assert second["credentials"] == _commands.Credentials("me", "secret")
 
 
 def test_result_on_stdout_in_order_and_progress_on_stderr(

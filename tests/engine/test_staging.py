@@ -49,7 +49,7 @@ class Store(MemoryStore):
         self.left = 0
 
     @asynccontextmanager
-    async def stage(self, descriptor) -> AsyncIterator[MemoryStage]:
+    async def stage(self, descriptor, waiting=None) -> AsyncIterator[MemoryStage]:
         async with super().stage(descriptor) as stage:
             self.entered += 1
             self._change(stage)
@@ -224,6 +224,66 @@ def test_descriptor_is_handed_to_the_store() -> None:
             assert [layer.descriptor for layer in store.layers.values()] == [source.descriptor] * 2
 
     run(main)
+
+
+class Shared(MemoryStore):
+    """A store that another process brings the blob to, as far as it is told."""
+
+    def __init__(self, *brought: int, complete: bool = True) -> None:
+        super().__init__()
+        self._brought = brought
+        self._complete = complete
+
+    @asynccontextmanager
+    async def stage(self, descriptor, waiting=None) -> AsyncIterator[MemoryStage]:
+        for count in self._brought:
+            await trio.sleep(1)
+            waiting(count)
+        async with super().stage(descriptor) as stage:
+            data = b"0123456789"[: self._brought[-1]]
+            await stage.write(data)
+            stage._run.arrived.complete = self._complete
+            yield stage
+
+
+def test_who_waits_for_another_process_shows_its_progress() -> None:
+    """As a download of its own, which is complete when the other's is."""
+    source = ScriptedSource(b"0123456789")
+    events = pulled(Shared(4, 8, 10), source)
+    assert events[:5] == [
+        (0, "Pulling fs layer", 0, 0),
+        (1, "Downloading", 4, 10),
+        (2, "Downloading", 8, 10),
+        (3, "Downloading", 10, 10),
+        (3, "Download complete", 0, 0),
+    ]
+    assert {action for _, action, _, _ in events[5:]} <= {"Extracting", "Pull complete"}
+    assert source.calls == 0
+
+
+def test_who_waited_goes_on_where_the_other_ended() -> None:
+    attempt = Attempt(seconds=4, pieces=2, progress=((2, "Downloading", 7, 10),))
+    source = ScriptedSource(b"0123456789", attempts=[attempt])
+    events = pulled(Shared(3, 4, complete=False), source)
+    assert events[:4] == [
+        (0, "Pulling fs layer", 0, 0),
+        (1, "Downloading", 3, 10),
+        (2, "Downloading", 4, 10),
+        (4, "Downloading", 7, 10),
+    ]
+    assert events[-1] == (6, "Pull complete", 0, 0)
+    assert source.calls == 1
+
+
+def test_who_waits_has_waited_for_its_slot_before() -> None:
+    """… and a pull that is cancelled while it waits hears no more of it."""
+    store = Shared(3, 4, 5)
+    sources = [ScriptedSource(name * 10) for name in (b"a", b"b", b"c", b"d")]
+    events = pulled(store, *sources, cancel_at=2.5)
+    assert (0, "Waiting", 0, 0) in events
+    shown = sorted(event for event in events if event[1] == "Downloading")
+    assert shown == [(1, "Downloading", 3, 10)] * 3 + [(2, "Downloading", 4, 10)] * 3
+    assert not store.layers
 
 
 # What is there already.
@@ -528,7 +588,7 @@ def test_what_finish_raises_is_a_failed_attempt(error: LayersError, calls: int) 
 def test_what_entering_raises_is_final() -> None:
     class Refusing(MemoryStore):
         @asynccontextmanager
-        async def stage(self, descriptor):
+        async def stage(self, descriptor, waiting=None):
             raise VerificationError("has another size", digest=descriptor.digest)
             yield
 
@@ -559,7 +619,7 @@ def test_what_commit_raises_has_the_words_of_register(error: Exception, text: st
 def test_layer_is_given_back_if_leaving_fails() -> None:
     class Bad(MemoryStore):
         @asynccontextmanager
-        async def stage(self, descriptor):
+        async def stage(self, descriptor, waiting=None):
             async with super().stage(descriptor) as stage:
                 yield stage
             raise OSError("cannot leave")
@@ -654,7 +714,7 @@ async def leave_behind(store: MemoryStore, descriptor) -> None:
 def test_cancelled_as_it_enters(deaf: bool, caplog: pytest.LogCaptureFixture) -> None:
     class Entering(MemoryStore):
         @asynccontextmanager
-        async def stage(self, descriptor) -> AsyncIterator[Stage]:
+        async def stage(self, descriptor, waiting=None) -> AsyncIterator[Stage]:
             with trio.CancelScope(shield=deaf):
                 await trio.sleep(7)
             async with super().stage(descriptor) as stage:
@@ -671,7 +731,7 @@ def test_cancelled_as_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
 
     class Leaving(MemoryStore):
         @asynccontextmanager
-        async def stage(self, descriptor) -> AsyncIterator[Stage]:
+        async def stage(self, descriptor, waiting=None) -> AsyncIterator[Stage]:
             async with super().stage(descriptor) as stage:
                 yield stage
                 assert self.layers
@@ -725,7 +785,7 @@ def test_no_more_stages_are_unfinished_than_there_are_slots() -> None:
 
     class Counting(MemoryStore):
         @asynccontextmanager
-        async def stage(self, descriptor) -> AsyncIterator[Stage]:
+        async def stage(self, descriptor, waiting=None) -> AsyncIterator[Stage]:
             async with super().stage(descriptor) as stage:
                 open_now.add(stage)
                 most[0] = max(most[0], len(open_now))

@@ -278,7 +278,9 @@ class StagingStore(Store):
     """
 
     @asynccontextmanager
-    async def stage(self, descriptor: Descriptor) -> AsyncIterator[Stage]:
+    async def stage(
+        self, descriptor: Descriptor, waiting: Callable[[int], None]
+    ) -> AsyncIterator[Stage]:
         await trio.lowlevel.checkpoint()
         self._world.open_stages += 1
         try:

@@ -3,6 +3,8 @@ docker-registry as cache and as registry, over real sockets."""
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import random
 import ssl
@@ -16,9 +18,17 @@ import trio
 import trio.testing
 import trustme
 from _tools.docker_registry import DockerRegistry, run_docker_registry
+from _tools.logins import Home
 from registry.fakes import Network
 
-from trio_layers import AuthenticationError, HostsError, Puller, RegistryError, open_puller
+from trio_layers import (
+    AuthenticationError,
+    HostsError,
+    LoginFiles,
+    Puller,
+    RegistryError,
+    open_puller,
+)
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers.testing import (
@@ -39,6 +49,9 @@ from trio_layers.testing import (
 
 NAME = "registry.test/team/app:1"
 BLOBS = "/v2/team/app/blobs/*"
+PASSWORD = "canary-5ecret"
+# The same by bcrypt, with the least cost.
+BCRYPT = "$2y$05$abcdefghijklmnopqrstuuacxD6pG5D5/pUUuKTQTOXjjnFrzV11K"
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +159,58 @@ async def test_a_pull_through_cache(built: BuiltImage, layout: Path, tmp_path: P
         assert len(fetched) == 3
         assert asked[1] == []
         assert pushed > 0
+
+
+async def test_logins_of_a_mirror_and_of_the_registry(
+    built: BuiltImage, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both want one, and each another one: docker's file has them by their own names. Without that
+    for the mirror it gets none, and all comes from the registry, with its own."""
+    home = Home(tmp_path / "home", monkeypatch)
+    with ExitStack() as stack:
+
+        def run(user: str) -> DockerRegistry:
+            place = tmp_path / user
+            place.mkdir()
+            (place / "htpasswd").write_text(f"{user}:{BCRYPT}\n")
+            auth = f"auth: {{htpasswd: {{realm: here, path: {place}/htpasswd}}}}"
+            registry = run_docker_registry(place, quiet=False, more=auth)
+            running = stack.enter_context(registry)
+            running.push(layout, "team/app:1", creds=f"{user}:{PASSWORD}")
+            return running
+
+        registry = await trio.to_thread.run_sync(run, "us")
+        mirror = await trio.to_thread.run_sync(run, "guest")
+        place = tmp_path / "certs.d" / registry.host
+        place.mkdir(parents=True)
+        (place / "hosts.toml").write_text(f'[host."http://{mirror.host}"]\n')
+        auths = {
+            each.host: {"auth": base64.b64encode(f"{user}:{PASSWORD}".encode()).decode()}
+            for each, user in ((registry, "us"), (mirror, "guest"))
+        }
+
+        async def pull(store: str) -> tuple[list[str], list[str]]:
+            """What came of it at the registry and at the mirror."""
+            home.docker_config.write_text(json.dumps({"auths": auths}))
+            before = len(registry.requests()), len(mirror.requests())
+            async with (
+                open_puller(
+                    tmp_path / store, hosts_dir=tmp_path / "certs.d", credentials=LoginFiles()
+                ) as puller,
+                puller.pull(f"{registry.host}/team/app:1") as image,
+            ):
+                assert image.digest == built.digest
+            asked = registry.requests()[before[0] :], mirror.requests()[before[1] :]
+            there, here = ([request.split()[-1] for request in each] for each in asked)
+            return there, here
+
+        # Manifest, config and two layers, once it has said that it wants a login.
+        assert await pull("first") == ([], ["401", *["200"] * 4])
+        del auths[mirror.host]
+        there, here = await pull("second")
+        assert there.count("200") == 4
+        assert set(there) == {"401", "200"}
+        assert here == ["401"] * 4
 
 
 # Mirrors that have bad days.

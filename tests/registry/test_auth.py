@@ -8,14 +8,22 @@ import json
 import httpx
 import pytest
 import trio
+from _tools.canaries import Canaries
 from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe, is_final
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_layers._errors import AuthenticationError, NotFound, RateLimited, RegistryError
+from trio_layers._errors import (
+    AuthenticationError,
+    CredentialsError,
+    NotFound,
+    RateLimited,
+    RegistryError,
+)
 from trio_layers._reference import parse_reference
-from trio_layers._registry import auth
-from trio_layers._registry.auth import Credentials, CredentialsFor, parse_challenges
+from trio_layers._registry import tokens
+from trio_layers._registry.auth import parse_challenges
 from trio_layers._registry.client import RegistryClient, open_registry_client
+from trio_layers._registry.credentials import Credentials, CredentialsFor
 
 HOST = "https://registry.example"
 TOKENS = "https://tokens.example"
@@ -390,7 +398,7 @@ async def test_no_secret_is_shown() -> None:
     ):
         await fetch(client)
         authenticator = client._sites._authenticator
-        shown = repr((client, authenticator, list(authenticator._tokens.items())))
+        shown = repr((client, authenticator, list(authenticator.tokens._tokens.items())))
         assert "s3cret" not in shown
         assert "t1" not in shown
 
@@ -399,7 +407,7 @@ async def test_tokens_are_bounded(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expired ones go when there are many."""
-    monkeypatch.setattr(auth, "MAX_TOKENS", 10)
+    monkeypatch.setattr(tokens, "MAX_TOKENS", 10)
     server = TokenRegistry()
     async with server.network.client() as http, open_registry_client(client=http) as client:
         for number in range(10):
@@ -433,3 +441,428 @@ def test_challenges_are_read_in_linear_time() -> None:
         "=" * 99,
     ):
         assert len(parse_challenges([text])) <= 50_000
+
+
+# Credentials that are asked for, and that are no password.
+
+
+class Asked:
+    """A source of credentials, that gives the last ones for ever."""
+
+    def __init__(self, *answers: Credentials | None) -> None:
+        self.answers = list(answers)
+        self.calls: list[tuple[str, Credentials | None]] = []
+
+    async def __call__(self, repository: str, refused: Credentials | None) -> Credentials | None:
+        self.calls.append((repository, refused))
+        await trio.lowlevel.checkpoint()
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+class BasicRegistry:
+    """A registry that takes some passwords of ``user``."""
+
+    def __init__(self, *passwords: str) -> None:
+        self.good = {Credentials("user", password).basic() for password in passwords}
+        self.network = Network(**{HOST: self})
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.headers.get("Authorization") not in self.good:
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+
+async def test_credentials_are_asked_for_when_they_are_wanted() -> None:
+    """Once for a repository, however many want them at a time; never where nobody asks."""
+    source = Asked(USER)
+    server = BasicRegistry("s3cret")
+    network = server.network
+    network.hosts["https://open.example"] = lambda request: httpx.Response(
+        200, stream=Body([CONTENT])
+    )
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, credentials=source) as client,
+    ):
+        await fetch(client, "open.example/app")
+        assert source.calls == []
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(fetch, client)
+        await fetch(client)
+        assert source.calls == [("registry.example/team/app", None)]
+        await fetch(client, "registry.example/other")
+        assert source.calls[1:] == [("registry.example/other", None)]
+
+
+async def test_credentials_that_expire() -> None:
+    """Others are asked for once by all whom a registry refuses, with what it refused."""
+    new = Credentials("user", "new")
+    source = Asked(USER, new)
+    server = BasicRegistry("s3cret")
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=source) as client,
+    ):
+        await fetch(client)
+        server.good = {new.basic()}
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(fetch, client)
+        assert source.calls == [(str(APP.name), None), (str(APP.name), USER)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "sent"),
+    [
+        ([None], 1, [None]),
+        ([Credentials()], 1, [None]),
+        ([Credentials(identity_token="t")], 1, [None]),
+        ([Credentials("user", "old")], 2, [None, "old"]),
+        ([Credentials("user", "old"), None], 2, [None, "old"]),
+        ([Credentials("user", str(n)) for n in range(5)], 2, [None, "0", "1"]),
+    ],
+)
+async def test_credentials_that_never_do(
+    answers: list[Credentials | None], asked: int, sent: list[str | None]
+) -> None:
+    """It ends, with the registry's answer."""
+    source = Asked(*answers)
+    server = BasicRegistry("s3cret")
+    with pytest.raises(AuthenticationError, match="may want a login"):
+        await fetch_once(server.network, source)
+    assert len(source.calls) == asked
+    assert server.network.secrets("registry.example") == [
+        each and Credentials("user", each).basic() for each in sent
+    ]
+
+
+async def test_what_a_source_raises() -> None:
+    """It comes out as it is, and holds no connection."""
+
+    async def source(repository: str, refused: Credentials | None) -> Credentials | None:
+        assert client.statistics().active == 0
+        raise OSError("the vault is locked")
+
+    server = BasicRegistry()
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=source) as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(OSError, match="the vault is locked"):
+                await fetch(client)
+
+
+class OAuthRegistry(TokenRegistry):
+    """Its token server takes refresh tokens, and gives the next one with each token.
+
+    Attributes:
+        post: What it answers to a POST instead.
+        refresh: What it takes.
+    """
+
+    def __init__(self, refresh: str = "r0") -> None:
+        super().__init__()
+        self.post: httpx.Response | None = None
+        self.refresh = refresh
+
+    def tokens(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            if request.headers.get("Authorization") != USER_BASIC:
+                return httpx.Response(401)
+            return super().tokens(request)
+        if self.post is not None:
+            return self.post
+        if form_of(request)["refresh_token"] != self.refresh:
+            return httpx.Response(400, json={"error": "invalid_grant"})
+        self.refresh = f"r{self.given + 1}"
+        self.answer = {"expires_in": 300, "refresh_token": self.refresh}
+        return super().tokens(request)
+
+    def asked(self) -> list[str]:
+        return [
+            form_of(each)["refresh_token"]
+            if each.method == "POST"
+            else each.headers.get("Authorization", "")
+            for each in self.token_requests()
+        ]
+
+
+def form_of(request: httpx.Request) -> dict[str, str]:
+    assert request.headers["Content-Type"] == "application/x-www-form-urlencoded"
+    return dict(httpx.QueryParams(request.content.decode()))
+
+
+async def test_an_identity_token() -> None:
+    """distribution's ``spec/auth/oauth.md``: a form, with the scopes in one field."""
+    server = OAuthRegistry("r+0&x=é")
+    server.challenge += ',scope="repository:team/app:pull other:x:y"'
+    await fetch_once(server.network, Credentials("user", identity_token="r+0&x=é"))
+    [request] = server.token_requests()
+    assert form_of(request) == {
+        "grant_type": "refresh_token",
+        "service": "registry.example",
+        "client_id": "trio-layers",
+        "scope": "repository:team/app:pull other:x:y",
+        "refresh_token": "r+0&x=é",
+    }
+    assert dict(request.url.params) == {"x": "1"}
+    assert "Authorization" not in request.headers
+    assert server.network.secrets("registry.example") == [None, "Bearer t1"]
+
+
+async def test_refresh_tokens_that_are_good_once(autojump_clock: MockClock) -> None:
+    """The one that came last is used, by all repositories; also by one that still had the one
+    before, which another has used up meanwhile."""
+    server = OAuthRegistry()
+    proceed = trio.Event()
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        if b"other" in request.content and not proceed.is_set():
+            await proceed.wait()
+        return server.tokens(request)
+
+    credentials = Credentials(identity_token="r0")
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=credentials) as client,
+    ):
+        await fetch(client)
+        await trio.sleep(400)
+        server.network.hosts[TOKENS] = slow
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch, client, "registry.example/other")
+            await wait_all_tasks_blocked()
+            await fetch(client)
+            proceed.set()
+    assert server.asked() == ["r0", "r1", "r1", "r2"]
+    assert server.given == 3
+
+
+async def test_a_refresh_token_that_is_refused(autojump_clock: MockClock) -> None:
+    """The identity token of the login is tried again, and then what else there is."""
+    server = OAuthRegistry()
+    credentials = Credentials("user", "s3cret", identity_token="r0")
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=credentials) as client,
+    ):
+        await fetch(client)
+        server.refresh = "r0"
+        await trio.sleep(400)
+        await fetch(client)
+        assert server.asked() == ["r0", "r1", "r0"]
+        server.refresh = "nothing"
+        await trio.sleep(400)
+        await fetch(client)
+        assert server.asked()[3:] == ["r2", "r0", USER_BASIC]
+
+
+async def test_a_refresh_token_that_comes_with_a_token(autojump_clock: MockClock) -> None:
+    """It spares the password from then on; those for nobody in particular are not used."""
+    for credentials, expected in ((USER, [USER_BASIC, "r0"]), (None, ["", ""])):
+        server = OAuthRegistry()
+        answer = {"expires_in": 300, "refresh_token": "r0"}
+
+        def tokens(
+            request: httpx.Request,
+            server: OAuthRegistry = server,
+            answer: dict[str, object] = answer,
+        ) -> httpx.Response:
+            server.answer = answer
+            return TokenRegistry.tokens(server, request)
+
+        server.network.hosts[TOKENS] = tokens
+        async with (
+            server.network.client() as http,
+            open_registry_client(client=http, credentials=credentials) as client,
+        ):
+            await fetch(client)
+            await trio.sleep(400)
+            await fetch(client)
+        assert server.asked() == expected
+
+
+@pytest.mark.parametrize(
+    ("credentials", "basic"),
+    [
+        (Credentials(identity_token="r0"), Credentials("", "r0").basic()),
+        (Credentials("guid", identity_token="r0"), Credentials("guid", "r0").basic()),
+        (Credentials("user", "s3cret", identity_token="r0"), USER_BASIC),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 401, 404, 405])
+async def test_token_servers_that_know_no_post(
+    status: int, credentials: Credentials, basic: str
+) -> None:
+    """They are asked by GET, with the password, or with the token in its place."""
+    server = OAuthRegistry()
+    server.post = httpx.Response(status)
+    server.network.hosts[TOKENS] = lambda request: (
+        server.tokens(request)
+        if request.method == "POST"
+        else TokenRegistry.tokens(server, request)
+    )
+    await fetch_once(server.network, credentials)
+    assert server.asked() == ["r0", basic]
+
+
+@pytest.mark.parametrize("status", [403, 429, 500])
+async def test_token_servers_that_fail_a_post(status: int) -> None:
+    """Any other answer is one: the secret is not sent a second time."""
+    server = OAuthRegistry()
+    server.post = httpx.Response(status)
+    with pytest.raises(RegistryError, match=f"answered {status}"):
+        await fetch_once(server.network, Credentials(identity_token="r0"))
+    assert server.asked() == ["r0"]
+
+
+@pytest.mark.parametrize("status", [301, 303, 307, 308])
+@pytest.mark.parametrize("target", ["https://evil.example/", f"{TOKENS}/elsewhere"])
+async def test_a_post_is_not_redirected(status: int, target: str) -> None:
+    """Nobody but who was asked gets a refresh token."""
+    server = OAuthRegistry()
+    server.post = httpx.Response(status, headers={"Location": target})
+    server.network.hosts["https://evil.example"] = server.tokens
+    with pytest.raises(RegistryError, match=r"redirects to .* which is not followed"):
+        await fetch_once(server.network, Credentials(identity_token="r0"))
+    assert len(server.token_requests()) == 1
+    assert [each.url.host for each in server.network.requests].count("evil.example") == 0
+
+
+async def test_a_token_server_that_refuses_what_a_helper_gave(autojump_clock: MockClock) -> None:
+    """Others are asked for, once by all repositories' requests, and the token is got by them."""
+    server = OAuthRegistry()
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        await wait_all_tasks_blocked()
+        return server.tokens(request)
+
+    server.network.hosts[TOKENS] = slow
+    source = Asked(Credentials("user", "old"), USER)
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=source) as client,
+    ):
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(fetch, client)
+        assert [refused for _, refused in source.calls] == [None, Credentials("user", "old")]
+        assert server.asked() == [Credentials("user", "old").basic(), USER_BASIC]
+        await trio.sleep(400)
+        await fetch(client)
+        assert server.asked()[2:] == [USER_BASIC]
+        assert len(source.calls) == 2
+
+
+async def test_a_registry_token() -> None:
+    """It is sent as it is, to the registry alone, and no token is got; another one may be had
+    when it expires."""
+    server = TokenRegistry()
+    server.good = {"first"}
+    source = Asked(Credentials(registry_token="first"), Credentials(registry_token="second"))
+    async with (
+        server.network.client() as http,
+        open_registry_client(client=http, credentials=source) as client,
+    ):
+        await fetch(client)
+        server.good = {"second"}
+        await fetch(client)
+        server.good = set()
+        with pytest.raises(AuthenticationError):
+            await fetch(client)
+    assert server.token_requests() == []
+    assert server.network.secrets("registry.example") == [
+        None,
+        "Bearer first",
+        "Bearer first",
+        "Bearer second",
+        "Bearer second",
+    ]
+
+
+CANARY = "canary-5ecret"
+KINDS = {
+    "password": Credentials("user", CANARY),
+    "identity": Credentials("user", identity_token=CANARY),
+    "registry": Credentials(registry_token=CANARY),
+    "unfit": Credentials(registry_token=f"{CANARY}\r\nX: y"),
+}
+TROUBLE = (
+    "none",
+    "401",
+    "tokens-401",
+    "tokens-500",
+    "tokens-echo",
+    "tokens-redirect",
+    "realm-elsewhere",
+    "realm-plain",
+    "blob-redirect",
+    "refused-connection",
+    "basic",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trouble", TROUBLE)
+async def test_canaries(kind: str, trouble: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No secret is in a log, an error or a repr, nor with a host that it is not for."""
+    canaries = Canaries(caplog, f"user:{CANARY}", f":{CANARY}", "canary-token")
+    elsewhere = ["evil.example", "storage.example"]
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        realm = {"realm-elsewhere": "https://evil.example", "realm-plain": "http://tokens.example"}
+        challenge = f'Bearer realm="{realm.get(trouble, TOKENS)}",service="s"'
+        if trouble == "basic":
+            challenge = "Basic"
+        if trouble == "401" or "Authorization" not in request.headers:
+            return httpx.Response(401, headers={"WWW-Authenticate": challenge})
+        if trouble == "blob-redirect":
+            return httpx.Response(307, headers={"Location": "https://storage.example/blob"})
+        return httpx.Response(200, stream=Body([CONTENT]))
+
+    def token_server(request: httpx.Request) -> httpx.Response:
+        if trouble == "tokens-redirect":
+            return httpx.Response(308, headers={"Location": "https://evil.example/"})
+        if trouble == "tokens-echo":
+            # Half an answer, and a secret in an odd place.
+            return httpx.Response(200, content=b'{"token": "canary-token')
+        if trouble.startswith("tokens-"):
+            return httpx.Response(int(trouble.removeprefix("tokens-")))
+        return httpx.Response(200, json={"token": "canary-token"})
+
+    network = Network(
+        **{
+            HOST: registry,
+            TOKENS: token_server,
+            "https://evil.example": token_server,
+            "https://storage.example": lambda request: httpx.Response(200, stream=Body([CONTENT])),
+        }
+    )
+    if trouble == "refused-connection":
+        del network.hosts[TOKENS]
+    if trouble == "realm-elsewhere":
+        # Whom a registry names as its token server is given the credentials, as in docker; but
+        # no token of another one.
+        elsewhere.remove("evil.example")
+    error: BaseException | None = None
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, credentials=Asked(KINDS[kind])) as client,
+    ):
+        try:
+            await fetch(client)
+        except Exception as caught:
+            error = caught
+        authenticator = client._sites._authenticator
+        things = [client, authenticator, authenticator.tokens, dict(authenticator.tokens._tokens)]
+        canaries.check(*things, authenticator._repositories, *filter(None, [error]))
+    requests = network.requests
+    canaries.check_requests(each for each in requests if each.url.host in elsewhere)
+    canaries.check_requests(each for each in requests if each.url.scheme == "http")
+    if trouble in ("none", "blob-redirect") and kind != "unfit":
+        assert error is None
+        assert canaries.seen(repr([each.headers.raw for each in requests]))
+    if kind == "unfit" and trouble != "basic":
+        assert isinstance(error, CredentialsError)

@@ -10,9 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+from _tools.logins import Home
 from registry.fakes import Body, MemorySink, Network, Report, digest_of, is_final
 
 from trio_layers._errors import (
+    CredentialsError,
     HostsError,
     InvalidReference,
     LayersError,
@@ -20,6 +22,9 @@ from trio_layers._errors import (
     PlatformError,
     VerificationError,
 )
+from trio_layers._logins import lookup
+from trio_layers._logins.files import find_as_docker, parse_login_file
+from trio_layers._logins.lookup import LoginFiles
 from trio_layers._manifest import (
     Descriptor,
     Index,
@@ -33,6 +38,7 @@ from trio_layers._platform import Platform, choose, order, parse_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.auth import parse_challenges
 from trio_layers._registry.client import open_registry_client
+from trio_layers._registry.credentials import Credentials
 from trio_layers._registry.hosts_toml import Host, read_configuration
 
 HERE = Path(__file__).parents[1] / "cases" / "registry"
@@ -182,6 +188,50 @@ def test_challenges(case: Case) -> None:
     ]
     rank = {"bearer": 0, "digest": 1, "basic": 2}
     assert sorted(got, key=lambda each: rank[each["scheme"]]) == expected
+
+
+@pytest.mark.parametrize("case", cases("docker_config"))
+async def test_docker_config(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials are looked for, and helpers asked, as by docker's command line."""
+    home = Home(tmp_path, monkeypatch)
+    home.docker_config.write_text(case["config"])
+    if case["env_docker_auth_config"]:
+        monkeypatch.setenv("DOCKER_AUTH_CONFIG", case["env_docker_auth_config"])
+    for name, answers in case["helpers"].items():
+        home.add_helper(name, answers)
+    expected = case["expected"].get("spec", case["expected"])
+    asked = [(expected["helper"], expected["helper_server"])] if expected["helper"] else []
+
+    logins = LoginFiles()
+    if expected["error"] is not None:
+        with pytest.raises(CredentialsError) as caught:
+            await logins(f"{case['registry']}/team/app")
+        if expected["error"] == "config":
+            assert caught.value.source == str(home.docker_config)
+        else:
+            assert caught.value.source.startswith("docker-credential-")
+        assert home.asked() == asked
+        return
+    got = await logins(f"{case['registry']}/team/app") or Credentials()
+    assert {
+        "username": as_go_prints(got.username),
+        "password": as_go_prints(got.password),
+        "identitytoken": got.identity_token,
+        "registrytoken": got.registry_token,
+    } == {name: expected[name] for name in ("username", "password", *TOKENS)}
+    assert home.asked() == asked
+    if not asked:
+        login = find_as_docker(
+            parse_login_file(case["config"].encode()), case["registry"], lookup._environment()
+        )
+        assert login.key == expected["matched_key"]
+
+
+TOKENS = ("identitytoken", "registrytoken")
+
+
+def as_go_prints(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("case", cases("http_ranges"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +13,7 @@ import httpx
 import pytest
 import trio
 import trustme
+from _tools.logins import Home
 from registry.fakes import (
     Body,
     FakeRegistry,
@@ -25,17 +28,19 @@ from trio.testing import MockClock
 
 from trio_layers._errors import (
     AuthenticationError,
+    CredentialsError,
     HostsError,
     ManifestError,
     NotFound,
     RegistryError,
     VerificationError,
 )
+from trio_layers._logins.lookup import LoginFiles
 from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.as_go import parse_duration
-from trio_layers._registry.auth import Credentials, CredentialsFor
 from trio_layers._registry.client import RegistryClient, open_registry_client
+from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.sites import REST
 from trio_layers._registry.trust import Trust, make_context
@@ -377,6 +382,103 @@ async def test_a_mirrors_own_credentials(network: Network, tmp_path: Path) -> No
         await fetch(client)
     assert network.secrets("m1.example") == [None]
     assert network.secrets("m2.example") == [None, Credentials("mirror", "pw").basic()]
+
+
+async def test_logins_of_docker(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``config.json`` has one for a mirror and one for the registry, by their own names. Each gets
+    its own, by which the mirror lets us in and has nothing; the other mirror gets none."""
+    home = Home(tmp_path / "home", monkeypatch)
+    mirror, us = Credentials("mirror", "pw"), Credentials("us", "pw")
+    pairs = {"m2.example:5000": "mirror:pw", "registry.example": "us:pw"}
+    auths = {
+        name: {"auth": base64.b64encode(pair.encode()).decode()} for name, pair in pairs.items()
+    }
+    home.docker_config.write_text(json.dumps({"auths": auths}))
+    network.hosts |= {
+        M1: with_basic(network.hosts[M1], "us"),
+        M2: with_basic(answering(404), "mirror"),
+        UPSTREAM: with_basic(network.hosts[UPSTREAM], "us"),
+    }
+    async with opened(network, tmp_path, TWO, LoginFiles()) as client:
+        assert (await fetch(client)).data == CONTENT
+    assert network.secrets("m1.example") == [None]
+    assert network.secrets("m2.example") == [None, mirror.basic()]
+    assert network.secrets("registry.example") == [None, us.basic()]
+
+
+async def test_a_source_is_asked_as_the_mirror_has_it(network: Network, tmp_path: Path) -> None:
+    """By its name, and by the repository's path there. What it refuses is renewed by the same
+    name, and nobody else hears of it."""
+    stale, fresh, us = (Credentials(name, "pw") for name in ("stale", "fresh", "us"))
+    asked: list[tuple[str, Credentials | None]] = []
+
+    async def source(repository: str, refused: Credentials | None) -> Credentials | None:
+        asked.append((repository, refused))
+        if repository.startswith("m2"):
+            return stale if refused is None else fresh
+        return us
+
+    inside = FakeRegistry("hub/team/app", blobs={BLOB.digest: CONTENT})
+    network.hosts |= {
+        M2: with_basic(inside, "fresh"),
+        UPSTREAM: with_basic(network.hosts[UPSTREAM], "us"),
+    }
+    toml = f'[host."{M2}/v2/hub"]\noverride_path = true\n'
+    async with opened(network, tmp_path, toml, source) as client:
+        assert (await fetch(client)).data == CONTENT
+        assert hosts(network) == ["m2"] * 3
+        del inside.blobs[BLOB.digest]
+        assert (await fetch(client)).data == CONTENT
+    name = "m2.example:5000/hub/team/app"
+    assert asked == [(name, None), (name, stale), ("registry.example/team/app", None)]
+    assert network.secrets("m2.example") == [None, stale.basic(), *[fresh.basic()] * 2]
+    assert network.secrets("registry.example") == [None, us.basic()]
+
+
+async def test_an_identity_token_of_a_mirror(network: Network, tmp_path: Path) -> None:
+    """Is posted to the server that the mirror names, without the mirror's header
+    fields; what comes of it goes to the mirror."""
+    forms: list[bytes] = []
+
+    async def token_server(request: httpx.Request) -> httpx.Response:
+        forms.append(await request.aread())
+        assert request.method == "POST"
+        assert "X-Door" not in request.headers
+        return httpx.Response(200, json={"access_token": "t"})
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if request.headers.get("Authorization") == "Bearer t":
+            return httpx.Response(200, stream=Body([CONTENT]))
+        challenge = 'Bearer realm="https://auth.example/token",service="s"'
+        return httpx.Response(401, headers={"WWW-Authenticate": challenge})
+
+    network.hosts |= {M1: respond, "https://auth.example": token_server}
+    toml = f'[host."{M1}"]\n[host."{M1}".header]\nX-Door = "open"\n'
+    credentials = {"m1.example": Credentials(identity_token="refresh")}
+    async with opened(network, tmp_path, toml, credentials) as client:
+        assert (await fetch(client)).data == CONTENT
+    [form] = forms
+    assert b"refresh_token=refresh" in form
+    assert b"scope=repository%3Ateam%2Fapp%3Apull" in form
+    assert hosts(network) == ["m1", "auth", "m1"]
+
+
+async def test_a_helper_that_fails_is_an_error(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a mirror, too: as with the rest of what is configured, nobody else is asked."""
+    home = Home(tmp_path / "home", monkeypatch)
+    home.docker_config.write_text(json.dumps({"credHelpers": {"m1.example": "desk"}}))
+    home.add_helper("desk", {"!error": "it is locked"})
+    network.hosts[M1] = with_basic(network.hosts[M1], "us")
+    async with opened(network, tmp_path, TWO, LoginFiles()) as client:
+        with pytest.raises(CredentialsError, match="it is locked"):
+            await fetch(client)
+        assert client.statistics().active == 0
+    assert hosts(network) == ["m1"]
+    assert home.asked() == [("desk", "m1.example")]
 
 
 async def test_tokens_are_for_one_host(network: Network, tmp_path: Path) -> None:

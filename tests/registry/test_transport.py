@@ -15,8 +15,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_layers._errors import RegistryError
 from trio_layers._reference import parse_reference
-from trio_layers._registry.auth import Credentials
 from trio_layers._registry.client import open_registry_client
+from trio_layers._registry.credentials import Credentials
 from trio_layers._registry.reading import read_more_at_once
 from trio_layers._registry.transport import MAX_REDIRECTS
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,19 @@ async def test_a_process_that_opened_it_twice_and_another_lose_nothing(tmp_path:
     async with opened(tmp_path) as store:
         for data in (b"theirs", b"ours", b"last"):
             assert await store.read_blob(digest_of(data)) == data
+
+
+async def test_leases_that_could_not_be_ended_are_ended_by_the_next(tmp_path: Path) -> None:
+    """Their holder left in peace, and has no file any more."""
+    async with opened(tmp_path) as store:
+        async with store.lease(LAYER.digest):
+            with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as other:
+                # As if the disk had failed when they were dropped.
+                other.execute("UPDATE leases SET holder = '0123456789abcdef'")
+                other.commit()
+    assert [holder for holder, _ in leases_of(tmp_path)] == ["0123456789abcdef"]
+    async with opened(tmp_path):
+        with trio.fail_after(30):
+            while leases_of(tmp_path):
+                await trio.lowlevel.checkpoint()
+        await swept(tmp_path)

@@ -32,6 +32,7 @@ from store.world import (
 from trio_layers._digest import ChainID
 from trio_layers._errors import StoreError, StoreFull, UnpackError, VerificationError
 from trio_layers._store import commits
+from trio_layers._store.content import Partial
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
 from trio_layers._store.growth import Abandoned, Follower, Growth, StartedOver, State
 from trio_layers._unpack import worker
@@ -212,6 +213,40 @@ async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
     assert arriving(tmp_path) == []
 
 
+async def test_cancelled_in_a_write_it_lets_nobody_else_write_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that writes is not to be stopped: until it is through, the file is its own."""
+    append, writing, go_on = Partial.append, trio.Event(), threading.Event()
+    data = TOP.data[: 2 * MIB]
+
+    def slow(self: Partial, *pieces: bytes) -> None:
+        trio.from_thread.run_sync(writing.set)
+        go_on.wait()
+        append(self, *pieces)
+
+    async def write() -> None:
+        with scope:
+            async with store.stage(TOP.descriptor) as staged:
+                await staged.write(data)
+
+    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+        scope = trio.CancelScope()
+        monkeypatch.setattr(Partial, "append", slow)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                await writing.wait()
+                scope.cancel()
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                go_on.set()
+        finally:
+            go_on.set()
+        monkeypatch.setattr(Partial, "append", append)
+        async with store.stage(TOP.descriptor) as staged:
+            assert (staged.offset, staged.digest) == (len(data), digest_of(data))
+
+
 async def test_the_tree_of_a_blob_serves_another_chain(tmp_path: Path) -> None:
     unpacker = TarUnpacker()
     async with opened(tmp_path, unpacker) as store:
@@ -268,6 +303,81 @@ async def test_a_disk_that_is_full_ends_it_early(tmp_path: Path) -> None:
         assert isinstance(await staged.wait_failed(), StoreFull)
         with pytest.raises(StoreFull):
             await staged.commit(None)
+
+
+class Told:
+    """What a waiter is told; it can be waited for."""
+
+    def __init__(self) -> None:
+        self.all: list[int] = []
+        self._news = trio.lowlevel.ParkingLot()
+
+    def __call__(self, count: int) -> None:
+        self.all.append(count)
+        self._news.unpark_all()
+
+    async def wait_for(self, count: int) -> None:
+        while count not in self.all:
+            await self._news.park()
+
+
+async def test_who_waits_is_told_what_is_there(tmp_path: Path) -> None:
+    """Of what is on the disk, and never more than there should be; then it takes over."""
+    told, wrong = Told(), NOISE[: 2 * MIB] * 2
+    async with opened(tmp_path) as store, opened(tmp_path) as other:
+
+        async def wait_for_it() -> None:
+            async with other.stage(TOP.descriptor, told) as staged:
+                assert staged.offset == 2 * MIB
+                await staged.write(TOP.data[2 * MIB :])
+                await staged.finish(ignore)
+                await staged.commit(None)
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                async with store.stage(TOP.descriptor) as staged:
+                    nursery.start_soon(wait_for_it)
+                    await staged.write(TOP.data[:MIB])
+                    await told.wait_for(MIB)
+                    await staged.write(wrong)
+                    await told.wait_for(len(TOP.data))
+                    await staged.restart()
+                    await told.wait_for(0)
+                    await staged.write(TOP.data[: 2 * MIB])
+                    await told.wait_for(2 * MIB)
+        assert told.all == [MIB, len(TOP.data), 0, 2 * MIB]
+        assert await other.get(chain_of(TOP)) is not None
+
+
+async def test_who_waits_can_be_cancelled_and_is_told_no_more(tmp_path: Path) -> None:
+    told = Told()
+    async with opened(tmp_path) as store, store.stage(TOP.descriptor) as staged:
+        async with trio.open_nursery() as nursery:
+
+            async def wait_for_it() -> None:
+                async with store.stage(TOP.descriptor, told):
+                    raise AssertionError("somebody else has it")
+
+            nursery.start_soon(wait_for_it)
+            await staged.write(TOP.data[: 2 * MIB])
+            with trio.fail_after(30):
+                await told.wait_for(2 * MIB)
+            nursery.cancel_scope.cancel()
+        await staged.write(TOP.data[2 * MIB :])
+        await staged.finish(ignore)
+        await staged.commit(None)
+    assert told.all[-1] == 2 * MIB
+
+
+async def test_what_nobody_brings_is_not_told(tmp_path: Path) -> None:
+    """Bytes that lie there are the offset of who goes on from them."""
+    told = Told()
+    async with opened(tmp_path) as store:
+        for offset in (0, MIB):
+            async with store.stage(TOP.descriptor, told) as staged:
+                assert staged.offset == offset
+                await staged.write(TOP.data[offset : offset + MIB])
+    assert told.all == []
 
 
 async def test_two_who_stage_one_layer_share_the_work(tmp_path: Path) -> None:

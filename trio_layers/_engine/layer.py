@@ -81,7 +81,13 @@ class LayerJob:
         """The store unpacks what arrives; when the parent is there it has only to be told."""
         layer: Layer | None = None
         try:
-            async with store.stage(source.descriptor) as stage:
+            size = source.descriptor.size
+
+            def waiting(count: int) -> None:
+                # Another process brings it: to people that is this pull's download.
+                transfer.report(Status.DOWNLOADING, count, size)
+
+            async with store.stage(source.descriptor, waiting) as stage:
                 attempt = partial(self._receive, source, stage, transfer)
                 error = await _unless_failed(stage, partial(self.retry.run, attempt, transfer))
                 if error is not None:

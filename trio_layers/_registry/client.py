@@ -12,14 +12,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Final, NoReturn, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
+from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 
 import attrs
 import httpx
 import trio
 
+from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest
-from .._errors import HostsError, LayersError, ManifestError, PlatformError, VerificationError
+from .._errors import HostsError, LayersError, ManifestError, VerificationError
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -33,13 +34,13 @@ from .._manifest import (
     decode_config,
     decode_manifest,
 )
-from .._platform import Platform, choose, host_platform
+from .._platform import Platform, host_platform
 from .._reference import Reference
 from .._version import __version__
 from ..abc import BlobSink, ReportProgress
 from .answers import is_final, readable
-from .auth import CredentialsFor
 from .blobs import BlobFetch
+from .credentials import CredentialsFor
 from .reading import read_more_at_once
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
@@ -48,8 +49,6 @@ from .trust import Trust, make_context
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
 DEFAULT_MAX_CONNECTIONS: Final = 20
-# An index may lead to another one. How often is not specified.
-MAX_INDEX_DEPTH: Final = 4
 # Larger documents are decoded in a thread: 64 KiB of JSON take about a millisecond.
 INLINE_SIZE: Final = 64 * 1024
 
@@ -289,7 +288,7 @@ class RegistryClient:
                 break
             if index is None:
                 index, index_bytes = descriptor, data
-            descriptor = _choose(reference, document, wanted)
+            descriptor = choose_image(str(reference), document, wanted)
             data = await self._get_document(reference, "manifests", descriptor, known)
             document = await _decode(decode_manifest, data, descriptor.media_type)
         if isinstance(document, Index):
@@ -302,8 +301,8 @@ class RegistryClient:
         # An index's entry need not say what it is for, and an image alone never does.
         said = index is not None and descriptor.platform is not None
         matters = not said and (index is not None or platform is not None)
-        if matters and choose(wanted, [config.platform]) is None:
-            _no_image(reference, wanted, [config.platform])
+        if matters:
+            check_platform(str(reference), config.platform, wanted)
         return ResolvedImage(reference, descriptor, document, data, config, index, index_bytes)
 
     async def fetch_blob(
@@ -420,24 +419,6 @@ class RegistryClient:
 
 async def _unknown(digest: Digest) -> bytes | None:
     return None
-
-
-def _choose(reference: Reference, index: Index, wanted: Platform) -> Descriptor:
-    images = index.images
-    platforms = [image.platform for image in images]
-    chosen = choose(wanted, platforms)
-    if chosen is None:
-        _no_image(reference, wanted, platforms)
-    return images[chosen]
-
-
-def _no_image(reference: Reference, wanted: Platform, platforms: list[Platform | None]) -> NoReturn:
-    there = sorted({str(platform) for platform in platforms if platform is not None})
-    shown = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
-    raise PlatformError(
-        f"{reference} has no image for {wanted}, but for {readable(shown) or 'nothing'}: "
-        "ask for one of these platforms"
-    )
 
 
 async def _decode(decode: Callable[[bytes, Unpack[Ts]], T], data: bytes, *args: *Ts) -> T:

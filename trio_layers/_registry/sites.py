@@ -18,8 +18,9 @@ import trio
 from .._errors import HostsError, LayersError, ManifestError, RegistryError, VerificationError
 from .._reference import Reference
 from .answers import is_final, read_error
-from .auth import Authenticator, CredentialsFor
+from .auth import Authenticator
 from .blobs import EntityTags
+from .credentials import Credentials, CredentialsFor
 from .hosts import base_urls, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .transport import Answer, Connections, Manner, Transport
@@ -99,29 +100,33 @@ class Site:
 
         Raises:
             RegistryError: if there is no such answer.
+            CredentialsError: if it cannot be told who asks.
         """
         base = await self._find_base()
         url = base.join(f"{reference.path}/{path}")
         if self._upstream is not None:
             url = url.copy_set_param("ns", self._upstream)
-            # It knows us, and its tokens know it, by its own name.
-            reference = attrs.evolve(reference, domain=self.name)
-        for last in (False, True):
-            authorization = await self._authenticator.authorization(reference)
+            # It knows us, and its tokens know it, by its own name, and the repository by where it
+            # has that: a cache for several registries, such as Harbor, has them in directories.
+            inside = base.path.partition("/v2/")[2]
+            reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
+        access = self._authenticator.access(reference)
+        while True:
+            authorization = await access.authorization()
             async with self._transport.get(
                 url, what, headers=headers, authorization=authorization
             ) as answer:
                 self._base = base
                 self._trouble = None
-                asks = answer.status == 401 and not answer.redirected and not last
-                if asks and self._authenticator.refused(reference, answer, authorization):
-                    await answer.skip()
-                    continue
                 unsatisfiable = "Range" in headers and answer.status == 416
-                if not (200 <= answer.status < 300 or unsatisfiable):
-                    raise await read_error(answer, what)
-                yield answer
-                return
+                if 200 <= answer.status < 300 or unsatisfiable:
+                    yield answer
+                    return
+                error = await read_error(answer, what)
+            # Not while a connection waits: somebody may have to be asked for a password.
+            asks = answer.status == 401 and not answer.redirected
+            if not (asks and await access.refused(answer)):
+                raise error
 
     async def _find_base(self) -> httpx.URL:
         """Where the API is. Remembered once it has answered there."""
@@ -140,7 +145,7 @@ class Sites:
     Args:
         connections: What all of them are asked through.
         credentials: For registries, by the name that references have for them; for mirrors by
-            their own.
+            their own. Those without a name are for the registries alone.
         plain_http: Whether registries that do not speak HTTPS are asked over plain HTTP.
         tls_verify: Whether certificates are checked where nothing is said about it.
         hosts_dir: Where containerd's configuration of hosts is; ``None``: each registry is asked
@@ -213,8 +218,8 @@ class Sites:
         await self._connections.client(manner.trust)  # certificates that are no good show here
         transport = Transport(self._connections, plain_http=plain_http, manner=manner)
         # Credentials without a name are for the registries that references name.
-        by_name = itself or isinstance(self._credentials, Mapping)
-        credentials = self._credentials if by_name else None
+        nameless = isinstance(self._credentials, Credentials)
+        credentials = None if nameless and not itself else self._credentials
         return Site(
             host.host,
             urls,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -156,7 +157,7 @@ class Manner:
 
 @final
 class Transport:
-    """Sends GET requests.
+    """Sends requests.
 
     Args:
         connections: Through these.
@@ -221,6 +222,33 @@ class Transport:
             f"{_host(url)} redirects more than {MAX_REDIRECTS} times for {what}", host=_host(url)
         )
 
+    @asynccontextmanager
+    async def post(
+        self, url: httpx.URL, what: str, *, form: Mapping[str, str]
+    ) -> AsyncIterator[Answer]:
+        """Send a form, in which there may be secrets: no redirect is followed.
+
+        Args:
+            url: Who is asked.
+            what: What is asked for, in words, for errors.
+            form: What is sent.
+
+        Raises:
+            RegistryError: as for `get`, and if there is a redirect.
+        """
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        body = urllib.parse.urlencode(form).encode()
+        async with self._send(
+            url, headers, what, connect_limit=CONNECT_LIMIT, asked=url, body=body
+        ) as answer:
+            if answer.location is not None:
+                raise RegistryError(
+                    f"{_host(url)} redirects to {_host(answer.location)} for {what}, which is not "
+                    "followed: a secret would be sent along",
+                    host=_host(url),
+                )
+            yield answer
+
     def _redirected(self, url: httpx.URL, target: httpx.URL, what: str) -> httpx.URL:
         allowed = target.scheme == "https" or (
             target.scheme == "http"
@@ -244,6 +272,7 @@ class Transport:
         *,
         connect_limit: float,
         asked: httpx.URL,
+        body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
         host = _host(url)
         manner, stall_limit = self._manner, self._connections.stall_limit
@@ -265,7 +294,10 @@ class Transport:
         borrower = object()
         await limiter.acquire_on_behalf_of(borrower)
         try:
-            request = client.build_request("GET", url, headers=fields, timeout=limits)
+            method = "GET" if body is None else "POST"
+            request = client.build_request(
+                method, url, headers=fields, content=body, timeout=limits
+            )
             if "Authorization" not in fields:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
@@ -279,7 +311,7 @@ class Transport:
             # Host and path only: a query may hold a signature. Decoded, a path could hold
             # whatever rewrites a terminal.
             path = url.raw_path.partition(b"?")[0].decode("ascii")
-            log.debug("GET %s%s: %d", host, path, response.status_code)
+            log.debug("%s %s%s: %d", method, host, path, response.status_code)
             async with _open_body(response, host, what) as chunks:
                 following = response.next_request
                 yield Answer(

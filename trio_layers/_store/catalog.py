@@ -40,6 +40,7 @@ __all__ = [
     "drop_leases",
     "drop_references",
     "find_blob",
+    "find_holders",
     "find_image",
     "find_images",
     "find_layer",
@@ -564,3 +565,8 @@ def drop_leases(
         "DELETE FROM leases WHERE holder = ? AND digest = ?",
         [(holder, digest) for digest in digests],
     )
+
+
+def find_holders(connection: sqlite3.Connection) -> set[str]:
+    """Who has leases, alive or not."""
+    return {row[0] for row in connection.execute("SELECT DISTINCT holder FROM leases")}

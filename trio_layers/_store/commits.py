@@ -6,6 +6,7 @@ while one commit is under way shares the next, and a commit waits a moment for w
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,7 +19,7 @@ import trio
 from .._errors import LayersError, StoreError
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog
-from .files import disk_errors, sync_directory, sync_file_system
+from .files import DIRECTORY, disk_errors, sync_directory, sync_file_system
 
 __all__ = ["Commits", "Job", "open_commits"]
 
@@ -34,14 +35,27 @@ _LOST: Final = "the disk lost something of it while it was written: try again"
 
 @asynccontextmanager
 async def open_commits(catalog: Catalog, root: Path) -> AsyncIterator[Commits]:
-    """Commit for the block."""
-    commits = Commits(catalog, root)
-    async with open_hidden_nursery() as nursery:
-        nursery.start_soon(commits._run)
-        try:
-            yield commits
-        finally:
-            nursery.cancel_scope.cancel()
+    """Commit for the block.
+
+    Raises:
+        StoreError: for what the disk does.
+    """
+    descriptor = await trio.to_thread.run_sync(_open, root)
+    try:
+        commits = Commits(catalog, root, descriptor)
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(commits._run)
+            try:
+                yield commits
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        os.close(descriptor)
+
+
+def _open(root: Path) -> int:
+    with disk_errors(root):
+        return os.open(root, DIRECTORY)
 
 
 @final
@@ -61,14 +75,15 @@ class Commits:
 
     Attributes:
         failures: How often the disk could not keep what it had taken. The kernel says so once,
-            to whoever asks first, of files that may be another's: so whatever was begun before
-            such a failure is not to be trusted (see `commit`).
+            of files that may be another's: so whatever was begun before such a failure is not
+            to be trusted (see `commit`).
     """
 
-    def __init__(self, catalog: Catalog, root: Path) -> None:
+    def __init__(self, catalog: Catalog, root: Path, descriptor: int) -> None:
         self.failures: int = 0
         self._catalog = catalog
         self._root = root
+        self._descriptor = descriptor
         self._places = (root / "blobs" / "sha256", root / "trees" / "sha256")
         self._waiting: list[_Commit] = []
         self._wanted = trio.Event()
@@ -152,7 +167,7 @@ class Commits:
     def _sync(self) -> None:
         try:
             with disk_errors(self._root):
-                sync_file_system(self._root)
+                sync_file_system(self._descriptor)
         except StoreError:
             self.failures += 1
             raise

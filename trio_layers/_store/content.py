@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterable
@@ -18,13 +19,16 @@ import trio
 from .._digest import Digest, digest_of
 from .._errors import StoreError, VerificationError
 from .._manifest import Descriptor
+from ..abc import ReportArrived
+from .build import describe
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
 from .commits import Commits, Job
 from .files import disk_errors, file_name
 from .growth import Growth
-from .scratch import Scratch, hold_lock
+from .leases import Lease
+from .scratch import Scratch, Watch, hold_lock
 
-__all__ = ["BlobStream", "Content", "Ingest", "Partial"]
+__all__ = ["Batch", "BlobStream", "Content", "Ingest", "Partial"]
 
 # What arrives is hashed and written in a worker thread, this much at once: a write may have to
 # wait for the disk, and going to a thread and back costs as much as hashing 100 KiB.
@@ -299,6 +303,87 @@ class Ingest:
 
 
 @final
+class Batch:
+    """Blobs that come one after another, of digests that nobody need know before; those that are
+    wanted become visible together. It comes from `DirectoryStore.batch`.
+
+    `add` and `read` block, and are for worker threads, one at a time.
+    """
+
+    def __init__(self, content: Content, commits: Commits, directory: Path) -> None:
+        self._content = content
+        self._commits = commits
+        self._directory = directory
+        self._since = commits.failures
+        self._numbers = itertools.count()
+        self._sizes: dict[Digest, int] = {}
+        self._paths: dict[Digest, Path] = {}
+
+    def __repr__(self) -> str:
+        return f"<Batch: {len(self._paths)} blobs>"
+
+    def __contains__(self, digest: Digest) -> bool:
+        return digest in self._paths
+
+    def add(self, pieces: Iterable[bytes | memoryview]) -> tuple[Digest, int]:
+        """Write a blob down, not visible yet: its digest, and its size in bytes.
+
+        Raises:
+            StoreFull: if no space is left.
+            StoreError: for what else the disk does.
+            Exception: what ``pieces`` raises; the blob is dropped.
+        """
+        path = self._directory / str(next(self._numbers))
+        partial = Partial(path, since=self._since, fresh=True)
+        try:
+            for piece in pieces:
+                partial.append(bytes(piece))
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            partial.close()
+        digest = partial.digest()
+        if digest in self._paths:
+            path.unlink()
+        else:
+            self._paths[digest], self._sizes[digest] = path, partial.size
+        return digest, partial.size
+
+    def read(self, digest: Digest) -> bytes:
+        """All of a blob that was added and not committed: a small one.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        with disk_errors(self._paths[digest]):
+            return self._paths[digest].read_bytes()
+
+    async def commit(self, digests: Iterable[Digest], *, lease: Lease) -> None:
+        """Make some of the blobs durable and visible, in one go, and hold them.
+
+        If this is cancelled or fails, none of them is visible, or all are. Those that are in the
+        store already stay as they are.
+
+        Args:
+            digests: Of blobs that were added.
+            lease: Holds them before they are visible.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        wanted = [digest for digest in dict.fromkeys(digests) if digest in self._paths]
+        await lease.hold(*wanted)
+        if wanted:
+            await self._commits.commit(functools.partial(self._place, wanted), since=self._since)
+
+    def _place(self, wanted: Iterable[Digest], connection: sqlite3.Connection) -> None:
+        for digest in wanted:
+            descriptor = describe(digest, self._sizes[digest])
+            self._content.place(connection, path=self._paths[digest], descriptor=descriptor)
+
+
+@final
 class BlobStream(trio.abc.ReceiveStream):
     """A blob, read in worker threads. Closing it does not wait."""
 
@@ -376,8 +461,15 @@ class Content:
         return await self._catalog.write(self._claim, descriptor)
 
     @asynccontextmanager
-    async def ingest(self, descriptor: Descriptor) -> AsyncIterator[Ingest]:
-        async with self.lock(descriptor.digest):
+    async def ingest(
+        self, descriptor: Descriptor, waiting: ReportArrived | None = None
+    ) -> AsyncIterator[Ingest]:
+        """`DirectoryStore.ingest`; ``waiting``: see `~trio_layers.abc.StagingStore.stage`."""
+        digest = descriptor.digest
+        watch = None
+        if waiting is not None:
+            watch = Watch(self._scratch.partial(digest), descriptor.size, waiting)
+        async with hold_lock(self._scratch.lock(digest), watch):
             partial = None
             # Asked only now: whoever held the lock before us may have brought the blob.
             if await self.claim(descriptor) is None:
@@ -431,6 +523,12 @@ class Content:
                     job(connection)
 
             yield place
+
+    @asynccontextmanager
+    async def batch(self) -> AsyncIterator[Batch]:
+        async with self._scratch.name("batch") as directory:
+            await trio.to_thread.run_sync(_make_directory, directory)
+            yield Batch(self, self._commits, directory)
 
     async def find_document(self, digest: Digest, *, limit: int) -> bytes | None:
         """A small blob, not verified; ``None`` if it is not there."""
@@ -531,6 +629,11 @@ def _write_whole(path: Path, descriptor: Descriptor, data: bytes) -> None:
     _verify_whole(descriptor, data)
     with disk_errors(path.parent):
         path.write_bytes(data)
+
+
+def _make_directory(path: Path) -> None:
+    with disk_errors(path.parent):
+        path.mkdir(0o700)
 
 
 def _read_whole(path: Path, blob: StoredBlob) -> bytes:

@@ -18,7 +18,7 @@ from .._digest import ChainID, DiffID, Digest, digest_of
 from .._errors import ManifestError, StoreError
 from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
-from ..abc import Layer
+from ..abc import Layer, ReportArrived
 from .catalog import (
     Catalog,
     StoredImage,
@@ -31,6 +31,7 @@ from .catalog import (
     find_images,
     find_layer,
     find_layout,
+    find_tree,
     find_whole_images,
     put_image,
     set_layout,
@@ -38,7 +39,7 @@ from .catalog import (
 from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
-from .content import BlobStream, Content, Ingest
+from .content import Batch, BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
 from .layout import index_document, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
@@ -49,7 +50,7 @@ from .staging import DirectoryStage, Staging
 from .trees import Base, Builder, Trees, Unpacker
 from .usage import Meter, StoreUsage
 
-__all__ = ["DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
+__all__ = ["Batch", "DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
 
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
@@ -245,6 +246,14 @@ class DirectoryStore:
         rows, below = await self._catalog.read(self._find_rows, chain_id)
         return self._layer(rows, below) if rows else None
 
+    async def tar_size(self, layer: Layer) -> int:
+        """The length of a layer's tar in bytes, decompressed.
+
+        Raises:
+            StoreError: if the layer is not there.
+        """
+        return await self._catalog.read(_tar_size, layer.chain_id)
+
     async def register(
         self,
         stream: trio.abc.ReceiveStream,
@@ -273,7 +282,9 @@ class DirectoryStore:
             row = await self._trees.register(stream, base, descriptor)
             return self._refer_new(row, below)
 
-    def stage(self, descriptor: Descriptor) -> AbstractAsyncContextManager[DirectoryStage]:
+    def stage(
+        self, descriptor: Descriptor, waiting: ReportArrived | None = None
+    ) -> AbstractAsyncContextManager[DirectoryStage]:
         """Take a blob in, and unpack it while it arrives, in the block; see
         `~trio_layers.abc.StagingStore`.
 
@@ -282,7 +293,7 @@ class DirectoryStore:
             VerificationError: if the blob is there and has another size.
             StoreError: for what the disk does.
         """
-        return self._staging.open(descriptor)
+        return self._staging.open(descriptor, waiting)
 
     async def _put(
         self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
@@ -351,6 +362,15 @@ class DirectoryStore:
             StoreError: for what the disk does.
         """
         return self._content.ingest(descriptor)
+
+    def batch(self) -> AbstractAsyncContextManager[Batch]:
+        """Take blobs in whose digests are not known before, in the block; see `Batch`. Those
+        that are not committed there are removed, however it ends.
+
+        Raises:
+            StoreError: for what the disk does.
+        """
+        return self._content.batch()
 
     async def put_blob(self, descriptor: Descriptor, data: bytes) -> None:
         """Store a blob that is in memory. One that is there already stays.
@@ -635,6 +655,14 @@ def _blobs_of_layers(document: bytes, descriptor: Descriptor) -> list[Digest]:
     if not isinstance(manifest, Manifest):
         raise ManifestError(f"{descriptor.digest} is an index, and not the manifest of an image")
     return [layer.digest for layer in manifest.layers]
+
+
+def _tar_size(connection: sqlite3.Connection, chain_id: ChainID) -> int:
+    layer = find_layer(connection, chain_id)
+    tree = None if layer is None else find_tree(connection, layer.tree)
+    if tree is None:
+        raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
+    return tree.size
 
 
 def _resolved(path: Path) -> Path:

@@ -32,7 +32,8 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
         # Of a kind there are several, told apart by a suffix.
         read_only = name.startswith(("SQLITE_READONLY", "SQLITE_PERM"))
         if name.startswith("SQLITE_CANTOPEN"):
-            # Or there are too many open files, which SQLite does not tell.
+            # It does not say why: there may also be too many open files.
+            full = _is_full(path)
             read_only = not os.access(path if path.is_dir() else path.parent, os.W_OK)
         busy = name.startswith("SQLITE_BUSY")
         reason = str(error)
@@ -54,3 +55,12 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
     if busy:
         return StoreError(f"{path} was held by another process for too long: try again")
     return StoreError(f"{path} failed: {reason}")
+
+
+def _is_full(path: Path) -> bool:
+    """Whether no file can be made there for lack of space. No number at all means no limit."""
+    try:
+        there = os.statvfs(path)
+    except OSError:
+        return False
+    return there.f_bavail == 0 < there.f_blocks or there.f_favail == 0 < there.f_files

@@ -100,22 +100,20 @@ def file_system_type(path: Path) -> int:
     return buffer[0] & 0xFFFFFFFF
 
 
-def sync_file_system(path: Path) -> None:
-    """Make everything durable that was written to the file system of the directory ``path``.
+def sync_file_system(directory: int) -> None:
+    """Make everything durable that was written to the file system of an open directory.
 
-    One call for a tree of any size: an fsync for each file takes a hundred times as long.
+    One call for a tree of any size: an fsync for each file takes a hundred times as long. What
+    the disk could not keep, the kernel tells each descriptor once that was open when it failed;
+    one that is opened later is not told if somebody else has been. So ``directory`` has to be
+    open since before the first byte was written.
     """
     syncfs = _syncfs()
     if syncfs is None:
         os.sync()
-        return
-    descriptor = os.open(path, DIRECTORY)
-    try:
-        if syncfs(descriptor) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), os.fspath(path))
-    finally:
-        os.close(descriptor)
+    elif syncfs(directory) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:

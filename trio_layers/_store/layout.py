@@ -43,7 +43,7 @@ from .files import (
     unlock,
 )
 
-__all__ = ["OCI_LAYOUT", "Flavour", "index_document", "open_directory"]
+__all__ = ["INDEX_ANNOTATION", "OCI_LAYOUT", "Flavour", "index_document", "open_directory"]
 
 Ts = TypeVarTuple("Ts")
 
@@ -61,6 +61,10 @@ _NAMES: Final = {
 
 # OCI image specification, image-layout.md.
 OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+INDEX_ANNOTATION: Final = "trio-layers.index"
+"""In a layout's index, of an image: the digest of the index it was chosen from, a blob of the
+layout that nothing else points to."""
+
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 
 
@@ -139,15 +143,19 @@ def index_document(images: Iterable[StoredImage]) -> bytes:
     ``image-layout.md``), which containerd reads from an annotation of its own."""
     manifests: list[dict[str, object]] = []
     for image in images:
+        annotations: dict[str, str] = {
+            "io.containerd.image.name": image.reference,
+            "org.opencontainers.image.ref.name": image.reference,
+        }
         entry: dict[str, object] = {
             "mediaType": image.manifest.media_type,
             "digest": image.manifest.digest,
             "size": image.manifest.size,
-            "annotations": {
-                "io.containerd.image.name": image.reference,
-                "org.opencontainers.image.ref.name": image.reference,
-            },
+            "annotations": annotations,
         }
+        if image.index is not None:
+            # The index itself may have entries that are not here, over which tools stumble.
+            annotations[INDEX_ANNOTATION] = image.index.digest
         if image.platform is not None:
             platform = parse_platform(image.platform)
             fields = ("os", "architecture", "variant")

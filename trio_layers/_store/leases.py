@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar, TypeVarTuple, final
 
 import trio
@@ -118,13 +117,15 @@ class Holds:
         """Remove the rows of what nobody uses any more. Not cancelled; what fails is logged: they
         end with their holder, if not now."""
         if self._idle:
-            await _end(partial(self._write, (), _nothing))
+            with _ending():
+                await self._write((), _nothing)
 
     async def drop_all(self) -> None:
         """The same for all rows, in use or not."""
         if self._written:
             self._written.clear()
-            await _end(partial(self._catalog.note, drop_leases, self._holder))
+            with _ending():
+                await self._catalog.note(drop_leases, self._holder)
 
     # What is there stays while it is held: it need not be looked up again.
 
@@ -169,10 +170,11 @@ class Holds:
         return result
 
 
-async def _end(write: Callable[[], Awaitable[object]]) -> None:
+@contextmanager
+def _ending() -> Iterator[None]:
     try:
         with trio.CancelScope(shield=True):
-            await write()
+            yield
     except StoreError as error:
         logger.warning("cannot end a lease: %s", error)
 

@@ -14,7 +14,7 @@ from .._digest import ChainID, DiffID, Digest, digest_of, extend_chain
 from .._errors import DecompressionError, StoreError, text_of
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
-from ..abc import Layer, ReportUnpacked
+from ..abc import Layer, ReportArrived, ReportUnpacked
 
 __all__ = ["MemoryLayer", "MemoryStage", "MemoryStore", "MemoryStream"]
 
@@ -111,7 +111,9 @@ class MemoryStore:
         return self.add(data, parent, descriptor)
 
     @asynccontextmanager
-    async def stage(self, descriptor: Descriptor) -> AsyncIterator[MemoryStage]:
+    async def stage(
+        self, descriptor: Descriptor, waiting: ReportArrived | None = None
+    ) -> AsyncIterator[MemoryStage]:
         """Take a blob in, and decompress it while it arrives; see `StagingStore.stage`.
 
         It does not wait: of two who stage a blob at once, each has its own.

@@ -11,38 +11,78 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, final
 
+import attrs
 import trio
 
 from .._digest import Digest
 from .._errors import StoreError
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog, drop_leases
+from .catalog import Catalog, drop_leases, find_holders
 from .files import disk_errors, file_name, remove_directory, try_lock, unlock
 from .mount import detach_stale
 
-__all__ = ["Scratch", "hold_lock", "open_scratch"]
+__all__ = ["Scratch", "Watch", "hold_lock", "open_scratch"]
 
 logger = logging.getLogger(__name__)
 
 # How long a waiter may take to see that a lock is free, in seconds.
 _POLL: Final = 0.05
 
+# Between two reports of how far the holder is, in seconds.
+_LOOK: Final = 0.1
+
 _HOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
 
 
+@final
+@attrs.define(eq=False)
+class Watch:
+    """Somebody else's download, while it is waited for.
+
+    Attributes:
+        path: The file that grows.
+        size: How large it will be, in bytes.
+        report: Told how large it is, when that has changed.
+    """
+
+    path: Path
+    size: int
+    report: Callable[[int], None]
+    _seen: int = 0
+    _looked_at: float = -math.inf
+
+    async def look(self) -> None:
+        """Look, and report, if it is time to."""
+        if trio.current_time() - self._looked_at < _LOOK:
+            return
+        size = min(await trio.to_thread.run_sync(self._measure), self.size)
+        self._looked_at = trio.current_time()
+        if size != self._seen:
+            self._seen = size
+            self.report(size)
+
+    def _measure(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            # Not there yet, or in its place by now. Who can do nothing about it need not know.
+            return self._seen
+
+
 @asynccontextmanager
-async def hold_lock(path: Path) -> AsyncIterator[None]:
+async def hold_lock(path: Path, watch: Watch | None = None) -> AsyncIterator[None]:
     """Hold a lock file for the block, against other tasks and processes. Waiting for it can be
-    cancelled.
+    cancelled; ``watch``: what its holder does meanwhile.
 
     Never wait for one while holding another: two who do so in different orders never end.
 
@@ -55,7 +95,9 @@ async def hold_lock(path: Path) -> AsyncIterator[None]:
             return try_lock(path)
 
     # The kernel tells nobody that a lock is free.
-    while (descriptor := await trio.to_thread.run_sync(attempt)) is None:  # noqa: ASYNC110
+    while (descriptor := await trio.to_thread.run_sync(attempt)) is None:
+        if watch is not None:
+            await watch.look()
         await trio.sleep(_POLL)
     try:
         yield
@@ -91,6 +133,7 @@ class Scratch:
         self._leases = root / "leases"
         self._numbers = itertools.count()
         self._waste = trio.Event()
+        self._sweeping = trio.Lock()
         self.holder: str = secrets.token_hex(8)
 
     def new(self, kind: str) -> Path:
@@ -151,8 +194,14 @@ class Scratch:
             await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
 
     async def sweep_after_the_dead(self, catalog: Catalog) -> None:
-        """Remove what dead holders left, and their leases."""
-        for holder in await trio.to_thread.run_sync(self._others):
+        """Remove what dead holders left, and their leases; wait for who is at it already."""
+        async with self._sweeping:
+            await self._sweep_after_the_dead(catalog)
+
+    async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
+        # Of one that could not end its leases, nothing else may be left.
+        holders = await catalog.read(find_holders)
+        for holder in await trio.to_thread.run_sync(self._others, holders):
             path = self._leases / holder
             descriptor = await trio.to_thread.run_sync(self._try_lock, path)
             if descriptor is None:
@@ -170,11 +219,11 @@ class Scratch:
         with disk_errors(self._leases):
             return try_lock(path)
 
-    def _others(self) -> set[str]:
+    def _others(self, holders: set[str]) -> set[str]:
         """The other holders: by their files, and by what is left of them without one."""
         named = {match[1] for name in os.listdir(self._ingest) if (match := _HELD.fullmatch(name))}
         named.update(name for name in os.listdir(self._leases) if _HOLDER.fullmatch(name))
-        return named - {self.holder}
+        return (holders | named) - {self.holder}
 
     def _remove_locks(self) -> None:
         """Those that the dead held; who waits for one meanwhile tries again."""

@@ -22,7 +22,7 @@ import trio
 from .._digest import ChainID, Digest
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
-from ..abc import Layer, ReportUnpacked
+from ..abc import Layer, ReportArrived, ReportUnpacked
 from .build import Arrival
 from .catalog import StoredTree, set_diff_id
 from .commits import Commits
@@ -72,15 +72,20 @@ class Staging:
         self.limiter = trio.CapacityLimiter(_AT_ONCE)
 
     @asynccontextmanager
-    async def open(self, descriptor: Descriptor) -> AsyncIterator[DirectoryStage]:
+    async def open(
+        self, descriptor: Descriptor, waiting: ReportArrived | None
+    ) -> AsyncIterator[DirectoryStage]:
         stage = DirectoryStage(self, descriptor)
         # What has been made of it may wait for its parent for a long time.
         async with self.holds.holding(descriptor.digest), open_hidden_nursery() as nursery:
             stage._nursery = nursery
             try:
-                await nursery.start(stage._work)
+                await nursery.start(stage._work, waiting)
+                # Cancelled from outside, it must not leave the file before who writes into it.
+                stage._scope.shield = True
                 yield stage
             finally:
+                stage._scope.cancel()
                 # A worker thread heeds no other cancellation.
                 stage._growth.abandon()
                 nursery.cancel_scope.cancel()
@@ -103,6 +108,7 @@ class DirectoryStage:
         self._ended = trio.Event()
         self._tree: StoredTree | None = None
         self._error: Exception | None = None
+        self._scope = trio.CancelScope()
 
     @property
     def complete(self) -> bool:
@@ -147,10 +153,19 @@ class DirectoryStage:
         if self._error is None:
             progress(self._descriptor.size)
 
-    async def _work(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _work(
+        self, waiting: ReportArrived | None, task_status: trio.TaskStatus[None]
+    ) -> None:
         """Hold the lock while there is something to do under it."""
+        with self._scope:
+            await self._unpack(waiting, task_status)
+
+    async def _unpack(
+        self, waiting: ReportArrived | None, task_status: trio.TaskStatus[None]
+    ) -> None:
         content, trees = self._staging.content, self._staging.trees
-        async with self._staging.limiter, content.ingest(self._descriptor) as self._sink:
+        ingest = content.ingest(self._descriptor, waiting)
+        async with self._staging.limiter, ingest as self._sink:
             if self._sink.committed:
                 self._complete.set()
                 self._growth.grow(self._descriptor.size)

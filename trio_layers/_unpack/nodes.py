@@ -85,8 +85,11 @@ def named(error: OSError, path: bytes) -> UnpackError | StoreError:
 def _is_full(subject: int | str) -> bool:
     """Whether it is the disk that has no space left, and not what one file may have of it."""
     there = os.statvfs(subject)
-    # More than the largest attribute takes; no number of blocks: no limit.
-    return there.f_blocks > 0 and there.f_bavail < 64
+    # More than the largest attribute takes; no number of blocks: no limit. In a tmpfs attributes
+    # take of what there is for inodes.
+    return (there.f_blocks > 0 and there.f_bavail < 64) or (
+        there.f_files > 0 and there.f_favail < 64
+    )
 
 
 def attributes_of(subject: int | str) -> list[str]:
@@ -256,6 +259,8 @@ class Nodes:
                     f"cannot set {what}: all attributes of the file together are more than the "
                     "file system takes. Others may take them, such as XFS or Btrfs"
                 ) from error
+            if error.errno in (errno.EIO, errno.EROFS):
+                raise named(error, path) from error
             raise UnpackError(f"cannot set {what}: {error.strerror}") from error
 
     def _own(self, descriptor: int, subject: int | str, about: Metadata, *, fresh: bool) -> bool:

@@ -29,7 +29,7 @@ from .tree import TreeWriter
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["Limits", "Unpacked", "holds", "unpack"]
+__all__ = ["Inflated", "Limits", "Unpacked", "holds", "unpack"]
 
 # A larger slice gains nothing; a smaller one keeps cancellation near.
 _SLICE: Final = 256 * 1024
@@ -104,7 +104,7 @@ def unpack(
             if not no_umask:
                 powers = attrs.evolve(powers, modes=False)
             log = _Log(target / "entries")
-        source = _Source(read, limits, check_cancelled, ahead=ahead)
+        source = Inflated(read, limits, check_cancelled, ahead=ahead)
         with log, contextlib.closing(source):
             return _unpack(source, root, powers, lower, limits, log.write)
     finally:
@@ -112,7 +112,7 @@ def unpack(
 
 
 def _unpack(
-    source: _Source,
+    source: Inflated,
     root: int,
     powers: Powers,
     lower: LowerTree | None,
@@ -217,7 +217,7 @@ class _Log:
 
 
 @final
-class _Source:
+class Inflated:
     """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for.
 
     Attributes:
@@ -231,7 +231,7 @@ class _Source:
         limits: Limits,
         check: Callable[[], None],
         *,
-        ahead: bool,
+        ahead: bool = False,
     ) -> None:
         self.check = check
         self.entry = b""

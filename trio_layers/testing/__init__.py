@@ -7,7 +7,8 @@ from a few entries (`File`, `Symlink`, `Whiteout`...), the same bytes in every r
 is one ready made; `layers_from_directory` makes large ones. They compress, which takes a while:
 make images before the event loop runs, or in a thread, where that matters. `ScriptedSource`
 stands in for a registry where only the download manager is of interest, and `MemoryStore` for a
-store, which unpacks layers while they arrive.
+store, which unpacks layers while they arrive. The tests that a store of yours must pass are in
+`trio_layers.testing.store_suite`.
 
     async with open_registry() as registry:
         reference = registry.add(sample_image(), "library/sample:latest")

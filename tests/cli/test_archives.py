@@ -1,0 +1,126 @@
+"""Archives on the command line, as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import trio
+from archives.world import NAME, docker_members, oci_image, small_image, tar_of
+
+from trio_layers import _cli
+
+IMAGE = small_image()
+TRIO_LAYERS = [sys.executable, "-P", "-m", "trio_layers"]
+
+
+async def run(
+    *arguments: str | Path, store: Path, **options: object
+) -> subprocess.CompletedProcess[bytes]:
+    return await trio.run_process(
+        [*TRIO_LAYERS, *map(str, arguments)],
+        env={**os.environ, "TRIO_LAYERS_STORE": str(store), "PYTHONWARNINGS": "error"},
+        capture_stdout="stdout" not in options,
+        capture_stderr=True,
+        check=False,
+        **{"stdin": subprocess.DEVNULL, **options},
+    )
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+async def test_in_and_out(tmp_path: Path) -> None:
+    """Results on stdout, progress on stderr."""
+    store, other = tmp_path / "store", tmp_path / "other"
+    archive = write(tmp_path / "archive", tar_of(docker_members(IMAGE, "demo:1", "demo:2")))
+    done = await run("import", archive, store=store)
+    lines = done.stdout.decode().splitlines()
+    assert lines == [f"{NAME[:-1]}{n} linux/amd64 {IMAGE.digest}" for n in (1, 2)]
+    assert done.stderr.decode().splitlines()[-1].endswith("Pull complete")
+    target = tmp_path / "target"
+    done = await run(
+        "export", "demo:1", "demo:2", target, "--format", "docker-archive", store=store
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = await run("import", target, "--reference", "new:1", "--json", "-q", store=other)
+    assert json.loads(done.stdout) == {
+        "reference": "docker.io/library/new:1",
+        "digest": IMAGE.digest,
+        "platform": "linux/amd64",
+        "config": IMAGE.config_descriptor.digest,
+    }
+    assert done.stderr == b""
+    done = await run("cat", "new:1", "/etc/motd", "-q", store=other)
+    assert done.stdout == b"hello"
+
+
+async def test_by_stdout_and_stdin(tmp_path: Path) -> None:
+    """Pipes, and files that stand in their places."""
+    store, other = tmp_path / "store", tmp_path / "other"
+    done = await run("import", "-", "-q", store=store, stdin=tar_of(oci_image(IMAGE)))
+    assert done.stdout.decode() == f"{NAME} linux/amd64 {IMAGE.digest}\n"
+    piped = await run("export", NAME, "-", store=store)
+    assert piped.returncode == 0
+    with (tmp_path / "file").open("wb") as file:
+        await run("export", NAME, "-", store=store, stdout=file)
+    assert (tmp_path / "file").read_bytes() == piped.stdout
+    with tarfile.open(tmp_path / "file") as tar:
+        assert "index.json" in tar.getnames()
+    with (tmp_path / "file").open("rb") as file:
+        again = await run("import", "-", "-q", store=other, stdin=file)
+    assert again.stdout == done.stdout
+
+
+async def test_no_terminal(tmp_path: Path) -> None:
+    controller, terminal = pty.openpty()
+    try:
+        done = await run("import", "-", store=tmp_path / "store", stdin=terminal)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr == b"trio-layers: a terminal has no archive: redirect stdin\n"
+        done = await run("export", "x", "-", store=tmp_path / "store", stdout=terminal)
+        assert done.returncode == 1
+        expected = b"trio-layers: a terminal is no place for a tar: redirect stdout\n"
+        assert done.stderr == expected
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line each, and exit code 1; 2 for wrong usage."""
+    store = ["--store", str(tmp_path / "store")]
+    there, archive = tmp_path / "there", tmp_path / "archive"
+    there.write_bytes(b"mine")
+    archive.write_bytes(tar_of(oci_image(IMAGE)))
+    assert _cli.main(["import", str(archive), "-q", *store]) == 0
+    capfd.readouterr()
+    for arguments, text in {
+        ("import", tmp_path / "nowhere"): "nowhere: No such file or directory",
+        ("import", there): "there is no image archive, or damaged",
+        ("import", archive, "--platform", "linux/s390x"): "has no image for",
+        ("import", archive, "--reference", "Demo"): "must be lower-case",
+        ("export", "none:1", tmp_path / "target"): "none:1 is not in the store: pull",
+        ("export", NAME, there): "it is there already",
+        ("export", NAME, "-", "--format", "oci"): "an OCI layout is a directory",
+    }.items():
+        assert _cli.main([*map(str, arguments), *store]) == 1
+        shown = capfd.readouterr()
+        assert shown.out == ""
+        [line] = shown.err.splitlines()
+        assert line.startswith("trio-layers: ")
+        assert text in line
+    assert there.read_bytes() == b"mine"
+    for wrong in (["import"], ["export", "x"], ["export", "x", "y", "--format", "zip"]):
+        with pytest.raises(SystemExit) as exit:
+            _cli.main(wrong)
+        assert exit.value.code == 2

@@ -1,0 +1,215 @@
+"""What archives and layouts say of themselves: their small documents, names of images, keys.
+
+OCI image layouts have ``oci-layout``, ``index.json`` and blobs by their digests (OCI image
+specification, ``image-layout.md``). What ``docker save`` writes has a ``manifest.json`` (moby,
+``image/spec/spec.md``, "Combined Image JSON + Filesystem Changeset Format").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import attrs
+
+from .._digest import Digest
+from .._errors import ArchiveError, InvalidReference
+from .._manifest import MANIFEST_TYPES, MAX_DOCUMENT_SIZE, Descriptor
+from .._reference import Reference, parse_reference
+
+__all__ = [
+    "BLOBS",
+    "CONFIG_TYPE",
+    "DOCKER",
+    "INDEX",
+    "LAYER_TYPES",
+    "LAYOUT",
+    "DockerImage",
+    "blob_path",
+    "check_layout",
+    "claimed_digest",
+    "decode_docker",
+    "encode_docker",
+    "encode_manifest",
+    "key_of",
+    "link_target",
+    "name_of",
+    "shown",
+]
+
+LAYOUT: Final = "oci-layout"
+INDEX: Final = "index.json"
+DOCKER: Final = "manifest.json"
+BLOBS: Final = "blobs/sha256/"
+
+CONFIG_TYPE: Final = "application/vnd.oci.image.config.v1+json"
+LAYER_TYPES: Final = {
+    None: "application/vnd.oci.image.layer.v1.tar",
+    "gzip": "application/vnd.oci.image.layer.v1.tar+gzip",
+    "zstd": "application/vnd.oci.image.layer.v1.tar+zstd",
+}
+"""By their compression."""
+
+_BLOB: Final = re.compile(r"blobs/sha256/([0-9a-f]{64})\Z")
+_CONFIG: Final = re.compile(r"(?:.*/)?(?:sha256:)?([0-9a-f]{64})(?:\.json)?\Z")
+
+
+@attrs.frozen
+class DockerImage:
+    """An image in a docker-archive.
+
+    Attributes:
+        config: Where its config is.
+        tags: What it is called, as it was written.
+        layers: Where its layers are, bottom first.
+    """
+
+    config: str
+    tags: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+def key_of(path: str) -> str:
+    """What a path is looked up by: without what means nothing. One that has a ``..`` in it is
+    kept as it is, and so is nobody's."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def link_target(key: str, target: str) -> str:
+    """The key of what a symlink leads to; the archive is its root, which no ``..`` leads out of."""
+    parts: list[str] = [] if target.startswith("/") else key.split("/")[:-1]
+    for part in target.split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)
+
+
+def blob_path(digest: Digest) -> str:
+    return BLOBS + digest.removeprefix("sha256:")
+
+
+def claimed_digest(key: str, *, config: bool = False) -> Digest | None:
+    """The digest that a member has by its name, if it has one; ``config``: by that of a docker
+    image's config."""
+    match = (_CONFIG if config else _BLOB).match(key)
+    return None if match is None else Digest(f"sha256:{match[1]}")
+
+
+def name_of(descriptor: Descriptor) -> Reference | str:
+    """What an entry of a layout's index is called: a full name, or what else stands there, such
+    as a bare tag, or nothing."""
+    annotations = descriptor.annotations
+    full = annotations.get("io.containerd.image.name", "")
+    name = annotations.get("org.opencontainers.image.ref.name", "")
+    for text in (full, name):
+        # Without one of these it could be a tag.
+        if re.search("[/:@]", text):
+            try:
+                return parse_reference(text)
+            except InvalidReference:
+                pass
+    return name or full
+
+
+def check_layout(data: bytes) -> None:
+    """Check ``oci-layout``.
+
+    Raises:
+        ArchiveError: if it is not one, or of a version we do not know.
+    """
+    document = _decode(data, LAYOUT)
+    version = document.get("imageLayoutVersion") if isinstance(document, dict) else None
+    if not isinstance(version, str) or version.split(".")[0] != "1":
+        raise ArchiveError(f"{LAYOUT}: a layout of version {shown(version)}, and 1.0.0 is known")
+
+
+def decode_docker(data: bytes) -> tuple[DockerImage, ...]:
+    """Decode ``manifest.json``.
+
+    Raises:
+        ArchiveError: if it is not one.
+    """
+    return tuple(
+        DockerImage(
+            key_of(_text(image.get("Config"), "Config")),
+            tuple(
+                tag for tag in _texts(image.get("RepoTags"), "RepoTags") if tag != "<none>:<none>"
+            ),
+            tuple(key_of(layer) for layer in _texts(image.get("Layers"), "Layers")),
+        )
+        for image in _objects(_decode(data, DOCKER))
+    )
+
+
+def encode_docker(images: Iterable[DockerImage]) -> bytes:
+    """The ``manifest.json`` of some images."""
+    return _encode(
+        [
+            {"Config": image.config, "RepoTags": list(image.tags), "Layers": list(image.layers)}
+            for image in images
+        ]
+    )
+
+
+def encode_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:
+    """An image manifest of OCI's."""
+    return _encode(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPES[0],
+            "config": _descriptor(config),
+            "layers": [_descriptor(layer) for layer in layers],
+        }
+    )
+
+
+def shown(value: object) -> str:
+    """A value from outside, fit for a message."""
+    text = repr(value) if isinstance(value, str | int | None) else type(value).__name__
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _descriptor(descriptor: Descriptor) -> dict[str, object]:
+    return {
+        "mediaType": descriptor.media_type,
+        "digest": descriptor.digest,
+        "size": descriptor.size,
+    }
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _decode(data: bytes, what: str) -> object:
+    if len(data) > MAX_DOCUMENT_SIZE:
+        raise ArchiveError(f"{what}: larger than {MAX_DOCUMENT_SIZE} bytes")
+    try:
+        value: object = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"{what}: not JSON ({error})") from error
+    return value
+
+
+def _objects(value: object) -> list[dict[str, object]]:
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ArchiveError(f"{DOCKER}: not an array of objects")
+    return value
+
+
+def _texts(value: object, where: str) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ArchiveError(f"{DOCKER}: {where} is {shown(value)}, not an array")
+    return [_text(each, where) for each in value]
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ArchiveError(f"{DOCKER}: {where} is {shown(value)}, not a string")
+    return value

@@ -1,0 +1,225 @@
+"""Files and bytes that an export consists of, written as a tar or into a directory. Blocking: for
+worker threads.
+
+The same of the same images, byte for byte: no times, no owners, a fixed order. A blob is hashed
+while it is read, so what is written is what it is called, or there is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import attrs
+
+from .._compression import Decompressor
+from .._digest import Digest, Verifier
+from .._errors import DecompressionError, ExportError, StoreError, UnpackError
+from .._store.errors import store_error
+from .._unpack.pax import END_OF_ARCHIVE, header, padding
+from .._unpack.tar import BLOCK, Member, MemberType
+
+__all__ = ["Blob", "Entry", "write_directory", "write_file", "write_tar"]
+
+_PIECE: Final = 256 * 1024
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# What file systems say that have no hard links.
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+
+@attrs.frozen
+class Blob:
+    """A blob of the store, to be copied.
+
+    Attributes:
+        path: Where it is.
+        digest: What comes out hashes to.
+        size: How long that is in bytes.
+        inflate: Whether that is the blob decompressed.
+    """
+
+    path: Path
+    digest: Digest
+    size: int
+    inflate: bool = False
+
+
+Entry: TypeAlias = tuple[str, bytes | Blob]
+"""A file's path, and what is to be in it."""
+
+
+def write_tar(
+    entries: Iterable[Entry], check_cancelled: Callable[[], None]
+) -> Generator[bytes, None, None]:
+    """The bytes of a tar of some files, and the directories they are in, in pieces, none empty.
+
+    Raises:
+        StoreError: if a blob is damaged, or cannot be read.
+    """
+    made: set[str] = set()
+    for path, content in entries:
+        for parent in reversed(Path(path).parents[:-1]):
+            if str(parent) not in made:
+                made.add(str(parent))
+                yield _header(f"{parent}/", "dir", 0)
+        if isinstance(content, bytes):
+            yield _header(path, "file", len(content)) + content + padding(len(content))
+        else:
+            yield _header(path, "file", content.size)
+            yield from _read(content, check_cancelled)
+            if content.size % BLOCK:
+                yield padding(content.size)
+    yield END_OF_ARCHIVE
+
+
+def write_file(target: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is there when it is whole, and on the disk, and which replaces nothing.
+
+    Raises:
+        ExportError: if it is there already, or cannot be written.
+    """
+    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}")
+    with _writing(target):
+        if os.path.lexists(target):
+            raise FileExistsError(0, "it is there already: remove it, or choose another name")
+        descriptor = os.open(temporary, _NEW, 0o666)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            for piece in pieces:
+                with _writing(target):
+                    _write(file.fileno(), piece)
+            with _writing(target):
+                os.fsync(file.fileno())
+        with _writing(target):
+            _rename(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def write_directory(
+    target: Path, entries: Iterable[Entry], check_cancelled: Callable[[], None]
+) -> None:
+    """Write files into a directory that is empty or not there. Failed, they are removed.
+
+    Raises:
+        ExportError: if the directory is not empty, or cannot take them.
+        StoreError: if a blob is damaged, or cannot be read.
+    """
+    made: list[Path] = []
+    with _writing(target):
+        try:
+            os.mkdir(target)
+            made.append(target)
+        except FileExistsError:
+            if os.listdir(target):
+                raise FileExistsError(
+                    0, "it is not empty: name a directory that is, or a new one"
+                ) from None
+    try:
+        for path, content in entries:
+            check_cancelled()
+            file = target / path
+            with _writing(target):
+                for parent in reversed(file.parents[: path.count("/")]):
+                    if not parent.exists():
+                        os.mkdir(parent)
+                        made.append(parent)
+                descriptor = os.open(file, _NEW, 0o666)
+            made.append(file)
+            try:
+                for piece in _contents(content, check_cancelled):
+                    with _writing(target):
+                        _write(descriptor, piece)
+            finally:
+                os.close(descriptor)
+    except BaseException:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                (os.rmdir if each.is_dir() else os.unlink)(each)
+        raise
+
+
+def _rename(path: Path, target: Path) -> None:
+    """Unlike `os.rename`, do not replace what has appeared meanwhile."""
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(0, "it is there already") from None
+        os.rename(path, target)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(os.fspath(target), error.strerror) from error
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _contents(content: bytes | Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    return iter((content,)) if isinstance(content, bytes) else _read(content, check_cancelled)
+
+
+def _read(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    verifier = Verifier()
+    try:
+        for piece in _inflated(blob, check_cancelled) if blob.inflate else _bytes(blob.path):
+            check_cancelled()
+            verifier.update(piece)
+            if verifier.size > blob.size:
+                break
+            yield piece
+    except (DecompressionError, UnpackError) as error:
+        raise StoreError(f"{blob.path} is damaged: {error}") from error
+    except OSError as error:
+        raise store_error(error, blob.path) from error
+    if (verifier.size, verifier.digest) != (blob.size, blob.digest):
+        raise StoreError(f"{blob.path} is damaged: remove its image, and pull it again")
+
+
+def _bytes(path: Path) -> Iterator[bytes]:
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(_PIECE):
+            yield data
+
+
+def _inflated(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    decompressor = Decompressor()
+    for data in _bytes(blob.path):
+        # Not all input gives output.
+        check_cancelled()
+        yield from decompressor.feed(data)
+    yield from decompressor.finish()
+
+
+def _header(path: str, kind: MemberType, size: int) -> bytes:
+    return header(
+        Member(
+            name=path.encode(),
+            type=kind,
+            mode=0o755 if kind == "dir" else 0o644,
+            uid=0,
+            gid=0,
+            mtime_ns=0,
+            size=size,
+            linkname=b"",
+            dev=(0, 0),
+            xattrs={},
+        )
+    )

@@ -1,0 +1,72 @@
+"""What the ways into and out of the store share: an image's layers, and which image is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from ._digest import ChainID, DiffID, RootFS, extend_chain
+from ._errors import VerificationError
+from ._manifest import Descriptor
+from ._platform import Platform, choose, host_platform, parse_platform
+from ._store.catalog import StoredImage
+
+__all__ = ["ImageLayer", "check_diff_ids", "choose_stored", "layers_of"]
+
+
+@attrs.frozen
+class ImageLayer:
+    """One layer of an image.
+
+    Attributes:
+        descriptor: Its blob: media type, digest, and size in bytes, as the registry has it.
+        diff_id: The digest of its tar, decompressed.
+        chain_id: Names it together with all that is below it.
+    """
+
+    descriptor: Descriptor
+    diff_id: DiffID
+    chain_id: ChainID
+
+
+def layers_of(
+    descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
+) -> tuple[ImageLayer, ...]:
+    """The layers of a manifest and a config, which have as many of them."""
+    layers = []
+    chain: ChainID | None = None
+    for descriptor, diff_id in zip(descriptors, diff_ids, strict=True):
+        chain = extend_chain(chain, diff_id)
+        layers.append(ImageLayer(descriptor, diff_id, chain))
+    return tuple(layers)
+
+
+def check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:
+    """Compare what the layers unpacked to with what the config says.
+
+    Here and not when a layer is registered: a download may serve images whose configs differ,
+    and only the pull of the one that lies shall fail.
+
+    Raises:
+        VerificationError: if one differs.
+    """
+    for layer, diff_id in zip(layers, rootfs.diff_ids, strict=True):
+        if diff_id != layer.diff_id:
+            raise VerificationError(
+                f"layer {layer.descriptor.digest} unpacks to {diff_id}, "
+                f"but the image's config says {layer.diff_id}",
+                digest=layer.diff_id,
+            )
+
+
+def choose_stored(images: Sequence[StoredImage], platform: Platform | None) -> StoredImage | None:
+    """The one of a reference's images that a pull for the platform would bring, see
+    `RegistryClient.resolve`; of equals the one put last."""
+    offered = [parse_platform(image.platform) if image.platform else None for image in images]
+    index = choose(platform or host_platform(), offered)
+    if index is not None:
+        return images[index]
+    if platform is not None:
+        return None
+    return next((image for image in images if image.index is None), None)

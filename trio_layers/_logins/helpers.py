@@ -1,0 +1,115 @@
+"""Credential helpers: programs that know a registry's credentials.
+
+One is called ``docker-credential-NAME``, gets ``get`` as its only argument and a server on stdin,
+and answers in JSON on stdout (docker/docker-credential-helpers). What it writes to stderr is for
+the user, and goes where this process's does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import partial
+from typing import Final
+
+import trio
+
+from .._errors import CredentialsError
+from .._nursery import open_hidden_nursery
+from .._registry.answers import readable
+from .._registry.credentials import Credentials
+from .files import member, parse_json
+
+__all__ = ["ask_helper"]
+
+# Seconds. It may have to ask its user for something.
+HELPER_TIMEOUT: Final = 120.0
+# Bytes. Tokens have some thousands.
+MAX_ANSWER_SIZE: Final = 1024 * 1024
+
+_NOT_FOUND: Final = "credentials not found in native keychain"
+_TOKEN: Final = "<token>"
+
+
+async def ask_helper(name: str, server: str) -> Credentials:
+    """A server's credentials, by the helper of that name; empty ones if it has none.
+
+    Cancelled, the helper is terminated, and killed if that does not help.
+
+    Raises:
+        CredentialsError: if it is not installed, fails, or answers in no way that is known.
+            There is nothing in it of an answer that may be a secret.
+    """
+    program = f"docker-credential-{name}"
+    path = await trio.to_thread.run_sync(_installed, program)
+    if path is None:
+        raise _error(program, "is not installed: it is in no directory of PATH")
+    try:
+        with trio.fail_after(HELPER_TIMEOUT):
+            status, output = await _run(program, path, server)
+    except trio.TooSlowError:
+        raise _error(program, f"did not answer within {HELPER_TIMEOUT:g} seconds") from None
+    except OSError as error:
+        raise _error(program, f"cannot be run: {error.strerror or error}") from error
+    if status == 0:
+        return _decode(program, output)
+    text = output.decode("utf-8", "replace").strip()
+    if text == _NOT_FOUND:
+        return Credentials()
+    # It says why in words. What looks like an answer all the same is not shown.
+    words = readable(text) if "{" not in text else ""
+    raise _error(program, f"failed for {server} (status {status}){words and ': '}{words}")
+
+
+def _installed(program: str) -> str | None:
+    # Its name is a part of a file name, not a way to another directory; nor is a program run
+    # because of where this process happens to be.
+    path = None if "/" in program or "\0" in program else shutil.which(program)
+    return path if path is not None and os.path.isabs(path) else None
+
+
+async def _run(program: str, path: str, server: str) -> tuple[int, bytes]:
+    async with open_hidden_nursery() as nursery:
+        run = partial(
+            trio.run_process,
+            [path, "get"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        process: trio.Process = await nursery.start(run)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        async with process.stdin, process.stdout:
+            try:
+                await process.stdin.send_all(server.encode())
+            except trio.BrokenResourceError:
+                pass  # it does not want to know
+            await process.stdin.aclose()
+            output = bytearray()
+            async for chunk in process.stdout:
+                output += chunk
+                if len(output) > MAX_ANSWER_SIZE:
+                    raise _error(program, f"answered more than {MAX_ANSWER_SIZE} bytes")
+    assert process.returncode is not None
+    return process.returncode, bytes(output)
+
+
+def _decode(program: str, output: bytes) -> Credentials:
+    try:
+        answer = parse_json(output)
+    except ValueError:
+        answer = None
+    username = password = None
+    if answer is not None and output.strip():
+        username, password = (member(answer, name) or "" for name in ("Username", "Secret"))
+    if not isinstance(username, str) or not isinstance(password, str):
+        raise _error(program, "gave no valid answer")
+    if username == _TOKEN:
+        return Credentials(identity_token=password)
+    return Credentials(username, password)
+
+
+def _error(program: str, text: str) -> CredentialsError:
+    return CredentialsError(f"the credential helper {program} {text}", source=program)

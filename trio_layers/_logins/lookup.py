@@ -1,0 +1,178 @@
+"""A registry's credentials, from whatever the user has logged in with."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Final, TypeAlias, final
+
+import attrs
+import trio
+
+from .._errors import CredentialsError
+from .._registry.credentials import Credentials
+from .._sharing import Shared
+from .files import (
+    Login,
+    LoginFile,
+    find_as_docker,
+    find_as_podman,
+    parse_environment,
+    parse_login_file,
+)
+from .helpers import ask_helper
+
+__all__ = ["LoginFiles"]
+
+log = logging.getLogger("trio_layers.logins")
+
+# Bytes. That is tens of thousands of logins.
+MAX_FILE_SIZE: Final = 4 * 1024 * 1024
+
+_Find: TypeAlias = Callable[[LoginFile, str], Login]
+
+
+@final
+@attrs.define(eq=False)
+class _Source:
+    """A login file.
+
+    Attributes:
+        path: Where it is.
+        find: How it is searched.
+        required: Whether it has to be there.
+    """
+
+    path: str
+    find: _Find
+    required: bool = False
+    content: Shared[LoginFile] = attrs.field(factory=Shared[LoginFile], init=False)
+
+    async def read(self) -> LoginFile:
+        # Reading may hang, as a network's file or a named pipe does.
+        return await trio.to_thread.run_sync(self._read, abandon_on_cancel=True)
+
+    def _read(self) -> LoginFile:
+        try:
+            with open(self.path, "rb") as file:
+                data = file.read(MAX_FILE_SIZE + 1)
+            if len(data) > MAX_FILE_SIZE:
+                raise ValueError(f"it has more than {MAX_FILE_SIZE} bytes")
+            return parse_login_file(data)
+        except (FileNotFoundError, NotADirectoryError):
+            if not self.required:
+                return LoginFile()
+            problem = "it is not there"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        except ValueError as error:
+            problem = str(error)
+        raise CredentialsError(
+            f"the login file {self.path} cannot be used: {problem}", source=self.path
+        )
+
+
+@final
+class LoginFiles:
+    """The credentials that the user's own programs have: for ``open_puller(credentials=...)``.
+
+    It is asked when a registry wants to know who asks. The first of these that has something for
+    the repository counts:
+
+    * ``authfile``, or the file that ``REGISTRY_AUTH_FILE`` names, in podman's format; the others
+      are not looked at then;
+    * ``DOCKER_AUTH_CONFIG``, then docker's ``config.json``, in the directory ``DOCKER_CONFIG`` or
+      in ``~/.docker``, with the credential helpers it names;
+    * podman's ``auth.json``, in ``$XDG_RUNTIME_DIR/containers`` or ``/run/containers/UID``, then
+      in ``$XDG_CONFIG_HOME/containers`` or ``~/.config/containers``.
+
+    Files are read once, and helpers asked once for each registry; again when a registry refuses
+    what they gave, which may have expired. The environment is that of when it was made.
+
+    Args:
+        authfile: A file to take in place of all others.
+
+    When it is asked it raises `CredentialsError` if a file or a helper that matters cannot be
+    used: nobody is anonymous by mistake.
+    """
+
+    def __init__(self, authfile: str | os.PathLike[str] | None = None) -> None:
+        self.authfile: str | None = None if authfile is None else os.fspath(authfile)
+        self._sources = list(_sources(self.authfile))
+        self._answers: dict[tuple[str, str], Shared[Credentials]] = {}
+
+    def __repr__(self) -> str:
+        return f"<LoginFiles: {', '.join(source.path for source in self._sources)}>"
+
+    async def __call__(
+        self, repository: str, refused: Credentials | None = None
+    ) -> Credentials | None:
+        """The credentials for a repository, such as ``docker.io/library/debian``.
+
+        Cancelled, it leaves nothing behind.
+
+        Args:
+            repository: With its registry's domain.
+            refused: What it gave before, and the registry did not take: it is not given again
+                without a look whether there is something else.
+
+        Raises:
+            CredentialsError: if a file or a helper cannot be used.
+        """
+        for source in self._sources:
+
+            def good(file: LoginFile, find: _Find = source.find) -> bool:
+                login = find(file, repository)
+                return refused is None or bool(login.helper) or login.credentials != refused
+
+            file = await source.content.get(good, source.read)
+            credentials = await self._credentials(source.find(file, repository), refused)
+            if credentials:
+                log.debug("credentials for %s: as in %s", repository, source.path)
+                return credentials
+        log.debug("credentials for %s: none", repository)
+        return None
+
+    async def _credentials(self, login: Login, refused: Credentials | None) -> Credentials:
+        if not login.helper:
+            return login.credentials
+        registry_token = login.credentials.registry_token
+
+        def complete(answer: Credentials) -> Credentials:
+            return attrs.evolve(answer, registry_token=registry_token)
+
+        async def ask() -> Credentials:
+            return await ask_helper(login.helper, login.server)
+
+        answer = self._answers.setdefault((login.helper, login.server), Shared[Credentials]())
+        return complete(await answer.get(lambda value: complete(value) != refused, ask))
+
+
+def _sources(authfile: str | None) -> Iterator[_Source]:
+    # Podman, other than skopeo, fails if the file that a user names is not there. So do we.
+    named = authfile or os.environ.get("REGISTRY_AUTH_FILE")
+    if named:
+        yield _Source(named, find_as_podman, required=True)
+        return
+    docker = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    find = partial(find_as_docker, environment=_environment())
+    yield _Source(os.path.join(docker, "config.json"), find)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    for directory in (
+        os.path.join(runtime, "containers") if runtime else f"/run/containers/{os.getuid()}",
+        os.path.join(config, "containers"),
+    ):
+        yield _Source(os.path.join(directory, "auth.json"), find_as_podman)
+
+
+def _environment() -> LoginFile:
+    text = os.environ.get("DOCKER_AUTH_CONFIG")
+    try:
+        return parse_environment(text) if text else LoginFile()
+    except ValueError as error:
+        # Docker says so and goes on.
+        log.warning("DOCKER_AUTH_CONFIG is not used: %s", error)
+        return LoginFile()

@@ -1,0 +1,238 @@
+"""Tokens: who gives them, for what, and for how long.
+
+A Bearer challenge names a server. It is asked by GET with a name and a password, or with nothing
+(distribution's ``spec/auth/token.md``), and by POST with a refresh token
+(``spec/auth/oauth.md``), which docker's login files call an identity token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Final, TypeGuard, final
+
+import attrs
+import httpx
+import trio
+
+from .._errors import AuthenticationError, RegistryError
+from .._reference import Reference
+from .._sharing import Shared
+from .answers import give_up, read_error, readable
+from .credentials import Credentials
+from .hosts import base_urls, is_loopback, parse_url
+from .transport import Transport
+
+__all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]
+
+MAX_TOKEN_SIZE: Final = 1024 * 1024
+# The specification's default, and the least that it has servers give, for old clients' sake.
+MIN_TOKEN_LIFETIME: Final = 60.0
+# One that is good for longer is asked for again all the same.
+MAX_TOKEN_LIFETIME: Final = 24 * 60 * 60.0
+# A token that would end while a request is on its way is of no use.
+EXPIRY_MARGIN: Final = 5.0
+MAX_TOKENS: Final = 1000
+CLIENT_ID: Final = "trio-layers"
+
+FIT_FOR_A_HEADER: Final = re.compile(r"[\x21-\x7e]+\Z")
+
+_NO_OAUTH: Final = (400, 401, 404, 405)
+"""What servers that do not know POST answer to it; containerd has found each of them."""
+
+
+@attrs.frozen
+class Grant:
+    """What a token is for: one is kept for each.
+
+    Attributes:
+        realm: The URL of the server that gives it.
+        service: Who takes it.
+        scope: What for: one or several, with spaces between.
+        credentials: Who asks; empty: anybody.
+    """
+
+    realm: str
+    service: str
+    scope: str
+    credentials: Credentials
+
+
+@attrs.frozen
+class _Token:
+    value: str = attrs.field(repr=False)
+    expires: float
+    refresh: str | None = attrs.field(default=None, repr=False)
+
+    def valid(self) -> bool:
+        return trio.current_time() < self.expires
+
+
+@final
+class Tokens:
+    """Gets tokens, and keeps them until they expire."""
+
+    def __init__(self, transport: Transport, *, plain_http: bool) -> None:
+        self._transport = transport
+        self._plain_http = plain_http
+        self._tokens: dict[Grant, Shared[_Token]] = {}
+        # By realm, service and credentials: one that came with a token is good for any scope.
+        self._refresh: dict[Grant, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    async def get(self, grant: Grant, reference: Reference) -> str:
+        """A token that is good for some seconds at least.
+
+        One request serves all who wait meanwhile, also if it fails.
+
+        Args:
+            grant: What for.
+            reference: Who wants to know, for errors, and for whether the server has to speak TLS.
+
+        Raises:
+            AuthenticationError: if the server refuses.
+            RegistryError: if there is no token for another reason.
+        """
+        fetch = partial(self._fetch, grant, reference)
+        token = await self._kept(grant).get(_Token.valid, fetch)
+        return token.value
+
+    def drop(self, grant: Grant, value: str) -> None:
+        """Do not use a token any more: it was refused."""
+        kept = self._kept(grant)
+        # Another task may have replaced it already.
+        if kept.value is not None and kept.value.value == value:
+            kept.value = None
+
+    def url(self, realm: str, reference: Reference) -> httpx.URL:
+        """The server's URL: credentials and tokens travel there, so it has to be HTTPS where the
+        registry has to be.
+
+        Raises:
+            AuthenticationError: if it is not.
+        """
+        try:
+            url = parse_url(realm)
+        except httpx.InvalidURL:
+            url = httpx.URL()
+        # A registry elsewhere has no business with what listens on this machine.
+        local = is_loopback(url) and is_loopback(base_urls(reference, plain_http=False)[0])
+        plain = url.scheme == "http" and (self._plain_http or local)
+        if not url.host or not (url.scheme == "https" or plain):
+            raise give_up(
+                AuthenticationError(
+                    f"{reference.domain} wants a token from {readable(realm)!r}, which is no "
+                    "HTTPS URL",
+                    host=reference.domain,
+                    status=401,
+                )
+            )
+        return url
+
+    def _kept(self, grant: Grant) -> Shared[_Token]:
+        # Nothing is awaited here: a token that nobody uses yet must not be dropped.
+        kept = self._tokens.get(grant)
+        if kept is None:
+            if len(self._tokens) >= MAX_TOKENS:
+                self._tokens = {
+                    grant: kept
+                    for grant, kept in self._tokens.items()
+                    if kept.busy or (kept.value is not None and kept.value.valid())
+                }
+            kept = self._tokens[grant] = Shared()
+        return kept
+
+    async def _fetch(self, grant: Grant, reference: Reference) -> _Token:
+        anywhere = attrs.evolve(grant, scope="")
+        tried: set[str] = set()
+        while True:
+            refresh = self._refresh.get(anywhere) or grant.credentials.identity_token
+            if not refresh or refresh in tried:
+                token = await self._ask(grant, reference)
+                break
+            tried.add(refresh)
+            try:
+                token = await self._ask(grant, reference, refresh)
+                break
+            except RegistryError as error:
+                if error.status not in _NO_OAUTH:
+                    raise
+            # It may have been good for one time: then another task has the next one.
+            if self._refresh.get(anywhere) == refresh:
+                del self._refresh[anywhere]
+        if token.refresh is not None and grant.credentials:
+            if len(self._refresh) >= MAX_TOKENS:
+                self._refresh.clear()
+            self._refresh[anywhere] = token.refresh
+        return token
+
+    async def _ask(self, grant: Grant, reference: Reference, refresh: str | None = None) -> _Token:
+        url = self.url(grant.realm, reference)
+        what = f"a token to pull {reference.name}"
+        service = {"service": grant.service} if grant.service else {}
+        scopes = grant.scope.split()
+        if refresh is None:
+            parameters = [*url.params.multi_items(), *service.items()]
+            parameters += [("scope", scope) for scope in scopes]
+            asking = self._transport.get(
+                url.copy_with(params=parameters), what, authorization=_basic(grant.credentials)
+            )
+        else:
+            form = {
+                "grant_type": "refresh_token",
+                "client_id": CLIENT_ID,
+                **service,
+                "scope": " ".join(scopes),
+                "refresh_token": refresh,
+            }
+            asking = self._transport.post(url, what, form=form)
+        began = trio.current_time()
+        async with asking as answer:
+            if answer.status != 200:
+                raise await read_error(answer, what)
+            body = await answer.read(MAX_TOKEN_SIZE)
+        token = _decode_token(body, began)
+        if token is None:
+            # Not even the beginning of what came is shown: it may be half a token.
+            raise RegistryError(
+                f"{answer.host} gave no valid token to pull {reference.name}",
+                host=answer.host,
+                status=200,
+            )
+        return token
+
+
+def _basic(credentials: Credentials) -> str | None:
+    """What goes with a GET. Servers that know no POST take an identity token for a password."""
+    if credentials.identity_token and not credentials.password:
+        return Credentials(credentials.username, credentials.identity_token).basic()
+    return credentials.basic()
+
+
+def _decode_token(body: bytes, began: float) -> _Token | None:
+    document: object = None
+    if len(body) <= MAX_TOKEN_SIZE:
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            pass
+    if not isinstance(document, Mapping):
+        return None
+    token = document.get("token") or document.get("access_token")
+    refresh = document.get("refresh_token")
+    lifetime = document.get("expires_in")
+    # Not a number, which json.loads() takes for one, is not greater either.
+    if not isinstance(lifetime, int | float) or not lifetime > MIN_TOKEN_LIFETIME:
+        lifetime = MIN_TOKEN_LIFETIME
+    if not _fit(token):
+        return None
+    expires = began + float(min(lifetime, MAX_TOKEN_LIFETIME)) - EXPIRY_MARGIN
+    return _Token(token, expires, refresh if _fit(refresh) else None)
+
+
+def _fit(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and FIT_FOR_A_HEADER.match(value) is not None
