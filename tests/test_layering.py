@@ -87,6 +87,8 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "tarfile": frozenset({"testing"}),
     "asyncio": frozenset(),
     "requests": frozenset(),
+    "tomllib": frozenset({"_registry"}),
+    "ssl": frozenset({"_registry", "testing"}),
 }
 FILES = frozenset({"_archives", "_logins", "_store", "_unpack", "_worker", "_workers", "testing"})
 """Who may open files, and call `os` for more than the process's own circumstances."""

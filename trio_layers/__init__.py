@@ -25,6 +25,7 @@ from ._errors import CredentialsError as CredentialsError
 from ._errors import DecompressionError as DecompressionError
 from ._errors import DoNotRetry as DoNotRetry
 from ._errors import ExportError as ExportError
+from ._errors import HostsError as HostsError
 from ._errors import InvalidDigest as InvalidDigest
 from ._errors import InvalidReference as InvalidReference
 from ._errors import LayersError as LayersError

@@ -60,6 +60,7 @@ def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
     _progress_arguments(parser)
     add("--plain-http", action="store_true", help="allow registries without TLS")
     add("--no-tls-verify", action="store_true", help="accept any certificate")
+    add("--hosts-dir", metavar="DIR", help="mirrors and certificates, as containerd's certs.d")
     add(
         "--creds",
         metavar="USER[:PASSWORD]",
@@ -126,6 +127,7 @@ def _open_puller(arguments: argparse.Namespace) -> AbstractAsyncContextManager[P
         credentials=arguments.creds or LoginFiles(arguments.authfile),
         plain_http=arguments.plain_http,
         tls_verify=not arguments.no_tls_verify,
+        hosts_dir=arguments.hosts_dir,
         max_concurrent_downloads=arguments.max_concurrent_downloads,
         max_download_attempts=arguments.max_download_attempts,
     )

@@ -18,6 +18,7 @@ __all__ = [
     "DecompressionError",
     "DoNotRetry",
     "ExportError",
+    "HostsError",
     "InvalidDigest",
     "InvalidReference",
     "LayersError",
@@ -161,6 +162,18 @@ class RateLimited(RegistryError):
     ) -> None:
         super().__init__(message, host=host, status=status)
         self.retry_after = retry_after
+
+
+class HostsError(LayersError):
+    """What a directory of hosts (``hosts.toml``, certificates) says cannot be used. Mend the file.
+
+    Attributes:
+        path: The file, or the directory.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path} cannot be used: {message}")
+        self.path = path
 
 
 class VerificationError(LayersError):

@@ -21,6 +21,7 @@ from ._progress import Status
 from ._reference import Reference, parse_reference
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
 from ._registry.credentials import CredentialsFor
+from ._registry.transport import STALL_LIMIT
 from ._store import directory
 from ._store.directory import DirectoryStore
 from ._store.rootfs import RootfsView
@@ -99,6 +100,8 @@ async def open_puller(
     credentials: CredentialsFor | None = None,
     plain_http: bool = False,
     tls_verify: bool = True,
+    hosts_dir: str | os.PathLike[str] | None = None,
+    stall_limit: float = STALL_LIMIT,
     max_concurrent_downloads: int = 3,
     max_download_attempts: int = 5,
     retry_tick: float = 1.0,
@@ -117,6 +120,11 @@ async def open_puller(
             their domains; or a function that knows them, such as `LoginFiles`. ``None``: anonymous.
         plain_http: Whether registries that are not on this machine may be asked without TLS.
         tls_verify: Whether certificates are checked.
+        hosts_dir: A directory of mirrors and certificates, as containerd has it, such as
+            ``/etc/containerd/certs.d``: in it, a directory for each registry with a ``hosts.toml``
+            (see ``docs/compatibility.md``). Hosts with certificates of their own there are not
+            asked through ``client``. ``None``: every registry is asked itself.
+        stall_limit: Seconds without a byte after which an attempt is given up.
         max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
             90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.
@@ -125,6 +133,8 @@ async def open_puller(
 
     Raises:
         StoreError: if the directory is not a store, or cannot be used as one.
+        HostsError: if ``hosts_dir`` is no directory. What is wrong in it is told by the pulls that
+            need it.
         ValueError: for options that make no sense (see `open_download_manager`), as are limits
             for a store that was opened with its own.
     """
@@ -140,6 +150,8 @@ async def open_puller(
                 credentials=credentials,
                 plain_http=plain_http,
                 tls_verify=tls_verify,
+                hosts_dir=hosts_dir,
+                stall_limit=stall_limit,
                 # Some more, so that downloads never hold up those who ask for a manifest.
                 max_connections=(max_concurrent_downloads or UNLIMITED_DOWNLOADS) + 10,
             )
@@ -186,6 +198,7 @@ class Puller:
             InvalidReference: if the reference does not follow the grammar.
             PlatformError: if the image has nothing for the platform.
             ManifestError: if what the registry has is no image.
+            HostsError: if what ``hosts_dir`` has for the registry cannot be used.
             RegistryError: if it cannot be had; its subclasses say why.
             VerificationError: if what came is not what was asked for.
         """

@@ -16,10 +16,12 @@ import pytest
 
 CONFIG = """\
 version: 0.1
-log: {{level: info, accesslog: {{disabled: true}}}}
+log: {{level: info, accesslog: {{disabled: {quiet}}}}}
 storage: {{filesystem: {{rootdirectory: {data}}}}}
-http: {{addr: "{address}", secret: none}}
+http: {{addr: "{address}", secret: none{http}}}
+{more}
 """
+REQUEST = re.compile(r'"((?:GET|HEAD) [^"]+) HTTP/1\.1" (\d+)')
 LISTENING = re.compile(r"listening on (127\.0\.0\.1:\d+)")
 
 
@@ -34,6 +36,11 @@ class DockerRegistry:
 
     host: str
     log: Path
+
+    def requests(self) -> list[str]:
+        """What was asked of one that does not keep quiet: ``GET /v2/… HTTP/1.1`` and the status."""
+        found = REQUEST.findall(self.log.read_text())
+        return [f"{request} {status}" for request, status in found]
 
     def push(
         self,
@@ -68,18 +75,32 @@ def require(program: str) -> str:
 
 @contextmanager
 def run_docker_registry(
-    directory: Path, *, auth: str = "", address: str = "127.0.0.1:0"
+    directory: Path,
+    *,
+    address: str = "127.0.0.1:0",
+    quiet: bool = True,
+    http: str = "",
+    more: str = "",
 ) -> Iterator[DockerRegistry]:
     """Run one that keeps all it has in ``directory``, on a port that it chooses itself.
 
     Args:
-        directory: Where its files are.
-        auth: Who may use it: a part of its configuration.
+        directory: Also for its configuration and log.
         address: Where it listens, in place of that.
+        quiet: Whether it does without a log of requests.
+        http: YAML for that part of its configuration, such as ``tls: {…}``.
+        more: YAML for the whole, such as ``auth: {…}`` or ``proxy: {…}``.
     """
     program = require("docker-registry")
     config, log = directory / "config.yml", directory / "log"
-    config.write_text(CONFIG.format(data=directory / "data", address=address) + auth)
+    text = CONFIG.format(
+        data=directory / "data",
+        address=address,
+        quiet=str(quiet).lower(),
+        http=f", {http}" if http else "",
+        more=more,
+    )
+    config.write_text(text)
     with log.open("wb") as output:
         process = subprocess.Popen(
             [program, "serve", str(config)], stdout=output, stderr=subprocess.STDOUT

@@ -81,6 +81,8 @@ def test_pull_passes_everything_on(puller: FakePuller) -> None:
             "linux/arm64/v8",
             "--plain-http",
             "--no-tls-verify",
+            "--hosts-dir",
+            "/etc/containerd/certs.d",
             "--creds",
             "me:it's:secret",
             "--max-concurrent-downloads",
@@ -98,6 +100,7 @@ def test_pull_passes_everything_on(puller: FakePuller) -> None:
     assert options == {
         "plain_http": True,
         "tls_verify": False,
+        "hosts_dir": "/etc/containerd/certs.d",
         "max_concurrent_downloads": 0,
         "max_download_attempts": 1,
     }
@@ -113,6 +116,7 @@ def test_pull_has_careful_defaults(puller: FakePuller) -> None:
     assert options == {
         "plain_http": False,
         "tls_verify": True,
+        "hosts_dir": None,
         "max_concurrent_downloads": 3,
         "max_download_attempts": 5,
     }

@@ -55,7 +55,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[Gu
     directory = tmp_path_factory.mktemp("htpasswd")
     (directory / "htpasswd").write_text(HTPASSWD)
     auth = f"auth: {{htpasswd: {{realm: here, path: {directory / 'htpasswd'}}}}}\n"
-    with run_docker_registry(directory, auth=auth) as registry:
+    with run_docker_registry(directory, more=auth) as registry:
         yield Guarded(registry, registry.push(layout, "team/app:1", creds=f"{USER}:{PASSWORD}"))
 
 
@@ -65,7 +65,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[G
     directory = tmp_path_factory.mktemp("tokens")
     with run_token_server(**{USER: PASSWORD}) as server:
         auth = server.config(directory / "root.pem")
-        with run_docker_registry(directory, auth=auth) as registry:
+        with run_docker_registry(directory, more=auth) as registry:
             reference = registry.push(layout, "team/app:1", creds=f"{USER}:{PASSWORD}")
             yield Guarded(registry, reference, server)
 
@@ -186,7 +186,7 @@ async def test_tokens_for_an_identity_token(
     async with open_registry_client(credentials=LoginFiles()) as client:
         await client.resolve(parse_reference(tokens.reference))
         assert server.requests == [("POST", "refresh_token")]
-        access = client._authenticator
+        access = client._sites._authenticator
         access.tokens._tokens.clear()
         await client.resolve(parse_reference(tokens.reference))
         assert server.requests == [("POST", "refresh_token")] * 2
@@ -244,7 +244,7 @@ async def test_tokens_that_are_not_taken_any_more(layout: Path, tmp_path: Path) 
     with run_token_server(**{USER: PASSWORD}) as server:
         async with open_registry_client(credentials=credentials) as client:
             auth = server.config(tmp_path / "root.pem")
-            with run_docker_registry(tmp_path, auth=auth) as registry:
+            with run_docker_registry(tmp_path, more=auth) as registry:
                 name = registry.push(layout, "app", creds=f"{USER}:{PASSWORD}")
                 server.requests.clear()
                 await client.resolve(parse_reference(name))
@@ -252,7 +252,7 @@ async def test_tokens_that_are_not_taken_any_more(layout: Path, tmp_path: Path) 
                 assert len(server.requests) == 1
             server.signer = Signer()
             auth = server.config(tmp_path / "root.pem")
-            with run_docker_registry(tmp_path, auth=auth, address=registry.host):
+            with run_docker_registry(tmp_path, more=auth, address=registry.host):
                 await client.resolve(parse_reference(name))
             assert len(server.requests) == 2
 

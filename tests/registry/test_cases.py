@@ -15,6 +15,7 @@ from registry.fakes import Body, MemorySink, Network, Report, digest_of, is_fina
 
 from trio_layers._errors import (
     CredentialsError,
+    HostsError,
     InvalidReference,
     LayersError,
     ManifestError,
@@ -38,6 +39,7 @@ from trio_layers._reference import parse_reference
 from trio_layers._registry.auth import parse_challenges
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
+from trio_layers._registry.hosts_toml import Host, read_configuration
 
 HERE = Path(__file__).parents[1] / "cases" / "registry"
 
@@ -334,3 +336,47 @@ class RangeServer:
             return httpx.Response(416, headers={"Content-Range": f"bytes */{size}"})
         headers = {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
         return httpx.Response(206, headers=headers, stream=Body([self.content[start:]]))
+
+
+@pytest.mark.parametrize("case", cases("hosts_toml"))
+def test_hosts(case: Case, tmp_path: Path) -> None:
+    """Who is asked, in which order and how, is as containerd has it; but a file that it rejects
+    and ignores is an error here, which names it."""
+    for name, text in case["files"].items():
+        path = tmp_path / name
+        if text is None:
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    expected = case["expected"]
+    if expected["file_error"] is not None:
+        with pytest.raises(HostsError) as caught:
+            read_configuration(tmp_path, case["host"])
+        assert caught.value.path == str(tmp_path / expected["directory"] / "hosts.toml")
+        assert str(caught.value).startswith(f"{caught.value.path} cannot be used: ")
+        return
+    configuration = read_configuration(tmp_path, case["host"])
+    directory = configuration.directory
+    assert (directory and directory.name) == expected["directory"]
+    assert [as_recorded(host, tmp_path) for host in configuration.hosts] == expected["hosts"]
+
+
+def as_recorded(host: Host, root: Path) -> Case:
+    recorded: Case = {
+        "scheme": host.scheme,
+        "host": host.host,
+        "path": host.path,
+        "capabilities": sorted(host.capabilities),
+        "ca": [path.replace(str(root), "$ROOT") for path in host.ca or ()],
+        "client": [
+            [path.replace(str(root), "$ROOT") for path in pair] for pair in host.client or ()
+        ],
+        "skip_verify": host.skip_verify,
+        "header": {name: list(values) for name, values in host.header.items()},
+        "dial_timeout_seconds": host.dial_timeout,
+        "http_fallback": host.http_fallback,
+    }
+    if not host.http_fallback:
+        recorded["tls_verification_disabled"] = not host.verify
+    return recorded

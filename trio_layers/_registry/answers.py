@@ -17,7 +17,7 @@ from .._errors import (
 if TYPE_CHECKING:
     from .transport import Answer
 
-__all__ = ["give_up", "read_error", "readable"]
+__all__ = ["give_up", "is_final", "read_error", "readable"]
 
 MAX_ERROR_SIZE: Final = 16 * 1024
 MAX_TEXT: Final = 300
@@ -59,6 +59,14 @@ def give_up(error: ErrorT) -> ErrorT:
     """Mark an error as one that another attempt would end with again."""
     error.__cause__ = DoNotRetry(str(error))
     return error
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether it was given up, see `give_up`."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DoNotRetry):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def readable(text: str) -> str:

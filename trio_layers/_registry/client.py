@@ -6,9 +6,12 @@ registry protocol, version 2.
 
 from __future__ import annotations
 
+import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 
 import attrs
@@ -17,7 +20,7 @@ import trio
 
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest
-from .._errors import LayersError, ManifestError, VerificationError
+from .._errors import HostsError, LayersError, ManifestError, VerificationError
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -35,13 +38,13 @@ from .._platform import Platform, host_platform
 from .._reference import Reference
 from .._version import __version__
 from ..abc import BlobSink, ReportProgress
-from .answers import read_error, readable
-from .auth import Authenticator
-from .blobs import BlobFetch, EntityTags
+from .answers import is_final, readable
+from .blobs import BlobFetch
 from .credentials import CredentialsFor
-from .hosts import base_urls
 from .reading import read_more_at_once
-from .transport import Answer, Transport
+from .sites import Site, Sites, ask_in_turn
+from .transport import STALL_LIMIT, Answer, Connections
+from .trust import Trust, make_context
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
@@ -120,6 +123,8 @@ async def open_registry_client(
     credentials: CredentialsFor | None = None,
     plain_http: bool = False,
     tls_verify: bool = True,
+    hosts_dir: str | os.PathLike[str] | None = None,
+    stall_limit: float = STALL_LIMIT,
     max_connections: int = DEFAULT_MAX_CONNECTIONS,
 ) -> AsyncIterator[RegistryClient]:
     """Open a client for all registries, for as long as the block runs.
@@ -135,28 +140,54 @@ async def open_registry_client(
         plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
             Those on this machine always are.
         tls_verify: Whether certificates are checked, by our own client.
+        hosts_dir: A directory of containerd's configuration of hosts: mirrors, certificates. Who
+            has certificates of its own there, or need not have a valid one, is asked by a client
+            of ours in any case. ``None``: every registry is asked itself.
+        stall_limit: Seconds without a byte after which a request is given up.
         max_connections: How many requests are under way at once; more wait.
 
     Raises:
-        ValueError: if ``max_connections`` is less than 1, or if ``tls_verify`` is switched off
-            for a client that was given.
+        ValueError: if ``max_connections`` is less than 1, if ``stall_limit`` is not more than 0,
+            or if ``tls_verify`` is switched off for a client that was given.
+        HostsError: if ``hosts_dir`` is no directory. What is in it is looked at when a registry is
+            first asked.
         LayersError: if the environment's proxies or certificates cannot be used.
     """
     if max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
-    if client is not None:
-        if not tls_verify:
-            raise ValueError("tls_verify is for our own client: make yours with verify=False")
-        yield _client(client, credentials, plain_http, max_connections)
-        return
-    # Reading the certificates takes tens of milliseconds.
-    async with await trio.to_thread.run_sync(_make_client, tls_verify, max_connections) as own:
-        yield _client(own, credentials, plain_http, max_connections)
+    if not stall_limit > 0:
+        raise ValueError(f"stall_limit is {stall_limit}: more than 0 seconds are needed")
+    if client is not None and not tls_verify:
+        raise ValueError("tls_verify is for our own client: make yours with verify=False")
+    directory = None if hosts_dir is None else Path(hosts_dir)
+    if directory is not None and not await trio.to_thread.run_sync(directory.is_dir):
+        raise HostsError(str(directory), "it is no directory")
+
+    def make(trust: Trust) -> httpx.AsyncClient:
+        return _make_client(trust, max_connections)
+
+    async with AsyncExitStack() as stack:
+        if client is None:
+            # Reading the certificates takes tens of milliseconds.
+            own = await trio.to_thread.run_sync(_make_client, tls_verify, max_connections)
+            client = await stack.enter_async_context(own)
+        connections = await stack.enter_async_context(
+            Connections(client, make, max_connections=max_connections, stall_limit=stall_limit)
+        )
+        sites = Sites(
+            connections,
+            credentials,
+            plain_http=plain_http,
+            tls_verify=tls_verify,
+            hosts_dir=directory,
+        )
+        yield RegistryClient(connections, sites)
 
 
-def _make_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
+def _make_client(trust: bool | Trust, max_connections: int) -> httpx.AsyncClient:
     try:
-        return _new_client(tls_verify, max_connections)
+        verify = trust if isinstance(trust, bool) else make_context(trust)
+        return _new_client(verify, max_connections)
     # ImportError: a SOCKS proxy needs a package that httpx does not bring.
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
         raise LayersError(
@@ -165,9 +196,9 @@ def _make_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
         ) from error
 
 
-def _new_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
+def _new_client(verify: bool | ssl.SSLContext, max_connections: int) -> httpx.AsyncClient:
     client = httpx.AsyncClient(
-        verify=tls_verify,
+        verify=verify,
         # As Go's programs have it: a proxy is no way to this machine.
         mounts=dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]")),
         limits=httpx.Limits(
@@ -181,17 +212,6 @@ def _new_client(tls_verify: bool, max_connections: int) -> httpx.AsyncClient:
     return client
 
 
-def _client(
-    client: httpx.AsyncClient,
-    credentials: CredentialsFor | None,
-    plain_http: bool,
-    max_connections: int,
-) -> RegistryClient:
-    transport = Transport(client, max_connections=max_connections, plain_http=plain_http)
-    authenticator = Authenticator(transport, credentials, plain_http=plain_http)
-    return RegistryClient(transport, authenticator, plain_http=plain_http)
-
-
 @final
 class RegistryClient:
     """Asks registries for images. It comes from `open_registry_client`.
@@ -200,14 +220,9 @@ class RegistryClient:
     nothing behind but what a sink was given.
     """
 
-    def __init__(
-        self, transport: Transport, authenticator: Authenticator, *, plain_http: bool
-    ) -> None:
-        self._transport = transport
-        self._authenticator = authenticator
-        self._plain_http = plain_http
-        self._bases: dict[str, httpx.URL] = {}
-        self._tags = EntityTags()
+    def __init__(self, connections: Connections, sites: Sites) -> None:
+        self._connections = connections
+        self._sites = sites
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -218,7 +233,7 @@ class RegistryClient:
 
     def statistics(self) -> RegistryStatistics:
         """What the client is doing now."""
-        now = self._transport.limiter.statistics()
+        now = self._connections.limiter.statistics()
         return RegistryStatistics(now.borrowed_tokens, now.tasks_waiting, int(now.total_tokens))
 
     async def resolve(
@@ -232,7 +247,8 @@ class RegistryClient:
 
         Every document is checked against the digest and the size by which it was found; the
         first against the reference's digest, or, by tag, against the digest that the registry
-        says it has. Nothing is tried twice.
+        says it has. Each document is asked for at one host after the other, where there are
+        several; nothing is tried twice there. A tag means what the first says that answers.
 
         Args:
             reference: What to ask for.
@@ -251,6 +267,7 @@ class RegistryClient:
             RegistryError: if it fails otherwise, or cannot be reached.
             InvalidDigest: if the reference's digest is not a SHA-256 one.
             InvalidReference: if its domain cannot be a host.
+            HostsError: if what is configured for it cannot be used.
         """
         if reference.digest is not None:
             parse_digest(reference.digest)
@@ -265,8 +282,7 @@ class RegistryClient:
         index: Descriptor | None = None
         index_bytes: bytes | None = None
         wanted = platform or host_platform()
-        descriptor, data = await self._get_manifest(reference)
-        document = await _decode(decode_manifest, data, descriptor.media_type)
+        descriptor, data, document = await self._get_manifest(reference)
         for _ in range(MAX_INDEX_DEPTH):
             if not isinstance(document, Index):
                 break
@@ -305,6 +321,8 @@ class RegistryClient:
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
         ``Verifying Checksum``, then ``Download complete``.
 
+        Where there are mirrors, one host goes on where the other has failed.
+
         Cancelled, or failed halfway, what is there stays in the sink, to be resumed.
 
         Args:
@@ -318,35 +336,60 @@ class RegistryClient:
                 is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
                 was there before may be to blame, another attempt may do better.
             RegistryError: as for `resolve`; caused by `DoNotRetry` for statuses of the client's
-                fault, except 408, 416 and 429. Also if nothing came for 60 seconds.
+                fault, except 408, 416 and 429. Also if nothing came for as long as the stall limit.
         """
         path = f"blobs/{descriptor.digest}"
         what = f"blob {descriptor.digest} of {reference.name}"
+        tried = False
 
-        def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
-            return self._ask(reference, path, what, headers)
+        async def attempt(site: Site) -> None:
+            nonlocal tried
+
+            def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
+                return site.ask(reference, path, what, headers)
+
+            of_another = tried and sink.offset > 0
+            tried = True
+            fetch = BlobFetch(descriptor, sink, progress, site.tags, ask)
+            try:
+                await fetch.run()
+            except VerificationError as error:
+                if not of_another or is_final(error):
+                    raise
+                # What the other sent may be to blame. It is dropped: now all of it from this one.
+                await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
-        await BlobFetch(descriptor, sink, progress, self._tags, ask).run()
+        await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
 
-    async def _get_manifest(self, reference: Reference) -> tuple[Descriptor, bytes]:
+    async def _get_manifest(
+        self, reference: Reference
+    ) -> tuple[Descriptor, bytes, Manifest | Index]:
         """The document that the reference leads to, verified as far as can be."""
         path = f"manifests/{reference.fetched_by}"
         what = f"the manifest of {reference}"
-        async with self._ask(reference, path, what, {"Accept": _ACCEPT}) as answer:
-            media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-            promised = reference.digest or answer.headers.get("Docker-Content-Digest")
-            data = await answer.read(MAX_DOCUMENT_SIZE)
-        if len(data) > MAX_DOCUMENT_SIZE:
-            raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
-        digest = digest_of(data)
-        # A digest of another algorithm is one that cannot be checked.
-        if promised is not None and promised.startswith("sha256:") and promised != digest:
-            raise VerificationError(
-                f"{answer.host} sent {digest} as {what}, which should be {readable(promised)}",
-                digest=promised,
-            )
-        return Descriptor(media_type, digest, len(data)), data
+
+        async def attempt(site: Site) -> tuple[Descriptor, bytes, Manifest | Index]:
+            async with site.ask(reference, path, what, {"Accept": _ACCEPT}) as answer:
+                content_type: str = answer.headers.get("Content-Type", "")
+                promised = reference.digest or answer.headers.get("Docker-Content-Digest")
+                data = await answer.read(MAX_DOCUMENT_SIZE)
+            if len(data) > MAX_DOCUMENT_SIZE:
+                raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
+            digest = digest_of(data)
+            # A digest of another algorithm is one that cannot be checked.
+            if promised is not None and promised.startswith("sha256:") and promised != digest:
+                raise VerificationError(
+                    f"{answer.host} sent {digest} as {what}, which should be {readable(promised)}",
+                    digest=promised,
+                )
+            media_type = content_type.partition(";")[0].strip().lower()
+            # In here, since a mirror may answer with whatever page it has.
+            document = await _decode(decode_manifest, data, media_type)
+            return Descriptor(media_type, digest, len(data)), data, document
+
+        needed = ("pull",) if reference.digest is not None else ("pull", "resolve")
+        return await ask_in_turn(await self._sites.find(reference, *needed), attempt)
 
     async def _get_document(
         self, reference: Reference, kind: str, descriptor: Descriptor, known: Known
@@ -360,48 +403,18 @@ class RegistryClient:
             return there
         what = f"{descriptor.media_type} {digest} of {reference}"
         headers = {"Accept": descriptor.media_type}
-        async with self._ask(reference, f"{kind}/{digest}", what, headers) as answer:
-            data = await answer.read(size)
-        if len(data) != size or digest_of(data) != digest:
-            raise VerificationError(
-                f"what {answer.host} sent as {what} is not that: its digest or size differs",
-                digest=digest,
-            )
-        return data
 
-    @asynccontextmanager
-    async def _ask(
-        self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Answer]:
-        """A success, or a 416, which only those who ask for a range can get; authenticated."""
-        base = await self._base(reference)
-        url = base.join(f"{reference.path}/{path}")
-        access = self._authenticator.access(reference)
-        while True:
-            authorization = await access.authorization()
-            async with self._transport.get(
-                url, what, headers=headers, authorization=authorization
-            ) as answer:
-                self._bases[reference.domain] = base
-                unsatisfiable = "Range" in headers and answer.status == 416
-                if 200 <= answer.status < 300 or unsatisfiable:
-                    yield answer
-                    return
-                error = await read_error(answer, what)
-            # Not while a connection waits: somebody may have to be asked for a password.
-            asks = answer.status == 401 and not answer.redirected
-            if not (asks and await access.refused(answer)):
-                raise error
+        async def attempt(site: Site) -> bytes:
+            async with site.ask(reference, f"{kind}/{digest}", what, headers) as answer:
+                data = await answer.read(size)
+            if len(data) != size or digest_of(data) != digest:
+                raise VerificationError(
+                    f"what {answer.host} sent as {what} is not that: its digest or size differs",
+                    digest=digest,
+                )
+            return data
 
-    async def _base(self, reference: Reference) -> httpx.URL:
-        """Where the registry is. Remembered once it has answered there."""
-        known = self._bases.get(reference.domain)
-        if known is not None:
-            return known
-        https, *plain = base_urls(reference, plain_http=self._plain_http)
-        if plain and not await self._transport.speaks_tls(https):
-            return plain[0]
-        return https
+        return await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
 
 
 async def _unknown(digest: Digest) -> bytes | None:

@@ -48,4 +48,5 @@ called by several tasks at once, for different repositories."""
 
 CredentialsFor: TypeAlias = Credentials | Mapping[str, Credentials] | CredentialsSource
 """Credentials for every registry that is asked; or for each its own, by the domain that the
-references name, such as ``docker.io`` or ``registry.example.com:5000``; or who knows them."""
+references name, such as ``docker.io`` or ``registry.example.com:5000``; or who knows them. A mirror
+is a registry of its own name, and gets none that have no name."""

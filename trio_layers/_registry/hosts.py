@@ -9,10 +9,15 @@ import httpx
 from .._errors import InvalidReference
 from .._reference import Reference
 
-__all__ = ["base_urls", "is_loopback", "parse_url"]
+__all__ = ["base_urls", "is_loopback", "origin_of", "parse_url", "registry_of"]
 
 # Docker Hub's registry does not answer under the name that its images have.
 _REGISTRY_OF = {"docker.io": "registry-1.docker.io"}
+
+
+def registry_of(domain: str) -> str:
+    """The host, with its port, of the registry of images that are named so."""
+    return _REGISTRY_OF.get(domain, domain)
 
 
 def base_urls(reference: Reference, *, plain_http: bool) -> tuple[httpx.URL, ...]:
@@ -24,7 +29,7 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[httpx.URL, ...
     Raises:
         InvalidReference: if the reference's domain cannot be a host with a port.
     """
-    domain = _REGISTRY_OF.get(reference.domain, reference.domain)
+    domain = registry_of(reference.domain)
     try:
         https = parse_url(f"https://{domain}/v2/")
     except httpx.InvalidURL as error:
@@ -59,3 +64,8 @@ def is_loopback(url: httpx.URL) -> bool:
         return ipaddress.ip_address(url.host).is_loopback
     except ValueError:
         return False
+
+
+def origin_of(url: httpx.URL) -> tuple[str, str, int | None]:
+    """What credentials are bound to. httpx leaves out the scheme's own port."""
+    return url.scheme, url.host, url.port

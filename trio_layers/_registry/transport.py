@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final, final
+from types import TracebackType
+from typing import Final, Self, final
 
 import attrs
 import httpx
@@ -20,18 +21,20 @@ import trio
 
 from .._errors import RegistryError
 from .answers import readable
-from .hosts import is_loopback
+from .hosts import is_loopback, origin_of
+from .trust import Trust
 
-__all__ = ["Answer", "Transport"]
+__all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Transport"]
 
 log = logging.getLogger("trio_layers.registry")
 
 MAX_REDIRECTS: Final = 5
 
-# Seconds. No byte for as long as `read` ends an attempt. The pool's is not needed: see above.
-# A server that takes TLS for the beginning of a long request is given up with `connect`.
-TIMEOUT: Final = httpx.Timeout(connect=30, read=60, write=60, pool=None)
-PROBE_TIMEOUT: Final = httpx.Timeout(connect=5, read=60, write=60, pool=None)
+# Seconds. No byte for as long ends an attempt.
+STALL_LIMIT: Final = 60.0
+CONNECT_LIMIT: Final = 30.0
+# A server that takes TLS for the beginning of a long request is given up with this one.
+PROBE_LIMIT: Final = 5.0
 CLOSE_GRACE: Final = 5.0
 # Bytes.
 MAX_SKIPPED: Final = 64 * 1024
@@ -77,20 +80,102 @@ class Answer:
 
 
 @final
-class Transport:
-    """Sends requests through an httpx client, ``max_connections`` at once."""
+class Connections:
+    """The httpx clients, one for all who are trusted alike, and one limiter over all of them.
+
+    Each client allows as many connections as the limiter, so that nobody ever waits in its pool.
+    The clients that are made here are closed when its block is left.
+
+    Args:
+        client: For whoever needs no certificates of its own. It is not closed.
+        make_client: Makes one for those who do. It is called in a thread.
+        max_connections: How many requests are under way at once.
+        stall_limit: After how many seconds without a byte a request is given up.
+    """
 
     def __init__(
-        self, client: httpx.AsyncClient, *, max_connections: int, plain_http: bool
+        self,
+        client: httpx.AsyncClient,
+        make_client: Callable[[Trust], httpx.AsyncClient],
+        *,
+        max_connections: int,
+        stall_limit: float,
     ) -> None:
-        self._client = client
-        self._plain_http = plain_http
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(max_connections)
+        self.stall_limit = stall_limit
+        self._make_client = make_client
+        self._clients: dict[Trust | None, httpx.AsyncClient] = {None: client}
+        self._making = trio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for trust, client in self._clients.items():
+            if trust is not None:
+                with trio.move_on_after(CLOSE_GRACE, shield=True):
+                    await client.aclose()
+
+    async def client(self, trust: Trust | None) -> httpx.AsyncClient:
+        """The client for those who are trusted so.
+
+        Raises:
+            HostsError: if certificates cannot be used.
+        """
+        client = self._clients.get(trust)
+        if client is not None:
+            return client
+        assert trust is not None
+        async with self._making:
+            if trust not in self._clients:
+                self._clients[trust] = await trio.to_thread.run_sync(self._make_client, trust)
+        return self._clients[trust]
+
+
+@attrs.frozen
+class Manner:
+    """How one host is spoken to, and nobody else but where that is said.
+
+    Attributes:
+        origins: Its scheme, host and port, perhaps in several ways.
+        headers: What it is sent with each request.
+        trust: By which certificates it is known, and we are; ``None``: the usual ones. Whom it
+            refers to, for a token or a blob, is known by the same, but not shown ours.
+        connect_limit: Seconds that connecting to it may take; ``None``: as long as usual.
+    """
+
+    origins: frozenset[tuple[str, str, int | None]]
+    headers: tuple[tuple[bytes, bytes], ...] = attrs.field(default=(), repr=False)
+    trust: Trust | None = None
+    connect_limit: float | None = None
+
+
+@final
+class Transport:
+    """Sends requests.
+
+    Args:
+        connections: Through these.
+        plain_http: Whether HTTPS may lead to plain HTTP.
+        manner: How a host is spoken to that is configured; ``None``: nothing is said.
+    """
+
+    def __init__(
+        self, connections: Connections, *, plain_http: bool, manner: Manner | None = None
+    ) -> None:
+        self._connections = connections
+        self._plain_http = plain_http
+        self._manner = Manner(frozenset()) if manner is None else manner
 
     async def speaks_tls(self, url: httpx.URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
         try:
-            async with self._send(url, {}, "its version", limits=PROBE_TIMEOUT, asked=url):
+            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT, asked=url):
                 return True
         except RegistryError as error:
             # A server whose certificate is not trusted is one. Let the request itself say so.
@@ -123,9 +208,11 @@ class Transport:
         target = url
         for _ in range(MAX_REDIRECTS + 1):
             fields = dict(headers)
-            if authorization is not None and _origin(target) == _origin(url):
+            if authorization is not None and origin_of(target) == origin_of(url):
                 fields["Authorization"] = authorization
-            async with self._send(target, fields, what, limits=TIMEOUT, asked=url) as answer:
+            async with self._send(
+                target, fields, what, connect_limit=CONNECT_LIMIT, asked=url
+            ) as answer:
                 if answer.location is None:
                     yield answer
                     return
@@ -151,7 +238,9 @@ class Transport:
         """
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         body = urllib.parse.urlencode(form).encode()
-        async with self._send(url, headers, what, limits=TIMEOUT, asked=url, body=body) as answer:
+        async with self._send(
+            url, headers, what, connect_limit=CONNECT_LIMIT, asked=url, body=body
+        ) as answer:
             if answer.location is not None:
                 raise RegistryError(
                     f"{_host(url)} redirects to {_host(answer.location)} for {what}, which is not "
@@ -181,25 +270,39 @@ class Transport:
         headers: Mapping[str, str],
         what: str,
         *,
-        limits: httpx.Timeout,
+        connect_limit: float,
         asked: httpx.URL,
         body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
         host = _host(url)
+        manner, stall_limit = self._manner, self._connections.stall_limit
+        trust = manner.trust
+        fields = httpx.Headers()
+        if origin_of(url) in manner.origins:
+            fields = httpx.Headers(manner.headers)
+            connect_limit = min(connect_limit, manner.connect_limit or connect_limit)
+        elif trust is not None:
+            trust = trust.of_others()
+        client = await self._connections.client(trust)
+        # The pool needs no limit: see above.
+        limits = httpx.Timeout(
+            connect=connect_limit, read=stall_limit, write=stall_limit, pool=None
+        )
+        # Content that is encoded for the way would not have the digest it is known by.
+        fields.update({"Accept-Encoding": "identity", **headers})
+        limiter = self._connections.limiter
         borrower = object()
-        await self.limiter.acquire_on_behalf_of(borrower)
+        await limiter.acquire_on_behalf_of(borrower)
         try:
-            # Content that is encoded for the way would not have the digest it is known by.
-            fields = {"Accept-Encoding": "identity", **headers}
             method = "GET" if body is None else "POST"
-            request = self._client.build_request(
+            request = client.build_request(
                 method, url, headers=fields, content=body, timeout=limits
             )
-            if "Authorization" not in headers:
+            if "Authorization" not in fields:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
             try:
-                response = await self._client.send(
+                response = await client.send(
                     request, stream=True, follow_redirects=False, auth=None
                 )
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
@@ -215,12 +318,12 @@ class Transport:
                     host,
                     response.status_code,
                     response.headers,
-                    redirected=_origin(url) != _origin(asked),
+                    redirected=origin_of(url) != origin_of(asked),
                     location=None if following is None else following.url,
                     chunks=chunks,
                 )
         finally:
-            self.limiter.release_on_behalf_of(borrower)
+            limiter.release_on_behalf_of(borrower)
 
 
 @asynccontextmanager
@@ -261,11 +364,6 @@ async def _read_body(response: httpx.Response, host: str, what: str) -> AsyncIte
 
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
     return RegistryError(f"{text}: {readable(str(error)) or type(error).__name__}", host=host)
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    """What credentials are bound to. httpx leaves out the scheme's own port."""
-    return url.scheme, url.host, url.port
 
 
 def _host(url: httpx.URL) -> str:

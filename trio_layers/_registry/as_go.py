@@ -1,0 +1,94 @@
+"""Paths, durations and URLs as Go's library reads them, for files that its programs take.
+
+Python's own functions take other things for valid, and leave other things out.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from fractions import Fraction
+from typing import Final
+
+__all__ = ["clean_path", "parse_duration", "split_url"]
+
+
+def clean_path(path: str) -> str:
+    """As Go's ``path.Clean``: unlike it, POSIX keeps two slashes at the beginning."""
+    cleaned = posixpath.normpath(path)
+    return cleaned[1:] if cleaned.startswith("//") else cleaned
+
+
+# In nanoseconds, which is what Go counts in, in 63 bits.
+_UNITS: Final = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,  # the micro sign
+    "μs": 10**3,  # the Greek letter
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
+}
+_NUMBER_AND_UNIT = r"([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(ns|us|µs|μs|ms|s|m|h)"
+_DURATION = re.compile(rf"[-+]?(?:{_NUMBER_AND_UNIT})+\Z")
+_DURATION_PART = re.compile(_NUMBER_AND_UNIT)
+_MAX_DURATION: Final = 2**63 - 1
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds, of what Go's ``time.ParseDuration`` takes, such as ``1m30s``."""
+    if text in ("0", "+0", "-0"):
+        return 0.0
+    if not _DURATION.match(text):
+        return None
+    parts = _DURATION_PART.findall(text)
+    total = sum(int(Fraction(number) * _UNITS[unit]) for number, unit in parts)
+    if total > _MAX_DURATION:
+        return None
+    seconds = total // 10**9 + total % 10**9 / 1e9
+    return -seconds if text.startswith("-") else seconds
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_HOST = re.compile(r"(\[[0-9A-Za-z:.%~_-]+\]|[^:\[\]/?#@\\^`{|}% \x00-\x1f\x7f]*)(:[0-9]*)?\Z")
+_ESCAPE = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """Scheme, host with its port, and path, as Go's ``url.Parse`` has them: it takes for a host
+    what httpx would not, and leaves out what it does not find.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in url):
+        raise ValueError("it has control characters in it")
+    rest = url.partition("#")[0]
+    scheme = ""
+    if match := _SCHEME.match(rest):
+        scheme, rest = match[1].lower(), rest[match.end() :]
+    rest = rest.partition("?")[0]
+    if not rest.startswith("/"):
+        if scheme:
+            return scheme, "", ""
+        if ":" in rest.partition("/")[0]:
+            raise ValueError("its beginning has a colon, and is no scheme")
+        return "", "", _unquoted(rest)
+    if not scheme or not rest.startswith("//"):
+        return scheme, "", _unquoted(rest)
+    authority, slash, path = rest[2:].partition("/")
+    host = authority.rpartition("@")[2]
+    if not _HOST.match(host):
+        raise ValueError(f"{host!r} is no host with a port")
+    return scheme, host, _unquoted(slash + path)
+
+
+def _unquoted(path: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        if match[1] is None:
+            raise ValueError("it has a % in it without two hex digits")
+        return chr(int(match[1], 16))
+
+    text = _ESCAPE.sub(replace, path.encode().decode("latin-1"))
+    return text.encode("latin-1").decode("utf-8", "surrogateescape")

@@ -1,0 +1,313 @@
+"""Who is asked for a registry's images: itself, or mirrors first, and how that goes on when one
+of them fails."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final, TypeVar, final
+from urllib.parse import quote
+
+import attrs
+import httpx
+import trio
+
+from .._errors import HostsError, LayersError, ManifestError, RegistryError, VerificationError
+from .._reference import Reference
+from .answers import is_final, read_error
+from .auth import Authenticator
+from .blobs import EntityTags
+from .credentials import Credentials, CredentialsFor
+from .hosts import base_urls, origin_of, parse_url, registry_of
+from .hosts_toml import Configuration, Host, read_configuration
+from .transport import Answer, Connections, Manner, Transport
+from .trust import Trust
+
+__all__ = ["Site", "Sites", "ask_in_turn"]
+
+log = logging.getLogger("trio_layers.registry")
+
+# Seconds. Who could not be reached is not asked for so long, where others are.
+REST: Final = 60.0
+
+T = TypeVar("T")
+
+
+@final
+class Site:
+    """One host that is asked for the images of one registry. What it says it is asked with, and
+    what it hands out, tokens and entity tags, is for it alone.
+
+    Args:
+        name: Host and port, for people.
+        urls: Where its API may be, in the order in which to try.
+        transport: Speaks to it.
+        authenticator: Knows how it wants to be asked.
+        upstream: The registry that it stands for; ``None`` if it is that itself.
+        capabilities: What it is good for: ``pull``, ``resolve``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        urls: Sequence[httpx.URL],
+        transport: Transport,
+        authenticator: Authenticator,
+        *,
+        upstream: str | None = None,
+        capabilities: frozenset[str] = frozenset({"pull", "resolve"}),
+    ) -> None:
+        self.name = name
+        self.capabilities = capabilities
+        self.tags = EntityTags()
+        self._urls = urls
+        self._base: httpx.URL | None = None
+        self._transport = transport
+        self._authenticator = authenticator
+        self._upstream = upstream
+        self._trouble: RegistryError | None = None
+        self._rests_until = 0.0
+
+    def __repr__(self) -> str:
+        resting = ", resting" if self.trouble else ""
+        return f"<Site {self.name} for {self._upstream or 'itself'}{resting}>"
+
+    @property
+    def trouble(self) -> RegistryError | None:
+        """Why it could not be reached, if that was a moment ago."""
+        return self._trouble if trio.current_time() < self._rests_until else None
+
+    def note(self, error: LayersError) -> None:
+        """Remember a failure, if it is one to reach the host: others need not try that again."""
+        if isinstance(error, RegistryError) and error.status is None:
+            self._trouble = error
+            self._rests_until = trio.current_time() + REST
+
+    @asynccontextmanager
+    async def ask(
+        self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[Answer]:
+        """A success, or a 416, which only those who ask for a range can get; authenticated.
+
+        Args:
+            reference: Whose repository is asked for it.
+            path: What follows the repository.
+            what: The same in words, for errors.
+            headers: What it is asked with.
+
+        Raises:
+            RegistryError: if there is no such answer.
+            CredentialsError: if it cannot be told who asks.
+        """
+        base = await self._find_base()
+        url = base.join(f"{reference.path}/{path}")
+        if self._upstream is not None:
+            url = url.copy_set_param("ns", self._upstream)
+            # It knows us, and its tokens know it, by its own name, and the repository by where it
+            # has that: a cache for several registries, such as Harbor, has them in directories.
+            inside = base.path.partition("/v2/")[2]
+            reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
+        access = self._authenticator.access(reference)
+        while True:
+            authorization = await access.authorization()
+            async with self._transport.get(
+                url, what, headers=headers, authorization=authorization
+            ) as answer:
+                self._base = base
+                self._trouble = None
+                unsatisfiable = "Range" in headers and answer.status == 416
+                if 200 <= answer.status < 300 or unsatisfiable:
+                    yield answer
+                    return
+                error = await read_error(answer, what)
+            # Not while a connection waits: somebody may have to be asked for a password.
+            asks = answer.status == 401 and not answer.redirected
+            if not (asks and await access.refused(answer)):
+                raise error
+
+    async def _find_base(self) -> httpx.URL:
+        """Where the API is. Remembered once it has answered there."""
+        if self._base is not None:
+            return self._base
+        first, *plain = self._urls
+        if plain and not await self._transport.speaks_tls(first):
+            return plain[0]
+        return first
+
+
+@final
+class Sites:
+    """Knows whom to ask for each registry's images.
+
+    Args:
+        connections: What all of them are asked through.
+        credentials: For registries, by the name that references have for them; for mirrors by
+            their own. Those without a name are for the registries alone.
+        plain_http: Whether registries that do not speak HTTPS are asked over plain HTTP.
+        tls_verify: Whether certificates are checked where nothing is said about it.
+        hosts_dir: Where containerd's configuration of hosts is; ``None``: each registry is asked
+            itself.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        credentials: CredentialsFor | None,
+        *,
+        plain_http: bool,
+        tls_verify: bool,
+        hosts_dir: Path | None,
+    ) -> None:
+        self._connections = connections
+        self._credentials = credentials
+        self._plain_http = plain_http
+        self._tls_verify = tls_verify
+        self._hosts_dir = hosts_dir
+        self._transport = Transport(connections, plain_http=plain_http)
+        self._authenticator = Authenticator(self._transport, credentials, plain_http=plain_http)
+        self._sites: dict[str, tuple[Site, ...]] = {}
+
+    async def find(self, reference: Reference, *needed: str) -> list[Site]:
+        """Those who are good for what is needed, in the order in which to ask them; one at least.
+
+        A registry's configuration is read when it is first needed, and then no more.
+
+        Raises:
+            HostsError: if the configuration cannot be used, or leaves nobody.
+            InvalidReference: if the reference's domain cannot be a host.
+        """
+        domain = reference.domain
+        sites = self._sites.get(domain)
+        if sites is None:
+            # Another task may have been as quick: then what it has learnt counts.
+            sites = self._sites.setdefault(domain, await self._open(reference))
+        able = [site for site in sites if site.capabilities.issuperset(needed)]
+        if not able:
+            assert self._hosts_dir is not None
+            wanted = " and ".join(repr(name) for name in needed)
+            raise HostsError(
+                str(self._hosts_dir),
+                f"none of the hosts for {domain} has {wanted} among its capabilities",
+            )
+        return able
+
+    async def _open(self, reference: Reference) -> tuple[Site, ...]:
+        domain = reference.domain
+        if self._hosts_dir is not None:
+            found = await trio.to_thread.run_sync(read_configuration, self._hosts_dir, domain)
+            if found.directory is not None:
+                return tuple([await self._configured(host, domain, found) for host in found.hosts])
+        urls = base_urls(reference, plain_http=self._plain_http)
+        return (Site(registry_of(domain), urls, self._transport, self._authenticator),)
+
+    async def _configured(self, host: Host, domain: str, found: Configuration) -> Site:
+        assert found.directory is not None
+        itself = host.host in (domain, registry_of(domain))
+        urls = _urls_of(host, found, plain_http=self._plain_http and host.implied)
+        # Who is asked over plain HTTP may lead to more of it.
+        plain_http = self._plain_http or any(url.scheme == "http" for url in urls)
+        manner = Manner(
+            frozenset(map(origin_of, urls)),
+            headers=_headers_of(host, found),
+            trust=self._trust_of(host, str(found.directory)),
+            connect_limit=host.dial_timeout,
+        )
+        await self._connections.client(manner.trust)  # certificates that are no good show here
+        transport = Transport(self._connections, plain_http=plain_http, manner=manner)
+        # Credentials without a name are for the registries that references name.
+        nameless = isinstance(self._credentials, Credentials)
+        credentials = None if nameless and not itself else self._credentials
+        return Site(
+            host.host,
+            urls,
+            transport,
+            Authenticator(transport, credentials, plain_http=plain_http),
+            upstream=None if itself else domain,
+            capabilities=host.capabilities,
+        )
+
+    def _trust_of(self, host: Host, directory: str) -> Trust | None:
+        verify = host.verify
+        if host.skip_verify is None and not self._tls_verify:
+            verify = False
+        trust = Trust(
+            host.ca or (),
+            # A pair whose second is empty leads to the directory itself, as files are looked for
+            # in there; what is meant is clear.
+            tuple(
+                (file, None if key in ("", directory) else key) for file, key in host.client or ()
+            ),
+            verify,
+        )
+        return None if trust == Trust(verify=self._tls_verify) else trust
+
+
+def _urls_of(host: Host, found: Configuration, *, plain_http: bool) -> tuple[httpx.URL, ...]:
+    shown = f"{host.scheme}://{host.host}{host.path}"
+    try:
+        url = parse_url(f"{host.scheme}://{host.host}/")
+    except httpx.InvalidURL as error:
+        raise HostsError(found.source, f"{shown!r} cannot be asked: {error}") from error
+    if url.scheme not in ("https", "http") or not url.host:
+        raise HostsError(found.source, f"{shown!r} is no URL of a host")
+    path = quote(host.path.encode("utf-8", "surrogateescape"), safe="/:@!$&'()*+,;=")
+    url = url.copy_with(raw_path=f"/{path.strip('/')}/".replace("//", "/").encode("ascii"))
+    if url.scheme == "https" and (host.http_fallback or plain_http):
+        return url, url.copy_with(scheme="http")
+    return (url,)
+
+
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+# They are about the message itself.
+_RESERVED: Final = frozenset({"host", "content-length", "transfer-encoding", "connection"})
+
+
+def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], ...]:
+    fields = []
+    for name, values in host.header.items():
+        # Values are not shown: they may be secrets.
+        if not _FIELD_NAME.match(name) or name.lower() in _RESERVED:
+            raise HostsError(found.source, f"{name!r} cannot be a header field of one's own")
+        for value in values:
+            if any(ord(c) < 0x20 or ord(c) == 0x7F for c in value if c != "\t"):
+                raise HostsError(
+                    found.source, f"the header field {name} has control characters in it"
+                )
+            fields.append((name.encode("ascii"), value.strip().encode()))
+    return tuple(fields)
+
+
+async def ask_in_turn(sites: Sequence[Site], attempt: Callable[[Site], Awaitable[T]]) -> T:
+    """Make an attempt at each site until one succeeds, as containerd does: whatever is wrong with
+    one, the next may do better.
+
+    Who could not be reached a moment ago is passed over; but before all is given up, unless some
+    other has said for good that there is nothing, they are asked all the same.
+
+    Raises:
+        LayersError: as the attempt does at the last of the sites, with what was wrong with the
+            others; it is one to give up at only if all of them are.
+    """
+    failures: dict[Site, LayersError] = {}
+    resting = {site: trouble for site in sites if (trouble := site.trouble)}
+    awake = [site for site in sites if site not in resting]
+    for turn in (awake, list(resting)):
+        if turn is not awake and any(map(is_final, failures.values())):
+            failures |= resting
+            break
+        for site in turn:
+            try:
+                return await attempt(site)
+            except (RegistryError, VerificationError, ManifestError) as error:
+                if len(sites) == 1:
+                    raise
+                site.note(error)
+                failures[site] = error
+                log.info("%s failed, and others are asked: %s", site.name, error)
+    *others, last = [failures[site] for site in sites]
+    told = last._again()
+    told.args = ("; before that, ".join([str(last), *map(str, others)]),)
+    raise told from next((each for each in (last, *others) if not is_final(each)), last)
