@@ -74,14 +74,15 @@ class Row:
         once: What a document's pull ends with, if the fault hits once; ``None``: with the image.
             A layer is tried again, unless the error is in `final`.
         always: What a pull ends with if it hits each time; ``None``: it is no fault.
-        final: Whether a layer is not tried again.
+        final: Where no other attempt is made: as moby does it, a blob that came in one piece and
+            is wrong will not be right the next time.
         places: Where it makes sense.
     """
 
     fault: Fault
     once: Wrong | None
     always: Wrong | None
-    final: bool = False
+    final: tuple[str, ...] = ()
     places: tuple[str, ...] = tuple(PLACES)
 
 
@@ -93,9 +94,11 @@ ROWS = {
     "late": Row(Delay(60), RegistryError, RegistryError),
     "stall": Row(Stall(10), RegistryError, RegistryError),
     "silence": Row(Stall(0), RegistryError, RegistryError),
-    "reset": Row(Drop(), None, RegistryError),
+    "reset": Row(Drop(), RegistryError, RegistryError),
     "cut": Row(Cut(10), RegistryError, RegistryError),
-    "wrong byte": Row(Corrupt(HALF + 5), VerificationError, VerificationError, places=BLOBS),
+    "wrong byte": Row(
+        Corrupt(HALF + 5), VerificationError, VerificationError, final=("blob",), places=BLOBS
+    ),
     "wrong document": Row(
         Corrupt(5),
         (VerificationError, ManifestError),
@@ -106,21 +109,22 @@ ROWS = {
         Longer(100),
         (VerificationError, ManifestError, RegistryError),
         (VerificationError, ManifestError, RegistryError),
+        final=("blob",),
     ),
     "no length": Row(NoLength(), None, None),
-    "another range": Row(WrongRange(7), None, RegistryError, places=REST),
-    "an earlier range": Row(WrongRange(-7), None, RegistryError, places=REST),
-    "another total": Row(WrongTotal(7), None, (RegistryError, VerificationError), places=REST),
+    "another range": Row(WrongRange(7), None, None, places=REST),
+    "an earlier range": Row(WrongRange(-7), None, None, places=REST),
+    "another total": Row(WrongTotal(7), None, None, places=REST),
     "no range": Row(IgnoreRange(), None, None, places=REST),
-    "refused": Row(Reply(401), AuthenticationError, AuthenticationError, final=True),
-    "forbidden": Row(Reply(403), AuthenticationError, AuthenticationError, final=True),
-    "missing": Row(Reply(404), NotFound, NotFound, final=True),
-    "gone": Row(Reply(410), RegistryError, RegistryError, final=True),
+    "refused": Row(Reply(401), AuthenticationError, AuthenticationError, final=BLOBS),
+    "forbidden": Row(Reply(403), AuthenticationError, AuthenticationError, final=BLOBS),
+    "missing": Row(Reply(404), NotFound, NotFound, final=BLOBS),
+    "gone": Row(Reply(410), RegistryError, RegistryError, final=BLOBS),
     "odd challenge": Row(
         Reply(401, headers={"WWW-Authenticate": 'Bearer realm=,,="\\'}),
         AuthenticationError,
         AuthenticationError,
-        final=True,
+        final=BLOBS,
     ),
     "too many": Row(Reply(429), RateLimited, RateLimited),
     "too many for long": Row(
@@ -142,6 +146,7 @@ ROWS = {
         Encoded(),
         (RegistryError, VerificationError, ManifestError),
         (RegistryError, VerificationError, ManifestError),
+        final=("blob",),
     ),
     "slow": Row(Slow(SIZE / 0.3), None, None, places=BLOBS),
 }
@@ -188,8 +193,8 @@ async def test_fault(row: Row, place: str, always: bool, tmp_path: Path) -> None
     async with open_registry() as registry:
         reference = registry.add(BUILT, "library/demo:latest")
         if place == "rest":
-            registry.inject(PLACES[place], Cut(HALF), times=ATTEMPTS)
-            registry.inject(PLACES[place], Drop(), times=10)
+            registry.inject(PLACES[place], Cut(HALF))
+            registry.inject(PLACES[place], Drop(), times=None)
             assert isinstance(await attempt(tmp_path, registry, reference), RegistryError)
             registry.clear_faults()
         registry.requests.clear()
@@ -197,7 +202,7 @@ async def test_fault(row: Row, place: str, always: bool, tmp_path: Path) -> None
         error = await attempt(tmp_path, registry, reference)
         document = place in ("manifest", "config")
         expected = row.always if always else row.once
-        if not always and not document and not row.final:
+        if not always and not document and place not in row.final:
             expected = None  # it is tried again
         if expected is None:
             assert error is None
@@ -212,7 +217,9 @@ async def test_fault(row: Row, place: str, always: bool, tmp_path: Path) -> None
             for exchange in registry.requests
             if exchange.path.endswith(PLACES[place].rpartition("/")[2].strip("*"))
         ]
-        assert 1 <= len(asked) <= 6 * ATTEMPTS
+        attempts = 1 if document or place in row.final else ATTEMPTS
+        # One more request in each: with credentials, or without a range.
+        assert attempts <= len(asked) <= 2 * attempts
         for name, content in sources(tmp_path).items():
             assert RIGHT[name] == content
         # When all is well again, so is the pull.
