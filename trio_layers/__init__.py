@@ -63,6 +63,7 @@ from ._pull import open_puller as open_puller
 from ._pull import open_store as open_store
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
+from ._registry.answers import RateLimit as RateLimit
 from ._registry.client import ResolvedImage as ResolvedImage
 from ._registry.credentials import Credentials as Credentials
 from ._registry.credentials import CredentialsSource as CredentialsSource

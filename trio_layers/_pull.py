@@ -19,6 +19,7 @@ from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Status
 from ._reference import Reference, parse_reference
+from ._registry.answers import RateLimit
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
 from ._registry.credentials import CredentialsFor
 from ._registry.transport import STALL_LIMIT
@@ -184,6 +185,12 @@ class Puller:
     @property
     def store(self) -> DirectoryStore:
         return self._store
+
+    @property
+    def rate_limits(self) -> dict[str, RateLimit]:
+        """What registries have said of how many requests are left, by host: Docker Hub does, as
+        ``registry-1.docker.io``."""
+        return self._registry.rate_limits
 
     async def resolve(
         self, reference: str | Reference, *, platform: str | Platform | None = None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import email.utils
 import json
+import re
 from typing import TYPE_CHECKING, Final, TypeVar
+
+import attrs
 
 from .._errors import (
     AuthenticationError,
@@ -17,12 +20,61 @@ from .._errors import (
 if TYPE_CHECKING:
     from .transport import Answer
 
-__all__ = ["give_up", "is_final", "read_error", "readable"]
+__all__ = [
+    "PATIENCE",
+    "RateLimit",
+    "give_up",
+    "is_final",
+    "rate_limit",
+    "read_error",
+    "readable",
+]
+
+_QUOTA: Final = re.compile(r"\s*(\d{1,9})\s*(?:;\s*w=(\d{1,9}))?\s*\Z", re.ASCII)
 
 MAX_ERROR_SIZE: Final = 16 * 1024
 MAX_TEXT: Final = 300
 
+PATIENCE: Final = 60.0
+"""Seconds. Who asks to wait longer is not asked again."""
+
 ErrorT = TypeVar("ErrorT", bound=Exception)
+
+
+@attrs.frozen
+class RateLimit:
+    """What a registry says of its limit, as Docker Hub does (its documentation, "Usage and rate
+    limits").
+
+    Attributes:
+        limit: How many requests it allows in a window.
+        remaining: How many of them are left.
+        window: The window's length in seconds; ``None`` if it does not say.
+        source: Whom it counts: an address, or an account's ID; ``None`` if it does not say.
+    """
+
+    limit: int
+    remaining: int
+    window: int | None = None
+    source: str | None = None
+
+
+def rate_limit(answer: Answer) -> RateLimit | None:
+    """What the answer's header says of a limit."""
+    limit, window = _quota(answer.headers.get("ratelimit-limit", ""))
+    remaining, _ = _quota(answer.headers.get("ratelimit-remaining", ""))
+    if limit is None or remaining is None:
+        return None
+    source = readable(answer.headers.get("docker-ratelimit-source", ""))
+    return RateLimit(limit, remaining, window, source or None)
+
+
+def _quota(field: str) -> tuple[int | None, int | None]:
+    """``100;w=21600``: a number, and the seconds that it is for."""
+    match = _QUOTA.match(field)
+    if match is None:
+        return None, None
+    return int(match[1]), None if match[2] is None else int(match[2])
 
 
 async def read_error(answer: Answer, what: str) -> RegistryError:
@@ -48,8 +100,14 @@ async def read_error(answer: Answer, what: str) -> RegistryError:
             return give_up(AuthenticationError(text, host=host, status=status))
         case 404:
             return give_up(NotFound(text, host=host, status=status))
-        case 429:
-            return RateLimited(text, host=host, status=status, retry_after=_retry_after(answer))
+        case 429 | 503:
+            retry_after = _retry_after(answer)
+            if retry_after is not None:
+                text += f" (it asks to wait for {retry_after:g} seconds)"
+            if status == 429 or retry_after is not None:
+                limited = RateLimited(text, host=host, status=status, retry_after=retry_after)
+                # To ask all the same would only make it worse.
+                return give_up(limited) if (retry_after or 0) > PATIENCE else limited
     error = RegistryError(text, host=host, status=status)
     # 408 is the server's own timeout; 416 without a range is a confused cache.
     return give_up(error) if 400 <= status < 500 and status not in (408, 416) else error

@@ -38,7 +38,7 @@ from .._platform import Platform, host_platform
 from .._reference import Reference
 from .._version import __version__
 from ..abc import BlobSink, ReportProgress
-from .answers import is_final, readable
+from .answers import RateLimit, is_final, readable
 from .blobs import BlobFetch
 from .credentials import CredentialsFor
 from .reading import read_more_at_once
@@ -235,6 +235,12 @@ class RegistryClient:
         """What the client is doing now."""
         now = self._connections.limiter.statistics()
         return RegistryStatistics(now.borrowed_tokens, now.tasks_waiting, int(now.total_tokens))
+
+    @property
+    def rate_limits(self) -> dict[str, RateLimit]:
+        """What hosts have said of how many requests are left, by name, if they did: Docker Hub
+        does, as ``registry-1.docker.io``."""
+        return self._sites.rate_limits
 
     async def resolve(
         self,

@@ -15,9 +15,16 @@ import attrs
 import httpx
 import trio
 
-from .._errors import HostsError, LayersError, ManifestError, RegistryError, VerificationError
+from .._errors import (
+    HostsError,
+    LayersError,
+    ManifestError,
+    RateLimited,
+    RegistryError,
+    VerificationError,
+)
 from .._reference import Reference
-from .answers import is_final, read_error
+from .answers import PATIENCE, RateLimit, is_final, rate_limit, read_error
 from .auth import Authenticator
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
@@ -32,6 +39,8 @@ log = logging.getLogger("trio_layers.registry")
 
 # Seconds. Who could not be reached is not asked for so long, where others are.
 REST: Final = 60.0
+# Seconds that a wait counts for: who asks to wait for none may do so a few times only.
+LEAST_PATIENCE: Final = 10.0
 
 T = TypeVar("T")
 
@@ -40,6 +49,9 @@ T = TypeVar("T")
 class Site:
     """One host that is asked for the images of one registry. What it says it is asked with, and
     what it hands out, tokens and entity tags, is for it alone.
+
+    Attributes:
+        rate_limit: What it last said of its limit.
 
     Args:
         name: Host and port, for people.
@@ -63,6 +75,7 @@ class Site:
         self.name = name
         self.capabilities = capabilities
         self.tags = EntityTags()
+        self.rate_limit: RateLimit | None = None
         self._urls = urls
         self._base: httpx.URL | None = None
         self._transport = transport
@@ -111,6 +124,8 @@ class Site:
             inside = base.path.partition("/v2/")[2]
             reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
         access = self._authenticator.access(reference)
+        # A mirror's turn is over then: the next host need not be waited for.
+        patience = PATIENCE if self._upstream is None else 0.0
         while True:
             authorization = await access.authorization()
             async with self._transport.get(
@@ -118,12 +133,19 @@ class Site:
             ) as answer:
                 self._base = base
                 self._trouble = None
+                self.rate_limit = rate_limit(answer) or self.rate_limit
                 unsatisfiable = "Range" in headers and answer.status == 416
                 if 200 <= answer.status < 300 or unsatisfiable:
                     yield answer
                     return
                 error = await read_error(answer, what)
-            # Not while a connection waits: somebody may have to be asked for a password.
+            # Neither while a connection waits: somebody may have to be asked for a password.
+            if isinstance(error, RateLimited) and error.retry_after is not None:
+                patience -= max(error.retry_after, LEAST_PATIENCE)
+                if patience >= 0:
+                    log.info("%s asks to wait: %s", self.name, error)
+                    await trio.sleep(error.retry_after)
+                    continue
             asks = answer.status == 401 and not answer.redirected
             if not (asks and await access.refused(answer)):
                 raise error
@@ -169,6 +191,12 @@ class Sites:
         self._transport = Transport(connections, plain_http=plain_http)
         self._authenticator = Authenticator(self._transport, credentials, plain_http=plain_http)
         self._sites: dict[str, tuple[Site, ...]] = {}
+
+    @property
+    def rate_limits(self) -> dict[str, RateLimit]:
+        """What hosts have said of their limits, by name."""
+        sites = (site for sites in self._sites.values() for site in sites)
+        return {site.name: site.rate_limit for site in sites if site.rate_limit is not None}
 
     async def find(self, reference: Reference, *needed: str) -> list[Site]:
         """Those who are good for what is needed, in the order in which to ask them; one at least.
