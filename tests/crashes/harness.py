@@ -16,6 +16,7 @@ from pathlib import Path
 
 import attrs
 import trio
+import trio.testing
 from crashes.checker import Found, look_at
 from crashes.scenarios import IMAGES, Scenario, wanted
 
@@ -188,6 +189,8 @@ class World:
             kept: Whether all that was written is there, durable or not.
             workers: Whether layers are unpacked in processes.
         """
+        # What a process asked for that is dead now may still have to be read.
+        await trio.testing.wait_all_tasks_blocked(0.01)
         before = look_at(path)
         wrong = [f"found: {each}" for each in before.wrong]
         missing = {

@@ -30,7 +30,7 @@ from crashes.scenarios import SCENARIOS, Scenario
 
 SEED = 30
 NUMBERS = (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-COLD, SHARING, NEEDY, RETAGGED, RESUMED = SCENARIOS
+COLD, SHARING, NEEDY, RETAGGED, RESUMED, COLLECTED = SCENARIOS
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to mount")
 

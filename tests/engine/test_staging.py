@@ -250,14 +250,16 @@ def test_who_waits_for_another_process_shows_its_progress() -> None:
     """As a download of its own, which is complete when the other's is."""
     source = ScriptedSource(b"0123456789")
     events = pulled(Shared(4, 8, 10), source)
-    assert events[:5] == [
+    assert events[:4] == [
         (0, "Pulling fs layer", 0, 0),
         (1, "Downloading", 4, 10),
         (2, "Downloading", 8, 10),
         (3, "Downloading", 10, 10),
-        (3, "Download complete", 0, 0),
     ]
-    assert {action for _, action, _, _ in events[5:]} <= {"Extracting", "Pull complete"}
+    # What comes at the same time need not all be seen.
+    rest = [action for _, action, _, _ in events[4:]]
+    assert set(rest) <= {"Download complete", "Extracting", "Pull complete"}
+    assert rest[-1] == "Pull complete"
     assert source.calls == 0
 
 
