@@ -545,7 +545,7 @@ class TestBadInput:
             registry.inject("*/manifests/*", Drop(), times=None)
             await stored.refuses(reference, trio_layers.RegistryError, registry.host)
             registry.clear_faults()
-            registry.inject("*/manifests/*", Reply(429, headers={"Retry-After": "7"}))
+            registry.inject("*/manifests/*", Reply(429, headers={"Retry-After": "700"}))
             with pytest.raises(trio_layers.RateLimited) as caught:
                 await pull(stored.path, reference)
-            assert caught.value.retry_after == 7
+            assert caught.value.retry_after == 700
