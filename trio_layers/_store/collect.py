@@ -138,10 +138,9 @@ class Collector:
     ) -> list[Path]:
         """Move those out of the way that have no row. In a transaction: nobody gives them one."""
         taken: list[Path] = []
-        busy = {name.removeprefix("sha256:") for name in self._busy()}
         for name in _without_row(connection, table, key, names):
             # A file without a row may be what a download goes on from.
-            if name in busy:
+            if self._is_busy(self._ingest / f"{name}.lock"):
                 continue
             path = self._scratch.new("garbage")
             with contextlib.suppress(FileNotFoundError):
@@ -165,13 +164,18 @@ class Collector:
     def _busy(self) -> Iterator[Digest]:
         """The blobs that somebody, in any process, takes in or unpacks."""
         for name in os.listdir(self._ingest):
-            if match := _LOCK.fullmatch(name):
-                path = self._ingest / name
-                descriptor = try_lock(path)
-                if descriptor is None:
-                    yield Digest(f"sha256:{match[1]}")
-                else:
-                    unlock(path, descriptor)
+            match = _LOCK.fullmatch(name)
+            if match and self._is_busy(self._ingest / name):
+                yield Digest(f"sha256:{match[1]}")
+
+    def _is_busy(self, lock: Path) -> bool:
+        if not lock.exists():
+            return False
+        descriptor = try_lock(lock)
+        if descriptor is None:
+            return True
+        unlock(lock, descriptor)
+        return False
 
     def _partials(self, held: set[Digest]) -> Iterator[Path]:
         for name in os.listdir(self._ingest):
