@@ -122,7 +122,10 @@ async def test_each_attribute_fails() -> None:
     async with open_world() as world:
         whole = await world.run(world.new_path(), COLD.pulls)
         name, failed = "setxattr in tree", 0
-        for nth in range(1, whole.counts[name] + 1):
+        # Which is the one that is no trial differs from run to run: layers are unpacked at once.
+        for nth in 20 * [*range(1, whole.counts[name] + 1)]:
+            if failed and nth == 1:
+                break
             path = world.new_path()
             request = {"mode": "once", "name": name, "nth": nth, "errno": errno.EIO}
             run = await world.run(path, COLD.pulls, again=True, **request)
