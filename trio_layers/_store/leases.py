@@ -57,9 +57,6 @@ class Holds:
         self._sure: set[ChainID] = set()
         self._waste = trio.Event()
 
-    def __len__(self) -> int:
-        return len(self._uses)
-
     async def hold(self, digests: Collection[Digest]) -> None:
         """Hold these until they are let go of as often. They need not be there.
 

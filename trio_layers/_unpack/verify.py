@@ -103,10 +103,10 @@ class _Comparison:
         if entry.type == "whiteout":
             return
         if entry.type == "dir":
-            names = {os.fsencode(name) for name in os.listdir(self._directories.open(entry.path))}
-            expected = self._children.get(entry.path, set())
-            for name in sorted(names - expected):
-                raise _differs(join(entry.path, name), "is not in the list")
+            there = set(map(os.fsencode, os.listdir(self._directories.open(entry.path))))
+            more = there - self._children.get(entry.path, set())
+            if more:
+                raise _differs(join(entry.path, min(more)), "is not in the list")
         elif found.st_nlink != self._names.get(entry.links or b"", 1):
             raise _differs(entry.path, "has more or fewer names than in the list")
         if entry.links is not None and (
@@ -160,9 +160,7 @@ class _Comparison:
             raise _differs(entry.path, "has another content")
 
     def _compare_xattrs(self, entry: Entry, directory: int, name: bytes) -> None:
-        descriptor = os.open(
-            name or b".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
-        )
+        descriptor = os.open(name or b".", _HANDLE, dir_fd=directory)
         try:
             handle = f"/proc/self/fd/{descriptor}"
             there = attributes_of(handle)
