@@ -12,7 +12,7 @@ from ._manifest import Descriptor
 from ._platform import Platform, choose, host_platform, parse_platform
 from ._store.catalog import StoredImage
 
-__all__ = ["ImageLayer", "check_diff_ids", "choose_stored", "layers_of"]
+__all__ = ["ImageLayer", "ImageSource", "check_diff_ids", "choose_stored", "layers_of"]
 
 
 @attrs.frozen
@@ -70,3 +70,17 @@ def choose_stored(images: Sequence[StoredImage], platform: Platform | None) -> S
     if platform is not None:
         return None
     return next((image for image in images if image.index is None), None)
+
+
+class ImageSource:
+    """What the engine wants to know of any source of an image's layer, wherever its bytes are
+    (see `trio_layers.abc.LayerSource`): one key for one blob."""
+
+    def __init__(self, layer: ImageLayer) -> None:
+        self._diff_id = layer.diff_id
+        self.descriptor = layer.descriptor
+        self.key = f"v2:{layer.descriptor.digest}"
+        self.id = layer.descriptor.digest.removeprefix("sha256:")[:12]
+
+    def diff_id(self) -> DiffID:
+        return self._diff_id

@@ -11,10 +11,10 @@ import attrs
 import httpx
 import trio
 
-from ._digest import DiffID, Digest
+from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
 from ._errors import StoreError
-from ._image import ImageLayer, check_diff_ids, choose_stored, layers_of
+from ._image import ImageLayer, ImageSource, check_diff_ids, choose_stored, layers_of
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Status
@@ -351,7 +351,7 @@ def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iter
 
 
 @final
-class _RegistryLayer:
+class _RegistryLayer(ImageSource):
     """A layer source (see `trio_layers.abc.LayerSource`) whose data comes from a registry and
     goes through the store's ingest file, as in moby's ``distribution/pull_v2.go``."""
 
@@ -362,16 +362,10 @@ class _RegistryLayer:
         reference: Reference,
         layer: ImageLayer,
     ) -> None:
+        super().__init__(layer)
         self._store = store
         self._registry = registry
         self._reference = reference
-        self._diff_id = layer.diff_id
-        self.descriptor = layer.descriptor
-        self.key = f"v2:{layer.descriptor.digest}"
-        self.id = layer.descriptor.digest.removeprefix("sha256:")[:12]
-
-    def diff_id(self) -> DiffID:
-        return self._diff_id
 
     async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
         digest = self.descriptor.digest

@@ -20,7 +20,7 @@ from .._errors import (
     StoreError,
     VerificationError,
 )
-from .._image import ImageLayer, check_diff_ids, layers_of
+from .._image import ImageLayer, ImageSource, check_diff_ids, layers_of
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -525,19 +525,13 @@ async def _decode(source: Source, decode: Callable[[bytes, *Ts], T], data: bytes
 
 
 @final
-class _StoredLayer:
+class _StoredLayer(ImageSource):
     """A layer source (see `trio_layers.abc.StagedSource`) of a blob that is in the store, and held
     there: nothing is downloaded."""
 
     def __init__(self, store: DirectoryStore, layer: ImageLayer) -> None:
+        super().__init__(layer)
         self._store = store
-        self._diff_id = layer.diff_id
-        self.descriptor = layer.descriptor
-        self.key = f"v2:{layer.descriptor.digest}"
-        self.id = layer.descriptor.digest.removeprefix("sha256:")[:12]
-
-    def diff_id(self) -> DiffID:
-        return self._diff_id
 
     async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
         return await self._store.open_blob(self.descriptor.digest), self.descriptor.size
