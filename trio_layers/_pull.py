@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final, Literal, TypeAlias, final
 
 import attrs
-import httpx
 import trio
 
 from ._digest import Digest
@@ -22,6 +21,7 @@ from ._reference import Reference, parse_reference
 from ._registry.answers import RateLimit
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
 from ._registry.credentials import CredentialsFor
+from ._registry.http import AsyncClient
 from ._registry.transport import STALL_LIMIT
 from ._store import directory
 from ._store.directory import DirectoryStore
@@ -97,7 +97,7 @@ async def open_store(
 async def open_puller(
     store: str | os.PathLike[str] | DirectoryStore,
     *,
-    client: httpx.AsyncClient | None = None,
+    client: AsyncClient | None = None,
     credentials: CredentialsFor | None = None,
     plain_http: bool = False,
     tls_verify: bool = True,

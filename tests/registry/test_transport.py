@@ -17,7 +17,7 @@ from trio_layers._errors import RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.reading import read_more_at_once
+from trio_layers._registry.http import read_more_at_once
 from trio_layers._registry.transport import MAX_REDIRECTS
 
 HOST = "https://registry.example"

@@ -7,15 +7,12 @@ registry protocol, version 2.
 from __future__ import annotations
 
 import os
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 
 import attrs
-import httpx
 import trio
 
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
@@ -36,12 +33,11 @@ from .._manifest import (
 )
 from .._platform import Platform, host_platform
 from .._reference import Reference
-from .._version import __version__
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, is_final, readable
 from .blobs import BlobFetch
 from .credentials import CredentialsFor
-from .reading import read_more_at_once
+from .http import AsyncClient, InvalidURL, new_client
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
 from .trust import Trust, make_context
@@ -119,7 +115,7 @@ Known: TypeAlias = Callable[[Digest], Awaitable[bytes | None]]
 @asynccontextmanager
 async def open_registry_client(
     *,
-    client: httpx.AsyncClient | None = None,
+    client: AsyncClient | None = None,
     credentials: CredentialsFor | None = None,
     plain_http: bool = False,
     tls_verify: bool = True,
@@ -163,12 +159,11 @@ async def open_registry_client(
     if directory is not None and not await trio.to_thread.run_sync(directory.is_dir):
         raise HostsError(str(directory), "it is no directory")
 
-    def make(trust: Trust) -> httpx.AsyncClient:
+    def make(trust: Trust) -> AsyncClient:
         return _make_client(trust, max_connections)
 
     async with AsyncExitStack() as stack:
         if client is None:
-            # Reading the certificates takes tens of milliseconds.
             own = await trio.to_thread.run_sync(_make_client, tls_verify, max_connections)
             client = await stack.enter_async_context(own)
         connections = await stack.enter_async_context(
@@ -184,32 +179,15 @@ async def open_registry_client(
         yield RegistryClient(connections, sites)
 
 
-def _make_client(trust: bool | Trust, max_connections: int) -> httpx.AsyncClient:
+def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
     try:
         verify = trust if isinstance(trust, bool) else make_context(trust)
-        return _new_client(verify, max_connections)
-    # ImportError: a SOCKS proxy needs a package that httpx does not bring.
-    except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
+        return new_client(verify, max_connections)
+    except (OSError, ValueError, ImportError, InvalidURL) as error:
         raise LayersError(
             "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
             f"NO_PROXY, SSL_CERT_FILE and their like) cannot be used: {error}"
         ) from error
-
-
-def _new_client(verify: bool | ssl.SSLContext, max_connections: int) -> httpx.AsyncClient:
-    client = httpx.AsyncClient(
-        verify=verify,
-        # As Go's programs have it: a proxy is no way to this machine.
-        mounts=dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]")),
-        limits=httpx.Limits(
-            max_connections=max_connections, max_keepalive_connections=max_connections
-        ),
-        headers={"User-Agent": f"trio-layers/{__version__}"},
-        # Registries need none, and what is not kept cannot reach another one.
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-    )
-    read_more_at_once(client)
-    return client
 
 
 @final

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 
-import httpx
-
 from .._errors import InvalidReference
 from .._reference import Reference
+from .http import URL, InvalidURL
 
 __all__ = ["base_urls", "is_loopback", "origin_of", "parse_url", "registry_of"]
 
@@ -20,7 +19,7 @@ def registry_of(domain: str) -> str:
     return _REGISTRY_OF.get(domain, domain)
 
 
-def base_urls(reference: Reference, *, plain_http: bool) -> tuple[httpx.URL, ...]:
+def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:
     """Where the reference's registry may be, in the order in which to try.
 
     HTTPS is first. Plain HTTP follows for this machine, as in Docker, whose daemon takes all of
@@ -32,7 +31,7 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[httpx.URL, ...
     domain = registry_of(reference.domain)
     try:
         https = parse_url(f"https://{domain}/v2/")
-    except httpx.InvalidURL as error:
+    except InvalidURL as error:
         message = f"{domain!r} is no host: {error}"
         raise InvalidReference(str(reference), "invalid-format", message) from error
     if plain_http or is_loopback(https):
@@ -40,23 +39,23 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[httpx.URL, ...
     return (https,)
 
 
-def parse_url(text: str) -> httpx.URL:
+def parse_url(text: str) -> URL:
     """A URL whose host and port can be asked: httpx looks at some of it when it is used only.
 
     Raises:
-        httpx.InvalidURL: if it is none.
+        InvalidURL: if it is none.
     """
-    url = httpx.URL(text)
+    url = URL(text)
     try:
         host = url.host  # decodes a name that begins with "xn--"
     except UnicodeError as error:
-        raise httpx.InvalidURL(str(error)) from error
+        raise InvalidURL(str(error)) from error
     if host and (url.port or 0) > 65535:
-        raise httpx.InvalidURL("a port is 65535 at most")
+        raise InvalidURL("a port is 65535 at most")
     return url
 
 
-def is_loopback(url: httpx.URL) -> bool:
+def is_loopback(url: URL) -> bool:
     """Whether the URL's host is this machine, and says so."""
     if url.host == "localhost":
         return True
@@ -66,6 +65,6 @@ def is_loopback(url: httpx.URL) -> bool:
         return False
 
 
-def origin_of(url: httpx.URL) -> tuple[str, str, int | None]:
+def origin_of(url: URL) -> tuple[str, str, int | None]:
     """What credentials are bound to. httpx leaves out the scheme's own port."""
     return url.scheme, url.host, url.port

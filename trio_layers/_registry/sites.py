@@ -12,7 +12,6 @@ from typing import Final, TypeVar, final
 from urllib.parse import quote
 
 import attrs
-import httpx
 import trio
 
 from .._errors import (
@@ -30,6 +29,7 @@ from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
 from .hosts import base_urls, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
+from .http import URL, InvalidURL
 from .transport import Answer, Connections, Manner, Transport
 from .trust import Trust
 
@@ -65,7 +65,7 @@ class Site:
     def __init__(
         self,
         name: str,
-        urls: Sequence[httpx.URL],
+        urls: Sequence[URL],
         transport: Transport,
         authenticator: Authenticator,
         *,
@@ -77,7 +77,7 @@ class Site:
         self.tags = EntityTags()
         self.rate_limit: RateLimit | None = None
         self._urls = urls
-        self._base: httpx.URL | None = None
+        self._base: URL | None = None
         self._transport = transport
         self._authenticator = authenticator
         self._upstream = upstream
@@ -150,7 +150,7 @@ class Site:
             if not (asks and await access.refused(answer)):
                 raise error
 
-    async def _find_base(self) -> httpx.URL:
+    async def _find_base(self) -> URL:
         """Where the API is. Remembered once it has answered there."""
         if self._base is not None:
             return self._base
@@ -273,11 +273,11 @@ class Sites:
         return None if trust == Trust(verify=self._tls_verify) else trust
 
 
-def _urls_of(host: Host, found: Configuration, *, plain_http: bool) -> tuple[httpx.URL, ...]:
+def _urls_of(host: Host, found: Configuration, *, plain_http: bool) -> tuple[URL, ...]:
     shown = f"{host.scheme}://{host.host}{host.path}"
     try:
         url = parse_url(f"{host.scheme}://{host.host}/")
-    except httpx.InvalidURL as error:
+    except InvalidURL as error:
         raise HostsError(found.source, f"{shown!r} cannot be asked: {error}") from error
     if url.scheme not in ("https", "http") or not url.host:
         raise HostsError(found.source, f"{shown!r} is no URL of a host")

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Final, TypeGuard, final
 
 import attrs
-import httpx
 import trio
 
 from .._errors import AuthenticationError, RegistryError
@@ -23,6 +22,7 @@ from .._sharing import Shared
 from .answers import give_up, read_error, readable
 from .credentials import Credentials
 from .hosts import base_urls, is_loopback, parse_url
+from .http import URL, InvalidURL
 from .transport import Transport
 
 __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]
@@ -108,7 +108,7 @@ class Tokens:
         if kept.value is not None and kept.value.value == value:
             kept.value = None
 
-    def url(self, realm: str, reference: Reference) -> httpx.URL:
+    def url(self, realm: str, reference: Reference) -> URL:
         """The server's URL: credentials and tokens travel there, so it has to be HTTPS where the
         registry has to be.
 
@@ -117,8 +117,8 @@ class Tokens:
         """
         try:
             url = parse_url(realm)
-        except httpx.InvalidURL:
-            url = httpx.URL()
+        except InvalidURL:
+            url = URL()
         # A registry elsewhere has no business with what listens on this machine.
         local = is_loopback(url) and is_loopback(base_urls(reference, plain_http=False)[0])
         plain = url.scheme == "http" and (self._plain_http or local)

@@ -16,12 +16,21 @@ from types import TracebackType
 from typing import Final, Self, final
 
 import attrs
-import httpx
 import trio
 
 from .._errors import RegistryError
 from .answers import readable
 from .hosts import is_loopback, origin_of
+from .http import (
+    URL,
+    AsyncByteStream,
+    AsyncClient,
+    Headers,
+    HTTPError,
+    Response,
+    StreamError,
+    Timeout,
+)
 from .trust import Trust
 
 __all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Transport"]
@@ -58,9 +67,9 @@ class Answer:
 
     host: str
     status: int
-    headers: httpx.Headers
+    headers: Headers
     redirected: bool
-    location: httpx.URL | None
+    location: URL | None
     chunks: AsyncIterator[bytes]
 
     async def read(self, limit: int) -> bytes:
@@ -95,8 +104,8 @@ class Connections:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
-        make_client: Callable[[Trust], httpx.AsyncClient],
+        client: AsyncClient,
+        make_client: Callable[[Trust], AsyncClient],
         *,
         max_connections: int,
         stall_limit: float,
@@ -104,7 +113,7 @@ class Connections:
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(max_connections)
         self.stall_limit = stall_limit
         self._make_client = make_client
-        self._clients: dict[Trust | None, httpx.AsyncClient] = {None: client}
+        self._clients: dict[Trust | None, AsyncClient] = {None: client}
         self._making = trio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -121,7 +130,7 @@ class Connections:
                 with trio.move_on_after(CLOSE_GRACE, shield=True):
                     await client.aclose()
 
-    async def client(self, trust: Trust | None) -> httpx.AsyncClient:
+    async def client(self, trust: Trust | None) -> AsyncClient:
         """The client for those who are trusted so.
 
         Raises:
@@ -172,7 +181,7 @@ class Transport:
         self._plain_http = plain_http
         self._manner = Manner(frozenset()) if manner is None else manner
 
-    async def speaks_tls(self, url: httpx.URL) -> bool:
+    async def speaks_tls(self, url: URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
         try:
             async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT, asked=url):
@@ -187,7 +196,7 @@ class Transport:
     @asynccontextmanager
     async def get(
         self,
-        url: httpx.URL,
+        url: URL,
         what: str,
         *,
         headers: Mapping[str, str] = _NOTHING,
@@ -223,9 +232,7 @@ class Transport:
         )
 
     @asynccontextmanager
-    async def post(
-        self, url: httpx.URL, what: str, *, form: Mapping[str, str]
-    ) -> AsyncIterator[Answer]:
+    async def post(self, url: URL, what: str, *, form: Mapping[str, str]) -> AsyncIterator[Answer]:
         """Send a form, in which there may be secrets: no redirect is followed.
 
         Args:
@@ -249,7 +256,7 @@ class Transport:
                 )
             yield answer
 
-    def _redirected(self, url: httpx.URL, target: httpx.URL, what: str) -> httpx.URL:
+    def _redirected(self, url: URL, target: URL, what: str) -> URL:
         allowed = target.scheme == "https" or (
             target.scheme == "http"
             and (url.scheme == "http" or self._plain_http or is_loopback(target))
@@ -266,28 +273,26 @@ class Transport:
     @asynccontextmanager
     async def _send(
         self,
-        url: httpx.URL,
+        url: URL,
         headers: Mapping[str, str],
         what: str,
         *,
         connect_limit: float,
-        asked: httpx.URL,
+        asked: URL,
         body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
         host = _host(url)
         manner, stall_limit = self._manner, self._connections.stall_limit
         trust = manner.trust
-        fields = httpx.Headers()
+        fields = Headers()
         if origin_of(url) in manner.origins:
-            fields = httpx.Headers(manner.headers)
+            fields = Headers(manner.headers)
             connect_limit = min(connect_limit, manner.connect_limit or connect_limit)
         elif trust is not None:
             trust = trust.of_others()
         client = await self._connections.client(trust)
         # The pool needs no limit: see above.
-        limits = httpx.Timeout(
-            connect=connect_limit, read=stall_limit, write=stall_limit, pool=None
-        )
+        limits = Timeout(connect=connect_limit, read=stall_limit, write=stall_limit, pool=None)
         # Content that is encoded for the way would not have the digest it is known by.
         fields.update({"Accept-Encoding": "identity", **headers})
         limiter = self._connections.limiter
@@ -306,7 +311,7 @@ class Transport:
                     request, stream=True, follow_redirects=False, auth=None
                 )
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
-            except (httpx.HTTPError, UnicodeError) as error:
+            except (HTTPError, UnicodeError) as error:
                 raise _failed(f"{host} could not be asked for {what}", host, error) from error
             # Host and path only: a query may hold a signature. Decoded, a path could hold
             # whatever rewrites a terminal.
@@ -328,7 +333,7 @@ class Transport:
 
 @asynccontextmanager
 async def _open_body(
-    response: httpx.Response, host: str, what: str
+    response: Response, host: str, what: str
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """The body's chunks, which may be left before their end, and the connection's with it.
 
@@ -351,14 +356,14 @@ async def _open_body(
             await response.aclose()
 
 
-async def _read_body(response: httpx.Response, host: str, what: str) -> AsyncIterator[bytes]:
+async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[bytes]:
     # This is what aiter_raw() gives, but that refuses the ready-made responses of an in-memory
     # transport, which httpx takes for consumed.
-    assert isinstance(response.stream, httpx.AsyncByteStream)
+    assert isinstance(response.stream, AsyncByteStream)
     try:
         async for chunk in response.stream:
             yield chunk
-    except (httpx.HTTPError, httpx.StreamError) as error:
+    except (HTTPError, StreamError) as error:
         raise _failed(f"{host} broke off while it sent {what}", host, error) from error
 
 
@@ -366,5 +371,5 @@ def _failed(text: str, host: str, error: Exception) -> RegistryError:
     return RegistryError(f"{text}: {readable(str(error)) or type(error).__name__}", host=host)
 
 
-def _host(url: httpx.URL) -> str:
+def _host(url: URL) -> str:
     return url.netloc.decode("ascii", "replace")

@@ -6,9 +6,9 @@ import ssl
 from pathlib import Path
 
 import attrs
-import httpx
 
 from .._errors import HostsError
+from .http import create_ssl_context
 
 __all__ = ["Trust", "make_context"]
 
@@ -40,7 +40,7 @@ def make_context(trust: Trust) -> ssl.SSLContext:
     Raises:
         HostsError: if a file cannot be used. It names the file.
     """
-    context = httpx.create_ssl_context(verify=trust.verify)
+    context = create_ssl_context(verify=trust.verify)
     if trust.verify:
         for file in trust.ca:
             try:

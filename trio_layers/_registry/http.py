@@ -1,9 +1,10 @@
-"""Larger reads for httpx: a blob comes in half a megabyte at a time, where the network is faster.
+"""httpx, imported here and nowhere else: what the library uses of it, and a client made our way.
 
-httpcore asks its network backend for 64 KiB at a time, and each of them takes its way through
-eight layers of calls: for an image of 367 MB that is half a second, more than its hashing. httpx
-has no option for it, and its pool no public place for a backend of one's own; so it is put where
-the pool keeps its own, if that is where it was when this was written. Else all works as before.
+A blob comes in half a megabyte at a time, where the network is faster. httpcore asks its network
+backend for 64 KiB at a time, and each of them takes its way through eight layers of calls: for an
+image of 367 MB that is half a second, more than its hashing. httpx has no option for it, and its
+pool no public place for a backend of one's own; so it is put where the pool keeps its own, if
+that is where it was when this was written. Else all works as before.
 """
 # ruff: noqa: ASYNC109  the timeouts are parameters of what is overridden
 
@@ -11,17 +12,66 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterable
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final, final
 
 import httpcore
-import httpx
+from httpx import (
+    URL,
+    AsyncByteStream,
+    AsyncClient,
+    Headers,
+    HTTPError,
+    InvalidURL,
+    Limits,
+    Response,
+    StreamError,
+    Timeout,
+    create_ssl_context,
+)
 
-__all__ = ["read_more_at_once"]
+from .._version import __version__
+
+__all__ = [
+    "URL",
+    "AsyncByteStream",
+    "AsyncClient",
+    "HTTPError",
+    "Headers",
+    "InvalidURL",
+    "Response",
+    "StreamError",
+    "Timeout",
+    "create_ssl_context",
+    "new_client",
+    "read_more_at_once",
+]
 
 _AT_ONCE: Final = 512 * 1024
 
 
-def read_more_at_once(client: httpx.AsyncClient) -> None:
+def new_client(verify: bool | ssl.SSLContext, max_connections: int) -> AsyncClient:
+    """Make one of our own, in tens of milliseconds: it reads certificates.
+
+    Raises:
+        OSError, ValueError, ImportError, InvalidURL: if the environment names a proxy or a
+            certificate file that cannot be used. ImportError: a SOCKS proxy needs a package that
+            httpx does not bring.
+    """
+    client = AsyncClient(
+        verify=verify,
+        # As Go's programs have it: a proxy is no way to this machine.
+        mounts=dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]")),
+        limits=Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        headers={"User-Agent": f"trio-layers/{__version__}"},
+        # Registries need none, and what is not kept cannot reach another one.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+    )
+    read_more_at_once(client)
+    return client
+
+
+def read_more_at_once(client: AsyncClient) -> None:
     """Have a client that was just made read more at once, over plain connections. A TLS
     connection gives no more than a record."""
     transports = [getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()]
