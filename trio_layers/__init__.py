@@ -1,7 +1,8 @@
 """Pull container image layers inside trio applications: no daemon, a library first.
 
 `open_puller` gets whole images from registries into a store on disk; `open_download_manager` is
-the engine under it, for layer sources and stores of one's own (see `trio_layers.abc`).
+the engine under it, for layer sources and stores of one's own (see `trio_layers.abc`), and
+`open_registry_client` asks registries for whatever they have.
 """
 
 from . import abc as abc
@@ -64,7 +65,11 @@ from ._pull import open_store as open_store
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
 from ._registry.answers import RateLimit as RateLimit
+from ._registry.blobs import BlobStream as BlobStream
+from ._registry.client import RegistryClient as RegistryClient
+from ._registry.client import RegistryStatistics as RegistryStatistics
 from ._registry.client import ResolvedImage as ResolvedImage
+from ._registry.client import open_registry_client as open_registry_client
 from ._registry.credentials import Credentials as Credentials
 from ._registry.credentials import CredentialsSource as CredentialsSource
 from ._store.catalog import StoredImage as StoredImage

@@ -75,6 +75,7 @@ class Descriptor:
         urls: Where else it may be had.
         annotations: What the publisher says of it.
         platform: In an index, what the manifest is for; ``None`` if it does not say.
+        artifact_type: In a list of referrers, what they are; ``None`` if it does not say.
     """
 
     media_type: str
@@ -83,6 +84,7 @@ class Descriptor:
     urls: tuple[str, ...] = ()
     annotations: Mapping[str, str] = attrs.field(factory=dict, hash=False)
     platform: Platform | None = None
+    artifact_type: str | None = None
 
     @property
     def is_attestation(self) -> bool:
@@ -304,6 +306,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
         _texts(members.get("urls"), f"{where}.urls"),
         _text_map(members.get("annotations"), f"{where}.annotations"),
         None if platform is None else _platform(platform, f"{where}.platform"),
+        _text(members.get("artifactType"), f"{where}.artifactType") or None,
     )
 
 

@@ -210,7 +210,7 @@ class Puller:
             VerificationError: if what came is not what was asked for.
         """
         reference, platform = _parsed(reference, platform)
-        return await self._registry.resolve(
+        return await self._registry.resolve_image(
             reference, platform=platform, known=self._store.find_document
         )
 

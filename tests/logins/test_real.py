@@ -140,13 +140,15 @@ async def test_expired_credentials_of_a_helper(
     reference = parse_reference(basic.reference)
     async with open_registry_client(credentials=LoginFiles()) as client:
         with pytest.raises(AuthenticationError) as caught:
-            await client.resolve(reference)
+            await client.resolve_image(reference)
         assert len(home.asked()) == 2
         canaries.check(client, caught.value)
         home.add_helper("desk", {basic.registry.host: [USER, PASSWORD]})
-        await client.resolve(reference)
+        await client.resolve_image(reference)
         assert len(home.asked()) == 3
-        await client.resolve(parse_reference(f"{basic.registry.host}/team/app@{SAMPLE.digest}"))
+        await client.resolve_image(
+            parse_reference(f"{basic.registry.host}/team/app@{SAMPLE.digest}")
+        )
         assert len(home.asked()) == 3
     canaries.check()
 
@@ -184,11 +186,11 @@ async def test_tokens_for_an_identity_token(
     home.docker_config.write_text(json.dumps({"credHelpers": {tokens.registry.host: "gcr"}}))
     home.add_helper("gcr", {tokens.registry.host: ["<token>", "canary-refresh"]})
     async with open_registry_client(credentials=LoginFiles()) as client:
-        await client.resolve(parse_reference(tokens.reference))
+        await client.resolve_image(parse_reference(tokens.reference))
         assert server.requests == [("POST", "refresh_token")]
         access = client._sites._authenticator
         access.tokens._tokens.clear()
-        await client.resolve(parse_reference(tokens.reference))
+        await client.resolve_image(parse_reference(tokens.reference))
         assert server.requests == [("POST", "refresh_token")] * 2
         canaries.add(*server.given)
         canaries.check(client, access, list(access.tokens._tokens), access.tokens)
@@ -247,13 +249,13 @@ async def test_tokens_that_are_not_taken_any_more(layout: Path, tmp_path: Path) 
             with run_docker_registry(tmp_path, more=auth) as registry:
                 name = registry.push(layout, "app", creds=f"{USER}:{PASSWORD}")
                 server.requests.clear()
-                await client.resolve(parse_reference(name))
-                await client.resolve(parse_reference(name))
+                await client.resolve_image(parse_reference(name))
+                await client.resolve_image(parse_reference(name))
                 assert len(server.requests) == 1
             server.signer = Signer()
             auth = server.config(tmp_path / "root.pem")
             with run_docker_registry(tmp_path, more=auth, address=registry.host):
-                await client.resolve(parse_reference(name))
+                await client.resolve_image(parse_reference(name))
             assert len(server.requests) == 2
 
 

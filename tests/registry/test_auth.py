@@ -428,7 +428,7 @@ async def test_manifests_need_tokens_too() -> None:
 
     server.network.hosts[HOST] = guarded
     async with server.network.client() as http, open_registry_client(client=http) as client:
-        await client.resolve(APP)
+        await client.resolve_image(APP)
     assert server.given == 1
 
 

@@ -46,7 +46,7 @@ async def resolve(
     network: Network, text: str = str(APP), platform: Platform | None = None, **options: bool
 ) -> ResolvedImage:
     async with network.client() as http, open_registry_client(client=http, **options) as client:
-        return await client.resolve(parse_reference(text), platform=platform)
+        return await client.resolve_image(parse_reference(text), platform=platform)
 
 
 async def test_image_by_tag() -> None:
@@ -281,7 +281,7 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
     network = Network(**{HOST: lambda request: httpx.Response(status, json=error)})
     async with network.client() as http, open_registry_client(client=http) as client:
         with pytest.raises(RegistryError) as caught:
-            await client.resolve(APP)
+            await client.resolve_image(APP)
         blob = describe(b"blob")
         with pytest.raises(RegistryError) as caught_blob:
             await client.fetch_blob(APP, blob, MemorySink(), Report())
@@ -431,7 +431,7 @@ async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: 
         async with open_registry_client() as client:
             for name in (f"{host}:1", "registry.example"):
                 with pytest.raises(RegistryError):
-                    await client.resolve(parse_reference(f"{name}/app"))
+                    await client.resolve_image(parse_reference(f"{name}/app"))
         nursery.cancel_scope.cancel()
     assert [request.partition("\r\n")[0] for request in asked] == [
         "CONNECT registry.example:443 HTTP/1.1"

@@ -108,7 +108,7 @@ async def test_mirrors_come_first_and_are_told_for_whom(network: Network, tmp_pa
     """All of an image comes from the first mirror, which is asked with ``ns``; the registry
     itself never is."""
     async with opened(network, tmp_path, TWO) as client:
-        image = await client.resolve(APP, platform=AMD64)
+        image = await client.resolve_image(APP, platform=AMD64)
         assert (await fetch(client)).data == CONTENT
     root = f"{M1}/v2/team/app"
     assert network.asked == [
@@ -122,9 +122,11 @@ async def test_a_tag_is_resolved_by_those_who_may(network: Network, tmp_path: Pa
     """Content by digest comes from a mirror all the same; the registry is not told of itself."""
     toml = f'[host."{M1}"]\ncapabilities = ["pull"]\n'
     async with opened(network, tmp_path, toml) as client:
-        image = await client.resolve(APP, platform=AMD64)
+        image = await client.resolve_image(APP, platform=AMD64)
         by_digest = parse_reference(f"{APP.name}@{image.descriptor.digest}")
-        assert (await client.resolve(by_digest, platform=AMD64)).descriptor == image.descriptor
+        assert (
+            await client.resolve_image(by_digest, platform=AMD64)
+        ).descriptor == image.descriptor
     assert hosts(network) == ["registry", "m1", "m1", "m1"]
     assert network.asked[0] == f"{UPSTREAM}/v2/team/app/manifests/1"
 
@@ -183,7 +185,7 @@ async def test_whatever_is_wrong_the_next_is_asked(
         if what == "blob":
             assert (await fetch(client)).data == CONTENT
         else:
-            await client.resolve(APP, platform=AMD64)
+            await client.resolve_image(APP, platform=AMD64)
     assert hosts(network)[:2] == ["m1", "m2"]
     assert "registry" not in hosts(network)
 
@@ -251,7 +253,7 @@ async def test_all_refuse(network: Network, tmp_path: Path) -> None:
     network.hosts |= {M1: answering(404), M2: answering(404), UPSTREAM: answering(401)}
     async with opened(network, tmp_path, TWO) as client:
         with pytest.raises(AuthenticationError) as caught:
-            await client.resolve(APP)
+            await client.resolve_image(APP)
     assert is_final(caught.value)
 
 
@@ -259,12 +261,12 @@ async def test_a_page_that_is_no_manifest(network: Network, tmp_path: Path) -> N
     """A mirror that is a login page by now resolves nothing."""
     network.hosts[M1] = lambda request: httpx.Response(200, html="<html>", request=request)
     async with opened(network, tmp_path, f'[host."{M1}"]') as client:
-        image = await client.resolve(APP, platform=AMD64)
+        image = await client.resolve_image(APP, platform=AMD64)
     assert image.manifest.layers[0].digest == BLOB.digest
     network.hosts[UPSTREAM] = network.hosts[M1]
     async with opened(network, tmp_path, f'[host."{M1}"]') as client:
         with pytest.raises(ManifestError, match=r"registry\.example/team/app:1: .*; before that"):
-            await client.resolve(APP, platform=AMD64)
+            await client.resolve_image(APP, platform=AMD64)
 
 
 async def test_a_lie_costs_a_request(network: Network, tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ async def test_a_lie_costs_a_request(network: Network, tmp_path: Path) -> None:
     lie.blobs = {digest: b"x" * len(data) for digest, data in lie.blobs.items()}
     network.hosts[M1] = lie
     async with opened(network, tmp_path, f'[host."{M1}"]') as client:
-        await client.resolve(APP, platform=AMD64)
+        await client.resolve_image(APP, platform=AMD64)
         sink = await fetch(client)
     assert sink.data == CONTENT
     assert sink.restarts == 1

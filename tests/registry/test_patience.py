@@ -25,7 +25,7 @@ async def resolved(registry: Registry) -> tuple[float, RegistryClient]:
     ):
         began = trio.current_time()
         try:
-            await client.resolve(REFERENCE)
+            await client.resolve_image(REFERENCE)
         finally:
             assert client.statistics().active == 0
         return trio.current_time() - began, client

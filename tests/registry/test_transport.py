@@ -374,7 +374,7 @@ async def test_a_plain_registry_on_loopback() -> None:
         listeners = await nursery.start(trio.serve_tcp, serve, 0)
         port = listeners[0].socket.getsockname()[1]
         async with open_registry_client() as client:
-            image = await client.resolve(parse_reference(f"127.0.0.1:{port}/team/app"))
+            image = await client.resolve_image(parse_reference(f"127.0.0.1:{port}/team/app"))
         assert image.config.platform.os == "linux"
         nursery.cancel_scope.cancel()
 

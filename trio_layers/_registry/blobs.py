@@ -8,13 +8,13 @@ started over at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeAlias, final
 
 import attrs
 
-from .._digest import Digest
+from .._digest import Digest, Verifier
 from .._errors import RegistryError, VerificationError
 from .._manifest import Descriptor
 from .._progress import Status
@@ -22,7 +22,7 @@ from ..abc import BlobSink, ReportProgress
 from .answers import give_up
 from .transport import Answer
 
-__all__ = ["BlobFetch", "EntityTags", "Open"]
+__all__ = ["BlobFetch", "BlobStream", "EntityTags", "Open"]
 
 MAX_TAGS: Final = 1000
 
@@ -53,6 +53,50 @@ class EntityTags:
 
     def forget(self, digest: Digest) -> None:
         self._tags.pop(digest, None)
+
+
+@final
+class BlobStream:
+    """A blob as it arrives, in pieces of any size: iterate over it once, in the block of
+    `RegistryClient.open_blob`. What has come is the blob only once the iteration has ended.
+
+    Raises:
+        VerificationError: in place of the end, if it is not that of the digest; at once if there
+            is more than its size.
+        RegistryError: if the connection breaks, or nothing comes for as long as the stall limit.
+    """
+
+    def __init__(self, answer: Answer, digest: Digest, size: int | None) -> None:
+        self._answer = answer
+        self._digest = digest
+        self._size = size
+        self._verifier = Verifier()
+
+    def __repr__(self) -> str:
+        return f"<BlobStream: {self._verifier.size} bytes of {self._digest}>"
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await anext(self._answer.chunks)
+        except StopAsyncIteration:
+            wrong_size = self._size is not None and self._verifier.size != self._size
+            if wrong_size or self._verifier.digest != self._digest:
+                raise self._wrong() from None
+            raise
+        self._verifier.update(chunk)
+        if self._size is not None and self._verifier.size > self._size:
+            raise self._wrong()
+        return chunk
+
+    def _wrong(self) -> VerificationError:
+        return VerificationError(
+            f"what {self._answer.host} sent as blob {self._digest} is not that: its digest or size "
+            "differs",
+            digest=self._digest,
+        )
 
 
 @final

@@ -7,17 +7,27 @@ registry protocol, version 2.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
+from urllib.parse import urlencode
 
 import attrs
 import trio
 
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest
-from .._errors import HostsError, LayersError, ManifestError, VerificationError
+from .._errors import (
+    HostsError,
+    InvalidDigest,
+    LayersError,
+    ManifestError,
+    NotFound,
+    RegistryError,
+    VerificationError,
+)
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -31,13 +41,14 @@ from .._manifest import (
     decode_config,
     decode_manifest,
 )
-from .._platform import Platform, host_platform
-from .._reference import Reference
+from .._platform import Platform, host_platform, parse_platform
+from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, is_final, readable
-from .blobs import BlobFetch
+from .blobs import BlobFetch, BlobStream
 from .credentials import CredentialsFor
 from .http import AsyncClient, InvalidURL, new_client
+from .lists import Pages, decode_tags
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
 from .trust import Trust, make_context
@@ -51,7 +62,18 @@ INLINE_SIZE: Final = 64 * 1024
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_ACCEPT: Final = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
+_IMAGES: Final = {"Accept": ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))}
+_ANY_MANIFEST: Final = {"Accept": ", ".join((*MANIFEST_TYPES, *INDEX_TYPES, "*/*"))}
+_JSON: Final = {"Accept": "application/json"}
+_REFERRERS: Final = {"Accept": INDEX_TYPES[0]}
+
+_PAGE: Final = 1000
+"""How many tags are asked for at once: no registry known to us allows more."""
+_NO_HEAD: Final = (400, 405, 406, 501)
+_NO_REFERRERS: Final = (400, 404, 405, 406, 501)
+"""Answers of registries that do not know such requests."""
+
+_SIZE = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
 @attrs.frozen
@@ -192,7 +214,12 @@ def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
 
 @final
 class RegistryClient:
-    """Asks registries for images. It comes from `open_registry_client`.
+    """Asks registries for images and whatever else they have. It comes from
+    `open_registry_client`.
+
+    References are `Reference` values, or texts as `parse_reference` takes them. Each request is
+    made at one host after the other, where there are several; nothing is tried twice there, but
+    that a registry which asks to wait a little gets its way.
 
     All of it may be used by any number of tasks at once. A call that is cancelled leaves
     nothing behind but what a sink was given.
@@ -220,19 +247,51 @@ class RegistryClient:
         does, as ``registry-1.docker.io``."""
         return self._sites.rate_limits
 
-    async def resolve(
+    async def resolve(self, reference: Reference | str) -> Descriptor:
+        """Ask which manifest or index a reference stands for now.
+
+        A HEAD request does, which Docker Hub does not count as a pull. Who does not answer such,
+        or leaves out the digest or the size, is asked for the document itself.
+
+        Returns:
+            What the registry says: media type, digest and size. Nothing of it is verified
+            before the document is there.
+
+        Raises:
+            VerificationError: if it says another digest than the reference.
+            LayersError: as for `resolve_image`, where it is no matter of the document.
+        """
+        reference = _parsed(reference)
+        path = f"manifests/{reference.fetched_by}"
+        what = f"the manifest of {reference}"
+
+        async def attempt(site: Site) -> Descriptor:
+            try:
+                async with site.ask(reference, path, what, _ANY_MANIFEST, "HEAD") as answer:
+                    found = _descriptor_of(answer)
+                if found is not None:
+                    _check_promise(reference.digest, found.digest, answer.host, what)
+                    return found
+            except RegistryError as error:
+                if error.status not in _NO_HEAD:
+                    raise
+            found, _ = await _fetch_manifest(site, reference, _ANY_MANIFEST)
+            return found
+
+        return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
+
+    async def resolve_image(
         self,
-        reference: Reference,
+        reference: Reference | str,
         *,
-        platform: Platform | None = None,
+        platform: Platform | str | None = None,
         known: Known | None = None,
     ) -> ResolvedImage:
-        """Ask what a reference stands for now: manifest and config, for one platform.
+        """Ask what image a reference stands for now: manifest and config, for one platform.
 
         Every document is checked against the digest and the size by which it was found; the
         first against the reference's digest, or, by tag, against the digest that the registry
-        says it has. Each document is asked for at one host after the other, where there are
-        several; nothing is tried twice there. A tag means what the first says that answers.
+        says it has. A tag means what the first host says that answers.
 
         Args:
             reference: What to ask for.
@@ -250,23 +309,24 @@ class RegistryClient:
             RateLimited: if it asks for patience.
             RegistryError: if it fails otherwise, or cannot be reached.
             InvalidDigest: if the reference's digest is not a SHA-256 one.
-            InvalidReference: if its domain cannot be a host.
+            InvalidReference: if it does not follow the grammar, or its domain cannot be a host.
             HostsError: if what is configured for it cannot be used.
         """
-        if reference.digest is not None:
-            parse_digest(reference.digest)
+        reference = _parsed(reference)
+        if isinstance(platform, str):
+            platform = parse_platform(platform)
         try:
-            return await self._resolve(reference, platform, known or _unknown)
+            return await self._resolve_image(reference, platform, known or _unknown)
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
-    async def _resolve(
+    async def _resolve_image(
         self, reference: Reference, platform: Platform | None, known: Known
     ) -> ResolvedImage:
         index: Descriptor | None = None
         index_bytes: bytes | None = None
         wanted = platform or host_platform()
-        descriptor, data, document = await self._get_manifest(reference)
+        descriptor, data, document = await self._find_manifest(reference)
         for _ in range(MAX_INDEX_DEPTH):
             if not isinstance(document, Index):
                 break
@@ -289,9 +349,95 @@ class RegistryClient:
             check_platform(str(reference), config.platform, wanted)
         return ResolvedImage(reference, descriptor, document, data, config, index, index_bytes)
 
+    async def get_manifest(self, reference: Reference | str) -> tuple[Descriptor, bytes]:
+        """Fetch the document that a reference stands for, as it was served, of whatever kind:
+        an index, an image's manifest or an artifact's.
+
+        Returns:
+            Its media type, digest and size, and its bytes. They are those of the reference's
+            digest; by tag, those of the digest that the registry says it has.
+
+        Raises:
+            ManifestError: if it is larger than 4 MiB.
+            LayersError: as for `resolve_image`, where it is no matter of what is in it.
+        """
+        reference = _parsed(reference)
+
+        async def attempt(site: Site) -> tuple[Descriptor, bytes]:
+            return await _fetch_manifest(site, reference, _ANY_MANIFEST)
+
+        try:
+            return await ask_in_turn(
+                await self._sites.find(reference, *_needed(reference)), attempt
+            )
+        except ManifestError as error:
+            raise ManifestError(f"{reference}: {error}") from error
+
+    async def get_blob(
+        self,
+        reference: Reference | str,
+        blob: Descriptor | str,
+        *,
+        max_size: int = MAX_DOCUMENT_SIZE,
+    ) -> bytes:
+        """Fetch a small blob, such as a config or a signature, verified. For a large one there
+        are `open_blob`, and `fetch_blob`, which resumes it.
+
+        Args:
+            reference: In whose repository it is; its tag does not matter.
+            blob: Its descriptor, or its digest alone.
+            max_size: How many bytes it may have.
+
+        Raises:
+            InvalidDigest: if its digest is not a SHA-256 one.
+            VerificationError: if what came is not that, or larger than ``max_size``.
+            RegistryError: as for `resolve_image`.
+        """
+        reference = _parsed(reference)
+        digest, size = _digest_and_size(blob)
+        what = f"blob {digest} of {reference.name}"
+        if size is not None and size > max_size:
+            raise VerificationError(
+                f"{what} has {size} bytes, which is more than {max_size}", digest=digest
+            )
+
+        async def attempt(site: Site) -> bytes:
+            path = f"blobs/{digest}"
+            return await _read(site, reference, path, what, {}, digest, size, max_size)
+
+        return await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+
+    @asynccontextmanager
+    async def open_blob(
+        self, reference: Reference | str, blob: Descriptor | str
+    ) -> AsyncIterator[BlobStream]:
+        """Fetch a blob piece by piece, for as long as the block runs: it holds a connection, and
+        is not resumed if that breaks.
+
+        Args:
+            reference: In whose repository it is; its tag does not matter.
+            blob: Its descriptor, or its digest alone.
+
+        Raises:
+            InvalidDigest: if its digest is not a SHA-256 one.
+            RegistryError: as for `resolve_image`; and while it is read.
+        """
+        reference = _parsed(reference)
+        digest, size = _digest_and_size(blob)
+        what = f"blob {digest} of {reference.name}"
+        async with AsyncExitStack() as stack:
+
+            async def attempt(site: Site) -> Answer:
+                return await stack.enter_async_context(
+                    site.ask(reference, f"blobs/{digest}", what, {})
+                )
+
+            answer = await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+            yield BlobStream(answer, digest, size)
+
     async def fetch_blob(
         self,
-        reference: Reference,
+        reference: Reference | str,
         descriptor: Descriptor,
         sink: BlobSink,
         progress: ReportProgress,
@@ -319,9 +465,11 @@ class RegistryClient:
             VerificationError: if the bytes are not those of the digest, or too many. The sink
                 is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
                 was there before may be to blame, another attempt may do better.
-            RegistryError: as for `resolve`; caused by `DoNotRetry` for statuses of the client's
-                fault, except 408, 416 and 429. Also if nothing came for as long as the stall limit.
+            RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
+                client's fault, except 408, 416 and 429. Also if nothing came for as long as the
+                stall limit.
         """
+        reference = _parsed(reference)
         path = f"blobs/{descriptor.digest}"
         what = f"blob {descriptor.digest} of {reference.name}"
         tried = False
@@ -346,34 +494,119 @@ class RegistryClient:
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
         await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
 
-    async def _get_manifest(
+    async def tags(self, reference: Reference | str) -> tuple[str, ...]:
+        """List a repository's tags, in the registry's order, which should be the alphabet's.
+
+        Args:
+            reference: The repository, ``debian`` or ``quay.io/org/name``; its tag does not matter.
+
+        Raises:
+            RegistryError: as for `resolve_image`; also if the list has no end.
+        """
+        reference = _parsed(reference)
+        what = f"the tags of {reference.name}"
+
+        async def attempt(site: Site) -> tuple[str, ...]:
+            def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
+                return site.ask(reference, f"tags/list?{query}", what, _JSON)
+
+            tags: dict[str, None] = {}
+            async for page in Pages(f"n={_PAGE}", what, open_page):
+                tags.update(dict.fromkeys(await _decode(decode_tags, page.data, page.host)))
+            return tuple(tags)
+
+        return await ask_in_turn(await self._sites.find(reference, "pull", "resolve"), attempt)
+
+    async def referrers(
+        self, reference: Reference | str, *, artifact_type: str | None = None
+    ) -> tuple[Descriptor, ...]:
+        """List what refers to an image: signatures, SBOMs, attestations (OCI distribution
+        specification, "Listing Referrers").
+
+        A registry without that API is asked for the tag that the specification has in its place,
+        ``sha256-…``. Nothing says that what is listed is there.
+
+        Args:
+            reference: Whose; by tag, what the tag stands for now, which for an image for several
+                platforms is the index.
+            artifact_type: Only those of this type.
+
+        Returns:
+            Their manifests; none where nothing is known of any.
+
+        Raises:
+            ManifestError: if the list is none.
+            LayersError: as for `resolve_image`.
+        """
+        reference = _parsed(reference)
+        digest = reference.digest or (await self.resolve(reference)).digest
+        try:
+            found = await self._list_referrers(reference, digest, artifact_type)
+            if found is None:
+                found = await self._tagged_referrers(reference, digest)
+        except ManifestError as error:
+            raise ManifestError(f"the referrers of {reference}: {error}") from error
+        # Some registries filter, others do not.
+        return tuple(
+            each for each in found if artifact_type is None or each.artifact_type == artifact_type
+        )
+
+    async def _list_referrers(
+        self, reference: Reference, digest: Digest, artifact_type: str | None
+    ) -> tuple[Descriptor, ...] | None:
+        """``None``: there is no such API anywhere."""
+        path, what = f"referrers/{digest}", f"the referrers of {reference.name}@{digest}"
+        query = "" if artifact_type is None else urlencode({"artifactType": artifact_type})
+
+        async def attempt(site: Site) -> tuple[Descriptor, ...]:
+            def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
+                return site.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
+
+            found: list[Descriptor] = []
+            async for page in Pages(query, what, open_page):
+                if page.media_type != INDEX_TYPES[0]:
+                    # What is at every path of some servers.
+                    text = f"{page.host} sent something else than {what}"
+                    raise NotFound(text, host=page.host, status=404)
+                document = await _decode(decode_manifest, page.data, page.media_type)
+                assert isinstance(document, Index)
+                found += document.manifests
+            return tuple(found)
+
+        sites = await self._sites.find(reference)
+        able = [site for site in sites if "referrers" in site.capabilities]
+        if not able:
+            return None
+        try:
+            return await ask_in_turn(able, attempt)
+        except RegistryError as error:
+            if error.status not in _NO_REFERRERS:
+                raise
+            return None
+
+    async def _tagged_referrers(
+        self, reference: Reference, digest: Digest
+    ) -> tuple[Descriptor, ...]:
+        tag = attrs.evolve(reference, tag=digest.replace(":", "-"), digest=None)
+        try:
+            _, _, document = await self._find_manifest(tag)
+        except NotFound:
+            return ()
+        if not isinstance(document, Index):
+            raise ManifestError(f"{tag} is no index")
+        return document.manifests
+
+    async def _find_manifest(
         self, reference: Reference
     ) -> tuple[Descriptor, bytes, Manifest | Index]:
         """The document that the reference leads to, verified as far as can be."""
-        path = f"manifests/{reference.fetched_by}"
-        what = f"the manifest of {reference}"
 
         async def attempt(site: Site) -> tuple[Descriptor, bytes, Manifest | Index]:
-            async with site.ask(reference, path, what, {"Accept": _ACCEPT}) as answer:
-                content_type: str = answer.headers.get("Content-Type", "")
-                promised = reference.digest or answer.headers.get("Docker-Content-Digest")
-                data = await answer.read(MAX_DOCUMENT_SIZE)
-            if len(data) > MAX_DOCUMENT_SIZE:
-                raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
-            digest = digest_of(data)
-            # A digest of another algorithm is one that cannot be checked.
-            if promised is not None and promised.startswith("sha256:") and promised != digest:
-                raise VerificationError(
-                    f"{answer.host} sent {digest} as {what}, which should be {readable(promised)}",
-                    digest=promised,
-                )
-            media_type = content_type.partition(";")[0].strip().lower()
+            found, data = await _fetch_manifest(site, reference, _IMAGES)
             # In here, since a mirror may answer with whatever page it has.
-            document = await _decode(decode_manifest, data, media_type)
-            return Descriptor(media_type, digest, len(data)), data, document
+            return found, data, await _decode(decode_manifest, data, found.media_type)
 
-        needed = ("pull",) if reference.digest is not None else ("pull", "resolve")
-        return await ask_in_turn(await self._sites.find(reference, *needed), attempt)
+        return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
 
     async def _get_document(
         self, reference: Reference, kind: str, descriptor: Descriptor, known: Known
@@ -385,20 +618,91 @@ class RegistryClient:
         there = await known(digest)
         if there is not None and len(there) == size and digest_of(there) == digest:
             return there
+        path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
         headers = {"Accept": descriptor.media_type}
 
         async def attempt(site: Site) -> bytes:
-            async with site.ask(reference, f"{kind}/{digest}", what, headers) as answer:
-                data = await answer.read(size)
-            if len(data) != size or digest_of(data) != digest:
-                raise VerificationError(
-                    f"what {answer.host} sent as {what} is not that: its digest or size differs",
-                    digest=digest,
-                )
-            return data
+            return await _read(site, reference, path, what, headers, digest, size, size)
 
         return await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+
+
+def _parsed(reference: Reference | str) -> Reference:
+    if isinstance(reference, str):
+        reference = parse_reference(reference)
+    if reference.digest is not None:
+        parse_digest(reference.digest)
+    return reference
+
+
+def _needed(reference: Reference) -> tuple[str, ...]:
+    """What a host must be good for that is asked what the reference leads to."""
+    return ("pull",) if reference.digest is not None else ("pull", "resolve")
+
+
+def _digest_and_size(blob: Descriptor | str) -> tuple[Digest, int | None]:
+    if isinstance(blob, Descriptor):
+        return blob.digest, blob.size
+    return parse_digest(blob), None
+
+
+def _descriptor_of(answer: Answer) -> Descriptor | None:
+    """What a header says of the document; ``None`` if that is not all."""
+    size = answer.headers.get("Content-Length", "")
+    try:
+        digest = parse_digest(answer.headers.get("Docker-Content-Digest", ""))
+    except InvalidDigest:  # also one of another algorithm
+        return None
+    if not answer.media_type or not _SIZE.fullmatch(size):
+        return None
+    return Descriptor(answer.media_type, digest, int(size))
+
+
+async def _fetch_manifest(
+    site: Site, reference: Reference, accept: Mapping[str, str]
+) -> tuple[Descriptor, bytes]:
+    what = f"the manifest of {reference}"
+    async with site.ask(reference, f"manifests/{reference.fetched_by}", what, accept) as answer:
+        promised = reference.digest or answer.headers.get("Docker-Content-Digest")
+        data = await answer.read(MAX_DOCUMENT_SIZE)
+    if len(data) > MAX_DOCUMENT_SIZE:
+        raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
+    digest = digest_of(data)
+    _check_promise(promised, digest, answer.host, what)
+    return Descriptor(answer.media_type, digest, len(data)), data
+
+
+def _check_promise(promised: str | None, digest: Digest, host: str, what: str) -> None:
+    # A digest of another algorithm is one that cannot be checked.
+    if promised is not None and promised.startswith("sha256:") and promised != digest:
+        raise VerificationError(
+            f"{host} sent {digest} as {what}, which should be {readable(promised)}",
+            digest=promised,
+        )
+
+
+async def _read(
+    site: Site,
+    reference: Reference,
+    path: str,
+    what: str,
+    headers: Mapping[str, str],
+    digest: Digest,
+    size: int | None,
+    max_size: int,
+) -> bytes:
+    """What has this digest, and this size if it is known."""
+    async with site.ask(reference, path, what, headers) as answer:
+        data = await answer.read(max_size if size is None else size)
+    # By its digest alone it may turn out to be too large.
+    fits = len(data) <= max_size if size is None else len(data) == size
+    if not fits or digest_of(data) != digest:
+        raise VerificationError(
+            f"what {answer.host} sent as {what} is not that: its digest or size differs",
+            digest=digest,
+        )
+    return data
 
 
 async def _unknown(digest: Digest) -> bytes | None:

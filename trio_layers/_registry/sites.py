@@ -30,7 +30,7 @@ from .credentials import Credentials, CredentialsFor
 from .hosts import base_urls, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .http import URL, InvalidURL
-from .transport import Answer, Connections, Manner, Transport
+from .transport import Answer, Connections, Manner, Method, Transport
 from .trust import Trust
 
 __all__ = ["Site", "Sites", "ask_in_turn"]
@@ -59,7 +59,7 @@ class Site:
         transport: Speaks to it.
         authenticator: Knows how it wants to be asked.
         upstream: The registry that it stands for; ``None`` if it is that itself.
-        capabilities: What it is good for: ``pull``, ``resolve``.
+        capabilities: What it is good for: ``pull``, ``resolve``, ``referrers``.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Site:
         authenticator: Authenticator,
         *,
         upstream: str | None = None,
-        capabilities: frozenset[str] = frozenset({"pull", "resolve"}),
+        capabilities: frozenset[str] = frozenset({"pull", "resolve", "referrers"}),
     ) -> None:
         self.name = name
         self.capabilities = capabilities
@@ -101,15 +101,21 @@ class Site:
 
     @asynccontextmanager
     async def ask(
-        self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
+        self,
+        reference: Reference,
+        path: str,
+        what: str,
+        headers: Mapping[str, str],
+        method: Method = "GET",
     ) -> AsyncIterator[Answer]:
         """A success, or a 416, which only those who ask for a range can get; authenticated.
 
         Args:
             reference: Whose repository is asked for it.
-            path: What follows the repository.
+            path: What follows the repository, with a query if there is one.
             what: The same in words, for errors.
             headers: What it is asked with.
+            method: ``HEAD``: what it says of it is enough.
 
         Raises:
             RegistryError: if there is no such answer.
@@ -129,7 +135,7 @@ class Site:
         while True:
             authorization = await access.authorization()
             async with self._transport.get(
-                url, what, headers=headers, authorization=authorization
+                url, what, headers=headers, authorization=authorization, method=method
             ) as answer:
                 self._base = base
                 self._trouble = None

@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Final, Self, final
+from typing import Final, Literal, Self, TypeAlias, final
 
 import attrs
 import trio
@@ -33,7 +33,7 @@ from .http import (
 )
 from .trust import Trust
 
-__all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Transport"]
+__all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Method", "Transport"]
 
 log = logging.getLogger("trio_layers.registry")
 
@@ -47,6 +47,8 @@ PROBE_LIMIT: Final = 5.0
 CLOSE_GRACE: Final = 5.0
 # Bytes.
 MAX_SKIPPED: Final = 64 * 1024
+
+Method: TypeAlias = Literal["GET", "HEAD", "POST"]
 
 _NOTHING: Final[Mapping[str, str]] = {}
 
@@ -71,6 +73,12 @@ class Answer:
     redirected: bool
     location: URL | None
     chunks: AsyncIterator[bytes]
+
+    @property
+    def media_type(self) -> str:
+        """What the body is, without parameters; empty if that is not said."""
+        said: str = self.headers.get("Content-Type", "")
+        return said.partition(";")[0].strip().lower()
 
     async def read(self, limit: int) -> bytes:
         """The body, and if it is longer than ``limit`` bytes, only its beginning: longer than
@@ -201,6 +209,7 @@ class Transport:
         *,
         headers: Mapping[str, str] = _NOTHING,
         authorization: str | None = None,
+        method: Method = "GET",
     ) -> AsyncIterator[Answer]:
         """Send a request, follow redirects, and give the answer with its body open.
 
@@ -209,6 +218,7 @@ class Transport:
             what: What is asked for, in words, for errors.
             headers: Go to whoever answers in the end.
             authorization: Goes to the origin of ``url`` alone.
+            method: ``HEAD``: the same without its body.
 
         Raises:
             RegistryError: if there is no answer, also while the body is read. A redirect from
@@ -220,7 +230,7 @@ class Transport:
             if authorization is not None and origin_of(target) == origin_of(url):
                 fields["Authorization"] = authorization
             async with self._send(
-                target, fields, what, connect_limit=CONNECT_LIMIT, asked=url
+                target, fields, what, connect_limit=CONNECT_LIMIT, asked=url, method=method
             ) as answer:
                 if answer.location is None:
                     yield answer
@@ -246,7 +256,7 @@ class Transport:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         body = urllib.parse.urlencode(form).encode()
         async with self._send(
-            url, headers, what, connect_limit=CONNECT_LIMIT, asked=url, body=body
+            url, headers, what, connect_limit=CONNECT_LIMIT, asked=url, method="POST", body=body
         ) as answer:
             if answer.location is not None:
                 raise RegistryError(
@@ -279,6 +289,7 @@ class Transport:
         *,
         connect_limit: float,
         asked: URL,
+        method: Method = "GET",
         body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
         host = _host(url)
@@ -299,7 +310,6 @@ class Transport:
         borrower = object()
         await limiter.acquire_on_behalf_of(borrower)
         try:
-            method = "GET" if body is None else "POST"
             request = client.build_request(
                 method, url, headers=fields, content=body, timeout=limits
             )
