@@ -495,7 +495,8 @@ class RegistryClient:
         await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
 
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
-        """List a repository's tags, in the registry's order, which should be the alphabet's.
+        """List a repository's tags, in the registry's order, which should be the alphabet's and
+        often is not.
 
         Args:
             reference: The repository, ``debian`` or ``quay.io/org/name``; its tag does not matter.

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import final
+from typing import Final, final
 from urllib.parse import parse_qs
 
 import attrs
@@ -34,9 +34,10 @@ __all__ = ["Registry", "open_registry"]
 # OCI distribution specification, ``spec.md``, "Pulling manifests": what names and references are.
 _NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
 _ROUTE = re.compile(
-    rf"/v2/(?P<name>{_NAME})/(?P<kind>manifests|blobs|tags)/(?P<reference>[A-Za-z0-9_.:-]+)"
+    rf"/v2/(?P<name>{_NAME})/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[A-Za-z0-9_.:-]+)"
 )
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_INDEX: Final = "application/vnd.oci.image.index.v1+json"
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -45,6 +46,7 @@ class _Repository:
     manifests: dict[Digest, tuple[str, Blob]] = attrs.field(factory=dict)
     tags: dict[str, Digest] = attrs.field(factory=dict)
     blobs: dict[Digest, Blob] = attrs.field(factory=dict)
+    referrers: dict[str, dict[Digest, dict[str, object]]] = attrs.field(factory=dict)
 
 
 @attrs.define(eq=False)
@@ -60,14 +62,15 @@ class _Rule:
 class Registry:
     """A registry to pull from (OCI distribution specification, the pull side).
 
-    It serves manifests, blobs with ranges, and tags, to GET and HEAD. `open_registry` puts it
-    on a socket. Made directly it has no socket; then its `transport` is the way to it, on
+    It serves manifests, blobs with ranges, tags and referrers, to GET and HEAD. `open_registry`
+    puts it on a socket. Made directly it has no socket; then its `transport` is the way to it, on
     which a test with a `trio.testing.MockClock` gets the same answers.
 
     Args:
         host: What its references start with.
         scheme: ``http`` or ``https``, for `url`.
         auth: Who may pull.
+        referrers: Whether it has the API that lists referrers, which older registries have not.
 
     Attributes:
         host: Host and port, as they stand in references.
@@ -76,12 +79,18 @@ class Registry:
     """
 
     def __init__(
-        self, host: str = "registry.test", *, scheme: str = "https", auth: Auth | None = None
+        self,
+        host: str = "registry.test",
+        *,
+        scheme: str = "https",
+        auth: Auth | None = None,
+        referrers: bool = True,
     ) -> None:
         self.host = host
         self.url: str = f"{scheme}://{host}"
         self.requests: list[Exchange] = []
         self._gate = Gate(auth)
+        self._has_referrers = referrers
         self._repositories: dict[str, _Repository] = {}
         self._rules: list[_Rule] = []
 
@@ -115,10 +124,14 @@ class Registry:
     def add_manifest(
         self, repository: str, manifest: bytes, *, media_type: str, tag: str | None = None
     ) -> Digest:
-        """Make any bytes available as a manifest, be it one or not; returns their digest."""
+        """Make any bytes available as a manifest, be it one or not; returns their digest. One that
+        has a subject is among its referrers from then on."""
         digest = digest_of(manifest)
         place = self._repository(repository)
         place.manifests[digest] = (media_type, Blob(manifest, len(manifest)))
+        subject, referrer = _referrer(manifest, media_type, digest)
+        if subject is not None:
+            place.referrers.setdefault(subject, {})[digest] = referrer
         if tag is not None:
             place.tags[tag] = digest
         return digest
@@ -158,6 +171,8 @@ class Registry:
             del place.blobs[digest]
         else:
             del place.manifests[digest]
+            for referrers in place.referrers.values():
+                referrers.pop(digest, None)
 
     def inject(
         self,
@@ -265,6 +280,10 @@ class Registry:
         match route["kind"]:
             case "manifests":
                 return _manifest(repository, route["reference"])
+            case "referrers" if self._has_referrers:
+                return _referrers(repository, route["reference"], request)
+            case "referrers":
+                return error_answer(404, "UNSUPPORTED", "this registry lists no referrers")
             case "blobs":
                 return _blob(repository, Digest(route["reference"]), request)
             case _:
@@ -276,9 +295,36 @@ class Registry:
         return self._repositories.setdefault(name, _Repository())
 
 
+def _referrer(
+    manifest: bytes, media_type: str, digest: Digest
+) -> tuple[str | None, dict[str, object]]:
+    """The digest of what a manifest refers to, if it does, and its entry in the list of that (OCI
+    distribution specification, "Listing Referrers")."""
+    try:
+        document: object = json.loads(manifest)
+    except (ValueError, RecursionError):
+        return None, {}
+    subject = document.get("subject") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not isinstance(subject, dict):
+        return None, {}
+    config = document.get("config")
+    kind = document.get("artifactType") or (isinstance(config, dict) and config.get("mediaType"))
+    entry: dict[str, object] = {
+        "mediaType": media_type,
+        "digest": digest,
+        "size": len(manifest),
+        "artifactType": kind or "",
+        "annotations": document.get("annotations") or {},
+    }
+    return str(subject.get("digest")), entry
+
+
 @asynccontextmanager
 async def open_registry(
-    *, auth: Auth | None = None, ssl_context: ssl.SSLContext | None = None
+    *,
+    auth: Auth | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+    referrers: bool = True,
 ) -> AsyncIterator[Registry]:
     """A registry on a free port of 127.0.0.1, for as long as the block lasts.
 
@@ -289,12 +335,13 @@ async def open_registry(
         auth: Who may pull: anyone; or `BasicAuth`, or `TokenAuth`.
         ssl_context: Speak TLS, with this certificate; by default it is plain HTTP, which
             clients allow on loopback.
+        referrers: Whether it has the API that lists referrers, which older registries have not.
     """
     scheme = "http" if ssl_context is None else "https"
     async with open_hidden_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port: int = listeners[0].socket.getsockname()[1]
-        registry = Registry(f"127.0.0.1:{port}", scheme=scheme, auth=auth)
+        registry = Registry(f"127.0.0.1:{port}", scheme=scheme, auth=auth, referrers=referrers)
         await nursery.start(serve, registry.respond, listeners, scheme, ssl_context)
         yield registry
         nursery.cancel_scope.cancel()
@@ -373,4 +420,18 @@ def _tags(name: str, repository: _Repository, reference: str, request: Request) 
             following = f"/v2/{name}/tags/list?n={limit}&last={tags[-1]}"
             headers["Link"] = f'<{following}>; rel="next"'
     body = json.dumps({"name": name, "tags": tags}).encode()
+    return _whole(Blob(body, len(body)), headers)
+
+
+def _referrers(repository: _Repository, digest: str, request: Request) -> Answer:
+    wanted = parse_qs(request.query).get("artifactType")
+    found = [
+        entry
+        for entry in repository.referrers.get(digest, {}).values()
+        if wanted is None or entry["artifactType"] in wanted
+    ]
+    headers = {"Content-Type": _INDEX}
+    if wanted is not None:
+        headers["OCI-Filters-Applied"] = "artifactType"
+    body = json.dumps({"schemaVersion": 2, "mediaType": _INDEX, "manifests": found}).encode()
     return _whole(Blob(body, len(body)), headers)

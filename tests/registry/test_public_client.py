@@ -1,0 +1,565 @@
+"""Beyond images: digests of tags, lists of tags and referrers, documents and blobs as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import httpx
+import pytest
+import trio
+from _tools.docker_registry import DockerRegistry
+from registry.fakes import (
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Body,
+    FakeRegistry,
+    Network,
+    as_json,
+    describe,
+)
+
+from trio_layers import (
+    AuthenticationError,
+    Credentials,
+    Descriptor,
+    HostsError,
+    InvalidDigest,
+    InvalidReference,
+    LayersError,
+    ManifestError,
+    NotFound,
+    PlatformError,
+    RegistryError,
+    VerificationError,
+    open_registry_client,
+)
+from trio_layers._registry import lists
+from trio_layers._registry.lists import next_query
+from trio_layers.testing import BasicAuth, Registry, TokenAuth, build_image, open_registry
+
+HOST = "https://registry.example"
+APP = "registry.example/team/app"
+SBOM, SIGNATURE = "application/spdx+json", "application/vnd.dev.cosign.simplesigning.v1+json"
+
+
+def referrer(subject: Descriptor, kind: str, text: str) -> tuple[bytes, Descriptor]:
+    """An artifact's manifest, and its entry in a list of referrers."""
+    manifest = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "artifactType": kind,
+            "config": as_json(describe(b"{}", "application/vnd.oci.empty.v1+json")),
+            "layers": [as_json(describe(text.encode(), kind))],
+            "subject": as_json(subject),
+            "annotations": {"text": text},
+        }
+    ).encode()
+    about = describe(manifest, OCI_MANIFEST)
+    return manifest, Descriptor(
+        OCI_MANIFEST, about.digest, about.size, annotations={"text": text}, artifact_type=kind
+    )
+
+
+def with_referrers(registry: Registry) -> tuple[str, Descriptor, list[Descriptor]]:
+    image = build_image([[]])
+    reference = registry.add(image, "team/app:1")
+    entries = []
+    for kind, text in ((SBOM, "bill"), (SIGNATURE, "first"), (SIGNATURE, "second")):
+        manifest, entry = referrer(image.descriptor, kind, text)
+        registry.add_manifest("team/app", manifest, media_type=OCI_MANIFEST)
+        registry.add_blob("team/app", text.encode())
+        entries.append(entry)
+    return reference, image.descriptor, entries
+
+
+def in_memory(registry: Registry) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=registry.transport())
+
+
+# Digests.
+
+
+async def test_the_digest_of_a_tag_costs_a_head_request() -> None:
+    registry = Registry()
+    reference, image, _ = with_referrers(registry)
+    async with in_memory(registry) as http, open_registry_client(client=http) as client:
+        assert await client.resolve(reference) == image
+        assert await client.resolve(f"{reference}@{image.digest}") == image
+        with pytest.raises(NotFound, match="answered 404 for the manifest of"):
+            await client.resolve("registry.test/team/app:2")
+    asked = [(each.method, each.path.rpartition("/")[2]) for each in registry.requests]
+    assert asked == [("HEAD", "1"), ("HEAD", image.digest), ("HEAD", "2")]
+    assert all(each.ended for each in registry.requests)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (405, {}),
+        (501, {}),
+        (400, {}),
+        (200, {"Content-Type": OCI_MANIFEST, "Content-Length": "7"}),
+        (200, {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": "sha512:" + 128 * "0"}),
+        (200, {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": describe(b"").digest}),
+        (200, {"Docker-Content-Digest": describe(b"").digest, "Content-Length": "7"}),
+        (
+            200,
+            {
+                "Content-Type": OCI_MANIFEST,
+                "Docker-Content-Digest": describe(b"").digest,
+                "Content-Length": "0",
+            },
+        ),
+    ],
+)
+async def test_who_does_not_answer_that_is_asked_for_the_document(
+    status: int, headers: Mapping[str, str]
+) -> None:
+    registry = FakeRegistry()
+    image = registry.add_image(tag="latest")
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.method == "HEAD":
+            return httpx.Response(status, headers=headers)
+        return registry(request)
+
+    network = Network(**{HOST: handler})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        assert await client.resolve(APP) == image
+    assert [request.method for request in network.requests] == ["HEAD", "GET"]
+
+
+async def test_a_digest_that_is_not_the_references() -> None:
+    registry = FakeRegistry()
+    image = registry.add_image()
+    other = describe(b"other").digest
+    registry.manifests[other] = registry.manifests[image.digest]
+    network = Network(**{HOST: registry})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with pytest.raises(VerificationError, match=f"sent {image.digest} .* should be {other}"):
+            await client.resolve(f"{APP}@{other}")
+        with pytest.raises(VerificationError, match=f"sent {image.digest} .* should be {other}"):
+            await client.get_manifest(f"{APP}@{other}")
+        assert client.statistics().active == 0
+
+
+async def test_head_requests_are_authenticated_and_redirected() -> None:
+    registry = Registry(auth=TokenAuth())
+    reference, image, _ = with_referrers(registry)
+    async with in_memory(registry) as http, open_registry_client(client=http) as client:
+        assert await client.resolve(reference) == image
+    assert [each.method for each in registry.requests] == ["HEAD", "GET", "HEAD"]  # GET: a token
+
+    fake = FakeRegistry()
+    fake.add_image(tag="latest")
+
+    def away(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(307, headers={"Location": f"https://cdn.test{request.url.path}"})
+
+    network = Network(**{HOST: away, "https://cdn.test": fake})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        await client.resolve(APP)
+    assert [request.method for request in network.requests] == ["HEAD", "HEAD"]
+
+
+# Tags.
+
+
+async def test_all_tags_come_page_by_page() -> None:
+    registry = Registry()
+    image = build_image([[]])
+    names = [f"v{number:04}" for number in range(2500)]
+    for name in names:
+        registry.add(image, f"team/app:{name}")
+    async with in_memory(registry) as http, open_registry_client(client=http) as client:
+        assert await client.tags("registry.test/team/app") == tuple(names)
+        with pytest.raises(NotFound, match="answered 404 for the tags of"):
+            await client.tags("registry.test/team/none")
+    assert [each.query for each in registry.requests[:3]] == [
+        "n=1000",
+        "n=1000&last=v0999",
+        "n=1000&last=v1999",
+    ]
+
+
+def tags_server(pages: Mapping[str, tuple[object, str | None]]) -> Network:
+    """Pages by the value of ``last``, each with its ``Link`` field."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert request.url.path == "/v2/team/app/tags/list"
+        [last] = parse_qs(request.url.query.decode()).get("last", [""])
+        body, link = pages[last]
+        return httpx.Response(200, json=body, headers={} if link is None else {"Link": link})
+
+    return Network(**{HOST: handler})
+
+
+async def tags_of(network: Network) -> tuple[str, ...]:
+    async with network.client() as http, open_registry_client(client=http) as client:
+        return await client.tags(APP)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        '</v2/team/app/tags/list?last=b&n=2>; rel="next"',
+        "<list?last=b>;rel=next",
+        "<https://elsewhere.test/v2/other/tags/list?last=b>",
+        '</first?last=x>; rel="first", <?last=b>; title="a, b"; REL="last next"',
+    ],
+)
+async def test_only_the_query_of_a_link_counts(link: str) -> None:
+    """However it is written, and wherever it leads."""
+    network = tags_server({"": ({"tags": ["a", "b"]}, link), "b": ({"tags": ["b", "c"]}, None)})
+    assert await tags_of(network) == ("a", "b", "c")
+
+
+async def test_a_link_is_no_way_to_write_a_url() -> None:
+    assert next_query("<?last=\x1b[0m a>") == "last=%1B%5B0m%20a"
+    assert next_query("<?last=%2B+b>") == "last=%2B+b"
+    assert next_query('<?last=a>; rel="prev"') is None
+    assert next_query("nonsense") is None
+
+
+@pytest.mark.parametrize("tags", [None, []])
+async def test_no_tags(tags: object) -> None:
+    assert await tags_of(tags_server({"": ({"name": "team/app", "tags": tags}, None)})) == ()
+
+
+async def test_what_is_no_tag_is_left_out() -> None:
+    strange = ["ok", "", "a b", "\x1b[2J", "x" * 129, 7, None, "-a", "é"]
+    assert await tags_of(tags_server({"": ({"tags": strange}, None)})) == ("ok",)
+
+
+@pytest.mark.parametrize("body", [[], {}, {"tags": "a"}, {"tags": {}}, "<html>"])
+async def test_what_is_no_list(body: object) -> None:
+    with pytest.raises(RegistryError, match=r"registry\.example sent something else than a list"):
+        await tags_of(tags_server({"": (body, None)}))
+
+
+async def test_a_list_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    circle = {
+        "": ({"tags": ["a"]}, "<?last=a>"),
+        "a": ({"tags": ["b"]}, "<?last=b>"),
+        "b": ({"tags": ["c"]}, "<?last=a>"),
+    }
+    with pytest.raises(RegistryError, match="followed by one that was there before"):
+        await tags_of(tags_server(circle))
+
+    def ever_on(request: httpx.Request) -> httpx.Response:
+        page = len(network.requests)
+        return httpx.Response(200, json={"tags": []}, headers={"Link": f"<?last={page}>"})
+
+    monkeypatch.setattr(lists, "MAX_PAGES", 30)
+    network = Network(**{HOST: ever_on})
+    with pytest.raises(RegistryError, match=r"registry\.example sent more than .* 30 pages"):
+        await tags_of(network)
+
+    large = Body([b"[" * 1024 * 1024] * 8)
+    network = Network(**{HOST: lambda _: httpx.Response(200, stream=large)})
+    with pytest.raises(RegistryError, match="a page of more than 4194304 bytes for the tags of"):
+        await tags_of(network)
+    assert large.read == 5
+    assert large.closed
+
+
+# Referrers.
+
+
+@pytest.mark.parametrize("by", ["tag", "digest"])
+async def test_referrers(by: str) -> None:
+    registry = Registry()
+    reference, image, entries = with_referrers(registry)
+    if by == "digest":
+        reference = f"registry.test/team/app@{image.digest}"
+    async with in_memory(registry) as http, open_registry_client(client=http) as client:
+        assert await client.referrers(reference) == tuple(entries)
+        assert await client.referrers(reference, artifact_type=SBOM) == (entries[0],)
+        assert await client.referrers(reference, artifact_type="none") == ()
+        found, data = await client.get_manifest(f"registry.test/team/app@{entries[1].digest}")
+        [layer] = json.loads(data)["layers"]
+        assert found.media_type == OCI_MANIFEST
+        assert await client.get_blob(reference, layer["digest"]) == b"first"
+    queries = [each.query for each in registry.requests if "/referrers/" in each.path]
+    assert queries == ["", "artifactType=application%2Fspdx%2Bjson", "artifactType=none"]
+
+
+async def test_referrers_by_tag_where_there_is_no_api() -> None:
+    registry = Registry(referrers=False)
+    reference, image, entries = with_referrers(registry)
+    async with in_memory(registry) as http, open_registry_client(client=http) as client:
+        assert await client.referrers(reference) == ()  # nor such a tag
+        index = {
+            "schemaVersion": 2,
+            "mediaType": OCI_INDEX,
+            "manifests": [
+                as_json(entry, artifactType=entry.artifact_type, annotations=entry.annotations)
+                for entry in entries
+            ],
+        }
+        tag = image.digest.replace(":", "-")
+        add = registry.add_manifest
+        add("team/app", json.dumps(index).encode(), media_type=OCI_INDEX, tag=tag)
+        assert await client.referrers(reference) == tuple(entries)
+        assert await client.referrers(reference, artifact_type=SIGNATURE) == tuple(entries[1:])
+        add("team/app", entries[0].digest.encode(), media_type=OCI_INDEX, tag=tag)
+        with pytest.raises(ManifestError, match=f"the referrers of {reference}: .*JSON"):
+            await client.referrers(reference)
+        manifest, _ = referrer(image, SBOM, "no index")
+        add("team/app", manifest, media_type=OCI_MANIFEST, tag=tag)
+        with pytest.raises(ManifestError, match="is no index"):
+            await client.referrers(reference)
+
+
+@pytest.mark.parametrize(
+    ("status", "media_type", "listed"),
+    [
+        (404, "application/json", False),
+        (400, "application/json", False),
+        (405, "text/plain", False),
+        (200, "text/html", False),
+        (200, OCI_INDEX, True),
+    ],
+)
+async def test_who_has_the_api(status: int, media_type: str, listed: bool) -> None:
+    """Some servers have a page for every path."""
+    fake = FakeRegistry()
+    image = fake.add_image(tag="latest")
+    _, of_api = referrer(image, SBOM, "api")
+    _, of_tag = referrer(image, SBOM, "tag")
+    tag = image.digest.replace(":", "-")
+    fake.add_index([as_json(of_tag, artifactType=SBOM)], tag=tag)
+    entry = as_json(of_api, artifactType=SBOM)
+    body = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if "/referrers/" not in request.url.path:
+            return fake(request)
+        if "page" not in str(request.url):
+            link = {"Link": "<?page=2>; rel=next"} if listed else {}
+            headers = {"Content-Type": media_type, **link}
+            return httpx.Response(status, headers=headers, content=json.dumps(body))
+        return httpx.Response(200, headers={"Content-Type": OCI_INDEX}, content=json.dumps(body))
+
+    network = Network(**{HOST: handler})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        found = await client.referrers(f"{APP}@{image.digest}")
+    wanted = [of_api, of_api] if listed else [of_tag]
+    assert [each.digest for each in found] == [each.digest for each in wanted]
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+async def test_a_failure_is_no_empty_list(status: int) -> None:
+    network = Network(**{HOST: lambda _: httpx.Response(status)})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with pytest.raises(RegistryError, match=f"registry.example answered {status} for the ref"):
+            await client.referrers(f"{APP}@{describe(b'').digest}")
+
+
+async def test_referrers_and_tags_are_asked_of_those_who_may_tell(tmp_path: Path) -> None:
+    """A mirror without the API is no reason not to ask the registry."""
+    (tmp_path / "registry.test").mkdir()
+    hosts = tmp_path / "registry.test" / "hosts.toml"
+    hosts.write_text(
+        'server = "https://registry.test"\n'
+        '[host."https://content.test"]\ncapabilities = ["pull"]\n'
+        '[host."https://mirror.test"]\n'
+    )
+    mirror, registry = Registry("mirror.test", referrers=False), Registry()
+    reference, _, entries = with_referrers(registry)
+    with_referrers(mirror)
+    mounts = {
+        "https://mirror.test": mirror.transport(),
+        "https://registry.test": registry.transport(),
+        "https://content.test": Registry("content.test").transport(),
+    }
+    async with (
+        httpx.AsyncClient(mounts=mounts) as http,
+        open_registry_client(client=http, hosts_dir=tmp_path) as client,
+    ):
+        assert await client.referrers(reference) == tuple(entries)
+        assert await client.tags(reference) == ("1",)
+    asked = [each.path.removeprefix("/v2/team/app/").split("/")[0] for each in mirror.requests]
+    assert asked == ["manifests", "referrers", "tags"]
+    asked = [each.path.removeprefix("/v2/team/app/").split("/")[0] for each in registry.requests]
+    assert asked == ["referrers"]
+
+
+async def test_nobody_may_tell_of_referrers(tmp_path: Path) -> None:
+    (tmp_path / "_default").mkdir()
+    hosts = tmp_path / "_default" / "hosts.toml"
+    hosts.write_text('server = "https://registry.test"\ncapabilities = ["pull"]\n')
+    registry = Registry()
+    _, image, _ = with_referrers(registry)
+    async with (
+        in_memory(registry) as http,
+        open_registry_client(client=http, hosts_dir=tmp_path) as client,
+    ):
+        with pytest.raises(HostsError, match="'pull' and 'resolve' among its capabilities"):
+            await client.referrers(f"registry.test/team/app@{image.digest}")
+
+
+# Documents and blobs.
+
+
+async def test_any_document_as_it_is() -> None:
+    fake = FakeRegistry()
+    odd = fake.add_manifest({"strange": True}, "application/vnd.example+json", tag="odd")
+    network = Network(**{HOST: fake})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        assert await client.get_manifest(f"{APP}:odd") == (odd, b'{"strange": true}')
+        with pytest.raises(ManifestError, match="neither that of an image manifest"):
+            await client.resolve_image(f"{APP}:odd")
+        fake.manifests["large"] = (OCI_MANIFEST, bytes(4 * 1024 * 1024 + 1))
+        with pytest.raises(ManifestError, match=f"{APP}:large: the manifest is larger than"):
+            await client.get_manifest(f"{APP}:large")
+
+
+async def test_a_small_blob() -> None:
+    fake = FakeRegistry()
+    blob, digest = describe(b"content"), describe(b"content").digest
+    fake.blobs[digest] = b"content"
+    network = Network(**{HOST: fake})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        assert await client.get_blob(APP, blob) == b"content"
+        assert await client.get_blob(APP, digest, max_size=7) == b"content"
+        with pytest.raises(VerificationError, match="has 7 bytes, which is more than 6"):
+            await client.get_blob(APP, blob, max_size=6)
+        assert len(network.requests) == 2
+        with pytest.raises(VerificationError, match="its digest or size differs"):
+            await client.get_blob(APP, digest, max_size=6)
+        for size in (6, 8):
+            with pytest.raises(VerificationError, match="its digest or size differs"):
+                await client.get_blob(APP, Descriptor("x/y", digest, size))
+        fake.blobs[digest] = b"CONTENT"
+        with pytest.raises(VerificationError, match="its digest or size differs"):
+            await client.get_blob(APP, blob)
+        with pytest.raises(NotFound):
+            await client.get_blob(APP, describe(b"nothing"))
+        with pytest.raises(InvalidDigest):
+            await client.get_blob(APP, "sha512:" + 128 * "0")
+        assert client.statistics().active == 0
+
+
+def serving(*chunks: bytes, error: Exception | None = None) -> tuple[Network, Body]:
+    body = Body(chunks, error)
+    return Network(**{HOST: lambda _: httpx.Response(200, stream=body)}), body
+
+
+async def test_a_blob_piece_by_piece() -> None:
+    network, body = serving(b"con", b"tent")
+    blob = describe(b"content")
+    async with network.client() as http, open_registry_client(client=http) as client:
+        for wanted in (blob, blob.digest):
+            async with client.open_blob(APP, wanted) as stream:
+                assert client.statistics().active == 1
+                assert [chunk async for chunk in stream] == [b"con", b"tent"]
+                assert [chunk async for chunk in stream] == []
+                assert repr(stream) == f"<BlobStream: 7 bytes of {blob.digest}>"
+            assert client.statistics().active == 0
+        async with client.open_blob(APP, blob) as stream:
+            assert await anext(stream) == b"con"  # and leave
+        assert body.closed
+        assert client.statistics().active == 0
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error", "raised", "arrived"),
+    [
+        ([b"con", b"TENT"], None, VerificationError, [b"con", b"TENT"]),
+        ([b"con", b"ten"], None, VerificationError, [b"con", b"ten"]),
+        ([b"con", b"tent", b"s"], None, VerificationError, [b"con", b"tent"]),
+        ([b"con"], httpx.ReadError("reset"), RegistryError, [b"con"]),
+    ],
+)
+async def test_a_blob_that_turns_out_wrong(
+    chunks: list[bytes],
+    error: Exception | None,
+    raised: type[LayersError],
+    arrived: list[bytes],
+) -> None:
+    network, _ = serving(*chunks, error=error)
+    came: list[bytes] = []
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with pytest.raises(raised, match=r"registry\.example"):
+            async with client.open_blob(APP, describe(b"content")) as stream:
+                async for chunk in stream:
+                    came.append(chunk)
+        assert client.statistics().active == 0
+    assert came == arrived
+
+
+async def test_what_the_block_of_a_blob_raises_is_what_comes_out() -> None:
+    network, body = serving(b"con", b"tent")
+    async with network.client() as http, open_registry_client(client=http) as client:
+        with pytest.raises(KeyError, match="mine"):
+            async with client.open_blob(APP, describe(b"content")) as stream:
+                await anext(stream)
+                raise KeyError("mine")
+        assert body.closed
+        with trio.CancelScope() as scope:
+            async with client.open_blob(APP, describe(b"content")) as stream:
+                await anext(stream)
+                scope.cancel()
+                await anext(stream)
+        assert scope.cancelled_caught
+        assert client.statistics().active == 0
+
+
+async def test_references_as_text() -> None:
+    async with open_registry_client() as client:
+        for method in (client.resolve, client.tags, client.referrers, client.get_manifest):
+            with pytest.raises(InvalidReference):
+                await method("Not A Reference")
+            with pytest.raises(InvalidDigest):
+                await method(f"{APP}@sha512:{128 * '0'}")
+        with pytest.raises(PlatformError):
+            await client.resolve_image(APP, platform="linux/amd64/v1/more")
+
+
+# The real thing.
+
+
+@pytest.mark.integration
+async def test_docker_registry(docker_registry: DockerRegistry, tmp_path: Path) -> None:
+    """2.8 has no API for referrers: there it is the tag."""
+    image = build_image([[]])
+    image.write_oci_layout(tmp_path / "layout")
+    references = [docker_registry.push(tmp_path / "layout", f"beyond/app:{n}") for n in "123"]
+    listed = as_json(image.descriptor, artifactType=SBOM)  # what is listed must be there
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [listed]}
+    async with open_registry_client() as client:
+        assert await client.resolve(references[0]) == image.descriptor
+        assert sorted(await client.tags(references[0])) == ["1", "2", "3"]
+        assert await client.referrers(references[0]) == ()
+        async with httpx.AsyncClient() as http:
+            tag = image.digest.replace(":", "-")
+            url = f"http://{docker_registry.host}/v2/beyond/app/manifests/{tag}"
+            headers = {"Content-Type": OCI_INDEX}
+            (await http.put(url, json=index, headers=headers)).raise_for_status()
+        [found] = await client.referrers(references[1], artifact_type=SBOM)
+        assert (found.digest, found.artifact_type) == (image.digest, SBOM)
+        assert await client.get_manifest(references[2]) == (image.descriptor, image.manifest)
+        config = image.config_descriptor
+        assert await client.get_blob(references[0], config) == image.config
+        async with client.open_blob(references[0], image.layers[0].descriptor) as stream:
+            assert sum([len(chunk) async for chunk in stream]) == image.layers[0].descriptor.size
+        with pytest.raises(NotFound):
+            await client.tags(f"{docker_registry.host}/beyond/none")
+
+
+@pytest.mark.parametrize("auth", [BasicAuth("user", "password"), TokenAuth("user", "password")])
+async def test_over_a_socket_with_a_login(auth: BasicAuth | TokenAuth) -> None:
+    async with open_registry(auth=auth) as registry:
+        reference, image, entries = with_referrers(registry)
+        async with open_registry_client() as client:
+            with pytest.raises(AuthenticationError, match="answered 401"):
+                await client.resolve(reference)
+        async with open_registry_client(credentials=Credentials("user", "password")) as client:
+            assert await client.resolve(reference) == image
+            assert await client.tags(reference) == ("1",)
+            assert await client.referrers(reference) == tuple(entries)
