@@ -37,6 +37,14 @@ def test_it_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 80
 
 
+async def test_ask_registry_says_what_is_there() -> None:
+    out, _ = await run("ask_registry.py")
+    assert "application/vnd.oci.image.index.v1+json" in out
+    assert "4 layers, " in out
+    assert "2 tags, the first of them 1.0, latest\n" in out
+    assert "'application/spdx+json'\n" in out
+
+
 async def test_pull_image_lists_layers_and_files(tmp_path: Path) -> None:
     image = sample_image()
     out, err = await run("pull_image.py", "--store", str(tmp_path / "store"))

@@ -126,13 +126,14 @@ def _logging(verbose: bool) -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    common.add_argument("-v", "--verbose", action="store_true", help="show the log")
+    with_store = argparse.ArgumentParser(add_help=False)
+    with_store.add_argument(
         "--store",
         metavar="DIR",
         default=_default_store(),
         help="where the images are (default: %(default)s; $TRIO_LAYERS_STORE names another)",
     )
-    common.add_argument("-v", "--verbose", action="store_true", help="show the log")
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Pull container images, without a daemon.", allow_abbrev=False
     )
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             command.name,
             help=command.help,
             description=f"{command.help[0].upper()}{command.help[1:]}.",
-            parents=[common],
+            parents=[with_store, common] if command.has_store else [common],
             allow_abbrev=False,
         )
         command.add_arguments(subparser)

@@ -27,6 +27,7 @@ from ._nursery import open_hidden_nursery
 from ._platform import parse_platform
 from ._pull import Image, Puller, open_puller, open_store
 from ._reference import parse_reference
+from ._registry.client import RegistryClient, open_registry_client
 from ._registry.credentials import Credentials
 from ._store.catalog import StoredImage
 from .abc import ProgressSink
@@ -45,6 +46,7 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Awaitable[int]]
+    has_store: bool = True
 
 
 def _pull_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,14 @@ def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _platform_argument(parser)
     _progress_arguments(parser)
+    _registry_arguments(parser)
+    add("--max-concurrent-downloads", metavar="N", type=_number(0), default=3)
+    add("--max-download-attempts", metavar="N", type=_number(1), default=5)
+
+
+def _registry_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command has that asks registries."""
+    add = parser.add_argument
     add("--plain-http", action="store_true", help="allow registries without TLS")
     add("--no-tls-verify", action="store_true", help="accept any certificate")
     add("--hosts-dir", metavar="DIR", help="mirrors and certificates, as containerd's certs.d")
@@ -72,8 +82,6 @@ def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="logins to use in place of docker's and podman's own",
     )
-    add("--max-concurrent-downloads", metavar="N", type=_number(0), default=3)
-    add("--max-download-attempts", metavar="N", type=_number(1), default=5)
 
 
 def _platform_argument(parser: argparse.ArgumentParser) -> None:
@@ -472,6 +480,52 @@ async def _check(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if report.problems and not report.repaired else 0
 
 
+def _digest_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reference", metavar="REF", help="an image, such as debian:12")
+    _registry_arguments(parser)
+
+
+async def _digest(arguments: argparse.Namespace) -> int:
+    async with _open_client(arguments) as client:
+        print((await client.resolve(arguments.reference)).digest)
+    return 0
+
+
+def _tags_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repository", metavar="REPOSITORY", help="such as debian")
+    _registry_arguments(parser)
+
+
+async def _tags(arguments: argparse.Namespace) -> int:
+    async with _open_client(arguments) as client:
+        for tag in await client.tags(arguments.repository):
+            print(tag)
+    return 0
+
+
+def _referrers_arguments(parser: argparse.ArgumentParser) -> None:
+    _digest_arguments(parser)
+    parser.add_argument("--artifact-type", metavar="TYPE", help="only those of this type")
+
+
+async def _referrers(arguments: argparse.Namespace) -> int:
+    async with _open_client(arguments) as client:
+        for each in await client.referrers(
+            arguments.reference, artifact_type=arguments.artifact_type
+        ):
+            print(each.digest, shown(each.artifact_type or each.media_type), each.size)
+    return 0
+
+
+def _open_client(arguments: argparse.Namespace) -> AbstractAsyncContextManager[RegistryClient]:
+    return open_registry_client(
+        credentials=arguments.creds or LoginFiles(arguments.authfile),
+        plain_http=arguments.plain_http,
+        tls_verify=not arguments.no_tls_verify,
+        hosts_dir=arguments.hosts_dir,
+    )
+
+
 def _credentials(text: str) -> Credentials:
     username, colon, password = text.partition(":")
     if not colon:
@@ -533,4 +587,19 @@ COMMANDS: Final = (
     Command("rm", "remove images' names; gc removes what nobody needs then", _rm_arguments, _rm),
     Command("gc", "remove what no image needs, and nobody uses", _gc_arguments, _gc),
     Command("check", "look at all that is stored for damage", _check_arguments, _check),
+    Command(
+        "digest",
+        "ask a registry what an image's name stands for",
+        _digest_arguments,
+        _digest,
+        False,
+    ),
+    Command("tags", "list the tags in a registry's repository", _tags_arguments, _tags, False),
+    Command(
+        "referrers",
+        "list what in its registry refers to an image: signatures, SBOMs",
+        _referrers_arguments,
+        _referrers,
+        False,
+    ),
 )

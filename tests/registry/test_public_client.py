@@ -38,41 +38,30 @@ from trio_layers import (
 )
 from trio_layers._registry import lists
 from trio_layers._registry.lists import next_query
-from trio_layers.testing import BasicAuth, Registry, TokenAuth, build_image, open_registry
+from trio_layers.testing import (
+    BasicAuth,
+    Registry,
+    TokenAuth,
+    build_artifact,
+    build_image,
+    open_registry,
+)
 
 HOST = "https://registry.example"
 APP = "registry.example/team/app"
 SBOM, SIGNATURE = "application/spdx+json", "application/vnd.dev.cosign.simplesigning.v1+json"
 
 
-def referrer(subject: Descriptor, kind: str, text: str) -> tuple[bytes, Descriptor]:
-    """An artifact's manifest, and its entry in a list of referrers."""
-    manifest = json.dumps(
-        {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "artifactType": kind,
-            "config": as_json(describe(b"{}", "application/vnd.oci.empty.v1+json")),
-            "layers": [as_json(describe(text.encode(), kind))],
-            "subject": as_json(subject),
-            "annotations": {"text": text},
-        }
-    ).encode()
-    about = describe(manifest, OCI_MANIFEST)
-    return manifest, Descriptor(
-        OCI_MANIFEST, about.digest, about.size, annotations={"text": text}, artifact_type=kind
-    )
-
-
 def with_referrers(registry: Registry) -> tuple[str, Descriptor, list[Descriptor]]:
     image = build_image([[]])
     reference = registry.add(image, "team/app:1")
-    entries = []
-    for kind, text in ((SBOM, "bill"), (SIGNATURE, "first"), (SIGNATURE, "second")):
-        manifest, entry = referrer(image.descriptor, kind, text)
-        registry.add_manifest("team/app", manifest, media_type=OCI_MANIFEST)
-        registry.add_blob("team/app", text.encode())
-        entries.append(entry)
+    artifacts = [
+        build_artifact(text.encode(), kind, subject=image.descriptor, annotations={"text": text})
+        for kind, text in ((SBOM, "bill"), (SIGNATURE, "first"), (SIGNATURE, "second"))
+    ]
+    for artifact in artifacts:
+        registry.add(artifact, "team/app")
+    entries = [artifact.descriptor for artifact in artifacts]
     return reference, image.descriptor, entries
 
 
@@ -309,8 +298,7 @@ async def test_referrers_by_tag_where_there_is_no_api() -> None:
         add("team/app", entries[0].digest.encode(), media_type=OCI_INDEX, tag=tag)
         with pytest.raises(ManifestError, match=f"the referrers of {reference}: .*JSON"):
             await client.referrers(reference)
-        manifest, _ = referrer(image, SBOM, "no index")
-        add("team/app", manifest, media_type=OCI_MANIFEST, tag=tag)
+        add("team/app", build_image([]).manifest, media_type=OCI_MANIFEST, tag=tag)
         with pytest.raises(ManifestError, match="is no index"):
             await client.referrers(reference)
 
@@ -329,8 +317,7 @@ async def test_who_has_the_api(status: int, media_type: str, listed: bool) -> No
     """Some servers have a page for every path."""
     fake = FakeRegistry()
     image = fake.add_image(tag="latest")
-    _, of_api = referrer(image, SBOM, "api")
-    _, of_tag = referrer(image, SBOM, "tag")
+    of_api, of_tag = (build_artifact(text, SBOM).descriptor for text in (b"api", b"tag"))
     tag = image.digest.replace(":", "-")
     fake.add_index([as_json(of_tag, artifactType=SBOM)], tag=tag)
     entry = as_json(of_api, artifactType=SBOM)

@@ -1,14 +1,14 @@
 """Test code that pulls images, without a network and with any mishap you like.
 
-`open_registry` is a real registry on a loopback port, and `Registry.transport` the same one
-without sockets, for tests on a mock clock; `Registry.inject` makes it misbehave, with `Cut`,
-`Stall`, `Reply` and the other faults. `build_image`, `build_index` and `build_layer` make images
-from a few entries (`File`, `Symlink`, `Whiteout`...), the same bytes in every run; `sample_image`
-is one ready made; `layers_from_directory` makes large ones. They compress, which takes a while:
-make images before the event loop runs, or in a thread, where that matters. `ScriptedSource`
-stands in for a registry where only the download manager is of interest, and `MemoryStore` for a
-store, which unpacks layers while they arrive. The tests that a store of yours must pass are in
-`trio_layers.testing.store_suite`.
+`open_registry` is a real registry on a loopback port, and `Registry.transport` the same one without
+sockets, for tests on a mock clock; `Registry.inject` makes it misbehave, with `Cut`, `Stall`,
+`Reply` and the other faults. `build_image`, `build_index` and `build_layer` make images from a few
+entries (`File`, `Symlink`, `Whiteout`...), the same bytes in every run; `sample_image` is one ready
+made; `build_artifact` makes what refers to one; `layers_from_directory` makes large ones. They
+compress, which takes a while: make images before the event loop runs, or in a thread, where that
+matters. `ScriptedSource` stands in for a registry where only the download manager is of interest,
+and `MemoryStore` for a store, which unpacks layers while they arrive. The tests that a store of
+yours must pass are in `trio_layers.testing.store_suite`.
 
     async with open_registry() as registry:
         reference = registry.add(sample_image(), "library/sample:latest")
@@ -41,8 +41,10 @@ from ._http import Blob as Blob
 from ._http import Exchange as Exchange
 from ._http import Request as Request
 from ._images import Built as Built
+from ._images import BuiltArtifact as BuiltArtifact
 from ._images import BuiltImage as BuiltImage
 from ._images import BuiltIndex as BuiltIndex
+from ._images import build_artifact as build_artifact
 from ._images import build_image as build_image
 from ._images import build_index as build_index
 from ._images import sample_image as sample_image

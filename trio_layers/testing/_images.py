@@ -28,7 +28,16 @@ from ._layers import (
     layer_media_type,
 )
 
-__all__ = ["Built", "BuiltImage", "BuiltIndex", "build_image", "build_index", "sample_image"]
+__all__ = [
+    "Built",
+    "BuiltArtifact",
+    "BuiltImage",
+    "BuiltIndex",
+    "build_artifact",
+    "build_image",
+    "build_index",
+    "sample_image",
+]
 
 _CREATED = "2020-09-13T12:26:40Z"  # layers.MTIME
 
@@ -40,6 +49,7 @@ _INDEX: dict[Format, str] = {
     "oci": "application/vnd.oci.image.index.v1+json",
     "docker": "application/vnd.docker.distribution.manifest.list.v2+json",
 }
+_EMPTY = b"{}"
 _CONFIG: dict[Format, str] = {
     "oci": "application/vnd.oci.image.config.v1+json",
     "docker": "application/vnd.docker.container.image.v1+json",
@@ -149,6 +159,64 @@ class BuiltIndex(Built):
     def blobs(self) -> dict[Digest, bytes | Path]:
         """The configs and layers of all images, or the files they are in, by digest."""
         return {key: value for image in self.images for key, value in image.blobs.items()}
+
+
+@attrs.frozen(kw_only=True)
+class BuiltArtifact(Built):
+    """Something that is no image: an SBOM, a signature. `build_artifact` makes it.
+
+    Attributes:
+        content: Its one blob.
+        content_descriptor: Of that.
+    """
+
+    content: bytes = attrs.field(repr=False)
+    content_descriptor: Descriptor
+
+    @property
+    def blobs(self) -> dict[Digest, bytes | Path]:
+        return {self.content_descriptor.digest: self.content, digest_of(_EMPTY): _EMPTY}
+
+
+def build_artifact(
+    content: bytes,
+    artifact_type: str,
+    *,
+    subject: Descriptor | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> BuiltArtifact:
+    """Make an artifact with one blob (OCI image specification, ``manifest.md``, "Guidelines for
+    Artifact Usage").
+
+    Args:
+        content: The blob, whose media type is the artifact's type as well.
+        artifact_type: What it is.
+        subject: What it refers to, of which it is a referrer then.
+        annotations: The manifest's annotations, which are in the list of referrers, too.
+    """
+    about = _describe(content, artifact_type)
+    empty = _describe(_EMPTY, "application/vnd.oci.empty.v1+json")
+    manifest = _encode(
+        {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST["oci"],
+            "artifactType": artifact_type,
+            "config": _descriptor_json(empty),
+            "layers": [_descriptor_json(about)],
+            **({} if subject is None else {"subject": _descriptor_json(subject)}),
+            **({"annotations": dict(annotations)} if annotations else {}),
+        }
+    )
+    return BuiltArtifact(
+        descriptor=attrs.evolve(
+            _describe(manifest, _MANIFEST["oci"]),
+            artifact_type=artifact_type,
+            annotations=dict(annotations or {}),
+        ),
+        manifest=manifest,
+        content=content,
+        content_descriptor=about,
+    )
 
 
 def build_image(
