@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -16,6 +17,7 @@ from registry.fakes import (
     OCI_MANIFEST,
     Body,
     FakeRegistry,
+    MemorySink,
     Network,
     as_json,
     describe,
@@ -40,6 +42,7 @@ from trio_layers._registry import lists
 from trio_layers._registry.lists import next_query
 from trio_layers.testing import (
     BasicAuth,
+    File,
     Registry,
     TokenAuth,
     build_artifact,
@@ -537,6 +540,48 @@ async def test_docker_registry(docker_registry: DockerRegistry, tmp_path: Path) 
             assert sum([len(chunk) async for chunk in stream]) == image.layers[0].descriptor.size
         with pytest.raises(NotFound):
             await client.tags(f"{docker_registry.host}/beyond/none")
+
+
+@pytest.mark.integration
+async def test_docker_registry_goes_on_where_a_blob_was_cut(
+    docker_registry: DockerRegistry, tmp_path: Path
+) -> None:
+    """By its own entity tag, and from a sink of another client, which knows none."""
+    content = random.Random(0).randbytes(5_000_000)
+    image = build_image([[File("noise", data=content)]], compression="none")
+    image.write_oci_layout(tmp_path / "layout")
+    reference = docker_registry.push(tmp_path / "layout", "beyond/large:1")
+    asked: list[httpx.Response] = []
+
+    async def record(response: httpx.Response) -> None:
+        asked.append(response)
+
+    layer = image.layers[0]
+    sink = MemorySink()
+    scope = trio.CancelScope()
+
+    def cut(action: str, current: int = 0, total: int = 0) -> None:
+        if current:
+            scope.cancel()
+
+    async with httpx.AsyncClient(event_hooks={"response": [record]}) as http:
+        async with open_registry_client(client=http) as client:
+            with scope:
+                await client.fetch_blob(reference, layer.descriptor, sink, cut)
+            assert 0 < sink.offset < layer.descriptor.size
+            half = sink.data
+            await client.fetch_blob(reference, layer.descriptor, sink)
+        async with open_registry_client(client=http) as client:
+            other = MemorySink(half)
+            await client.fetch_blob(reference, layer.descriptor, other)
+    assert sink.data == other.data == layer.content
+    first, second, third = (each for each in asked if "/blobs/" in each.url.path)
+    assert (first.status_code, second.status_code, third.status_code) == (200, 206, 206)
+    assert (
+        second.request.headers["Range"] == third.request.headers["Range"] == f"bytes={len(half)}-"
+    )
+    assert second.request.headers["If-Range"] == first.headers["ETag"]
+    assert "If-Range" not in third.request.headers
 
 
 @pytest.mark.parametrize("auth", [BasicAuth("user", "password"), TokenAuth("user", "password")])

@@ -134,6 +134,10 @@ Known: TypeAlias = Callable[[Digest], Awaitable[bytes | None]]
 """Gives the document of a digest, if it is at hand."""
 
 
+def _tell_nobody(action: str, current: int = 0, total: int = 0) -> None:
+    """Progress that nobody wants."""
+
+
 @asynccontextmanager
 async def open_registry_client(
     *,
@@ -440,7 +444,7 @@ class RegistryClient:
         reference: Reference | str,
         descriptor: Descriptor,
         sink: BlobSink,
-        progress: ReportProgress,
+        progress: ReportProgress = _tell_nobody,
     ) -> None:
         """Bring a blob into a sink, which may have some of it already; returns when all of it
         is there and verified. One attempt: what it raises says whether another is worth it.
@@ -459,7 +463,7 @@ class RegistryClient:
             reference: In whose repository it is.
             descriptor: Digest, and size in bytes.
             sink: Where it goes. What it raises comes out as it is.
-            progress: Is told. It does not wait.
+            progress: Is told; by default nobody is. It does not wait.
 
         Raises:
             VerificationError: if the bytes are not those of the digest, or too many. The sink
