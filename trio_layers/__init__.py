@@ -65,7 +65,7 @@ from ._pull import open_store as open_store
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
 from ._registry.answers import RateLimit as RateLimit
-from ._registry.blobs import BlobStream as BlobStream
+from ._registry.blobs import BlobChunks as BlobChunks
 from ._registry.client import RegistryClient as RegistryClient
 from ._registry.client import RegistryStatistics as RegistryStatistics
 from ._registry.client import ResolvedImage as ResolvedImage

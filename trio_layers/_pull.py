@@ -211,7 +211,11 @@ class Puller:
         """
         reference, platform = _parsed(reference, platform)
         return await self._registry.resolve_image(
-            reference, platform=platform, known=self._store.find_document
+            reference,
+            platform=platform,
+            known=self._store.find_document,
+            # Docker Hub does not count those.
+            head_first=bool(await self._store.images(str(reference))),
         )
 
     @asynccontextmanager

@@ -109,6 +109,35 @@ async def test_pulling_again_downloads_nothing(tmp_path: Path) -> None:
     assert [event.action for event in events] == ["Already exists"] * 4
 
 
+async def test_pulling_again_is_one_request_that_is_not_counted(tmp_path: Path) -> None:
+    """HEAD, which Docker Hub does not take for a pull; GET if the tag has moved, or where HEAD
+    is not answered."""
+    newer = build_image([[File("new", b"er")]])
+
+    def asked() -> list[str]:
+        requests = [f"{each.method} {each.path.split('/')[4]}" for each in registry.requests]
+        registry.requests.clear()
+        return requests
+
+    async with open_registry() as registry, open_puller(tmp_path) as puller:
+        reference = registry.add(sample_image(), "library/demo:latest")
+
+        async def pull_again() -> str:
+            async with puller.pull(reference) as image:
+                return image.digest
+
+        first = await pull_again()
+        assert asked() == ["GET manifests", *["GET blobs"] * 5]
+        assert await pull_again() == first
+        assert asked() == ["HEAD manifests"]
+        registry.inject("*/manifests/*", Reply(405), method="HEAD")
+        assert await pull_again() == first
+        assert asked() == ["HEAD manifests", "GET manifests"]
+        registry.add(newer, "library/demo:latest")
+        assert await pull_again() == newer.digest
+        assert asked() == ["HEAD manifests", "GET manifests", *["GET blobs"] * 2]
+
+
 async def test_pulls_at_the_same_time_share(tmp_path: Path) -> None:
     """Four pulls of one image, and one of another with the same base: one download a blob."""
     base = build_layer(BIG)

@@ -449,7 +449,7 @@ async def test_a_blob_piece_by_piece() -> None:
                 assert client.statistics().active == 1
                 assert [chunk async for chunk in stream] == [b"con", b"tent"]
                 assert [chunk async for chunk in stream] == []
-                assert repr(stream) == f"<BlobStream: 7 bytes of {blob.digest}>"
+                assert repr(stream) == f"<BlobChunks: 7 bytes of {blob.digest}>"
             assert client.statistics().active == 0
         async with client.open_blob(APP, blob) as stream:
             assert await anext(stream) == b"con"  # and leave

@@ -22,7 +22,7 @@ from ..abc import BlobSink, ReportProgress
 from .answers import give_up
 from .transport import Answer
 
-__all__ = ["BlobFetch", "BlobStream", "EntityTags", "Open"]
+__all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open"]
 
 MAX_TAGS: Final = 1000
 
@@ -56,7 +56,7 @@ class EntityTags:
 
 
 @final
-class BlobStream:
+class BlobChunks:
     """A blob as it arrives, in pieces of any size: iterate over it once, in the block of
     `RegistryClient.open_blob`. What has come is the blob only once the iteration has ended.
 
@@ -73,7 +73,7 @@ class BlobStream:
         self._verifier = Verifier()
 
     def __repr__(self) -> str:
-        return f"<BlobStream: {self._verifier.size} bytes of {self._digest}>"
+        return f"<BlobChunks: {self._verifier.size} bytes of {self._digest}>"
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self

@@ -45,7 +45,7 @@ from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, is_final, readable
-from .blobs import BlobFetch, BlobStream
+from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .http import AsyncClient, InvalidURL, new_client
 from .lists import Pages, decode_tags
@@ -265,22 +265,25 @@ class RegistryClient:
             VerificationError: if it says another digest than the reference.
             LayersError: as for `resolve_image`, where it is no matter of the document.
         """
-        reference = _parsed(reference)
+        found, _ = await self._look_up(_parsed(reference))
+        return found
+
+    async def _look_up(self, reference: Reference) -> tuple[Descriptor, bytes | None]:
+        """With the document, if that had to be fetched."""
         path = f"manifests/{reference.fetched_by}"
         what = f"the manifest of {reference}"
 
-        async def attempt(site: Site) -> Descriptor:
+        async def attempt(site: Site) -> tuple[Descriptor, bytes | None]:
             try:
                 async with site.ask(reference, path, what, _ANY_MANIFEST, "HEAD") as answer:
                     found = _descriptor_of(answer)
                 if found is not None:
                     _check_promise(reference.digest, found.digest, answer.host, what)
-                    return found
+                    return found, None
             except RegistryError as error:
                 if error.status not in _NO_HEAD:
                     raise
-            found, _ = await _fetch_manifest(site, reference, _ANY_MANIFEST)
-            return found
+            return await _fetch_manifest(site, reference, _ANY_MANIFEST)
 
         return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
 
@@ -290,6 +293,7 @@ class RegistryClient:
         *,
         platform: Platform | str | None = None,
         known: Known | None = None,
+        head_first: bool = False,
     ) -> ResolvedImage:
         """Ask what image a reference stands for now: manifest and config, for one platform.
 
@@ -303,6 +307,8 @@ class RegistryClient:
                 `trio_layers._platform.order`). ``None``: the host's; then an image that is not
                 in an index is taken whatever it is for.
             known: Gives documents that need not be asked for.
+            head_first: Whether ``known`` probably gives the first document, too, once its digest is
+                known. That is asked for first then, as by `resolve`.
 
         Raises:
             PlatformError: if there is no image for the platform.
@@ -320,17 +326,18 @@ class RegistryClient:
         if isinstance(platform, str):
             platform = parse_platform(platform)
         try:
-            return await self._resolve_image(reference, platform, known or _unknown)
+            return await self._resolve_image(reference, platform, known or _unknown, head_first)
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
     async def _resolve_image(
-        self, reference: Reference, platform: Platform | None, known: Known
+        self, reference: Reference, platform: Platform | None, known: Known, head_first: bool
     ) -> ResolvedImage:
         index: Descriptor | None = None
         index_bytes: bytes | None = None
         wanted = platform or host_platform()
-        descriptor, data, document = await self._find_manifest(reference)
+        first = await self._recall_manifest(reference, known) if head_first else None
+        descriptor, data, document = first or await self._find_manifest(reference)
         for _ in range(MAX_INDEX_DEPTH):
             if not isinstance(document, Index):
                 break
@@ -414,7 +421,7 @@ class RegistryClient:
     @asynccontextmanager
     async def open_blob(
         self, reference: Reference | str, blob: Descriptor | str
-    ) -> AsyncIterator[BlobStream]:
+    ) -> AsyncIterator[BlobChunks]:
         """Fetch a blob piece by piece, for as long as the block runs: it holds a connection, and
         is not resumed if that breaks.
 
@@ -437,7 +444,7 @@ class RegistryClient:
                 )
 
             answer = await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
-            yield BlobStream(answer, digest, size)
+            yield BlobChunks(answer, digest, size)
 
     async def fetch_blob(
         self,
@@ -600,6 +607,17 @@ class RegistryClient:
         if not isinstance(document, Index):
             raise ManifestError(f"{tag} is no index")
         return document.manifests
+
+    async def _recall_manifest(
+        self, reference: Reference, known: Known
+    ) -> tuple[Descriptor, bytes, Manifest | Index] | None:
+        """What the reference leads to, if it is known; ``None`` if it has to be fetched."""
+        found, data = await self._look_up(reference)
+        if data is None:
+            data = await known(found.digest)
+            if data is None or len(data) != found.size or digest_of(data) != found.digest:
+                return None
+        return found, data, await _decode(decode_manifest, data, found.media_type)
 
     async def _find_manifest(
         self, reference: Reference
