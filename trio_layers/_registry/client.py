@@ -37,6 +37,7 @@ from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, is_final, readable
 from .blobs import BlobFetch
 from .credentials import CredentialsFor
+from .elsewhere import Elsewhere
 from .http import AsyncClient, InvalidURL, new_client
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
@@ -305,7 +306,8 @@ class RegistryClient:
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
         ``Verifying Checksum``, then ``Download complete``.
 
-        Where there are mirrors, one host goes on where the other has failed.
+        Where there are mirrors, one host goes on where the other has failed. A foreign layer (see
+        `Descriptor.is_foreign`) is asked for at its URLs first, without credentials.
 
         Cancelled, or failed halfway, what is there stays in the sink, to be resumed.
 
@@ -326,7 +328,7 @@ class RegistryClient:
         what = f"blob {descriptor.digest} of {reference.name}"
         tried = False
 
-        async def attempt(site: Site) -> None:
+        async def attempt(site: Site | Elsewhere) -> None:
             nonlocal tried
 
             def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
@@ -344,7 +346,9 @@ class RegistryClient:
                 await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
-        await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+        asked: list[Site | Elsewhere] = [*self._sites.elsewhere(reference, descriptor)]
+        asked += await self._sites.find(reference, "pull")
+        await ask_in_turn(asked, attempt)
 
     async def _get_manifest(
         self, reference: Reference

@@ -171,14 +171,21 @@ class Transport:
     Args:
         connections: Through these.
         plain_http: Whether HTTPS may lead to plain HTTP.
+        local: Whether it may lead to that on this machine in any case.
         manner: How a host is spoken to that is configured; ``None``: nothing is said.
     """
 
     def __init__(
-        self, connections: Connections, *, plain_http: bool, manner: Manner | None = None
+        self,
+        connections: Connections,
+        *,
+        plain_http: bool,
+        local: bool = True,
+        manner: Manner | None = None,
     ) -> None:
         self._connections = connections
         self._plain_http = plain_http
+        self._local = local
         self._manner = Manner(frozenset()) if manner is None else manner
 
     async def speaks_tls(self, url: URL) -> bool:
@@ -256,12 +263,14 @@ class Transport:
                 )
             yield answer
 
-    def _redirected(self, url: URL, target: URL, what: str) -> URL:
-        allowed = target.scheme == "https" or (
-            target.scheme == "http"
-            and (url.scheme == "http" or self._plain_http or is_loopback(target))
+    def allows(self, target: URL) -> bool:
+        """Whether HTTPS may lead there."""
+        return target.scheme == "https" or (
+            target.scheme == "http" and (self._plain_http or (self._local and is_loopback(target)))
         )
-        if not allowed:
+
+    def _redirected(self, url: URL, target: URL, what: str) -> URL:
+        if not (self.allows(target) or url.scheme == target.scheme == "http"):
             raise RegistryError(
                 f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)} for "
                 f"{what}, which is not followed: allow plain HTTP if that is meant",
