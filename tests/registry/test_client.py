@@ -8,6 +8,7 @@ from functools import partial
 import httpx
 import pytest
 import trio
+from _tools.canaries import Canaries
 from registry.fakes import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -412,6 +413,27 @@ async def test_an_environment_that_cannot_be_used(
     with pytest.raises(LayersError, match=f"{variable}.* cannot be used: "):
         async with open_registry_client():
             pass  # pragma: no cover
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://someone:canary-pr0xy/x@proxy.example:3128",
+        "http://someone:canary-pr0xy@proxy.example:port",
+        "other://canary-pr0xy@proxy.example",
+    ],
+)
+async def test_the_password_of_a_proxy_whose_url_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str
+) -> None:
+    """A slash in it ends the host, for a parser, which takes what is before for the port, and says
+    so. It is not shown."""
+    canaries = Canaries(caplog, "someone:canary-pr0xy")
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    with pytest.raises(LayersError, match=r"HTTPS_PROXY.* cannot be used: ") as caught:
+        async with open_registry_client():
+            pass  # pragma: no cover
+    canaries.check(caught.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])

@@ -181,14 +181,19 @@ async def open_registry_client(
 
 
 def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
+    text = (
+        "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
+        "NO_PROXY, SSL_CERT_FILE and their like) cannot be used: "
+    )
     try:
         verify = trust if isinstance(trust, bool) else make_context(trust)
         return new_client(verify, max_connections)
-    except (OSError, ValueError, ImportError, InvalidURL) as error:
-        raise LayersError(
-            "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
-            f"NO_PROXY, SSL_CERT_FILE and their like) cannot be used: {error}"
-        ) from error
+    except (OSError, ImportError) as error:
+        raise LayersError(f"{text}{error}") from error
+    except (ValueError, InvalidURL):
+        pass
+    # What such an error says, and its traceback, may be the password of a proxy whose URL is wrong.
+    raise LayersError(f"{text}one cannot be understood, and is not shown: it may hold a password")
 
 
 @final
