@@ -21,6 +21,7 @@ from registry.fakes import (
     describe,
     is_final,
 )
+from trio.testing import MockClock
 
 from trio_layers._errors import (
     AuthenticationError,
@@ -318,7 +319,9 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
         ({}, None),
     ],
 )
-async def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+async def test_retry_after(
+    autojump_clock: MockClock, headers: dict[str, str], seconds: float | None
+) -> None:
     """Seconds, or a date by the registry's own clock."""
     network = Network(**{HOST: lambda request: httpx.Response(429, headers=headers)})
     with pytest.raises(RateLimited) as caught:
