@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final, Self, final
@@ -195,10 +195,7 @@ class Transport:
                 return True
         except RegistryError as error:
             # A server whose certificate is not trusted is one. Let the request itself say so.
-            cause = error.__cause__
-            while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-                cause = cause.__cause__ or cause.__context__
-            return cause is not None
+            return any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error))
 
     @asynccontextmanager
     async def get(
@@ -377,7 +374,17 @@ async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[
 
 
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
-    return RegistryError(f"{text}: {readable(str(error)) or type(error).__name__}", host=host)
+    # What OpenSSL says reaches us without its words, which are further down.
+    said = [str(error), *(str(each) for each in _causes(error) if isinstance(each, OSError))]
+    reason = next(filter(None, map(readable, said)), type(error).__name__)
+    return RegistryError(f"{text}: {reason}", host=host)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _host(url: URL) -> str:
