@@ -19,7 +19,7 @@ import attrs
 import trio
 
 from .._errors import RegistryError
-from .answers import readable
+from .answers import give_up, readable
 from .hosts import is_loopback, origin_of
 from .http import (
     URL,
@@ -30,6 +30,7 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    proxy_of,
 )
 from .trust import Trust
 
@@ -47,6 +48,8 @@ PROBE_LIMIT: Final = 5.0
 CLOSE_GRACE: Final = 5.0
 # Bytes.
 MAX_SKIPPED: Final = 64 * 1024
+
+PROXY_REFUSES: Final = "Proxy Authentication Required"
 
 _NOTHING: Final[Mapping[str, str]] = {}
 
@@ -318,12 +321,19 @@ class Transport:
                 )
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
-                raise _failed(f"{host} could not be asked for {what}", host, error) from error
+                through = _through(proxy_of(client, url))
+                text = f"{host} could not be asked for {what}{through}"
+                raise _failed(text, host, error) from error
             # Host and path only: a query may hold a signature. Decoded, a path could hold
             # whatever rewrites a terminal.
             path = url.raw_path.partition(b"?")[0].decode("ascii")
             log.debug("%s %s%s: %d", method, host, path, response.status_code)
             async with _open_body(response, host, what) as chunks:
+                if response.status_code == 407 and (proxy := proxy_of(client, url)) is not None:
+                    # As if it had been asked for a tunnel: the host has said nothing.
+                    through = _through(proxy)
+                    text = f"{host} could not be asked for {what}{through}: 407 {PROXY_REFUSES}"
+                    raise give_up(RegistryError(text, host=host, status=407))
                 following = response.next_request
                 yield Answer(
                     host,
@@ -371,6 +381,10 @@ async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[
             yield chunk
     except (HTTPError, StreamError) as error:
         raise _failed(f"{host} broke off while it sent {what}", host, error) from error
+
+
+def _through(proxy: str | None) -> str:
+    return "" if proxy is None else f" through the proxy {proxy}"
 
 
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
