@@ -52,15 +52,20 @@ _CONFIG_TYPES: Final = frozenset(
         "application/octet-stream",  # early pushes through distribution, its issue 1621
     }
 )
-_LAYER_TYPES: Final = frozenset(
-    f"application/vnd.oci.image.layer.{kind}v1.tar{compression}"
-    for kind in ("", "nondistributable.")
-    for compression in ("", "+gzip", "+zstd")
-) | frozenset(
-    f"application/vnd.docker.image.rootfs.{kind}diff.tar{compression}"
-    for kind in ("", "foreign.")
-    for compression in ("", ".gzip", ".zstd")
-)
+
+
+def _layer_types(oci: str, docker: str) -> frozenset[str]:
+    return frozenset(
+        f"application/vnd.oci.image.layer.{oci}v1.tar{compression}"
+        for compression in ("", "+gzip", "+zstd")
+    ) | frozenset(
+        f"application/vnd.docker.image.rootfs.{docker}diff.tar{compression}"
+        for compression in ("", ".gzip", ".zstd")
+    )
+
+
+_FOREIGN_TYPES: Final = _layer_types("nondistributable.", "foreign.")
+_LAYER_TYPES: Final = _layer_types("", "") | _FOREIGN_TYPES
 _IN_TOTO: Final = "application/vnd.in-toto"
 
 
@@ -72,7 +77,7 @@ class Descriptor:
         media_type: What the content is.
         digest: What it hashes to.
         size: Its length in bytes.
-        urls: Where else it may be had.
+        urls: Where else it may be had, which counts for foreign layers alone.
         annotations: What the publisher says of it.
         platform: In an index, what the manifest is for; ``None`` if it does not say.
         artifact_type: In a list of referrers, what they are; ``None`` if it does not say.
@@ -85,6 +90,12 @@ class Descriptor:
     annotations: Mapping[str, str] = attrs.field(factory=dict, hash=False)
     platform: Platform | None = None
     artifact_type: str | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a layer that registries need not have, since its licence may not allow it
+        to be handed on (OCI ``layer.md``, "Non-Distributable Layers")."""
+        return self.media_type in _FOREIGN_TYPES
 
     @property
     def is_attestation(self) -> bool:

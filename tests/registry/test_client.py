@@ -8,6 +8,7 @@ from functools import partial
 import httpx
 import pytest
 import trio
+from _tools.canaries import Canaries
 from registry.fakes import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -20,6 +21,7 @@ from registry.fakes import (
     describe,
     is_final,
 )
+from trio.testing import MockClock
 
 from trio_layers._errors import (
     AuthenticationError,
@@ -317,7 +319,9 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
         ({}, None),
     ],
 )
-async def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+async def test_retry_after(
+    autojump_clock: MockClock, headers: dict[str, str], seconds: float | None
+) -> None:
     """Seconds, or a date by the registry's own clock."""
     network = Network(**{HOST: lambda request: httpx.Response(429, headers=headers)})
     with pytest.raises(RateLimited) as caught:
@@ -412,6 +416,27 @@ async def test_an_environment_that_cannot_be_used(
     with pytest.raises(LayersError, match=f"{variable}.* cannot be used: "):
         async with open_registry_client():
             pass  # pragma: no cover
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://someone:canary-pr0xy/x@proxy.example:3128",
+        "http://someone:canary-pr0xy@proxy.example:port",
+        "other://canary-pr0xy@proxy.example",
+    ],
+)
+async def test_the_password_of_a_proxy_whose_url_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str
+) -> None:
+    """A slash in it ends the host, for a parser, which takes what is before for the port, and says
+    so. It is not shown."""
+    canaries = Canaries(caplog, "someone:canary-pr0xy")
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    with pytest.raises(LayersError, match=r"HTTPS_PROXY.* cannot be used: ") as caught:
+        async with open_registry_client():
+            pass  # pragma: no cover
+    canaries.check(caught.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import ssl
 
 import httpcore
 import httpx
 import pytest
 import trio
+import trustme
 from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe
 from trio.testing import wait_all_tasks_blocked
 
@@ -19,6 +21,7 @@ from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
 from trio_layers._registry.http import read_more_at_once
 from trio_layers._registry.transport import MAX_REDIRECTS
+from trio_layers.testing import open_registry
 
 HOST = "https://registry.example"
 STORAGE = "https://storage.example"
@@ -377,6 +380,20 @@ async def test_a_plain_registry_on_loopback() -> None:
             image = await client.resolve_image(parse_reference(f"127.0.0.1:{port}/team/app"))
         assert image.config.platform.os == "linux"
         nursery.cancel_scope.cancel()
+
+
+async def test_a_certificate_that_is_not_trusted() -> None:
+    """The error says that it is the certificate, though httpx says nothing under trio."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    async with (
+        open_registry(ssl_context=context) as registry,
+        httpx.AsyncClient(trust_env=False) as http,
+        open_registry_client(client=http) as client,
+    ):
+        with pytest.raises(RegistryError, match="certificate verify failed: ") as caught:
+            await client.resolve(parse_reference(f"{registry.host}/a"))
+    assert str(caught.value).startswith(f"{registry.host} could not be asked for the manifest")
 
 
 async def test_httpx_is_made_to_read_more_at_once() -> None:

@@ -493,8 +493,10 @@ async def _document(source: Source, descriptor: Descriptor) -> bytes:
 
 
 def _missing(source: Source, descriptor: Descriptor) -> ArchiveError:
+    hint = ": such layers are often left out, so pull the image" if descriptor.is_foreign else ""
     return ArchiveError(
-        f"{source.name} lacks {blob_path(descriptor.digest)}, a {shown(descriptor.media_type)}"
+        f"{source.name} lacks {blob_path(descriptor.digest)}, "
+        f"a {shown(descriptor.media_type)}{hint}"
     )
 
 

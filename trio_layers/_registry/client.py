@@ -47,6 +47,7 @@ from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, is_final, readable
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
+from .elsewhere import Elsewhere
 from .http import AsyncClient, InvalidURL, new_client
 from .lists import Pages, decode_tags
 from .sites import Site, Sites, ask_in_turn
@@ -206,14 +207,19 @@ async def open_registry_client(
 
 
 def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
+    text = (
+        "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
+        "NO_PROXY, SSL_CERT_FILE and their like) cannot be used: "
+    )
     try:
         verify = trust if isinstance(trust, bool) else make_context(trust)
         return new_client(verify, max_connections)
-    except (OSError, ValueError, ImportError, InvalidURL) as error:
-        raise LayersError(
-            "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
-            f"NO_PROXY, SSL_CERT_FILE and their like) cannot be used: {error}"
-        ) from error
+    except (OSError, ImportError) as error:
+        raise LayersError(f"{text}{error}") from error
+    except (ValueError, InvalidURL):
+        pass
+    # What such an error says, and its traceback, may be the password of a proxy whose URL is wrong.
+    raise LayersError(f"{text}one cannot be understood, and is not shown: it may hold a password")
 
 
 @final
@@ -412,11 +418,11 @@ class RegistryClient:
                 f"{what} has {size} bytes, which is more than {max_size}", digest=digest
             )
 
-        async def attempt(site: Site) -> bytes:
+        async def attempt(site: Site | Elsewhere) -> bytes:
             path = f"blobs/{digest}"
             return await _read(site, reference, path, what, {}, digest, size, max_size)
 
-        return await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+        return await ask_in_turn(await self._sites_of(reference, blob), attempt)
 
     @asynccontextmanager
     async def open_blob(
@@ -438,12 +444,12 @@ class RegistryClient:
         what = f"blob {digest} of {reference.name}"
         async with AsyncExitStack() as stack:
 
-            async def attempt(site: Site) -> Answer:
+            async def attempt(site: Site | Elsewhere) -> Answer:
                 return await stack.enter_async_context(
                     site.ask(reference, f"blobs/{digest}", what, {})
                 )
 
-            answer = await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+            answer = await ask_in_turn(await self._sites_of(reference, blob), attempt)
             yield BlobChunks(answer, digest, size)
 
     async def fetch_blob(
@@ -462,7 +468,8 @@ class RegistryClient:
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
         ``Verifying Checksum``, then ``Download complete``.
 
-        Where there are mirrors, one host goes on where the other has failed.
+        Where there are mirrors, one host goes on where the other has failed. A foreign layer (see
+        `Descriptor.is_foreign`) is asked for at its URLs first, without credentials.
 
         Cancelled, or failed halfway, what is there stays in the sink, to be resumed.
 
@@ -485,7 +492,7 @@ class RegistryClient:
         what = f"blob {descriptor.digest} of {reference.name}"
         tried = False
 
-        async def attempt(site: Site) -> None:
+        async def attempt(site: Site | Elsewhere) -> None:
             nonlocal tried
 
             def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
@@ -503,7 +510,7 @@ class RegistryClient:
                 await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
-        await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+        await ask_in_turn(await self._sites_of(reference, descriptor), attempt)
 
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
         """List a repository's tags, in the registry's order, which should be the alphabet's and
@@ -631,6 +638,15 @@ class RegistryClient:
 
         return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
 
+    async def _sites_of(
+        self, reference: Reference, blob: Descriptor | str
+    ) -> list[Site | Elsewhere]:
+        """Who is asked for a blob."""
+        sites = await self._sites.find(reference, "pull")
+        if isinstance(blob, str):
+            return [*sites]
+        return [*self._sites.elsewhere(reference, blob), *sites]
+
     async def _get_document(
         self, reference: Reference, kind: str, descriptor: Descriptor, known: Known
     ) -> bytes:
@@ -706,7 +722,7 @@ def _check_promise(promised: str | None, digest: Digest, host: str, what: str) -
 
 
 async def _read(
-    site: Site,
+    site: Site | Elsewhere,
     reference: Reference,
     path: str,
     what: str,

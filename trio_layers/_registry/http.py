@@ -44,6 +44,7 @@ __all__ = [
     "Timeout",
     "create_ssl_context",
     "new_client",
+    "proxy_of",
     "read_more_at_once",
 ]
 
@@ -69,6 +70,18 @@ def new_client(verify: bool | ssl.SSLContext, max_connections: int) -> AsyncClie
     )
     read_more_at_once(client)
     return client
+
+
+def proxy_of(client: AsyncClient, url: URL) -> str | None:
+    """Host and port of the proxy through which a client asks there, for people; ``None`` if there
+    is none, or httpx is not as it was when this was written: it does not say."""
+    find = getattr(client, "_transport_for_url", None)
+    transport = None if find is None else find(url)
+    proxy = getattr(getattr(transport, "_pool", None), "_proxy_url", None)
+    if not isinstance(proxy, httpcore.URL):
+        return None
+    host = proxy.host.decode("ascii", "replace")
+    return f"{f'[{host}]' if ':' in host else host}:{proxy.origin.port}"
 
 
 def read_more_at_once(client: AsyncClient) -> None:

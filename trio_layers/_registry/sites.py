@@ -22,12 +22,14 @@ from .._errors import (
     RegistryError,
     VerificationError,
 )
+from .._manifest import Descriptor
 from .._reference import Reference
 from .answers import PATIENCE, RateLimit, is_final, rate_limit, read_error
 from .auth import Authenticator
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
-from .hosts import base_urls, origin_of, parse_url, registry_of
+from .elsewhere import MAX_URLS, Elsewhere
+from .hosts import base_urls, is_loopback, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .http import URL, InvalidURL
 from .transport import Answer, Connections, Manner, Method, Transport
@@ -41,8 +43,11 @@ log = logging.getLogger("trio_layers.registry")
 REST: Final = 60.0
 # Seconds that a wait counts for: who asks to wait for none may do so a few times only.
 LEAST_PATIENCE: Final = 10.0
+# URLs of layers, of which it is known with which entity tag they began.
+MAX_ELSEWHERE: Final = 1000
 
 T = TypeVar("T")
+SiteT = TypeVar("SiteT", bound="Site | Elsewhere")
 
 
 @final
@@ -197,6 +202,8 @@ class Sites:
         self._transport = Transport(connections, plain_http=plain_http)
         self._authenticator = Authenticator(self._transport, credentials, plain_http=plain_http)
         self._sites: dict[str, tuple[Site, ...]] = {}
+        self._abroad = Transport(connections, plain_http=plain_http, local=False)
+        self._elsewhere: dict[tuple[str, Transport], Elsewhere] = {}
 
     @property
     def rate_limits(self) -> dict[str, RateLimit]:
@@ -227,6 +234,26 @@ class Sites:
                 f"none of the hosts for {domain} has {wanted} among its capabilities",
             )
         return able
+
+    def elsewhere(self, reference: Reference, layer: Descriptor) -> list[Elsewhere]:
+        """The URLs at which to ask for a layer before the registry is asked: the first of those
+        that its manifest gives, if it is of a type that the registry need not have.
+
+        Raises:
+            InvalidReference: if the reference's domain cannot be a host.
+        """
+        if not layer.is_foreign:
+            return []
+        local = is_loopback(base_urls(reference, plain_http=False)[0])
+        transport = self._transport if local else self._abroad
+        found = []
+        for text in dict.fromkeys(layer.urls[:MAX_URLS]):
+            if (text, transport) not in self._elsewhere:
+                if len(self._elsewhere) >= MAX_ELSEWHERE:
+                    del self._elsewhere[next(iter(self._elsewhere))]
+                self._elsewhere[text, transport] = Elsewhere(text, transport)
+            found.append(self._elsewhere[text, transport])
+        return found
 
     async def _open(self, reference: Reference) -> tuple[Site, ...]:
         domain = reference.domain
@@ -314,7 +341,7 @@ def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], 
     return tuple(fields)
 
 
-async def ask_in_turn(sites: Sequence[Site], attempt: Callable[[Site], Awaitable[T]]) -> T:
+async def ask_in_turn(sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]]) -> T:
     """Make an attempt at each site until one succeeds, as containerd does: whatever is wrong with
     one, the next may do better.
 
@@ -325,11 +352,13 @@ async def ask_in_turn(sites: Sequence[Site], attempt: Callable[[Site], Awaitable
         LayersError: as the attempt does at the last of the sites, with what was wrong with the
             others; it is one to give up at only if all of them are.
     """
-    failures: dict[Site, LayersError] = {}
+    failures: dict[SiteT, LayersError] = {}
     resting = {site: trouble for site in sites if (trouble := site.trouble)}
     awake = [site for site in sites if site not in resting]
     for turn in (awake, list(resting)):
-        if turn is not awake and any(map(is_final, failures.values())):
+        # A layer's URLs have no say in what the registry has.
+        final = [site for site, error in failures.items() if is_final(error)]
+        if turn is not awake and any(isinstance(site, Site) for site in final):
             failures |= resting
             break
         for site in turn:

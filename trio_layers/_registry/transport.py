@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias, final
@@ -19,7 +19,7 @@ import attrs
 import trio
 
 from .._errors import RegistryError
-from .answers import readable
+from .answers import give_up, readable
 from .hosts import is_loopback, origin_of
 from .http import (
     URL,
@@ -30,6 +30,7 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    proxy_of,
 )
 from .trust import Trust
 
@@ -49,6 +50,8 @@ CLOSE_GRACE: Final = 5.0
 MAX_SKIPPED: Final = 64 * 1024
 
 Method: TypeAlias = Literal["GET", "HEAD", "POST"]
+
+PROXY_REFUSES: Final = "Proxy Authentication Required"
 
 _NOTHING: Final[Mapping[str, str]] = {}
 
@@ -179,14 +182,21 @@ class Transport:
     Args:
         connections: Through these.
         plain_http: Whether HTTPS may lead to plain HTTP.
+        local: Whether it may lead to that on this machine in any case.
         manner: How a host is spoken to that is configured; ``None``: nothing is said.
     """
 
     def __init__(
-        self, connections: Connections, *, plain_http: bool, manner: Manner | None = None
+        self,
+        connections: Connections,
+        *,
+        plain_http: bool,
+        local: bool = True,
+        manner: Manner | None = None,
     ) -> None:
         self._connections = connections
         self._plain_http = plain_http
+        self._local = local
         self._manner = Manner(frozenset()) if manner is None else manner
 
     async def speaks_tls(self, url: URL) -> bool:
@@ -196,10 +206,7 @@ class Transport:
                 return True
         except RegistryError as error:
             # A server whose certificate is not trusted is one. Let the request itself say so.
-            cause = error.__cause__
-            while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-                cause = cause.__cause__ or cause.__context__
-            return cause is not None
+            return any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error))
 
     @asynccontextmanager
     async def get(
@@ -266,12 +273,14 @@ class Transport:
                 )
             yield answer
 
-    def _redirected(self, url: URL, target: URL, what: str) -> URL:
-        allowed = target.scheme == "https" or (
-            target.scheme == "http"
-            and (url.scheme == "http" or self._plain_http or is_loopback(target))
+    def allows(self, target: URL) -> bool:
+        """Whether HTTPS may lead there."""
+        return target.scheme == "https" or (
+            target.scheme == "http" and (self._plain_http or (self._local and is_loopback(target)))
         )
-        if not allowed:
+
+    def _redirected(self, url: URL, target: URL, what: str) -> URL:
+        if not (self.allows(target) or url.scheme == target.scheme == "http"):
             raise RegistryError(
                 f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)} for "
                 f"{what}, which is not followed: allow plain HTTP if that is meant",
@@ -322,12 +331,19 @@ class Transport:
                 )
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
-                raise _failed(f"{host} could not be asked for {what}", host, error) from error
+                through = _through(proxy_of(client, url))
+                text = f"{host} could not be asked for {what}{through}"
+                raise _failed(text, host, error) from error
             # Host and path only: a query may hold a signature. Decoded, a path could hold
             # whatever rewrites a terminal.
             path = url.raw_path.partition(b"?")[0].decode("ascii")
             log.debug("%s %s%s: %d", method, host, path, response.status_code)
             async with _open_body(response, host, what) as chunks:
+                if response.status_code == 407 and (proxy := proxy_of(client, url)) is not None:
+                    # As if it had been asked for a tunnel: the host has said nothing.
+                    through = _through(proxy)
+                    text = f"{host} could not be asked for {what}{through}: 407 {PROXY_REFUSES}"
+                    raise give_up(RegistryError(text, host=host, status=407))
                 following = response.next_request
                 yield Answer(
                     host,
@@ -377,8 +393,22 @@ async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[
         raise _failed(f"{host} broke off while it sent {what}", host, error) from error
 
 
+def _through(proxy: str | None) -> str:
+    return "" if proxy is None else f" through the proxy {proxy}"
+
+
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
-    return RegistryError(f"{text}: {readable(str(error)) or type(error).__name__}", host=host)
+    # What OpenSSL says reaches us without its words, which are further down.
+    said = [str(error), *(str(each) for each in _causes(error) if isinstance(each, OSError))]
+    reason = next(filter(None, map(readable, said)), type(error).__name__)
+    return RegistryError(f"{text}: {reason}", host=host)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _host(url: URL) -> str:

@@ -1,0 +1,276 @@
+"""Proxies and certificates as users of httpx expect them: by the environment, or by a client of
+their own. The registries have names, which only a resolver of ours knows, and real sockets."""
+
+from __future__ import annotations
+
+import random
+import ssl
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import attrs
+import httpx
+import pytest
+import trio
+import trustme
+from _tools.canaries import Canaries
+from _tools.proxy import Proxy, run_proxy
+
+from trio_layers import Credentials, RegistryError, open_puller
+from trio_layers.testing import BasicAuth, BuiltImage, File, Registry, build_image, open_registry
+
+LOGIN = "someone:canary-pr0xy"
+CREDENTIALS = Credentials("us", "canary-5ecret")
+BIG = random.Random(3).randbytes(200_000)
+
+
+class Resolver(trio.abc.HostnameResolver):
+    """All names below ``.test`` are this machine."""
+
+    async def getaddrinfo(self, host, port, family=0, type=0, proto=0, flags=0):
+        assert host.endswith(b".test"), host
+        return await trio.socket.getaddrinfo("127.0.0.1", port, family, type, proto, flags)
+
+    async def getnameinfo(self, sockaddr, flags):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def built() -> BuiltImage:
+    return build_image([[File("big", BIG)], [File("small", b"small")]])
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@attrs.frozen
+class World:
+    """A registry with a name, which wants a login, and a proxy that wants another one."""
+
+    registry: Registry
+    host: str
+    proxy: Proxy
+    directory: Path
+    ca: Path
+    canaries: Canaries
+
+    @property
+    def reference(self) -> str:
+        return f"{self.host}/team/app:1"
+
+    async def pull(self, **options) -> None:
+        async with (
+            open_puller(
+                self.directory / "store", credentials=CREDENTIALS, retry_tick=0.01, **options
+            ) as puller,
+            puller.pull(self.reference) as image,
+        ):
+            assert await image.rootfs.read_bytes("big") == BIG
+        self.check()
+
+    async def fail(self, **options) -> RegistryError:
+        with pytest.raises(RegistryError) as caught:
+            await self.pull(**options)
+        self.check(caught.value)
+        return caught.value
+
+    def check(self, *things: object) -> None:
+        """Who is told what: the registry nothing of the proxy, the proxy nothing that is for the
+        registry, as far as it is not in its hands anyway; and nobody else anything."""
+        self.canaries.check(*things)
+        assert not any("proxy-authorization" in each.headers for each in self.registry.requests)
+        assert not any(self.canaries.seen(head.partition("\r\n")[0]) for head in self.proxy.heads)
+
+
+@pytest.fixture(params=["https"])
+async def world(
+    request: pytest.FixtureRequest,
+    built: BuiltImage,
+    authority: trustme.CA,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[World]:
+    canaries = Canaries(caplog, LOGIN, f"{CREDENTIALS.username}:{CREDENTIALS.password}")
+    context = None
+    if request.param == "https":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("registry.test").configure_cert(context)
+    auth = BasicAuth(CREDENTIALS.username, CREDENTIALS.password)
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca)
+    trio.socket.set_custom_hostname_resolver(Resolver())  # for this run
+    async with (
+        open_registry(auth=auth, ssl_context=context) as registry,
+        run_proxy(login=LOGIN) as proxy,
+    ):
+        registry.add(built, "team/app:1")
+        host = f"registry.test:{registry.host.rpartition(':')[2]}"
+        yield World(registry, host, proxy, tmp_path, ca, canaries)
+
+
+plain = pytest.mark.parametrize("world", ["http"], indirect=True)
+
+
+# By the environment.
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+async def test_a_proxy_by_the_environment(
+    variable: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All goes through tunnels, and certificates are those of SSL_CERT_FILE. The password of the
+    proxy, which its URL has, is for the proxy alone, which sees nothing of what is in them."""
+    monkeypatch.setenv(variable, world.proxy.url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
+    await world.pull()
+    assert set(world.proxy.asked) == {f"CONNECT {world.host}"}
+    assert not any("\r\nAuthorization" in head for head in world.proxy.heads)
+    assert all("\r\nProxy-Authorization: Basic " in head for head in world.proxy.heads)
+
+
+@plain
+async def test_a_proxy_for_plain_http(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY is for that alone: whether the registry speaks TLS is found out without it."""
+    monkeypatch.setenv("HTTP_PROXY", world.proxy.url)
+    await world.pull(plain_http=True)
+    url = f"http://{world.host}/v2/team/app"
+    assert f"GET {url}/manifests/1" in world.proxy.asked
+    assert all(each.startswith(f"GET {url}/") for each in world.proxy.asked)
+    assert len(world.proxy.asked) == len([each for each in world.registry.requests if each.status])
+
+
+@pytest.mark.parametrize("names", ["registry.test", ".test", "other.test, registry.test", "*"])
+async def test_no_proxy(names: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is in NO_PROXY is asked directly; another one is not."""
+    monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
+    monkeypatch.setenv("NO_PROXY", names)
+    monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
+    await world.pull()
+    assert world.proxy.heads == []
+    monkeypatch.setenv("NO_PROXY", "other.test")
+    async with open_puller(world.directory / "store", credentials=CREDENTIALS) as puller:
+        await puller.resolve(world.reference)
+    assert world.proxy.asked == [f"CONNECT {world.host}"]
+
+
+async def test_a_certificate_that_the_environment_does_not_know(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy is no reason to trust whoever is behind it."""
+    monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
+    error = await world.fail()
+    assert f"through the proxy {world.proxy.host}: " in str(error)
+    assert "certificate verify failed" in str(error)
+    assert world.registry.requests == []
+
+
+# Proxies that refuse.
+
+
+@pytest.mark.parametrize("world", ["https", "http"], indirect=True)
+async def test_a_proxy_that_wants_another_login(
+    world: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names it, without the password that it was given. The registry is not told
+    anything."""
+    scheme = request.node.callspec.params["world"]
+    world.canaries.add("someone:canary-wr0ng")
+    monkeypatch.setenv("ALL_PROXY", f"http://someone:canary-wr0ng@{world.proxy.host}")
+    error = await world.fail(plain_http=scheme == "http")
+    assert f"through the proxy {world.proxy.host}: 407 Proxy Authentication" in str(error)
+    assert error.host == world.host
+    assert world.registry.requests == []
+
+
+@pytest.mark.parametrize("world", ["https", "http"], indirect=True)
+async def test_a_proxy_that_is_gone(
+    world: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is asked in its place."""
+    scheme = request.node.callspec.params["world"]
+    async with run_proxy(login=LOGIN) as gone:
+        pass
+    monkeypatch.setenv("ALL_PROXY", gone.url)
+    error = await world.fail(plain_http=scheme == "http")
+    assert f"{world.host} could not be asked for the manifest" in str(error)
+    assert f"through the proxy {gone.host}: " in str(error)
+    assert world.registry.requests == []
+
+
+async def test_a_proxy_that_cannot_reach_the_registry(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes the connection, as some do, instead of an answer."""
+
+    async def hangs_up(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, hangs_up, 0, host="127.0.0.1"))
+        host = f"127.0.0.1:{listener.socket.getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", host)
+        error = await world.fail()
+        nursery.cancel_scope.cancel()
+    assert f"through the proxy {host}: " in str(error)
+
+
+# A client that was given.
+
+
+async def test_a_client_with_a_proxy_of_its_own(
+    world: World, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is used as it is, proxy and certificates and all, and stays open. That of the
+    environment is not asked."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with run_proxy() as other:
+        monkeypatch.setenv("HTTPS_PROXY", other.url)
+        name, _, password = LOGIN.partition(":")
+        proxy = httpx.Proxy(f"http://{world.proxy.host}", auth=(name, password))
+        async with httpx.AsyncClient(proxy=proxy, verify=context) as client:
+            await world.pull(client=client)
+            assert not client.is_closed
+            response = await client.get(f"https://{world.host}/v2/")
+            assert response.status_code == 401
+        assert other.heads == []
+    assert set(world.proxy.asked) == {f"CONNECT {world.host}"}
+
+
+async def test_a_client_whose_proxy_refuses(world: World, authority: trustme.CA) -> None:
+    """The error names its proxy as well."""
+    async with httpx.AsyncClient(proxy=f"http://{world.proxy.host}") as client:
+        error = await world.fail(client=client)
+    assert f"through the proxy {world.proxy.host}: 407 Proxy Authentication" in str(error)
+
+
+# Hosts with certificates of their own.
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own", "given"])
+async def test_certificates_of_hosts_toml(
+    given: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has them is asked by another client, which goes through the proxy of the environment,
+    too; also where a client was given, whose proxy it cannot know."""
+    place = world.directory / "certs.d" / world.host
+    place.mkdir(parents=True)
+    (place / "hosts.toml").write_text(f'server = "https://{world.host}"\nca = "{world.ca}"\n')
+    monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
+    options = {"hosts_dir": world.directory / "certs.d"}
+    async with run_proxy() as other, httpx.AsyncClient(proxy=other.url) as client:
+        await world.pull(**options, client=client if given else None)
+        assert other.heads == []
+    assert set(world.proxy.asked) == {f"CONNECT {world.host}"}

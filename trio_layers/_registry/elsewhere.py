@@ -1,0 +1,79 @@
+"""Layers that a registry need not have, by the URLs that their manifest gives.
+
+Whoever wrote the manifest chose the URLs, and need not be who runs the registry: nothing of what
+the registry is asked with goes there, and plain HTTP to this machine is for images that come from
+this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Final, final
+
+from .._errors import LayersError, RegistryError
+from .._reference import Reference
+from .answers import give_up, read_error, readable
+from .blobs import EntityTags
+from .hosts import parse_url
+from .http import URL, InvalidURL
+from .transport import Answer, Transport
+
+__all__ = ["MAX_URLS", "Elsewhere"]
+
+MAX_URLS: Final = 8
+"""How many of a layer's URLs are tried."""
+
+
+@final
+class Elsewhere:
+    """One URL of a layer, asked as a `Site` is, but for that alone, and without credentials.
+
+    It is never passed over for not having been reached: it may be the only one who has the layer.
+
+    Args:
+        text: The URL, as the manifest has it.
+        transport: Asks there. Of plain HTTP it allows what a redirect may lead to.
+    """
+
+    trouble: Final = None
+
+    def __init__(self, text: str, transport: Transport) -> None:
+        self.tags = EntityTags()
+        self._transport = transport
+        self._url: URL | None = None
+        self.name, self._refused = "a URL", ""
+        try:
+            # A name and password in it would be sent.
+            url = parse_url(text).copy_with(username=None, password=None)
+        except InvalidURL as error:
+            self._refused = f"it is none: {readable(str(error))}"
+            return
+        self.name = url.netloc.decode("ascii", "replace") or self.name
+        if not url.host or url.scheme not in ("https", "http"):
+            self._refused = f"it has the scheme {readable(url.scheme)!r}, or no host"
+        elif not transport.allows(url):
+            self._refused = "it is plain HTTP: allow that if it is meant"
+        else:
+            self._url = url
+
+    def __repr__(self) -> str:
+        return f"<Elsewhere {self.name}>"
+
+    def note(self, error: LayersError) -> None:
+        """As `Site.note`, but nothing is remembered."""
+
+    @asynccontextmanager
+    async def ask(
+        self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[Answer]:
+        """As `Site.ask`."""
+        if self._url is None:
+            message = f"{self.name}, in the manifest, is not asked for {what}: {self._refused}"
+            raise give_up(RegistryError(message, host=self.name))
+        async with self._transport.get(self._url, what, headers=headers) as answer:
+            if 200 <= answer.status < 300 or ("Range" in headers and answer.status == 416):
+                yield answer
+                return
+            error = await read_error(answer, what)
+        raise error
