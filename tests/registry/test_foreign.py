@@ -87,6 +87,18 @@ async def test_urls_come_before_the_registry(media_type: str) -> None:
     assert network.asked == [f"{FIRST}/a?signature=s", f"{SECOND}/b"]
 
 
+async def test_as_bytes_and_piece_by_piece() -> None:
+    network = Network(**{FIRST: lacks, SECOND: sends(), HOST: lacks})
+    layer = foreign(FIRST, SECOND)
+    async with network.client() as http, open_registry_client(client=http) as client:
+        assert await client.get_blob(APP, layer) == CONTENT
+        async with client.open_blob(APP, layer) as chunks:
+            assert b"".join([chunk async for chunk in chunks]) == CONTENT
+        with pytest.raises(NotFound):  # by its digest alone it is a blob as any other
+            await client.get_blob(APP, layer.digest)
+    assert network.asked[:4] == [FIRST, SECOND] * 2
+
+
 @pytest.mark.parametrize(
     "media_type",
     [
