@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import random
+import ssl
 
 import httpcore
 import httpx
 import pytest
 import trio
+import trustme
+from _tools.moments import moments
 from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe
 from trio.testing import wait_all_tasks_blocked
 
@@ -240,6 +244,153 @@ async def serve_large(stream: trio.SocketStream) -> None:
 
 
 LARGE = random.Random(1).randbytes(1_000_000)
+
+
+class StormyServer:
+    """A registry over plain HTTP, and a storage over TLS that it redirects to; now and then a
+    connection is closed after an answer.
+
+    Attributes:
+        connections: How many are open.
+        together: How many requests to wait for before any of them is answered, once.
+        most: How many requests were in work at once.
+        storage: The storage's port.
+    """
+
+    def __init__(self, context: ssl.SSLContext, rng: random.Random) -> None:
+        self.connections = 0
+        self.together = 1
+        self.most = 0
+        self._context = context
+        self._rng = rng
+        self.storage = 0
+        self._in_work = 0
+        self._changed = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[int]) -> None:
+        """Serve; tells the registry's port when that has begun."""
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(trio.serve_tcp, self._serve_storage, 0)
+            self.storage = listeners[0].socket.getsockname()[1]
+            listeners = await nursery.start(trio.serve_tcp, self._serve, 0)
+            task_status.started(listeners[0].socket.getsockname()[1])
+
+    async def wait_connections(self, number: int) -> None:
+        """Until so many are open. A server hears of the end of one a moment later."""
+        while self.connections != number:
+            await self._changed.wait()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _serve_storage(self, stream: trio.SocketStream) -> None:
+        await self._serve(
+            trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
+        )
+
+    async def _serve(self, stream: trio.abc.Stream) -> None:
+        self.connections += 1
+        try:
+            while await self._answer(stream):
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            await trio.aclose_forcefully(stream)
+            self.connections -= 1
+            self._change()
+
+    async def _answer(self, stream: trio.abc.Stream) -> bool:
+        """Answer a request, if there is one more; whether another may follow."""
+        request = await stream.receive_some(65536)
+        if not request.startswith(b"GET "):
+            return False
+        self._in_work += 1
+        self.most = max(self.most, self._in_work)
+        self._change()
+        try:
+            while self._in_work < self.together:
+                await self._changed.wait()
+            self.together = 1
+            close, moved = self._rng.random() < 0.3, self._rng.random() < 0.4
+            lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(CONTENT)}"]
+            if close:
+                lines.append("Connection: close")
+            if moved and not isinstance(stream, trio.SSLStream):
+                lines[0] = "HTTP/1.1 307 Elsewhere"
+                lines.append(f"Location: https://127.0.0.1:{self.storage}/blob")
+            await stream.send_all("\r\n".join([*lines, "", ""]).encode())
+            await stream.send_all(CONTENT[:3])
+            await stream.send_all(CONTENT[3:])
+        finally:
+            self._in_work -= 1
+        return not close
+
+
+def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """For a server on loopback, and for who trusts it."""
+    authority = trustme.CA()
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(theirs)
+    ours = ssl.create_default_context()
+    authority.configure_trust(ours)
+    return theirs, ours
+
+
+async def tunnel(stream: trio.SocketStream) -> None:
+    """A proxy for a client that speaks TLS through it."""
+
+    async def carry(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        async for data in source:
+            await sink.send_all(data)
+        nursery.cancel_scope.cancel()
+
+    async with stream:
+        try:
+            host, _, port = (await stream.receive_some(65536)).split()[1].decode().partition(":")
+            await stream.send_all(b"HTTP/1.1 200 Connected\r\n\r\n")
+            async with await trio.open_tcp_stream(host, int(port)) as other:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(carry, stream, other)
+                    nursery.start_soon(carry, other, stream)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, IndexError):
+            pass
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
+    """Wherever that happens, in a handshake too: the only connection there may be is there for the
+    next request, and nothing is left open. httpcore alone loses it."""
+    theirs, ours = contexts()
+    server = StormyServer(theirs, random.Random(1))
+    proxy = None
+    met: set[str] = set()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        if proxied:
+            listeners = await nursery.start(trio.serve_tcp, tunnel, 0)
+            proxy = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        reference = parse_reference(f"127.0.0.1:{server.storage}/team/app")
+        for at in itertools.count(1):
+            async with (
+                httpx.AsyncClient(
+                    verify=ours, proxy=proxy, limits=httpx.Limits(max_connections=1)
+                ) as http,
+                open_registry_client(client=http, max_connections=1) as client,
+            ):
+                with trio.CancelScope() as scope, moments(scope, at) as countdown:
+                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                met.update(countdown.frames)
+                with trio.fail_after(30):
+                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+            with trio.fail_after(30):
+                await server.wait_connections(0)
+            if not countdown.frames:
+                break
+        nursery.cancel_scope.cancel()
+    assert {"connect_tcp", "start_tls"} <= met
+    gc.collect()
 
 
 async def serve_small(stream: trio.SocketStream) -> None:

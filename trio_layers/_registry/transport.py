@@ -30,6 +30,7 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    send,
 )
 from .trust import Trust
 
@@ -307,9 +308,7 @@ class Transport:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
             try:
-                response = await client.send(
-                    request, stream=True, follow_redirects=False, auth=None
-                )
+                response = await send(client, request)
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
                 raise _failed(f"{host} could not be asked for {what}", host, error) from error
