@@ -7,6 +7,7 @@ import itertools
 import logging
 import random
 import ssl
+from collections import Counter
 
 import httpcore
 import httpx
@@ -21,7 +22,7 @@ from trio_layers._errors import RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.http import read_more_at_once
+from trio_layers._registry.http import new_client, read_more_at_once
 from trio_layers._registry.transport import MAX_REDIRECTS
 
 HOST = "https://registry.example"
@@ -29,6 +30,7 @@ STORAGE = "https://storage.example"
 APP = parse_reference("registry.example/team/app")
 CONTENT = b"content"
 BLOB = describe(CONTENT)
+MOST = 3
 
 
 def redirect(location: str, status: int = 307) -> httpx.Response:
@@ -328,6 +330,36 @@ class StormyServer:
         return not close
 
 
+STAGES = {
+    "waiting for a slot": ("park", "acquire_on_behalf_of"),
+    "connecting": ("_connect",),
+    "waiting for an answer": ("_receive_response_headers",),
+    "in the body": ("_receive",),
+    "in a redirect's body": ("skip",),
+    "closing": ("_response_closed",),
+}
+
+
+async def test_a_certificate_that_is_not_trusted_through_a_proxy() -> None:
+    """It takes no connection away from those that come later."""
+    theirs, _ = contexts()
+    server = StormyServer(theirs, random.Random(1))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        listeners = await nursery.start(trio.serve_tcp, tunnel, 0)
+        proxy = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        reference = parse_reference(f"127.0.0.1:{server.storage}/team/app")
+        async with (
+            httpx.AsyncClient(proxy=proxy, limits=httpx.Limits(max_connections=1)) as http,
+            open_registry_client(client=http, max_connections=1) as client,
+        ):
+            for _ in range(2):
+                with trio.fail_after(30), pytest.raises(RegistryError, match="127.0.0.1"):
+                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+        nursery.cancel_scope.cancel()
+    gc.collect()
+
+
 def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """For a server on loopback, and for who trusts it."""
     authority = trustme.CA()
@@ -393,51 +425,54 @@ async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
     gc.collect()
 
 
-async def serve_small(stream: trio.SocketStream) -> None:
-    """Every connection gets `CONTENT`, once: the pool is always short of connections."""
-    async with stream:
-        try:
-            await stream.receive_some(65536)
-            head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(CONTENT)}\r\n\r\n"
-            await stream.send_all(head.encode() + CONTENT)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-
-
 async def test_a_storm_of_cancellations() -> None:
-    """Requests cancelled at any moment take no connection from those that come later. Without
-    the slots this hangs."""
+    """Of two thousand requests most are cancelled, at any moment there is. They take no connection
+    from those that come later. httpcore alone hangs, whether we queue for it or not."""
     rng = random.Random(2)
+    theirs, ours = contexts()
+    server = StormyServer(theirs, rng)
+    met: Counter[str] = Counter()
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(trio.serve_tcp, serve_small, 0)
-        port = listeners[0].socket.getsockname()[1]
+        port = await nursery.start(server.run)
         reference = parse_reference(f"127.0.0.1:{port}/team/app")
-        limits = httpx.Limits(max_connections=3)
         async with (
-            httpx.AsyncClient(limits=limits, trust_env=False) as http,
-            open_registry_client(client=http, max_connections=3) as client,
+            new_client(ours, MOST) as http,
+            open_registry_client(client=http, max_connections=MOST) as client,
         ):
 
             async def fetch_once() -> None:
                 await client.fetch_blob(reference, BLOB, MemorySink(), Report())
 
-            async def cancelled_after(ticks: int) -> None:
-                """Fetch, and be cancelled after some turns of the scheduler."""
-                async with trio.open_nursery() as both:
-                    both.start_soon(fetch_once)
-                    for _ in range(ticks):
-                        await trio.lowlevel.checkpoint()
-                    both.cancel_scope.cancel()
+            async def fetch_or_not(at: int) -> None:
+                with trio.CancelScope() as scope, moments(scope, at) as countdown:
+                    await fetch_once()
+                outcome = "cancelled" if scope.cancelled_caught else "done"
+                met.update([outcome])
+                for stage, names in STAGES.items():
+                    if all(name in countdown.frames for name in names):
+                        met.update([stage])
 
             await fetch_once()  # from now on it is known that there is no TLS
-            for _ in range(20):
+            for _ in range(40):
                 async with trio.open_nursery() as many:
-                    for _ in range(30):
-                        many.start_soon(cancelled_after, rng.randrange(150))
-            assert client.statistics().active == 0
-            async with trio.open_nursery() as many:
-                for _ in range(6):
-                    many.start_soon(fetch_once)
+                    for _ in range(50):
+                        many.start_soon(fetch_or_not, rng.randrange(1, 50))
+            assert met["cancelled"] + met["done"] == 2000
+            assert all(met[stage] >= 10 for stage in (*STAGES, "done")), met
+            now = client.statistics()
+            assert (now.active, now.waiting) == (0, 0)
+            kept = http._transport._pool.connections
+            assert all(connection.is_idle() for connection in kept)
+            with trio.fail_after(30):
+                await server.wait_connections(len(kept))
+                # All slots are there, and a connection for each.
+                server.most, server.together = 0, MOST
+                async with trio.open_nursery() as many:
+                    for _ in range(MOST):
+                        many.start_soon(fetch_once)
+            assert server.most == MOST
+        with trio.fail_after(30):
+            await server.wait_connections(0)
         nursery.cancel_scope.cancel()
     gc.collect()
 
