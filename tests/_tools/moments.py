@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import attrs
 import trio
 
-__all__ = ["Countdown", "moments"]
+__all__ = ["NEVER", "Countdown", "moments"]
+
+NEVER: Final = -1
 
 
 @attrs.define(eq=False)
@@ -22,15 +25,13 @@ class Countdown:
 
     Attributes:
         scope: What is cancelled then.
-        left: How many moments are left; none is reached if it is 0 or less.
-        seen: How many have passed.
+        left: How many moments are left; it has come if that is 0 or less.
         frames: The functions that the task was in at that moment, the innermost first; none if
-            that moment has not come.
+            it had just ended.
     """
 
     scope: trio.CancelScope
     left: int
-    seen: int = 0
     frames: tuple[str, ...] = ()
 
 
@@ -50,7 +51,6 @@ class _Moments(trio.abc.Instrument):
         if not (task is self._top or (self._below and _is_below(task, self._top))):
             return
         countdown = self._countdown
-        countdown.seen += 1
         countdown.left -= 1
         if countdown.left == 0:
             names = [frame.f_code.co_name for frame, _ in task.iter_await_frames()]
@@ -74,7 +74,7 @@ def moments(
 
     Args:
         scope: What to cancel.
-        at: The how manieth moment it is, counted from 1.
+        at: The how manieth moment it is, counted from 1; or `NEVER`.
         of: Whose moments count; ``None``: those of the task that is here.
         below: Whether the moments of the tasks in its nurseries, and in theirs, count too.
     """
