@@ -456,10 +456,11 @@ async def test_a_storm_of_cancellations() -> None:
                         met.update([stage])
 
             await fetch_once()  # from now on it is known that there is no TLS
-            for _ in range(40):
-                async with trio.open_nursery() as many:
-                    for _ in range(50):
-                        many.start_soon(fetch_or_not, rng.randrange(1, 50))
+            with trio.fail_after(120):
+                for _ in range(40):
+                    async with trio.open_nursery() as many:
+                        for _ in range(50):
+                            many.start_soon(fetch_or_not, rng.randrange(1, 50))
             assert met["cancelled"] + met["done"] == 2000
             assert all(met[stage] >= 10 for stage in (*STAGES, "done")), met
             now = client.statistics()
