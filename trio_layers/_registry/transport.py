@@ -367,11 +367,7 @@ async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[
 
 
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
-    # httpx says nothing of what is wrong with a certificate, and neither does trio.
-    cause: BaseException | None = error
-    while cause is not None and not str(cause):
-        cause = cause.__cause__ or cause.__context__
-    return RegistryError(f"{text}: {readable(str(cause or '')) or type(error).__name__}", host=host)
+    return RegistryError(f"{text}: {readable(str(error)) or type(error).__name__}", host=host)
 
 
 def _host(url: URL) -> str:
