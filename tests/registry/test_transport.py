@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import random
 import ssl
+from collections import Counter
 
 import httpcore
 import httpx
 import pytest
 import trio
 import trustme
+from _tools.moments import moments
 from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe
 from trio.testing import wait_all_tasks_blocked
 
@@ -19,7 +22,7 @@ from trio_layers._errors import RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.http import read_more_at_once
+from trio_layers._registry.http import new_client, read_more_at_once
 from trio_layers._registry.transport import MAX_REDIRECTS
 from trio_layers.testing import open_registry
 
@@ -28,6 +31,7 @@ STORAGE = "https://storage.example"
 APP = parse_reference("registry.example/team/app")
 CONTENT = b"content"
 BLOB = describe(CONTENT)
+MOST = 3
 
 
 def redirect(location: str, status: int = 307) -> httpx.Response:
@@ -245,51 +249,232 @@ async def serve_large(stream: trio.SocketStream) -> None:
 LARGE = random.Random(1).randbytes(1_000_000)
 
 
-async def serve_small(stream: trio.SocketStream) -> None:
-    """Every connection gets `CONTENT`, once: the pool is always short of connections."""
+class StormyServer:
+    """A registry over plain HTTP, and a storage over TLS that it redirects to; now and then a
+    connection is closed after an answer.
+
+    Attributes:
+        connections: How many are open.
+        together: How many requests to wait for before any of them is answered, once.
+        most: How many requests were in work at once.
+        storage: The storage's port.
+    """
+
+    def __init__(self, context: ssl.SSLContext, rng: random.Random) -> None:
+        self.connections = 0
+        self.together = 1
+        self.most = 0
+        self._context = context
+        self._rng = rng
+        self.storage = 0
+        self._in_work = 0
+        self._changed = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[int]) -> None:
+        """Serve; tells the registry's port when that has begun."""
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(trio.serve_tcp, self._serve_storage, 0)
+            self.storage = listeners[0].socket.getsockname()[1]
+            listeners = await nursery.start(trio.serve_tcp, self._serve, 0)
+            task_status.started(listeners[0].socket.getsockname()[1])
+
+    async def wait_connections(self, number: int) -> None:
+        """Until so many are open. A server hears of the end of one a moment later."""
+        while self.connections != number:
+            await self._changed.wait()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _serve_storage(self, stream: trio.SocketStream) -> None:
+        await self._serve(
+            trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
+        )
+
+    async def _serve(self, stream: trio.abc.Stream) -> None:
+        self.connections += 1
+        try:
+            while await self._answer(stream):
+                pass
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            await trio.aclose_forcefully(stream)
+            self.connections -= 1
+            self._change()
+
+    async def _answer(self, stream: trio.abc.Stream) -> bool:
+        """Answer a request, if there is one more; whether another may follow."""
+        request = await stream.receive_some(65536)
+        if not request.startswith(b"GET "):
+            return False
+        self._in_work += 1
+        self.most = max(self.most, self._in_work)
+        self._change()
+        try:
+            while self._in_work < self.together:
+                await self._changed.wait()
+            self.together = 1
+            close, moved = self._rng.random() < 0.3, self._rng.random() < 0.4
+            lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(CONTENT)}"]
+            if close:
+                lines.append("Connection: close")
+            if moved and not isinstance(stream, trio.SSLStream):
+                lines[0] = "HTTP/1.1 307 Elsewhere"
+                lines.append(f"Location: https://127.0.0.1:{self.storage}/blob")
+            await stream.send_all("\r\n".join([*lines, "", ""]).encode())
+            await stream.send_all(CONTENT[:3])
+            await stream.send_all(CONTENT[3:])
+        finally:
+            self._in_work -= 1
+        return not close
+
+
+STAGES = {
+    "waiting for a slot": ("park", "acquire_on_behalf_of"),
+    "connecting": ("_connect",),
+    "waiting for an answer": ("_receive_response_headers",),
+    "in the body": ("_receive",),
+    "in a redirect's body": ("skip",),
+    "closing": ("_response_closed",),
+}
+
+
+async def test_a_certificate_that_is_not_trusted_through_a_proxy() -> None:
+    """It takes no connection away from those that come later."""
+    theirs, _ = contexts()
+    server = StormyServer(theirs, random.Random(1))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        listeners = await nursery.start(trio.serve_tcp, tunnel, 0)
+        proxy = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        reference = parse_reference(f"127.0.0.1:{server.storage}/team/app")
+        async with (
+            httpx.AsyncClient(proxy=proxy, limits=httpx.Limits(max_connections=1)) as http,
+            open_registry_client(client=http, max_connections=1) as client,
+        ):
+            for _ in range(2):
+                with trio.fail_after(30), pytest.raises(RegistryError, match="could not be asked"):
+                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+        nursery.cancel_scope.cancel()
+    gc.collect()
+
+
+def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """For a server on loopback, and for who trusts it."""
+    authority = trustme.CA()
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(theirs)
+    ours = ssl.create_default_context()
+    authority.configure_trust(ours)
+    return theirs, ours
+
+
+async def tunnel(stream: trio.SocketStream) -> None:
+    """A proxy for a client that speaks TLS through it."""
+
+    async def carry(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        async for data in source:
+            await sink.send_all(data)
+        nursery.cancel_scope.cancel()
+
     async with stream:
         try:
-            await stream.receive_some(65536)
-            head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(CONTENT)}\r\n\r\n"
-            await stream.send_all(head.encode() + CONTENT)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            host, _, port = (await stream.receive_some(65536)).split()[1].decode().partition(":")
+            await stream.send_all(b"HTTP/1.1 200 Connected\r\n\r\n")
+            async with await trio.open_tcp_stream(host, int(port)) as other:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(carry, stream, other)
+                    nursery.start_soon(carry, other, stream)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, IndexError):
             pass
 
 
-async def test_a_storm_of_cancellations() -> None:
-    """Requests cancelled at any moment take no connection from those that come later. Without
-    the slots this hangs."""
-    rng = random.Random(2)
+@pytest.mark.parametrize("proxied", [False, True])
+async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
+    """Wherever that happens, in a handshake too: the only connection there may be is there for the
+    next request, and nothing is left open. httpcore alone loses it."""
+    theirs, ours = contexts()
+    server = StormyServer(theirs, random.Random(1))
+    proxy = None
+    met: set[str] = set()
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(trio.serve_tcp, serve_small, 0)
-        port = listeners[0].socket.getsockname()[1]
+        await nursery.start(server.run)
+        if proxied:
+            listeners = await nursery.start(trio.serve_tcp, tunnel, 0)
+            proxy = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        reference = parse_reference(f"127.0.0.1:{server.storage}/team/app")
+        for at in itertools.count(1):
+            async with (
+                httpx.AsyncClient(
+                    verify=ours, proxy=proxy, limits=httpx.Limits(max_connections=1)
+                ) as http,
+                open_registry_client(client=http, max_connections=1) as client,
+            ):
+                with trio.CancelScope() as scope, moments(scope, at) as countdown:
+                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                met.update(countdown.frames)
+                with trio.fail_after(30):
+                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+            with trio.fail_after(30):
+                await server.wait_connections(0)
+            if countdown.left > 0:
+                break
+        nursery.cancel_scope.cancel()
+    assert {"connect_tcp", "start_tls"} <= met
+    gc.collect()
+
+
+async def test_a_storm_of_cancellations() -> None:
+    """Of two thousand requests most are cancelled, at any moment there is. They take no connection
+    from those that come later. httpcore alone hangs, whether we queue for it or not."""
+    rng = random.Random(2)
+    theirs, ours = contexts()
+    server = StormyServer(theirs, rng)
+    met: Counter[str] = Counter()
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(server.run)
         reference = parse_reference(f"127.0.0.1:{port}/team/app")
-        limits = httpx.Limits(max_connections=3)
         async with (
-            httpx.AsyncClient(limits=limits, trust_env=False) as http,
-            open_registry_client(client=http, max_connections=3) as client,
+            new_client(ours, MOST) as http,
+            open_registry_client(client=http, max_connections=MOST) as client,
         ):
 
             async def fetch_once() -> None:
                 await client.fetch_blob(reference, BLOB, MemorySink(), Report())
 
-            async def cancelled_after(ticks: int) -> None:
-                """Fetch, and be cancelled after some turns of the scheduler."""
-                async with trio.open_nursery() as both:
-                    both.start_soon(fetch_once)
-                    for _ in range(ticks):
-                        await trio.lowlevel.checkpoint()
-                    both.cancel_scope.cancel()
+            async def fetch_or_not(at: int) -> None:
+                with trio.CancelScope() as scope, moments(scope, at) as countdown:
+                    await fetch_once()
+                outcome = "cancelled" if scope.cancelled_caught else "done"
+                met.update([outcome])
+                for stage, names in STAGES.items():
+                    if all(name in countdown.frames for name in names):
+                        met.update([stage])
 
             await fetch_once()  # from now on it is known that there is no TLS
-            for _ in range(20):
+            with trio.fail_after(120):
+                for _ in range(40):
+                    async with trio.open_nursery() as many:
+                        for _ in range(50):
+                            many.start_soon(fetch_or_not, rng.randrange(1, 50))
+            assert met["cancelled"] + met["done"] == 2000
+            assert all(met[stage] >= 10 for stage in (*STAGES, "done")), met
+            now = client.statistics()
+            assert (now.active, now.waiting) == (0, 0)
+            kept = http._transport._pool.connections
+            assert all(connection.is_idle() for connection in kept)
+            with trio.fail_after(30):
+                await server.wait_connections(len(kept))
+                # All slots are there, and a connection for each.
+                server.most, server.together = 0, MOST
                 async with trio.open_nursery() as many:
-                    for _ in range(30):
-                        many.start_soon(cancelled_after, rng.randrange(150))
-            assert client.statistics().active == 0
-            async with trio.open_nursery() as many:
-                for _ in range(6):
-                    many.start_soon(fetch_once)
+                    for _ in range(MOST):
+                        many.start_soon(fetch_once)
+            assert server.most == MOST
+        with trio.fail_after(30):
+            await server.wait_connections(0)
         nursery.cancel_scope.cancel()
     gc.collect()
 

@@ -5,17 +5,21 @@ backend for 64 KiB at a time, and each of them takes its way through eight layer
 image of 367 MB that is half a second, more than its hashing. httpx has no option for it, and its
 pool no public place for a backend of one's own; so it is put where the pool keeps its own, if
 that is where it was when this was written. Else all works as before.
+
+A request is sent by `send`, which takes back what a pool loses when that is cancelled, in the same
+way.
 """
 # ruff: noqa: ASYNC109  the timeouts are parameters of what is overridden
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final, final
 
 import httpcore
+import trio
 from httpx import (
     URL,
     AsyncByteStream,
@@ -24,6 +28,7 @@ from httpx import (
     HTTPError,
     InvalidURL,
     Limits,
+    Request,
     Response,
     StreamError,
     Timeout,
@@ -46,9 +51,13 @@ __all__ = [
     "new_client",
     "proxy_of",
     "read_more_at_once",
+    "send",
 ]
 
 _AT_ONCE: Final = 512 * 1024
+
+# Seconds.
+_CLOSE_GRACE: Final = 5.0
 
 
 def new_client(verify: bool | ssl.SSLContext, max_connections: int) -> AsyncClient:
@@ -87,12 +96,69 @@ def proxy_of(client: AsyncClient, url: URL) -> str | None:
 def read_more_at_once(client: AsyncClient) -> None:
     """Have a client that was just made read more at once, over plain connections. A TLS
     connection gives no more than a record."""
+    for pool in _pools(client):
+        backend = getattr(pool, "_network_backend", None)
+        if isinstance(backend, httpcore.AsyncNetworkBackend):
+            pool._network_backend = _Backend(backend)
+
+
+async def send(client: AsyncClient, request: Request) -> Response:
+    """Send a request, follow no redirect, and give the answer with its body open.
+
+    Cancelled, or failed, nothing is left of it in the client's pool. httpcore itself forgets a
+    connection that it has begun to make, and counts it for ever as one that is in use: over TLS, if
+    the cancellation comes in the handshake's last step; through a proxy, in any.
+
+    Raises:
+        HTTPError, UnicodeError: as httpx does; the latter for a host that cannot be one.
+    """
+    made: list[httpcore.AsyncNetworkStream] = []
+
+    async def trace(event: str, info: Mapping[str, object]) -> None:
+        if event.endswith(".connect_tcp.complete"):
+            stream = info["return_value"]
+            assert isinstance(stream, httpcore.AsyncNetworkStream)
+            made.append(stream)
+        elif event.endswith(".send_request_headers.started"):
+            # From now on the connection closes it.
+            made.clear()
+
+    request.extensions["trace"] = trace
+    try:
+        return await client.send(request, stream=True, follow_redirects=False, auth=None)
+    except BaseException:
+        lost = [*_take_lost(client)]
+        with trio.move_on_after(_CLOSE_GRACE, shield=True):
+            for stream in made:
+                await stream.aclose()
+            for connection in lost:
+                await connection.aclose()
+        raise
+
+
+def _take_lost(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionInterface]:
+    """Take from the client's pools what no request has and none can get; the caller closes it.
+
+    Nothing is awaited here: a connection is a request's from when it is in the pool.
+    """
+    for pool in _pools(client):
+        connections: object = getattr(pool, "_connections", None)
+        requests: object = getattr(pool, "_requests", None)
+        if not isinstance(connections, list) or not isinstance(requests, list):
+            continue
+        used = [getattr(request, "connection", None) for request in requests]
+        for connection in list(connections):
+            if not (connection in used or connection.is_idle() or connection.is_closed()):
+                connections.remove(connection)
+                yield connection
+
+
+def _pools(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionPool]:
     transports = [getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()]
     for transport in transports:
         pool = getattr(transport, "_pool", None)
-        backend = getattr(pool, "_network_backend", None)
-        if pool is not None and isinstance(backend, httpcore.AsyncNetworkBackend):
-            pool._network_backend = _Backend(backend)
+        if isinstance(pool, httpcore.AsyncConnectionPool):
+            yield pool
 
 
 @final

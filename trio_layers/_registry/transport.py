@@ -31,6 +31,7 @@ from .http import (
     StreamError,
     Timeout,
     proxy_of,
+    send,
 )
 from .trust import Trust
 
@@ -326,9 +327,7 @@ class Transport:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
             try:
-                response = await client.send(
-                    request, stream=True, follow_redirects=False, auth=None
-                )
+                response = await send(client, request)
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
                 through = _through(proxy_of(client, url))
