@@ -147,9 +147,9 @@ DANCES = {
         lambda sent, n: BASIC if sent == "Bearer" else BEARER, (3, 1), (3, 0), user
     ),
     "basic, then bearer, and so on": Dance(
-        lambda sent, n: BEARER if sent == "Basic" else BASIC, (2, 0), (2, 1), user
+        lambda sent, n: BEARER if sent == "Basic" else BASIC, (3, 1), (3, 0), user
     ),
-    "both, in turn": Dance(lambda sent, n: (BASIC, BEARER)[n % 2], (2, 0), (2, 1), user),
+    "both, in turn": Dance(lambda sent, n: (BASIC, BEARER)[n % 2], (3, 1), (3, 1), user),
 }
 
 
@@ -171,6 +171,27 @@ async def test_a_dance(name: str) -> None:
             asked = hosts.count("registry.example"), hosts.count("tokens.example")
             assert asked == expected
             assert asked[0] <= MOST
+
+
+async def test_who_wanted_something_else_at_first() -> None:
+    """Basic once, then a token: that is brought."""
+    network = Network(**{HOST: wanting(lambda sent, n: BEARER if n else BASIC), TOKENS: giving()})
+    refuse = network.hosts[HOST]
+    network.hosts[HOST] = lambda request: (
+        httpx.Response(200, content=b"content")
+        if request.headers.get("Authorization", "").startswith("Bearer ")
+        else refuse(request)
+    )
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, credentials=USER) as client,
+    ):
+        await fetch(client)
+    assert [text and text.split()[0] for text in network.secrets("registry.example")] == [
+        None,
+        "Basic",
+        "Bearer",
+    ]
 
 
 async def test_many_that_renew_for_one_another(autojump_clock: MockClock) -> None:

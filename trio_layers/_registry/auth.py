@@ -206,11 +206,13 @@ class Access:
         challenge = next((each for each in bearer if "realm" in each.parameters), None)
         if challenge is not None:
             self._known.challenge = challenge
-            sent = (self._sent or "").removeprefix("Bearer ")
-            if sent and sent == self._credentials.registry_token:
+            scheme, _, sent = (self._sent or "").partition(" ")
+            if scheme != "Bearer":
+                await trio.lowlevel.checkpoint()
+                return True
+            if sent == self._credentials.registry_token:
                 return await self._renew()
-            if sent:
-                self._authenticator.tokens.drop(self._grant(challenge), sent)
+            self._authenticator.tokens.drop(self._grant(challenge), sent)
             await trio.lowlevel.checkpoint()
             return self._refusals == 1
         challenge = next((each for each in challenges if each.scheme == "basic"), None)
