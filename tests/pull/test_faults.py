@@ -115,8 +115,10 @@ ROWS = {
     "late": Row(Delay(60), RegistryError, RegistryError),
     "stall": Row(Stall(10), RegistryError, RegistryError),
     "silence": Row(Stall(0), RegistryError, RegistryError),
-    "reset": Row(Drop(), RegistryError, RegistryError),
+    "drop": Row(Drop(), RegistryError, RegistryError),
     "cut": Row(Cut(10), RegistryError, RegistryError),
+    "reset": Row(Cut(10, reset=True), RegistryError, RegistryError),
+    "reset, halfway": Row(Cut(HALF // 4, reset=True), RegistryError, RegistryError, places=BLOBS),
     "wrong byte": Row(
         Corrupt(HALF + 5), VerificationError, VerificationError, final=("blob",), places=BLOBS
     ),

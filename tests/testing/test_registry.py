@@ -324,6 +324,18 @@ async def test_a_cut_beyond_the_body_is_none(connect) -> None:
         assert (await client.get(url)).content == DATA
 
 
+async def test_a_reset_is_a_read_error(connect) -> None:
+    async with connect() as (registry, client):
+        url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
+        registry.inject(url, Cut(1000, reset=True))
+        with pytest.raises(httpx.ReadError):
+            async with client.stream("GET", url) as response:
+                async for _ in response.aiter_raw():
+                    pass
+        assert registry.requests[-1].bytes_sent == 1000
+        assert (await client.get(url)).content == DATA
+
+
 async def test_drop_closes_without_an_answer(connect) -> None:
     async with connect() as (registry, client):
         registry.inject("/v2/", Drop())

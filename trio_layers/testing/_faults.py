@@ -138,12 +138,19 @@ class Delay(Fault):
 
 @attrs.frozen
 class Cut(Fault):
-    """The connection is closed after so many bytes of the body. Longer than the body: no cut."""
+    """The connection is closed after so many bytes of the body. Longer than the body: no cut.
+
+    Attributes:
+        after: How many.
+        reset: It is reset, as by a host that crashed or a firewall: then some of the bytes may be
+            lost on their way, and clients see another error.
+    """
 
     after: int
+    reset: bool = attrs.field(default=False, kw_only=True)
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
-        return attrs.evolve(answer, cut_after=self.after)
+        return attrs.evolve(answer, cut_after=self.after, cut_by_reset=self.reset)
 
 
 @attrs.frozen

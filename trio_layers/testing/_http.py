@@ -17,6 +17,7 @@ __all__ = [
     "Blob",
     "BodyStream",
     "ConnectionCut",
+    "ConnectionReset",
     "Content",
     "Exchange",
     "Request",
@@ -76,6 +77,7 @@ class Answer:
         dropped: The connection is closed instead of the answer.
         raw: What is sent instead of the answer, before the connection is closed.
         cut_after: The connection is closed after so many bytes of the body.
+        cut_by_reset: It is reset then.
         stall_after: After so many bytes of the body nothing comes for ``stall_seconds``.
         stall_seconds: How long a stall lasts.
         head_bytes_per_second: How fast what comes before the body goes out at most, byte by byte.
@@ -93,6 +95,7 @@ class Answer:
     dropped: bool = False
     raw: bytes | None = None
     cut_after: int | None = None
+    cut_by_reset: bool = False
     stall_after: int | None = None
     stall_seconds: float = math.inf
     head_bytes_per_second: float = math.inf
@@ -161,6 +164,10 @@ class ConnectionCut(Exception):
     """The connection is to be closed now, mid-answer."""
 
 
+class ConnectionReset(ConnectionCut):
+    """It is to be reset."""
+
+
 @final
 class BodyStream(trio.abc.ReceiveStream):
     """The body of an answer, at the pace and with the faults that the answer asks for.
@@ -190,7 +197,7 @@ class BodyStream(trio.abc.ReceiveStream):
             await trio.sleep(answer.stall_seconds)
             self._stalled = True
         if sent == answer.cut_after:
-            raise ConnectionCut
+            raise ConnectionReset if answer.cut_by_reset else ConnectionCut
         size = self._piece(sent, max_bytes)
         if self._is_slow(sent):
             if self._started is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import socket
 import ssl
+import struct
 from collections.abc import Mapping
 from typing import final
 
 import h11
 import trio
 
-from ._http import Answer, BodyStream, ConnectionCut, Request
+from ._http import Answer, BodyStream, ConnectionCut, ConnectionReset, Request
 from ._transport import Respond
 
 __all__ = ["serve"]
@@ -43,6 +45,9 @@ async def serve(
             transport = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
         try:
             await _Connection(transport, respond, scheme).run()
+        except ConnectionReset:
+            # To be closed without lingering, that is what a socket does.
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except (trio.BrokenResourceError, ConnectionCut):
             pass  # the client went, or is to see its connection closed
         finally:

@@ -10,7 +10,7 @@ from typing import TypeAlias, final
 import httpx
 import trio
 
-from ._http import Answer, BodyStream, ConnectionCut, Exchange, Request
+from ._http import Answer, BodyStream, ConnectionCut, ConnectionReset, Exchange, Request
 
 __all__ = ["RegistryTransport", "Respond"]
 
@@ -83,6 +83,8 @@ class _Body(httpx.AsyncByteStream):
         with _read_limit(self._request, self._limit):
             try:
                 data = await self._stream.receive_some()
+            except ConnectionReset:
+                raise httpx.ReadError("", request=self._request) from None
             except ConnectionCut:
                 raise httpx.RemoteProtocolError(
                     "peer closed connection without sending complete message body",
