@@ -125,7 +125,9 @@ async def open_puller(
             ``/etc/containerd/certs.d``: in it, a directory for each registry with a ``hosts.toml``
             (see ``docs/compatibility.md``). Hosts with certificates of their own there are not
             asked through ``client``. ``None``: every registry is asked itself.
-        stall_limit: Seconds without a byte after which an attempt is given up.
+        stall_limit: Seconds without a byte after which an attempt is given up; so is one that is so
+            many seconds behind 1 KiB/s, or whose answer has not begun for several times as long
+            (see ``docs/compatibility.md``, "Patience").
         max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
             90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.

@@ -9,6 +9,7 @@ middle, where a pull goes on from what a pull before it has kept. It hits once, 
 from __future__ import annotations
 
 import random
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import attrs
@@ -17,6 +18,7 @@ import trio
 
 from trio_layers import (
     AuthenticationError,
+    Credentials,
     LayersError,
     ManifestError,
     NotFound,
@@ -25,8 +27,14 @@ from trio_layers import (
     TransferError,
     VerificationError,
     open_puller,
+    open_store,
 )
+from trio_layers._registry.transport import MAX_REDIRECTS
+from trio_layers._store import directory
+from trio_layers._unpack.limits import Limits
+from trio_layers._unpack.unpacker import Unpacker
 from trio_layers.testing import (
+    Challenge,
     Corrupt,
     Cut,
     Delay,
@@ -41,8 +49,11 @@ from trio_layers.testing import (
     Redirect,
     Registry,
     Reply,
+    Shorter,
     Slow,
+    SlowHead,
     Stall,
+    TokenAuth,
     WrongRange,
     WrongTotal,
     build_image,
@@ -62,6 +73,10 @@ PLACES = {
 }
 ATTEMPTS = 3
 
+DOCUMENTS = ("manifest", "config")
+BLOBS = ("blob", "rest")
+REST = ("rest",)
+
 Wrong = type[LayersError] | tuple[type[LayersError], ...]
 
 
@@ -77,6 +92,8 @@ class Row:
         final: Where no other attempt is made: as moby does it, a blob that came in one piece and
             is wrong will not be right the next time.
         places: Where it makes sense.
+        most: Requests in an attempt: one more with credentials, or without a range.
+        tokens: Whether the registry wants tokens when all is well.
     """
 
     fault: Fault
@@ -84,18 +101,24 @@ class Row:
     always: Wrong | None
     final: tuple[str, ...] = ()
     places: tuple[str, ...] = tuple(PLACES)
+    most: int = 2
+    tokens: bool = False
 
 
-REST = ("rest",)
-BLOBS = ("blob", "rest")
+def dance(fault: Fault) -> Row:
+    """It ends well if it ends."""
+    return Row(fault, None, AuthenticationError, final=BLOBS, most=3, tokens=True)
+
 
 ROWS = {
     "delay": Row(Delay(0.1), None, None),
     "late": Row(Delay(60), RegistryError, RegistryError),
     "stall": Row(Stall(10), RegistryError, RegistryError),
     "silence": Row(Stall(0), RegistryError, RegistryError),
-    "reset": Row(Drop(), RegistryError, RegistryError),
+    "drop": Row(Drop(), RegistryError, RegistryError),
     "cut": Row(Cut(10), RegistryError, RegistryError),
+    "reset": Row(Cut(10, reset=True), RegistryError, RegistryError),
+    "reset, halfway": Row(Cut(HALF // 4, reset=True), RegistryError, RegistryError, places=BLOBS),
     "wrong byte": Row(
         Corrupt(HALF + 5), VerificationError, VerificationError, final=("blob",), places=BLOBS
     ),
@@ -103,7 +126,7 @@ ROWS = {
         Corrupt(5),
         (VerificationError, ManifestError),
         (VerificationError, ManifestError),
-        places=("manifest", "config"),
+        places=DOCUMENTS,
     ),
     "too long": Row(
         Longer(100),
@@ -111,6 +134,14 @@ ROWS = {
         (VerificationError, ManifestError, RegistryError),
         final=("blob",),
     ),
+    "too short": Row(
+        Shorter(100),
+        (VerificationError, ManifestError),
+        (VerificationError, ManifestError),
+        places=DOCUMENTS,
+    ),
+    # What is there is gone on from.
+    "short": Row(Shorter(100), None, None, places=BLOBS),
     "no length": Row(NoLength(), None, None),
     "another range": Row(WrongRange(7), None, None, places=REST),
     "an earlier range": Row(WrongRange(-7), None, None, places=REST),
@@ -120,18 +151,26 @@ ROWS = {
     "forbidden": Row(Reply(403), AuthenticationError, AuthenticationError, final=BLOBS),
     "missing": Row(Reply(404), NotFound, NotFound, final=BLOBS),
     "gone": Row(Reply(410), RegistryError, RegistryError, final=BLOBS),
+    "no such range": Row(Reply(416), RegistryError, RegistryError),
     "odd challenge": Row(
         Reply(401, headers={"WWW-Authenticate": 'Bearer realm=,,="\\'}),
         AuthenticationError,
         AuthenticationError,
         final=BLOBS,
     ),
+    "refused token": dance(Challenge("Bearer")),
+    "refused password": dance(Challenge("Basic")),
+    "a token, then a password": dance(Challenge("Bearer", "Basic")),
+    "a password, then a token": dance(Challenge("Basic", "Bearer")),
     "too many": Row(Reply(429), RateLimited, RateLimited),
     "too many for long": Row(
         Reply(429, headers={"Retry-After": "100000"}), RateLimited, RateLimited, final=BLOBS
     ),
-    "too many for a moment": Row(Reply(429, headers={"Retry-After": "0"}), None, RateLimited),
-    "busy for a moment": Row(Reply(503, headers={"Retry-After": "0"}), None, RateLimited),
+    # Who asks to wait for no time is asked seven times.
+    "too many for a moment": Row(
+        Reply(429, headers={"Retry-After": "0"}), None, RateLimited, most=7
+    ),
+    "busy for a moment": Row(Reply(503, headers={"Retry-After": "0"}), None, RateLimited, most=7),
     "error": Row(Reply(500, body=b"<html>oh</html>"), RegistryError, RegistryError),
     "busy": Row(Reply(503), RegistryError, RegistryError),
     "nothing": Row(Reply(204), (RegistryError, VerificationError, ManifestError), LayersError),
@@ -151,6 +190,9 @@ ROWS = {
         final=("blob",),
     ),
     "slow": Row(Slow(SIZE / 0.3), None, None, places=BLOBS),
+    "slow loris": Row(Slow(20), RegistryError, RegistryError),
+    "slow loris later": Row(Slow(20, after=HALF - 1000), RegistryError, None, places=BLOBS),
+    "slow head": Row(SlowHead(20), RegistryError, RegistryError),
 }
 
 GRID = [
@@ -176,12 +218,26 @@ RIGHT = {
 }
 
 
-async def attempt(store: Path, registry: Registry, reference: str) -> Exception | None:
+USER = Credentials("user", "password")
+
+
+async def attempt(
+    path: Path, registry: Registry, reference: str, *, processes: bool = False
+) -> Exception | None:
+    """Unpacked in threads, since to start a process takes longer than all the rest."""
+    opened = directory.open_store(path, unpacker=Unpacker(Limits()))
     try:
         with trio.fail_after(60):
-            async with open_puller(
-                store, retry_tick=0.001, max_download_attempts=ATTEMPTS, stall_limit=0.3
-            ) as puller:
+            async with (
+                open_store(path) if processes else opened as store,
+                open_puller(
+                    store,
+                    credentials=USER,
+                    retry_tick=0.001,
+                    max_download_attempts=ATTEMPTS,
+                    stall_limit=0.3,
+                ) as puller,
+            ):
                 async with puller.pull(reference) as image:
                     assert await image.rootfs.read_bytes("/file")
                 assert (await puller.store.check()).problems == ()
@@ -190,22 +246,38 @@ async def attempt(store: Path, registry: Registry, reference: str) -> Exception 
     return None
 
 
+def asked(registry: Registry, place: str) -> int:
+    """How often it was."""
+    return sum(fnmatchcase(exchange.path, PLACES[place]) for exchange in registry.requests)
+
+
+async def keep_a_half(path: Path, registry: Registry, reference: str) -> None:
+    """What a pull before has left of the layer."""
+    registry.inject(PLACES["rest"], Cut(HALF))
+    registry.inject(PLACES["rest"], Drop(), times=None)
+    assert isinstance(await attempt(path, registry, reference), RegistryError)
+    registry.clear_faults()
+    registry.requests.clear()
+
+
 @pytest.mark.parametrize(("name", "row", "place", "always"), GRID)
 async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Path) -> None:
-    async with open_registry() as registry:
+    auth = TokenAuth(USER.username, USER.password) if row.tokens else None
+    async with open_registry(auth=auth) as registry:
         reference = registry.add(BUILT, "library/demo:latest")
         if place == "rest":
-            registry.inject(PLACES[place], Cut(HALF))
-            registry.inject(PLACES[place], Drop(), times=None)
-            assert isinstance(await attempt(tmp_path, registry, reference), RegistryError)
-            registry.clear_faults()
-        registry.requests.clear()
+            await keep_a_half(tmp_path, registry, reference)
         registry.inject(PLACES[place], row.fault, times=None if always else 1)
-        error = await attempt(tmp_path, registry, reference)
-        document = place in ("manifest", "config")
+        # In processes where what was there may be dropped while they read it.
+        error = await attempt(tmp_path, registry, reference, processes=place == "rest")
+        document = place in DOCUMENTS
         expected = row.always if always else row.once
         if not always and not document and place not in row.final:
             expected = None  # it is tried again
+        attempts = 1 if document or place in row.final else ATTEMPTS
+        if place == "rest" and row.final == ("blob",):
+            attempts = 2  # the rest, then all of it in one piece
+        assert asked(registry, place) <= row.most * attempts
         if expected is None:
             assert error is None
             assert sources(tmp_path) == RIGHT
@@ -214,18 +286,7 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
             error = error.__cause__
         assert isinstance(error, expected)
         assert registry.host in str(error) or "sha256:" in str(error)
-        asked = [
-            exchange
-            for exchange in registry.requests
-            if exchange.path.endswith(PLACES[place].rpartition("/")[2].strip("*"))
-        ]
-        attempts = 1 if document or place in row.final else ATTEMPTS
-        if place == "rest" and row.final == ("blob",):
-            attempts = 2  # the rest, then all of it in one piece
-        # One more request in each: with credentials, or without a range; and who asks to wait
-        # for no time is asked seven times.
-        most = 7 if "for a moment" in name else 2
-        assert attempts <= len(asked) <= most * attempts
+        assert asked(registry, place) >= attempts
         for digest, content in sources(tmp_path).items():
             assert RIGHT[digest] == content
         # When all is well again, so is the pull.
@@ -234,11 +295,40 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
         assert sources(tmp_path) == RIGHT
 
 
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
 @pytest.mark.parametrize("place", PLACES)
-async def test_redirects_in_a_circle(place: str, tmp_path: Path) -> None:
+async def test_redirects_in_a_circle(place: str, always: bool, tmp_path: Path) -> None:
+    """It is another path at first, then the same for ever."""
     async with open_registry() as registry:
         reference = registry.add(BUILT, "library/demo:latest")
-        registry.inject(PLACES[place], Redirect(registry.url), times=None)
+        if place == "rest":
+            await keep_a_half(tmp_path, registry, reference)
+        registry.inject(PLACES[place], Redirect(registry.url), times=None if always else 1)
         error = await attempt(tmp_path, registry, reference)
+        if not always:
+            assert error is None
+            assert sources(tmp_path) == RIGHT
+            assert asked(registry, place) == 2
+            return
         assert isinstance(error, RegistryError)
-        assert "redirect" in str(error)
+        assert "redirects more than" in str(error)
+        attempts = 1 if place in DOCUMENTS else ATTEMPTS
+        assert asked(registry, place) == attempts * (MAX_REDIRECTS + 1)
+        for digest, content in sources(tmp_path).items():
+            assert RIGHT[digest] == content
+        registry.clear_faults()
+        assert await attempt(tmp_path, registry, reference) is None
+
+
+@pytest.mark.parametrize("fault", [Reply(500), Reply(503), Drop(), Cut(HALF // 10)], ids=repr)
+@pytest.mark.parametrize("place", BLOBS)
+async def test_a_run_of_failures(place: str, fault: Fault, tmp_path: Path) -> None:
+    """The last attempt does it."""
+    async with open_registry() as registry:
+        reference = registry.add(BUILT, "library/demo:latest")
+        if place == "rest":
+            await keep_a_half(tmp_path, registry, reference)
+        registry.inject(PLACES[place], fault, times=ATTEMPTS - 1)
+        assert await attempt(tmp_path, registry, reference) is None
+        assert sources(tmp_path) == RIGHT
+        assert asked(registry, place) == ATTEMPTS

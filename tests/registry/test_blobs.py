@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from trio_layers._errors import RegistryError, VerificationError
 from trio_layers._manifest import Descriptor
 from trio_layers._reference import parse_reference
+from trio_layers._registry.blobs import MAX_SHORT, SHORT
 from trio_layers._registry.client import open_registry_client
 
 HOST = "https://registry.example"
@@ -140,6 +141,44 @@ async def test_a_registry_that_is_never_done() -> None:
         with trio.fail_after(5):
             await fetch(network, MemorySink())
     assert len(network.requests) == 4
+
+
+@pytest.mark.parametrize("size", [1, 64 * 1024 - 1])
+async def test_a_range_for_each_byte(size: int) -> None:
+    """Short ranges are gone on from a few times in an attempt. What came is kept."""
+    content = CONTENT * 2048
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        start = int(request.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        stop = start + size
+        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        return httpx.Response(206, headers=headers, stream=Body([content[start:stop]]))
+
+    network, sink = Network(**{HOST: answer}), MemorySink()
+    blob = describe(content)
+    for attempt in (1, 2):
+        message = f"gives blob {blob.digest} in pieces as small as {size} bytes"
+        with pytest.raises(RegistryError, match=message) as caught:
+            await fetch(network, sink, blob)
+        assert not is_final(caught.value)
+        assert sink.data == content[: MAX_SHORT * size * attempt]
+        assert len(network.requests) == (MAX_SHORT + 1) * attempt
+
+
+async def test_ranges_of_some_length() -> None:
+    """A registry that gives so much at a time, and no more, is asked as often as it takes."""
+    content = CONTENT * 2048
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        start = int(request.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        stop = min(start + SHORT, len(content))
+        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        return httpx.Response(206, headers=headers, stream=Body([content[start:stop]]))
+
+    network, sink = Network(**{HOST: answer}), MemorySink()
+    await fetch(network, sink, describe(content))
+    assert sink.data == content
+    assert len(network.requests) == len(content) / SHORT > MAX_SHORT
 
 
 @pytest.mark.parametrize("status", [204, 206])

@@ -12,10 +12,12 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 import trio
+import trio.testing
 import trustme
 
 from trio_layers.testing import (
     BasicAuth,
+    Challenge,
     Corrupt,
     Cut,
     Delay,
@@ -25,7 +27,9 @@ from trio_layers.testing import (
     Redirect,
     Registry,
     Reply,
+    Shorter,
     Slow,
+    SlowHead,
     Stall,
     TokenAuth,
     WrongRange,
@@ -34,6 +38,7 @@ from trio_layers.testing import (
     open_registry,
     sample_image,
 )
+from trio_layers.testing._serve import _Connection
 
 IMAGE = sample_image()
 LARGE = max(IMAGE.blobs.values(), key=len)
@@ -319,6 +324,18 @@ async def test_a_cut_beyond_the_body_is_none(connect) -> None:
         assert (await client.get(url)).content == DATA
 
 
+async def test_a_reset_is_a_read_error(connect) -> None:
+    async with connect() as (registry, client):
+        url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
+        registry.inject(url, Cut(1000, reset=True))
+        with pytest.raises(httpx.ReadError):
+            async with client.stream("GET", url) as response:
+                async for _ in response.aiter_raw():
+                    pass
+        assert registry.requests[-1].bytes_sent == 1000
+        assert (await client.get(url)).content == DATA
+
+
 async def test_drop_closes_without_an_answer(connect) -> None:
     async with connect() as (registry, client):
         registry.inject("/v2/", Drop())
@@ -404,6 +421,86 @@ async def test_slow_delay_and_stall_take_trio_time(autojump_clock) -> None:
                 pass
         # 3 + 10: the bytes that were held up come at once, as they do from a congested network.
         assert trio.current_time() - start == pytest.approx(13)
+
+
+async def test_slow_after_so_many_bytes(autojump_clock) -> None:
+    async with memory_client() as (registry, client):
+        url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA[:1000])}"
+        registry.inject(url, Slow(2, after=990), Delay(3))
+        start = trio.current_time()
+        arrived: list[tuple[float, int]] = []
+        async with client.stream("GET", url, timeout=None) as response:
+            async for chunk in response.aiter_raw():
+                arrived.append((round(trio.current_time() - start, 6), len(chunk)))
+        assert arrived == [(3, 990), *[(3 + n / 2, 1) for n in range(1, 11)]]
+
+
+async def test_a_slow_head_comes_byte_by_byte(autojump_clock) -> None:
+    """And the body as ever."""
+    registry = Registry()
+    registry.inject("/v2/", SlowHead(2))
+    client, server = trio.testing.memory_stream_pair()
+    arrived: list[tuple[float, bytes]] = []
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery, client:
+        nursery.start_soon(_Connection(server, registry.respond, "http").run)
+        await client.send_all(b"GET /v2/ HTTP/1.1\r\nHost: registry.test\r\n\r\n")
+        while not arrived or arrived[-1][1] != b"{}":
+            data = await client.receive_some()
+            arrived.append((trio.current_time() - start, bytes(data)))
+    head = b"".join(data for _, data in arrived[:-1])
+    assert head.startswith(b"HTTP/1.1 200 \r\n")
+    assert head.endswith(b"\r\n\r\n")
+    assert [time for time, _ in arrived[:-1]] == [n / 2 for n in range(1, len(head) + 1)]
+
+
+async def test_a_slow_head_takes_as_long_in_memory(autojump_clock) -> None:
+    """And is a read timeout only if one byte is."""
+    async with memory_client() as (registry, client):
+        registry.inject("/v2/", SlowHead(2), SlowHead(0.1))
+        registry.inject("/v2/", SlowHead(1))
+        start = trio.current_time()
+        with pytest.raises(httpx.ReadTimeout):
+            await client.get("/v2/", timeout=5)
+        assert trio.current_time() - start == pytest.approx(5)
+        assert registry.requests[0].ended
+        got = await client.get("/v2/", timeout=5)
+        head = len(b"HTTP/1.1 200 \r\n\r\n") + sum(
+            len(name) + len(value) + 4 for name, value in got.headers.raw
+        )
+        assert trio.current_time() - start == pytest.approx(5 + head)
+
+
+async def test_shorter_says_so(connect) -> None:
+    """A whole and a range; what has no more than that is as it was."""
+    async with connect() as (registry, client):
+        url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
+        registry.inject(url, Shorter(100), times=None)
+        got = await client.get(url)
+        assert (got.status_code, got.content) == (200, DATA[:-100])
+        got = await client.get(url, headers={"Range": "bytes=1000-1999"})
+        assert got.headers["Content-Range"] == f"bytes 1000-1899/{len(DATA)}"
+        assert (got.status_code, got.content) == (206, DATA[1000:1900])
+        got = await client.get(url, headers={"Range": "bytes=0-99"})
+        assert got.content == DATA[:100]
+
+
+async def test_challenges_go_back_and_forth(connect) -> None:
+    async with connect(TokenAuth()) as (registry, client):
+        registry.inject("/v2/", Challenge("Basic"), times=2)
+        registry.inject("/v2/", Challenge("Basic", "Bearer"), times=None)
+        realm = f'Bearer realm="{registry.url}/token"'
+        basic = 'Basic realm="here"'
+        for sent, wanted in [
+            ({}, basic),
+            ({"Authorization": "Basic x"}, basic),
+            ({}, basic),
+            ({"Authorization": "Basic x"}, realm),
+            ({"Authorization": "Bearer x"}, basic),
+        ]:
+            got = await client.get("/v2/", headers=sent)
+            assert (got.status_code, got.headers["WWW-Authenticate"]) == (401, wanted)
+        assert (await client.get("/token")).json()["token"]
 
 
 async def test_a_stall_is_a_read_timeout(connect) -> None:

@@ -26,6 +26,9 @@ __all__ = ["Access", "Authenticator", "Challenge", "parse_challenges"]
 
 # Characters. Real ones are a few hundred long; this many are parsed within 100 ms.
 MAX_FIELD_SIZE: Final = 16 * 1024
+# Of one request: what was sent before it was known what is wanted, what was known, and what came in
+# place of that. Tasks that renew for one another would have no end, or one each.
+MAX_REFUSALS: Final = 3
 
 
 @attrs.frozen
@@ -150,7 +153,7 @@ class Authenticator:
 class Access:
     """One request's way past its registry: what is sent, and what to do if that is refused.
 
-    It ends: what a registry refuses is renewed once.
+    It ends: what a registry refuses is renewed once, and after `MAX_REFUSALS` its word stands.
     """
 
     def __init__(
@@ -195,16 +198,21 @@ class Access:
             CredentialsError: as for `authorization`.
         """
         self._refusals += 1
+        if self._refusals >= MAX_REFUSALS:
+            await trio.lowlevel.checkpoint()
+            return False
         challenges = parse_challenges(answer.headers.get_list("WWW-Authenticate"))
         bearer = (each for each in challenges if each.scheme == "bearer")
         challenge = next((each for each in bearer if "realm" in each.parameters), None)
         if challenge is not None:
             self._known.challenge = challenge
-            sent = (self._sent or "").removeprefix("Bearer ")
-            if sent and sent == self._credentials.registry_token:
+            scheme, _, sent = (self._sent or "").partition(" ")
+            if scheme != "Bearer":
+                await trio.lowlevel.checkpoint()
+                return True
+            if sent == self._credentials.registry_token:
                 return await self._renew()
-            if sent:
-                self._authenticator.tokens.drop(self._grant(challenge), sent)
+            self._authenticator.tokens.drop(self._grant(challenge), sent)
             await trio.lowlevel.checkpoint()
             return self._refusals == 1
         challenge = next((each for each in challenges if each.scheme == "basic"), None)

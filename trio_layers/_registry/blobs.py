@@ -25,6 +25,10 @@ from .transport import Answer
 __all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open"]
 
 MAX_TAGS: Final = 1000
+# Bytes. Ranges that are shorter, and are not the end, are given a few times only in an attempt: it
+# would have no end, with an answer for each byte.
+SHORT: Final = 64 * 1024
+MAX_SHORT: Final = 10
 
 Open: TypeAlias = Callable[[Mapping[str, str]], AbstractAsyncContextManager[Answer]]
 """Asks for a blob with these header fields; the answer is a success or a 416."""
@@ -110,6 +114,7 @@ class BlobFetch:
     tags: EntityTags
     open: Open
     started_over: bool = False
+    short: int = 0
 
     async def run(self) -> None:
         sink, size, digest = self.sink, self.descriptor.size, self.descriptor.digest
@@ -150,6 +155,7 @@ class BlobFetch:
         elif answer.status == 206:
             end = _range_end(answer.headers.get("Content-Range", ""), sink.offset, size)
         if end is not None:
+            self._check_length(answer, end)
             self.tags.see(self.descriptor.digest, answer)
         elif sink.offset == 0 or self.started_over:
             # Twice in one attempt, and it might go on like this for ever.
@@ -164,6 +170,19 @@ class BlobFetch:
             self.started_over = True
             await self._start_over()
         return end
+
+    def _check_length(self, answer: Answer, end: int) -> None:
+        length = end - self.sink.offset
+        if end == self.descriptor.size or length >= SHORT:
+            return
+        self.short += 1
+        if self.short > MAX_SHORT:
+            raise RegistryError(
+                f"{answer.host} gives blob {self.descriptor.digest} in pieces as small as {length} "
+                "bytes",
+                host=answer.host,
+                status=answer.status,
+            )
 
     async def _receive(self, answer: Answer, end: int, resumed: bool) -> None:
         sink, size = self.sink, self.descriptor.size

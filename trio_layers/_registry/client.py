@@ -166,7 +166,9 @@ async def open_registry_client(
         hosts_dir: A directory of containerd's configuration of hosts: mirrors, certificates. Who
             has certificates of its own there, or need not have a valid one, is asked by a client
             of ours in any case. ``None``: every registry is asked itself.
-        stall_limit: Seconds without a byte after which a request is given up.
+        stall_limit: Seconds without a byte after which a request is given up; so is one whose
+            answer is so many seconds behind 1 KiB/s, or has not begun for several times as long
+            (see ``docs/compatibility.md``, "Patience").
         max_connections: How many requests are under way at once; more wait.
 
     Raises:
@@ -484,8 +486,8 @@ class RegistryClient:
                 is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
                 was there before may be to blame, another attempt may do better.
             RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
-                client's fault, except 408, 416 and 429. Also if nothing came for as long as the
-                stall limit.
+                client's fault, except 408, 416 and 429. Also if nothing, or too little, came for
+                as long as the stall limit.
         """
         reference = _parsed(reference)
         path = f"blobs/{descriptor.digest}"

@@ -41,8 +41,10 @@ log = logging.getLogger("trio_layers.registry")
 
 MAX_REDIRECTS: Final = 5
 
-# Seconds. No byte for as long ends an attempt.
+# Seconds. No byte for as long ends an attempt; so does a server that is behind by as much.
 STALL_LIMIT: Final = 60.0
+# Bytes in a second. Who sends less is behind: it would hold its slot for ever.
+LEAST_RATE: Final = 1024.0
 CONNECT_LIMIT: Final = 30.0
 # A server that takes TLS for the beginning of a long request is given up with this one.
 PROBE_LIMIT: Final = 5.0
@@ -111,7 +113,8 @@ class Connections:
         client: For whoever needs no certificates of its own. It is not closed.
         make_client: Makes one for those who do. It is called in a thread.
         max_connections: How many requests are under way at once.
-        stall_limit: After how many seconds without a byte a request is given up.
+        stall_limit: After how many seconds without a byte a request is given up, or with fewer
+            than `LEAST_RATE` has for them.
     """
 
     def __init__(
@@ -326,18 +329,31 @@ class Transport:
             if "Authorization" not in fields:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
+            # httpx's limits are for one step each, of which there is no end if a header comes byte
+            # by byte. All of them together: to connect and to speak TLS, to wait and to read, or
+            # the same with a proxy before.
+            patience = 2 * (min(connect_limit, stall_limit) + stall_limit)
+            response: Response | None = None
             try:
-                response = await send(client, request)
+                with trio.move_on_after(patience):
+                    response = await send(client, request)
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
                 through = _through(proxy_of(client, url))
                 text = f"{host} could not be asked for {what}{through}"
                 raise _failed(text, host, error) from error
+            if response is None:
+                through = _through(proxy_of(client, url))
+                raise RegistryError(
+                    f"{host} had not answered {patience:g} seconds after it was asked for "
+                    f"{what}{through}",
+                    host=host,
+                )
             # Host and path only: a query may hold a signature. Decoded, a path could hold
             # whatever rewrites a terminal.
             path = url.raw_path.partition(b"?")[0].decode("ascii")
             log.debug("%s %s%s: %d", method, host, path, response.status_code)
-            async with _open_body(response, host, what) as chunks:
+            async with _open_body(response, host, what, stall_limit) as chunks:
                 if response.status_code == 407 and (proxy := proxy_of(client, url)) is not None:
                     # As if it had been asked for a tunnel: the host has said nothing.
                     through = _through(proxy)
@@ -358,7 +374,7 @@ class Transport:
 
 @asynccontextmanager
 async def _open_body(
-    response: Response, host: str, what: str
+    response: Response, host: str, what: str, stall_limit: float
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """The body's chunks, which may be left before their end, and the connection's with it.
 
@@ -366,7 +382,7 @@ async def _open_body(
     leaves the others to the garbage collector, and trio says so, in a `ResourceWarning` each.
     A cancelled read goes through all of them from the inside.
     """
-    chunks = _read_body(response, host, what)
+    chunks = _read_body(response, host, what, stall_limit)
     try:
         yield chunks
     finally:
@@ -381,15 +397,44 @@ async def _open_body(
             await response.aclose()
 
 
-async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[bytes]:
+async def _read_body(
+    response: Response, host: str, what: str, stall_limit: float
+) -> AsyncIterator[bytes]:
+    """The body's chunks, from a server that sends them at the least rate.
+
+    It is behind by the seconds it was waited for, less those that what came was worth; never
+    ahead, so that no beginning, however fast, is of use later on. Behind by the stall limit it is
+    given up. So a body of n bytes is waited for no longer than n / `LEAST_RATE` and the stall
+    limit. What the caller does meanwhile does not count.
+    """
     # This is what aiter_raw() gives, but that refuses the ready-made responses of an in-memory
     # transport, which httpx takes for consumed.
     assert isinstance(response.stream, AsyncByteStream)
-    try:
-        async for chunk in response.stream:
-            yield chunk
-    except (HTTPError, StreamError) as error:
-        raise _failed(f"{host} broke off while it sent {what}", host, error) from error
+    stream = aiter(response.stream)
+    behind = 0.0
+    while True:
+        chunk: bytes | None = None
+        began = trio.current_time()
+        try:
+            # Bytes that make no chunk, such as those of its size, do not end this wait.
+            with trio.CancelScope(deadline=began + stall_limit - behind):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except (HTTPError, StreamError) as error:
+            raise _failed(f"{host} broke off while it sent {what}", host, error) from error
+        if chunk is None:
+            raise RegistryError(
+                f"{host} broke off while it sent {what}: "
+                + (
+                    f"{stall_limit:g} seconds behind {LEAST_RATE:g} bytes per second"
+                    if behind
+                    else f"nothing for {stall_limit:g} seconds"
+                ),
+                host=host,
+            )
+        behind = max(0.0, behind + trio.current_time() - began - len(chunk) / LEAST_RATE)
+        yield chunk
 
 
 def _through(proxy: str | None) -> str:

@@ -20,6 +20,7 @@ from .._store.memory import MemoryStore as MemoryStore
 from .._util import export_as_public
 from ._auth import BasicAuth as BasicAuth
 from ._auth import TokenAuth as TokenAuth
+from ._faults import Challenge as Challenge
 from ._faults import Corrupt as Corrupt
 from ._faults import Cut as Cut
 from ._faults import Delay as Delay
@@ -32,7 +33,9 @@ from ._faults import NoLength as NoLength
 from ._faults import Raw as Raw
 from ._faults import Redirect as Redirect
 from ._faults import Reply as Reply
+from ._faults import Shorter as Shorter
 from ._faults import Slow as Slow
+from ._faults import SlowHead as SlowHead
 from ._faults import Stall as Stall
 from ._faults import WrongRange as WrongRange
 from ._faults import WrongTotal as WrongTotal

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 
 import attrs
 
-from ._http import Answer, Blob, Request
+from ._auth import TOKEN_PATH
+from ._http import Answer, Blob, Request, error_answer
 
 __all__ = [
+    "Challenge",
     "Corrupt",
     "Cut",
     "Delay",
@@ -27,7 +29,9 @@ __all__ = [
     "Raw",
     "Redirect",
     "Reply",
+    "Shorter",
     "Slow",
+    "SlowHead",
     "Stall",
     "WrongRange",
     "WrongTotal",
@@ -91,6 +95,30 @@ class Redirect(Fault):
 
 
 @attrs.frozen
+class Challenge(Fault):
+    """A 401, whatever the client knows, that tells it how to log in.
+
+    Attributes:
+        scheme: How: ``Basic``; ``Bearer``, for whose tokens the registry itself is named, which
+            has some if its auth is a `TokenAuth`; or any other name.
+        other: The same for a client that came with ``scheme``: what is wanted goes back and forth
+            then. ``None``: it is told to do the same once more.
+    """
+
+    scheme: str
+    other: str | None = None
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        used = request.headers.get("authorization", "").partition(" ")[0]
+        scheme = self.scheme
+        if self.other is not None and used.lower() == scheme.lower():
+            scheme = self.other
+        realm = f"{request.origin}{TOKEN_PATH}" if scheme.lower() == "bearer" else "here"
+        challenge = {"WWW-Authenticate": f'{scheme} realm="{realm}"'}
+        return error_answer(401, "UNAUTHORIZED", "authentication required", challenge)
+
+
+@attrs.frozen
 class Drop(Fault):
     """The connection is closed instead of an answer."""
 
@@ -110,12 +138,19 @@ class Delay(Fault):
 
 @attrs.frozen
 class Cut(Fault):
-    """The connection is closed after so many bytes of the body. Longer than the body: no cut."""
+    """The connection is closed after so many bytes of the body. Longer than the body: no cut.
+
+    Attributes:
+        after: How many.
+        reset: It is reset, as by a host that crashed or a firewall: then some of the bytes may be
+            lost on their way, and clients see another error.
+    """
 
     after: int
+    reset: bool = attrs.field(default=False, kw_only=True)
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
-        return attrs.evolve(answer, cut_after=self.after)
+        return attrs.evolve(answer, cut_after=self.after, cut_by_reset=self.reset)
 
 
 @attrs.frozen
@@ -139,12 +174,30 @@ class NoLength(Fault):
 
 @attrs.frozen
 class Slow(Fault):
-    """The body goes out at so many bytes per second of trio's time."""
+    """The body goes out at so many bytes per second of trio's time. With a few of them it is what
+    is called a slow loris.
+
+    Attributes:
+        bytes_per_second: How many.
+        after: So many bytes go out at once before.
+    """
+
+    bytes_per_second: float
+    after: int = attrs.field(default=0, kw_only=True)
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        return attrs.evolve(answer, bytes_per_second=self.bytes_per_second, slow_after=self.after)
+
+
+@attrs.frozen
+class SlowHead(Fault):
+    """The status line and the header go out byte by byte, so many per second of trio's time. Over
+    a transport without sockets they come all at once, after as long."""
 
     bytes_per_second: float
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
-        return attrs.evolve(answer, bytes_per_second=self.bytes_per_second)
+        return attrs.evolve(answer, head_bytes_per_second=self.bytes_per_second)
 
 
 @attrs.frozen
@@ -208,6 +261,23 @@ class Longer(Fault):
             headers["Content-Range"] = f"bytes {answer.start}-{stop - 1}/{len(content)}"
         blob = Blob(content, len(content))
         return attrs.evolve(answer, blob=blob, stop=stop, headers=headers)
+
+
+@attrs.frozen
+class Shorter(Fault):
+    """What is sent has so many bytes less than it should have, and says so, if there are more than
+    that: a range is continued by asking for the rest, which a whole is not taken to have."""
+
+    by: int = 1
+
+    def change_answer(self, request: Request, answer: Answer) -> Answer:
+        stop = answer.stop - self.by
+        if stop <= answer.start:
+            return answer
+        headers = {**answer.headers, "Content-Length": str(stop - answer.start)}
+        if answer.status == 206:
+            headers["Content-Range"] = f"bytes {answer.start}-{stop - 1}/{answer.blob.size}"
+        return attrs.evolve(answer, stop=stop, headers=headers)
 
 
 @attrs.frozen

@@ -17,6 +17,7 @@ __all__ = [
     "Blob",
     "BodyStream",
     "ConnectionCut",
+    "ConnectionReset",
     "Content",
     "Exchange",
     "Request",
@@ -76,9 +77,12 @@ class Answer:
         dropped: The connection is closed instead of the answer.
         raw: What is sent instead of the answer, before the connection is closed.
         cut_after: The connection is closed after so many bytes of the body.
+        cut_by_reset: It is reset then.
         stall_after: After so many bytes of the body nothing comes for ``stall_seconds``.
         stall_seconds: How long a stall lasts.
+        head_bytes_per_second: How fast what comes before the body goes out at most, byte by byte.
         bytes_per_second: How fast the body goes out at most.
+        slow_after: After how many bytes of the body that begins.
         flipped: Offsets in the blob of bytes that go out wrong.
     """
 
@@ -91,9 +95,12 @@ class Answer:
     dropped: bool = False
     raw: bytes | None = None
     cut_after: int | None = None
+    cut_by_reset: bool = False
     stall_after: int | None = None
     stall_seconds: float = math.inf
+    head_bytes_per_second: float = math.inf
     bytes_per_second: float = math.inf
+    slow_after: int = 0
     flipped: frozenset[int] = frozenset()
 
 
@@ -157,6 +164,10 @@ class ConnectionCut(Exception):
     """The connection is to be closed now, mid-answer."""
 
 
+class ConnectionReset(ConnectionCut):
+    """It is to be reset."""
+
+
 @final
 class BodyStream(trio.abc.ReceiveStream):
     """The body of an answer, at the pace and with the faults that the answer asks for.
@@ -186,26 +197,30 @@ class BodyStream(trio.abc.ReceiveStream):
             await trio.sleep(answer.stall_seconds)
             self._stalled = True
         if sent == answer.cut_after:
-            raise ConnectionCut
+            raise ConnectionReset if answer.cut_by_reset else ConnectionCut
         size = self._piece(sent, max_bytes)
-        if answer.bytes_per_second != math.inf:
+        if self._is_slow(sent):
             if self._started is None:
                 self._started = trio.current_time()
-            await trio.sleep_until(self._started + (sent + size) / answer.bytes_per_second)
+            slowly = sent + size - answer.slow_after
+            await trio.sleep_until(self._started + slowly / answer.bytes_per_second)
         data = await self._read(size)
         self._position += len(data)
         self._exchange.bytes_sent += len(data)
         return data
 
+    def _is_slow(self, sent: int) -> bool:
+        return self._answer.bytes_per_second != math.inf and sent >= self._answer.slow_after
+
     def _piece(self, sent: int, max_bytes: int | None) -> int:
         """How long the next piece is: up to where something happens."""
         answer = self._answer
         size = MEMORY_CHUNK if isinstance(answer.blob.content, bytes) else FILE_CHUNK
-        if answer.bytes_per_second != math.inf:
+        if self._is_slow(sent):
             size = min(size, max(1, int(answer.bytes_per_second / 10)))
         if max_bytes is not None:
             size = min(size, max_bytes)
-        for event in (answer.cut_after, answer.stall_after):
+        for event in (answer.cut_after, answer.stall_after, answer.slow_after):
             if event is not None and event > sent:
                 size = min(size, event - sent)
         return min(size, answer.stop - self._position)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import socket
 import ssl
+import struct
 from collections.abc import Mapping
 from typing import final
 
 import h11
 import trio
 
-from ._http import Answer, BodyStream, ConnectionCut, Request
+from ._http import Answer, BodyStream, ConnectionCut, ConnectionReset, Request
 from ._transport import Respond
 
 __all__ = ["serve"]
@@ -42,6 +45,9 @@ async def serve(
             transport = trio.SSLStream(stream, ssl_context, server_side=True, https_compatible=True)
         try:
             await _Connection(transport, respond, scheme).run()
+        except ConnectionReset:
+            # To be closed without lingering, that is what a socket does.
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except (trio.BrokenResourceError, ConnectionCut):
             pass  # the client went, or is to see its connection closed
         finally:
@@ -122,7 +128,7 @@ class _Connection:
                 raise AssertionError("h11 is asked for an event only once a cycle has begun")
 
     async def _send(self, answer: Answer, body: BodyStream) -> None:
-        await self._send_head(answer.status, answer.headers)
+        await self._send_head(answer.status, answer.headers, answer.head_bytes_per_second)
         while data := await body.receive_some():
             # Data passed through is not copied together with its framing.
             for piece in self._http.send_with_data_passthrough(h11.Data(data=data)) or ():
@@ -131,6 +137,15 @@ class _Connection:
         if end:
             await self._stream.send_all(end)
 
-    async def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+    async def _send_head(
+        self, status: int, headers: Mapping[str, str], bytes_per_second: float = math.inf
+    ) -> None:
         head = h11.Response(status_code=status, headers=list(headers.items()))
-        await self._stream.send_all(self._http.send(head) or b"")
+        data = self._http.send(head) or b""
+        if bytes_per_second == math.inf:
+            await self._stream.send_all(data)
+            return
+        began = trio.current_time()
+        for number, byte in enumerate(data, 1):
+            await trio.sleep_until(began + number / bytes_per_second)
+            await self._stream.send_all(bytes((byte,)))

@@ -10,7 +10,7 @@ from typing import TypeAlias, final
 import httpx
 import trio
 
-from ._http import Answer, BodyStream, ConnectionCut, Exchange, Request
+from ._http import Answer, BodyStream, ConnectionCut, ConnectionReset, Exchange, Request
 
 __all__ = ["RegistryTransport", "Respond"]
 
@@ -43,6 +43,8 @@ class RegistryTransport(httpx.AsyncBaseTransport):
             except trio.Cancelled:
                 exchange.end()
                 raise
+        if answer.head_bytes_per_second != math.inf and not answer.dropped and answer.raw is None:
+            await self._wait_for_head(request, answer, exchange, limit)
         if answer.dropped or answer.raw is not None:
             exchange.end()
             said = "illegal response" if answer.raw else "Server disconnected without a response."
@@ -51,6 +53,20 @@ class RegistryTransport(httpx.AsyncBaseTransport):
         return httpx.Response(
             answer.status, headers=dict(answer.headers), stream=body, request=request
         )
+
+    async def _wait_for_head(
+        self, request: httpx.Request, answer: Answer, exchange: Exchange, limit: float
+    ) -> None:
+        """As long as its bytes take, each of which is within the limit, or the first is not."""
+        fields = sum(len(name) + len(value) + 4 for name, value in answer.headers.items())
+        size = len("HTTP/1.1 200 \r\n\r\n") + fields
+        try:
+            with _read_limit(request, limit):
+                await trio.sleep(1 / answer.head_bytes_per_second)
+            await trio.sleep((size - 1) / answer.head_bytes_per_second)
+        except BaseException:
+            exchange.end()
+            raise
 
 
 @final
@@ -67,6 +83,8 @@ class _Body(httpx.AsyncByteStream):
         with _read_limit(self._request, self._limit):
             try:
                 data = await self._stream.receive_some()
+            except ConnectionReset:
+                raise httpx.ReadError("", request=self._request) from None
             except ConnectionCut:
                 raise httpx.RemoteProtocolError(
                     "peer closed connection without sending complete message body",
