@@ -174,23 +174,33 @@ async def test_a_storage_that_refuses() -> None:
 
 
 async def test_logs_have_no_signatures(caplog: pytest.LogCaptureFixture) -> None:
-    """What a URL's query may hold, and credentials, are in no log of ours."""
-    caplog.set_level(logging.DEBUG, logger="trio_layers")
+    """What a URL's query may hold, and credentials, are in no log of ours, nor in httpx's."""
+    caplog.set_level(logging.DEBUG)
     await test_a_redirect_elsewhere(307)
-    ours = [record for record in caplog.records if record.name.startswith("trio_layers")]
-    text = "\n".join(record.getMessage() for record in ours)
-    assert "storage.example/blob" in text
-    assert "signature" not in text
-    assert "dXNlcjpzZWNyZXQ=" not in text
+    assert f"GET storage.example for blob {BLOB.digest} of {APP.name}: 206" in caplog.text
+    assert 'HTTP Request: GET https://storage.example "HTTP/1.1 206 Partial Content"' in caplog.text
+    assert "signature" not in caplog.text
+    assert "dXNlcjpzZWNyZXQ=" not in caplog.text
+
+
+async def test_the_log_of_others_requests(caplog: pytest.LogCaptureFixture) -> None:
+    """It is httpx's own, also where this library is used."""
+    network = Network(**{HOST: _content})
+    with caplog.at_level(logging.INFO, "httpx"):
+        await fetch(network)
+        async with network.client() as http:
+            await http.get(f"{HOST}/path?query")
+    assert f"GET {HOST}/path?query" in caplog.text
 
 
 async def test_logs_have_no_control_characters(caplog: pytest.LogCaptureFixture) -> None:
-    """A path is logged as it is sent, not decoded."""
+    """The path that somebody redirects to is not logged at all."""
     hosts = {HOST: lambda request: redirect(f"{STORAGE}/%1b%5b2J%0aGET"), STORAGE: _content}
     with caplog.at_level(logging.DEBUG, "trio_layers"):
         await fetch(Network(**hosts))
-    assert "GET storage.example/%1b%5b2J%0aGET: 200" in caplog.text.replace("B", "b")
+    assert f"GET storage.example for blob {BLOB.digest} of {APP.name}: 200" in caplog.text
     assert "\x1b" not in caplog.text
+    assert "[2J" not in caplog.text
 
 
 def _content(request: httpx.Request) -> httpx.Response:

@@ -10,8 +10,11 @@ that is where it was when this was written. Else all works as before.
 
 from __future__ import annotations
 
+import logging
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final, final
 
@@ -43,6 +46,7 @@ __all__ = [
     "StreamError",
     "Timeout",
     "create_ssl_context",
+    "discreet",
     "new_client",
     "read_more_at_once",
 ]
@@ -80,6 +84,47 @@ def read_more_at_once(client: AsyncClient) -> None:
         backend = getattr(pool, "_network_backend", None)
         if pool is not None and isinstance(backend, httpcore.AsyncNetworkBackend):
             pool._network_backend = _Backend(backend)
+
+
+_discreet: Final = ContextVar("trio_layers_discreet", default=False)
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """Send a request in the block, and httpx's log has no more of URLs than their hosts, and
+    httpcore's no header fields: signatures may be in them, and cookies. Others' requests are
+    logged as ever."""
+    token = _discreet.set(True)
+    try:
+        yield
+    finally:
+        _discreet.reset(token)
+
+
+@final
+class _Discretion(logging.Filter):
+    # Words of httpcore that fields follow, or the login at a proxy.
+    _SHOWN_ALONE: Final = ("receive_response_headers.complete", "setup_socks5_connection.started")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _discreet.get():
+            if isinstance(record.args, tuple):
+                record.args = tuple(map(_only_origin, record.args))
+            words = str(record.msg).partition(" ")[0]
+            if words in self._SHOWN_ALONE:
+                record.msg = words
+        return True
+
+
+def _only_origin(value: object) -> object:
+    if not isinstance(value, URL):
+        return value
+    return f"{value.scheme}://{value.netloc.decode('ascii', 'replace')}"
+
+
+# A filter of a logger counts for what is logged there, and not for the loggers below it.
+for _name in ("httpx", "httpcore.http11", "httpcore.http2", "httpcore.socks"):
+    logging.getLogger(_name).addFilter(_Discretion())
 
 
 @final

@@ -30,6 +30,7 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    discreet,
 )
 from .trust import Trust
 
@@ -307,16 +308,15 @@ class Transport:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
             try:
-                response = await client.send(
-                    request, stream=True, follow_redirects=False, auth=None
-                )
+                with discreet():
+                    response = await client.send(
+                        request, stream=True, follow_redirects=False, auth=None
+                    )
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
                 raise _failed(f"{host} could not be asked for {what}", host, error) from error
-            # Host and path only: a query may hold a signature. Decoded, a path could hold
-            # whatever rewrites a terminal.
-            path = url.raw_path.partition(b"?")[0].decode("ascii")
-            log.debug("%s %s%s: %d", method, host, path, response.status_code)
+            # In our own words: a URL that somebody else has made may hold a signature.
+            log.debug("%s %s for %s: %d", method, host, what, response.status_code)
             async with _open_body(response, host, what) as chunks:
                 following = response.next_request
                 yield Answer(
