@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import random
 
@@ -10,10 +11,18 @@ import httpcore
 import httpx
 import pytest
 import trio
-from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe
+from registry.fakes import (
+    Body,
+    FakeRegistry,
+    Handler,
+    MemorySink,
+    Network,
+    Report,
+    describe,
+)
 from trio.testing import wait_all_tasks_blocked
 
-from trio_layers._errors import RegistryError
+from trio_layers._errors import AuthenticationError, RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
@@ -91,6 +100,23 @@ async def test_a_redirect_to_another_port() -> None:
     assert network.secrets("registry.example")[-1] is None
 
 
+async def test_a_redirect_that_comes_back() -> None:
+    """Whom a registry refers to does not decide what it is asked for with credentials."""
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/chosen":
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        if "Authorization" not in request.headers:
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        return redirect(STORAGE)
+
+    network = Network(**{HOST: registry, STORAGE: lambda request: redirect(f"{HOST}/chosen")})
+    with pytest.raises(AuthenticationError, match=r"registry\.example answered 401"):
+        await fetch(network)
+    assert network.asked[-2:] == [STORAGE, f"{HOST}/chosen"]
+    assert network.secrets("registry.example")[1:] == ["Basic dXNlcjpzZWNyZXQ=", None]
+
+
 async def test_a_name_and_password_in_a_redirect() -> None:
     """They are not sent."""
 
@@ -159,6 +185,38 @@ async def test_redirects_to_plain_http_where_it_is_allowed() -> None:
         }
     )
     await fetch(network, plain_http=True)
+
+
+@pytest.mark.parametrize(
+    ("origin", "targets", "followed"),
+    [
+        (HOST, ["http://localhost:9"], False),
+        (HOST, ["http://127.0.0.1:9"], False),
+        (HOST, ["http://[::1]:9"], False),
+        (HOST, [STORAGE, "http://localhost:9"], False),
+        ("https://localhost:5000", ["http://127.0.0.1:9"], True),
+        ("https://localhost:5000", [STORAGE, "http://localhost:9"], False),
+        ("https://localhost:5000", ["http://storage.example"], False),
+        ("http://localhost:5000", ["http://127.0.0.1:9"], True),
+        ("http://localhost:5000", ["http://storage.example"], False),
+        ("http://localhost:5000", [STORAGE], True),
+    ],
+)
+async def test_redirects_to_this_machine(origin: str, targets: list[str], followed: bool) -> None:
+    """Its plain HTTP is reached from itself alone, and leads nowhere else without being told."""
+    places = [origin, *targets]
+    hosts: dict[str, Handler] = {targets[-1]: _content}
+    for place, following in itertools.pairwise(places):
+        hosts[place] = lambda request, following=following: redirect(following)
+    network = Network(**hosts)
+    reference = parse_reference(f"{origin.partition('//')[2]}/team/app")
+    async with network.client() as http, open_registry_client(client=http) as client:
+        if followed:
+            await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+        else:
+            with pytest.raises(RegistryError, match="allow plain HTTP if that is meant"):
+                await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+    assert (network.requests[-1].url.host == httpx.URL(targets[-1]).host) is followed
 
 
 async def test_a_storage_that_refuses() -> None:

@@ -61,7 +61,8 @@ class Answer:
         host: Who says it, with the port; not who was asked, after a redirect.
         status: The HTTP status.
         headers: The header fields; the same name may be there several times.
-        redirected: Whether this is another origin than the one that was asked.
+        redirected: Whether this is the answer of somebody else than the origin that was asked, or
+            one that somebody else has asked for.
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
     """
@@ -149,7 +150,8 @@ class Connections:
 
 @attrs.frozen
 class Manner:
-    """How one host is spoken to, and nobody else but where that is said.
+    """How one host is spoken to, and nobody else but where that is said; nor the host itself,
+    where others have referred to it.
 
     Attributes:
         origins: Its scheme, host and port, perhaps in several ways.
@@ -185,7 +187,7 @@ class Transport:
     async def speaks_tls(self, url: URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
         try:
-            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT, asked=url):
+            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT):
                 return True
         except RegistryError as error:
             # A server whose certificate is not trusted is one. Let the request itself say so.
@@ -212,22 +214,25 @@ class Transport:
             authorization: Goes to the origin of ``url`` alone.
 
         Raises:
-            RegistryError: if there is no answer, also while the body is read. A redirect from
-                HTTPS to plain HTTP is followed only where plain HTTP may be used anyway.
+            RegistryError: if there is no answer, also while the body is read. A redirect to plain
+                HTTP is followed only where that may be used anyway, and from this machine to
+                itself.
         """
-        target = url
+        target, redirected = url, False
         for _ in range(MAX_REDIRECTS + 1):
             fields = dict(headers)
-            if authorization is not None and origin_of(target) == origin_of(url):
+            if authorization is not None and not redirected:
                 fields["Authorization"] = authorization
             async with self._send(
-                target, fields, what, connect_limit=CONNECT_LIMIT, asked=url
+                target, fields, what, connect_limit=CONNECT_LIMIT, redirected=redirected
             ) as answer:
                 if answer.location is None:
                     yield answer
                     return
                 await answer.skip()
             target = self._redirected(target, answer.location, what)
+            # For good: nobody else decides what is asked for with a secret, once it comes back.
+            redirected = redirected or origin_of(target) != origin_of(url)
         raise RegistryError(
             f"{_host(url)} redirects more than {MAX_REDIRECTS} times for {what}", host=_host(url)
         )
@@ -246,9 +251,7 @@ class Transport:
         """
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         body = urllib.parse.urlencode(form).encode()
-        async with self._send(
-            url, headers, what, connect_limit=CONNECT_LIMIT, asked=url, body=body
-        ) as answer:
+        async with self._send(url, headers, what, connect_limit=CONNECT_LIMIT, body=body) as answer:
             if answer.location is not None:
                 raise RegistryError(
                     f"{_host(url)} redirects to {_host(answer.location)} for {what}, which is not "
@@ -258,13 +261,14 @@ class Transport:
             yield answer
 
     def _redirected(self, url: URL, target: URL, what: str) -> URL:
+        # What listens on this machine without TLS is not for a registry elsewhere to reach.
+        local = is_loopback(url) and is_loopback(target)
         allowed = target.scheme == "https" or (
-            target.scheme == "http"
-            and (url.scheme == "http" or self._plain_http or is_loopback(target))
+            target.scheme == "http" and (self._plain_http or local)
         )
         if not allowed:
             raise RegistryError(
-                f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)} for "
+                f"{_host(url)} redirects to {readable(target.scheme)}://{_host(target)} for "
                 f"{what}, which is not followed: allow plain HTTP if that is meant",
                 host=_host(url),
             )
@@ -279,14 +283,14 @@ class Transport:
         what: str,
         *,
         connect_limit: float,
-        asked: URL,
+        redirected: bool = False,
         body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
         host = _host(url)
         manner, stall_limit = self._manner, self._connections.stall_limit
         trust = manner.trust
         fields = Headers()
-        if origin_of(url) in manner.origins:
+        if origin_of(url) in manner.origins and not redirected:
             fields = Headers(manner.headers)
             connect_limit = min(connect_limit, manner.connect_limit or connect_limit)
         elif trust is not None:
@@ -323,7 +327,7 @@ class Transport:
                     host,
                     response.status_code,
                     response.headers,
-                    redirected=origin_of(url) != origin_of(asked),
+                    redirected=redirected,
                     location=None if following is None else following.url,
                     chunks=chunks,
                 )
