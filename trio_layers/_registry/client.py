@@ -183,11 +183,16 @@ def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
     try:
         verify = trust if isinstance(trust, bool) else make_context(trust)
         return new_client(verify, max_connections)
-    except (OSError, ValueError, ImportError, InvalidURL) as error:
-        raise LayersError(
-            "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
-            f"NO_PROXY, SSL_CERT_FILE and their like) cannot be used: {error}"
-        ) from error
+    except InvalidURL:
+        # What it says may be a part of a proxy's password: it takes that for the port, if there
+        # is a slash in it. Nothing is raised in here, which would be shown together with it.
+        problem, cause = "one of them is no URL", None
+    except (OSError, ValueError, ImportError) as error:
+        problem, cause = str(error), error
+    raise LayersError(
+        "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
+        f"NO_PROXY, SSL_CERT_FILE and their like) cannot be used: {problem}"
+    ) from cause
 
 
 @final
