@@ -20,6 +20,7 @@ import trio
 
 from .._errors import RegistryError
 from .answers import readable
+from .credentials import as_sent
 from .hosts import is_loopback, origin_of
 from .http import (
     URL,
@@ -250,7 +251,8 @@ class Transport:
             RegistryError: as for `get`, and if there is a redirect.
         """
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        body = urllib.parse.urlencode(form).encode()
+        fields = {name: as_sent(value) for name, value in form.items()}
+        body = urllib.parse.urlencode(fields).encode()
         async with self._send(url, headers, what, connect_limit=CONNECT_LIMIT, body=body) as answer:
             if answer.location is not None:
                 raise RegistryError(
