@@ -34,7 +34,7 @@ from .._manifest import (
 from .._platform import Platform, host_platform
 from .._reference import Reference
 from ..abc import BlobSink, ReportProgress
-from .answers import RateLimit, is_final, readable
+from .answers import RateLimit, is_final
 from .blobs import BlobFetch
 from .credentials import CredentialsFor
 from .http import AsyncClient, InvalidURL, new_client
@@ -368,8 +368,9 @@ class RegistryClient:
             digest = digest_of(data)
             # A digest of another algorithm is one that cannot be checked.
             if promised is not None and promised.startswith("sha256:") and promised != digest:
+                promised = answer.readable(promised)
                 raise VerificationError(
-                    f"{answer.host} sent {digest} as {what}, which should be {readable(promised)}",
+                    f"{answer.host} sent {digest} as {what}, which should be {promised}",
                     digest=promised,
                 )
             media_type = content_type.partition(";")[0].strip().lower()

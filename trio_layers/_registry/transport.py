@@ -21,6 +21,7 @@ import trio
 from .._errors import RegistryError
 from .answers import readable
 from .credentials import as_sent
+from .discretion import secrets_of, without_secrets
 from .hosts import is_loopback, origin_of
 from .http import (
     URL,
@@ -66,14 +67,21 @@ class Answer:
             one that somebody else has asked for.
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
+        secrets: What it was sent that others must not see.
     """
 
     host: str
     status: int
-    headers: Headers
+    # There may be signed URLs in it, and cookies.
+    headers: Headers = attrs.field(repr=False)
     redirected: bool
-    location: URL | None
-    chunks: AsyncIterator[bytes]
+    location: URL | None = attrs.field(repr=False)
+    chunks: AsyncIterator[bytes] = attrs.field(repr=False)
+    secrets: frozenset[str] = attrs.field(default=frozenset(), repr=False)
+
+    def readable(self, text: str) -> str:
+        """What it says, fit for a message (see `readable`), and without what it was sent."""
+        return readable(without_secrets(text, self.secrets))
 
     async def read(self, limit: int) -> bytes:
         """The body, and if it is longer than ``limit`` bytes, only its beginning: longer than
@@ -332,6 +340,9 @@ class Transport:
                     redirected=redirected,
                     location=None if following is None else following.url,
                     chunks=chunks,
+                    secrets=secrets_of(
+                        request.headers.items(), body or b"", url.query if redirected else b""
+                    ),
                 )
         finally:
             limiter.release_on_behalf_of(borrower)
@@ -378,4 +389,4 @@ def _failed(text: str, host: str, error: Exception) -> RegistryError:
 
 
 def _host(url: URL) -> str:
-    return url.netloc.decode("ascii", "replace")
+    return readable(url.netloc.decode("ascii", "replace"))
