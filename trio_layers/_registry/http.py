@@ -34,6 +34,7 @@ from httpx import (
 )
 
 from .._version import __version__
+from .answers import readable
 
 __all__ = [
     "URL",
@@ -109,17 +110,18 @@ class _Discretion(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if _discreet.get():
             if isinstance(record.args, tuple):
-                record.args = tuple(map(_only_origin, record.args))
+                record.args = tuple(map(_harmless, record.args))
             words = str(record.msg).partition(" ")[0]
             if words in self._SHOWN_ALONE:
                 record.msg = words
         return True
 
 
-def _only_origin(value: object) -> object:
-    if not isinstance(value, URL):
-        return value
-    return f"{value.scheme}://{value.netloc.decode('ascii', 'replace')}"
+def _harmless(value: object) -> object:
+    if isinstance(value, URL):
+        return f"{value.scheme}://{value.netloc.decode('ascii', 'replace')}"
+    # A status line's words may have control characters in them.
+    return readable(value) if isinstance(value, str) else value
 
 
 # A filter of a logger counts for what is logged there, and not for the loggers below it.
