@@ -36,7 +36,7 @@ from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.http import new_client
 from trio_layers._registry.tokens import Tokens
 from trio_layers._registry.trust import Trust, make_context
-from trio_layers.testing import BasicAuth, Reply, open_registry, sample_image
+from trio_layers.testing import BasicAuth, Fault, Raw, Reply, open_registry, sample_image
 
 HOST, TOKENS, M1 = "https://registry.example", "https://tokens.example", "https://m1.example"
 STORAGE, EVIL = "https://storage.example", "https://evil.example"
@@ -116,6 +116,7 @@ TROUBLE = (
     "cookie",
     *("redirect", "redirect-port", "redirect-login", "redirect-back", "redirect-plain"),
     *("storage-500", "storage-401", "storage-refuses", "storage-breaks", "storage-loop"),
+    *("broken-fields", "broken-location"),
 )
 TOKEN_TROUBLE = (
     *("tokens-401", "tokens-403", "tokens-429", "tokens-500"),
@@ -192,6 +193,12 @@ class World(Network):
             return httpx.Response(307, headers={"Location": f"{STORAGE}/blob", **headers})
         signed = f"/blob?X-Signature={SIGNATURE}&x=1"
         match kind, what:
+            case "broken", "fields":
+                cause = ValueError(f"illegal header line: bytearray(b'Location: {signed}\x00')")
+                error = httpx.RemoteProtocolError(str(cause) + authorization, request=request)
+                raise error from ValueError(f"{authorization}\x1b")
+            case "broken", "location":
+                return redirect(f"https://user:{SIGNATURE}/x@storage.example/blob")
             case "storage", _:
                 return redirect(f"{STORAGE}{signed}")
             case "redirect", "port":
@@ -320,6 +327,8 @@ LEAKS = {
     "what a server repeats": (transport, "secrets_of", lambda *_: frozenset(), "500"),
     "what a mirror repeats": (transport, "secrets_of", lambda *_: frozenset(), "none"),
     "what a token server repeats": (transport, "secrets_of", lambda *_: frozenset(), "tokens-403"),
+    "what a broken answer repeats": (transport, "hush", lambda *_: None, "broken-fields"),
+    "a part of a broken URL": (transport, "hush", lambda *_: None, "broken-location"),
     "a signed URL in a log": (transport, "discreet", contextlib.nullcontext, "storage-500"),
     "a redirect with a secret": (transport, "origin_of", lambda _: "anybody", "redirect"),
     "one that comes back": (transport, "origin_of", lambda _: "anybody", "redirect-back"),
@@ -454,7 +463,7 @@ def test_what_is_cut_is_no_half_secret() -> None:
     answer = transport.Answer(
         *("host", 500, httpx.Headers(), False, None),
         chunks=no_chunks(),
-        secrets=frozenset({secret}),
+        secrets=lambda: frozenset({secret}),
     )
     shown = answer.readable("x" * 550 + secret + "y" * 50)
     assert shown == "x" * 300 + "…"
@@ -588,7 +597,8 @@ async def test_secrets_that_are_no_text(code: int, canaries: Canaries) -> None:
 # With sockets: h11's and httpcore's logs, and what a process leaves behind.
 
 
-async def test_real_connections(canaries: Canaries) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+async def test_real_connections(broken: bool, canaries: Canaries) -> None:
     """What goes over them is not logged, neither what is sent nor what comes."""
     canaries.add(f"user:{PASSWORD}", SIGNATURE, COOKIE)
     async with (
@@ -599,10 +609,17 @@ async def test_real_connections(canaries: Canaries) -> None:
         reference = registry.add(sample_image(), "team/app:1")
         signed = f"{storage.url}/{SIGNATURE}?X-Signature={SIGNATURE}"
         headers = {"Location": signed, "Set-Cookie": f"c={COOKIE}", "X-Other": COOKIE}
-        registry.inject("/v2/team/app/*", Reply(307, headers=headers), skip=1)
-        with pytest.raises(RegistryError, match=f"{storage.host} answered 404") as caught:
+        fault: Fault = Reply(307, headers=headers)
+        if broken:
+            fault = Raw(f"HTTP/1.1 307 X\r\nLocation: {signed}\0{COOKIE}\r\n\r\n".encode())
+        registry.inject("/v2/team/app/*", fault, skip=1)
+        said = "illegal header line:$" if broken else f"{storage.host} answered 404"
+        with pytest.raises(RegistryError, match=said) as caught:
             await client.resolve(parse_reference(reference))
         canaries.check(client, caught.value)
+        assert registry.requests[-1].headers["authorization"] == USER.basic()
+        if broken:
+            return
         [asked] = storage.requests
         assert SIGNATURE in asked.path
         assert "authorization" not in asked.headers

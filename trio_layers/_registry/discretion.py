@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import parse_qsl, quote, quote_plus
 
-__all__ = ["secrets_of", "without_login", "without_secrets"]
+from .answers import readable
+
+__all__ = ["hush", "secrets_of", "without_login", "without_secrets"]
 
 # Characters. What is shorter is a part of too many words.
 MIN_SECRET: Final = 4
@@ -70,6 +72,27 @@ def without_secrets(text: str, secrets: Iterable[str]) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, WITHHELD)
     return text
+
+
+# A line of a broken answer, or a part of a URL, with whatever it has of a signature or a cookie.
+_QUOTED = re.compile(r"(bytearray\(|(?<=Invalid URL in location header): ).*", re.DOTALL)
+
+
+def hush(error: BaseException, secrets: Iterable[str]) -> None:
+    """Take secrets, what is quoted of an answer, and control characters out of the texts of an
+    error of httpx's, and of those that it was caused by: who shows ours shows them, too."""
+    following: BaseException | None = error
+    while following is not None:
+        following.args = tuple(
+            # httpcore's has that of h11 as its text.
+            readable(without_secrets(_QUOTED.sub("", str(each)), secrets))
+            if isinstance(each, str | BaseException)
+            else each
+            for each in following.args
+        )
+        if following.__suppress_context__:
+            following.__context__ = following.__cause__
+        following = following.__cause__ or following.__context__
 
 
 def without_login(url: str) -> str:

@@ -104,15 +104,15 @@ def discreet() -> Iterator[None]:
 
 @final
 class _Discretion(logging.Filter):
-    # Words of httpcore that fields follow, or the login at a proxy.
-    _SHOWN_ALONE: Final = ("receive_response_headers.complete", "setup_socks5_connection.started")
+    # Words of httpcore that fields follow, broken or not, or the login at a proxy.
+    _SHOWN_ALONE: Final = ("receive_response_headers.", "setup_socks5_connection.")
 
     def filter(self, record: logging.LogRecord) -> bool:
         if _discreet.get():
             if isinstance(record.args, tuple):
                 record.args = tuple(map(_harmless, record.args))
             words = str(record.msg).partition(" ")[0]
-            if words in self._SHOWN_ALONE:
+            if words.startswith(self._SHOWN_ALONE):
                 record.msg = words
         return True
 

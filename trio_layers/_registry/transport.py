@@ -12,6 +12,7 @@ import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Final, Self, final
 
@@ -21,7 +22,7 @@ import trio
 from .._errors import RegistryError
 from .answers import readable
 from .credentials import as_sent
-from .discretion import secrets_of, without_secrets
+from .discretion import hush, secrets_of, without_secrets
 from .hosts import is_loopback, origin_of
 from .http import (
     URL,
@@ -67,7 +68,7 @@ class Answer:
             one that somebody else has asked for.
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
-        secrets: What it was sent that others must not see.
+        secrets: Gives what it was sent that others must not see.
     """
 
     host: str
@@ -77,11 +78,11 @@ class Answer:
     redirected: bool
     location: URL | None = attrs.field(repr=False)
     chunks: AsyncIterator[bytes] = attrs.field(repr=False)
-    secrets: frozenset[str] = attrs.field(default=frozenset(), repr=False)
+    secrets: Callable[[], frozenset[str]] = attrs.field(default=frozenset, repr=False)
 
     def readable(self, text: str) -> str:
         """What it says, fit for a message (see `readable`), and without what it was sent."""
-        return readable(without_secrets(text, self.secrets))
+        return readable(without_secrets(text, self.secrets()))
 
     async def read(self, limit: int) -> bytes:
         """The body, and if it is longer than ``limit`` bytes, only its beginning: longer than
@@ -321,6 +322,9 @@ class Transport:
             if "Authorization" not in fields:
                 # The client's own is for whatever else it was made for.
                 request.headers.pop("Authorization", None)
+            # Not yet: a token of some thousand characters takes a millisecond.
+            query = url.query if redirected else b""
+            secrets = partial(secrets_of, request.headers.multi_items(), body or b"", query)
             try:
                 with discreet():
                     response = await client.send(
@@ -328,6 +332,7 @@ class Transport:
                     )
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
+                hush(error, secrets())
                 raise _failed(f"{host} could not be asked for {what}", host, error) from error
             # In our own words: a URL that somebody else has made may hold a signature.
             log.debug("%s %s for %s: %d", method, host, what, response.status_code)
@@ -340,9 +345,7 @@ class Transport:
                     redirected=redirected,
                     location=None if following is None else following.url,
                     chunks=chunks,
-                    secrets=secrets_of(
-                        request.headers.items(), body or b"", url.query if redirected else b""
-                    ),
+                    secrets=secrets,
                 )
         finally:
             limiter.release_on_behalf_of(borrower)
@@ -381,6 +384,7 @@ async def _read_body(response: Response, host: str, what: str) -> AsyncIterator[
         async for chunk in response.stream:
             yield chunk
     except (HTTPError, StreamError) as error:
+        hush(error, ())
         raise _failed(f"{host} broke off while it sent {what}", host, error) from error
 
 
