@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import gc
 import logging
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import httpx
 import pytest
+
+from trio_layers._errors import LayersError
 
 __all__ = ["Canaries"]
 
@@ -25,12 +28,7 @@ class Canaries:
     def add(self, *secrets: str) -> None:
         """Watch for these; names and passwords are ``name:password``, in any encoding."""
         for secret in secrets:
-            name, _, password = secret.rpartition(":")
-            assert len(password) >= 4
-            self._secrets |= {password, httpx.QueryParams({"x": password}).get("x")}
-            self._secrets.add(str(httpx.QueryParams({"x": password}))[2:])
-            self._secrets.add(base64.b64encode(password.encode()).decode())
-            self._secrets.add(base64.b64encode(f"{name}:{password}".encode()).decode())
+            self._secrets |= _forms(secret)
 
     def seen(self, text: str) -> list[str]:
         return [secret for secret in self._secrets if secret in text]
@@ -41,23 +39,82 @@ class Canaries:
         assert self._secrets
         for record in self._caplog.records:
             assert not self.seen(logging.Formatter().format(record)), record.name
-            assert not self.seen(repr(record.args)), record.name
+            assert not self.seen(repr((record.msg, record.args))), record.name
         for thing in things:
             if isinstance(thing, BaseException):
                 assert not self.seen("".join(traceback.format_exception(thing)))
-                assert not self.seen("".join(_reprs(thing)))
+                for each in _all_of(thing):
+                    assert not self.seen(f"{each}{each!r}{each.args!r}"), type(each)
+                    assert not self.seen(repr(getattr(each, "__notes__", None))), type(each)
+                    if isinstance(each, LayersError):
+                        assert not self.seen(repr(vars(each))), type(each)
             assert not self.seen(repr(thing))
             assert not self.seen(str(thing))
+
+    def check_objects(self) -> None:
+        """None of the library's objects that there are has a repr that shows anything."""
+        gc.collect()  # what earlier tests have left
+        there = [each for each in gc.get_objects() if _is_ours(type(each))]
+        assert there
+        for each in there:
+            assert not self.seen(repr(each)), type(each)
 
     def check_requests(self, requests: Iterable[httpx.Request]) -> None:
         """None of these has anything anywhere."""
         for request in requests:
-            head = repr((request.method, request.url, request.headers.raw))
-            assert not self.seen(head + request.content.decode()), request.url
+            assert not self.seen(_text(request)), request.url
+
+    def reached(self, requests: Iterable[httpx.Request], secret: str) -> set[str]:
+        """The origins that got a secret."""
+        forms = _forms(secret)
+        return {
+            _origin(request)
+            for request in requests
+            if any(form in _text(request) for form in forms)
+        }
+
+    def check_origins(
+        self, requests: Iterable[httpx.Request], origins: Mapping[str, Iterable[str]]
+    ) -> None:
+        """Each secret is in requests to its origins alone."""
+        requests = list(requests)
+        for secret, allowed in origins.items():
+            assert self.reached(requests, secret) <= set(allowed), secret
 
 
-def _reprs(error: BaseException) -> Iterable[str]:
-    following: BaseException | None = error
-    while following is not None:
-        yield repr(following) + repr(following.args)
-        following = following.__cause__ or following.__context__
+def _forms(secret: str) -> set[str]:
+    name, _, password = secret.rpartition(":")
+    assert len(password) >= 4
+    return {
+        password,
+        str(httpx.QueryParams({"x": password}))[2:],
+        base64.b64encode(password.encode()).decode(),
+        base64.b64encode(f"{name}:{password}".encode()).decode(),
+    }
+
+
+def _origin(request: httpx.Request) -> str:
+    return f"{request.url.scheme}://{request.url.netloc.decode()}"
+
+
+def _text(request: httpx.Request) -> str:
+    head = repr((request.method, str(request.url), request.headers.raw))
+    return head + request.content.decode()
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "trio_layers"
+
+
+def _all_of(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and what it was caused by or raised together with, shown or not."""
+    waiting, done = [error], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in done:
+            continue
+        done.add(id(each))
+        yield each
+        waiting += [other for other in (each.__cause__, each.__context__) if other is not None]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions

@@ -195,7 +195,7 @@ async def test_plain_http(url: str, reference: str, plain_http: bool, asked: boo
 
 @pytest.mark.parametrize("reference", [str(APP), "localhost:5000/app"])
 async def test_redirects_of_a_url(reference: str) -> None:
-    """It leads where it might itself be."""
+    """It leads to plain HTTP on this machine from this machine only."""
     local = "http://127.0.0.1:8000"
     network = Network(
         **{
@@ -206,6 +206,9 @@ async def test_redirects_of_a_url(reference: str) -> None:
         }
     )
     await fetch(network, foreign(FIRST), reference=reference)
+    assert f"{local}/secret" not in network.asked
+    network.hosts[local.replace("8000", "1")] = network.hosts[FIRST]
+    await fetch(network, foreign(f"{local.replace('8000', '1')}/a"), reference=reference)
     assert (f"{local}/secret" in network.asked) is (reference != str(APP))
 
 

@@ -44,6 +44,7 @@ from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.sites import REST
 from trio_layers._registry.trust import Trust, make_context
+from trio_layers.testing import Redirect, Reply, build_image, open_registry
 
 APP = parse_reference("registry.example/team/app:1")
 UPSTREAM, M1, M2 = "https://registry.example", "https://m1.example", "https://m2.example:5000"
@@ -531,6 +532,22 @@ async def test_a_token_server_without_tls(network: Network, tmp_path: Path) -> N
     async with opened(network, tmp_path, f'server = "{M1}"') as client:
         with pytest.raises(AuthenticationError, match=r"m1\.example wants a token .* no HTTPS"):
             await fetch(client)
+
+
+async def test_a_registry_on_this_machine_that_no_file_names(tmp_path: Path) -> None:
+    """It is asked without TLS, as it would be without a directory, and leads to no more of that
+    elsewhere."""
+    async with open_registry() as registry, open_registry_client(hosts_dir=tmp_path) as client:
+        (tmp_path / registry.host).mkdir()
+        reference = parse_reference(registry.add(build_image([[]]), "team/app:1"))
+        challenge = {"WWW-Authenticate": 'Bearer realm="http://plain.invalid/token"'}
+        registry.inject("/v2/team/*", Reply(401, headers=challenge))
+        registry.inject("/v2/team/*", Redirect("http://plain.invalid"))
+        for said in ("wants a token .* no HTTPS", "redirects to http://plain.invalid"):
+            with pytest.raises(RegistryError, match=said):
+                await client.resolve(reference)
+            client._sites._sites.clear()  # it has not answered 401 yet
+        await client.resolve(reference)
 
 
 async def test_header_fields_are_for_one_host(network: Network, tmp_path: Path) -> None:

@@ -15,10 +15,18 @@ import pytest
 import trio
 import trustme
 from _tools.moments import moments
-from registry.fakes import Body, FakeRegistry, MemorySink, Network, Report, describe
+from registry.fakes import (
+    Body,
+    FakeRegistry,
+    Handler,
+    MemorySink,
+    Network,
+    Report,
+    describe,
+)
 from trio.testing import wait_all_tasks_blocked
 
-from trio_layers._errors import RegistryError
+from trio_layers._errors import AuthenticationError, RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
@@ -98,6 +106,23 @@ async def test_a_redirect_to_another_port() -> None:
     assert network.secrets("registry.example")[-1] is None
 
 
+async def test_a_redirect_that_comes_back() -> None:
+    """Whom a registry refers to does not decide what it is asked for with credentials."""
+
+    def registry(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/chosen":
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        if "Authorization" not in request.headers:
+            return httpx.Response(401, headers={"WWW-Authenticate": "Basic"})
+        return redirect(STORAGE)
+
+    network = Network(**{HOST: registry, STORAGE: lambda request: redirect(f"{HOST}/chosen")})
+    with pytest.raises(AuthenticationError, match=r"registry\.example answered 401"):
+        await fetch(network)
+    assert network.asked[-2:] == [STORAGE, f"{HOST}/chosen"]
+    assert network.secrets("registry.example")[1:] == ["Basic dXNlcjpzZWNyZXQ=", None]
+
+
 async def test_a_name_and_password_in_a_redirect() -> None:
     """They are not sent."""
 
@@ -168,6 +193,38 @@ async def test_redirects_to_plain_http_where_it_is_allowed() -> None:
     await fetch(network, plain_http=True)
 
 
+@pytest.mark.parametrize(
+    ("origin", "targets", "followed"),
+    [
+        (HOST, ["http://localhost:9"], False),
+        (HOST, ["http://127.0.0.1:9"], False),
+        (HOST, ["http://[::1]:9"], False),
+        (HOST, [STORAGE, "http://localhost:9"], False),
+        ("https://localhost:5000", ["http://127.0.0.1:9"], True),
+        ("https://localhost:5000", [STORAGE, "http://localhost:9"], False),
+        ("https://localhost:5000", ["http://storage.example"], False),
+        ("http://localhost:5000", ["http://127.0.0.1:9"], True),
+        ("http://localhost:5000", ["http://storage.example"], False),
+        ("http://localhost:5000", [STORAGE], True),
+    ],
+)
+async def test_redirects_to_this_machine(origin: str, targets: list[str], followed: bool) -> None:
+    """Its plain HTTP is reached from itself alone, and leads nowhere else without being told."""
+    places = [origin, *targets]
+    hosts: dict[str, Handler] = {targets[-1]: _content}
+    for place, following in itertools.pairwise(places):
+        hosts[place] = lambda request, following=following: redirect(following)
+    network = Network(**hosts)
+    reference = parse_reference(f"{origin.partition('//')[2]}/team/app")
+    async with network.client() as http, open_registry_client(client=http) as client:
+        if followed:
+            await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+        else:
+            with pytest.raises(RegistryError, match="allow plain HTTP if that is meant"):
+                await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+    assert (network.requests[-1].url.host == httpx.URL(targets[-1]).host) is followed
+
+
 async def test_a_storage_that_refuses() -> None:
     """Its 401 is not the registry's: nobody logs in there."""
 
@@ -181,23 +238,33 @@ async def test_a_storage_that_refuses() -> None:
 
 
 async def test_logs_have_no_signatures(caplog: pytest.LogCaptureFixture) -> None:
-    """What a URL's query may hold, and credentials, are in no log of ours."""
-    caplog.set_level(logging.DEBUG, logger="trio_layers")
+    """What a URL's query may hold, and credentials, are in no log of ours, nor in httpx's."""
+    caplog.set_level(logging.DEBUG)
     await test_a_redirect_elsewhere(307)
-    ours = [record for record in caplog.records if record.name.startswith("trio_layers")]
-    text = "\n".join(record.getMessage() for record in ours)
-    assert "storage.example/blob" in text
-    assert "signature" not in text
-    assert "dXNlcjpzZWNyZXQ=" not in text
+    assert f"GET storage.example for blob {BLOB.digest} of {APP.name}: 206" in caplog.text
+    assert 'HTTP Request: GET https://storage.example "HTTP/1.1 206 Partial Content"' in caplog.text
+    assert "signature" not in caplog.text
+    assert "dXNlcjpzZWNyZXQ=" not in caplog.text
+
+
+async def test_the_log_of_others_requests(caplog: pytest.LogCaptureFixture) -> None:
+    """It is httpx's own, also where this library is used."""
+    network = Network(**{HOST: _content})
+    with caplog.at_level(logging.INFO, "httpx"):
+        await fetch(network)
+        async with network.client() as http:
+            await http.get(f"{HOST}/path?query")
+    assert f"GET {HOST}/path?query" in caplog.text
 
 
 async def test_logs_have_no_control_characters(caplog: pytest.LogCaptureFixture) -> None:
-    """A path is logged as it is sent, not decoded."""
+    """The path that somebody redirects to is not logged at all."""
     hosts = {HOST: lambda request: redirect(f"{STORAGE}/%1b%5b2J%0aGET"), STORAGE: _content}
     with caplog.at_level(logging.DEBUG, "trio_layers"):
         await fetch(Network(**hosts))
-    assert "GET storage.example/%1b%5b2J%0aGET: 200" in caplog.text.replace("B", "b")
+    assert f"GET storage.example for blob {BLOB.digest} of {APP.name}: 200" in caplog.text
     assert "\x1b" not in caplog.text
+    assert "[2J" not in caplog.text
 
 
 def _content(request: httpx.Request) -> httpx.Response:
@@ -577,7 +644,7 @@ async def test_a_certificate_that_is_not_trusted() -> None:
         open_registry_client(client=http) as client,
     ):
         with pytest.raises(RegistryError, match="certificate verify failed: ") as caught:
-            await client.resolve(parse_reference(f"{registry.host}/a"))
+            await client.resolve_image(parse_reference(f"{registry.host}/a"))
     assert str(caught.value).startswith(f"{registry.host} could not be asked for the manifest")
 
 

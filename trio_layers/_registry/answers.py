@@ -65,7 +65,7 @@ def rate_limit(answer: Answer) -> RateLimit | None:
     remaining, _ = _quota(answer.headers.get("ratelimit-remaining", ""))
     if limit is None or remaining is None:
         return None
-    source = readable(answer.headers.get("docker-ratelimit-source", ""))
+    source = answer.readable(answer.headers.get("docker-ratelimit-source", ""))
     return RateLimit(limit, remaining, window, source or None)
 
 
@@ -81,8 +81,8 @@ async def read_error(answer: Answer, what: str) -> RegistryError:
     """The error that stands for an answer; the caller raises it.
 
     Its text has the first error of the body, which registries write as the distribution
-    specification's "Error Codes" have it. A client error is one to give up at, unless it asks
-    for patience.
+    specification's "Error Codes" have it, but nothing that they were sent. A client error is one
+    to give up at, unless it asks for patience.
 
     Args:
         answer: What is no success, with its body unread.
@@ -91,7 +91,7 @@ async def read_error(answer: Answer, what: str) -> RegistryError:
     Raises:
         RegistryError: if the connection breaks meanwhile.
     """
-    said = _first_error(await answer.read(MAX_ERROR_SIZE))
+    said = answer.readable(_first_error(await answer.read(MAX_ERROR_SIZE)))
     host, status = answer.host, answer.status
     text = f"{host} answered {status} for {what}{said and ': '}{said}"
     match status:
@@ -145,7 +145,7 @@ def _first_error(body: bytes) -> str:
     if not isinstance(first, dict):
         return ""
     texts = (first.get("code"), first.get("message"))
-    return readable(": ".join(text for text in texts if isinstance(text, str) and text))
+    return ": ".join(text for text in texts if isinstance(text, str) and text)
 
 
 def _retry_after(answer: Answer) -> float | None:

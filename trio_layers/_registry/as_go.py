@@ -80,7 +80,8 @@ def split_url(url: str) -> tuple[str, str, str]:
     authority, slash, path = rest[2:].partition("/")
     host = authority.rpartition("@")[2]
     if not _HOST.match(host):
-        raise ValueError(f"{host!r} is no host with a port")
+        # Not shown: a password with a slash in it is taken for its port.
+        raise ValueError("it has no host, or no valid one")
     return scheme, host, _unquoted(slash + path)
 
 

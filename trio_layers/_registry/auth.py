@@ -41,7 +41,10 @@ class Challenge:
     """
 
     scheme: str
-    parameters: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    # Of what the server says in them no more than the names is shown.
+    parameters: Mapping[str, str] = attrs.field(
+        factory=dict, hash=False, repr=lambda names: f"{sorted(names)}"
+    )
 
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"

@@ -44,7 +44,7 @@ from .._manifest import (
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
-from .answers import RateLimit, is_final, readable
+from .answers import RateLimit, is_final
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
@@ -286,7 +286,7 @@ class RegistryClient:
                 async with site.ask(reference, path, what, _ANY_MANIFEST, "HEAD") as answer:
                     found = _descriptor_of(answer)
                 if found is not None:
-                    _check_promise(reference.digest, found.digest, answer.host, what)
+                    _check_promise(reference.digest, found.digest, answer, what)
                     return found, None
             except RegistryError as error:
                 if error.status not in _NO_HEAD:
@@ -710,16 +710,16 @@ async def _fetch_manifest(
     if len(data) > MAX_DOCUMENT_SIZE:
         raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
     digest = digest_of(data)
-    _check_promise(promised, digest, answer.host, what)
+    _check_promise(promised, digest, answer, what)
     return Descriptor(answer.media_type, digest, len(data)), data
 
 
-def _check_promise(promised: str | None, digest: Digest, host: str, what: str) -> None:
+def _check_promise(promised: str | None, digest: Digest, answer: Answer, what: str) -> None:
     # A digest of another algorithm is one that cannot be checked.
     if promised is not None and promised.startswith("sha256:") and promised != digest:
+        promised = answer.readable(promised)
         raise VerificationError(
-            f"{host} sent {digest} as {what}, which should be {readable(promised)}",
-            digest=promised,
+            f"{answer.host} sent {digest} as {what}, which should be {promised}", digest=promised
         )
 
 

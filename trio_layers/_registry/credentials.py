@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import attrs
 
-__all__ = ["Credentials", "CredentialsFor", "CredentialsSource"]
+__all__ = ["Credentials", "CredentialsFor", "CredentialsSource", "as_sent"]
 
 
 @attrs.frozen
@@ -35,9 +35,18 @@ class Credentials:
         there are none."""
         if not self.password and (not self.username or self.identity_token):
             return None
-        # A name from a login file need not be UTF-8.
-        pair = f"{self.username}:{self.password}".encode("utf-8", "surrogateescape")
+        pair = as_sent(f"{self.username}:{self.password}")
         return f"Basic {base64.b64encode(pair).decode()}"
+
+
+def as_sent(text: str) -> bytes:
+    """A secret's bytes. One from a login file need not be UTF-8: then it has been read with
+    ``surrogateescape``. What no bytes can have been read as is replaced: an error would hold the
+    whole secret."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace")
 
 
 CredentialsSource: TypeAlias = Callable[[str, Credentials | None], Awaitable[Credentials | None]]

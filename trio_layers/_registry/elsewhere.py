@@ -52,7 +52,7 @@ class Elsewhere:
         self.name = url.netloc.decode("ascii", "replace") or self.name
         if not url.host or url.scheme not in ("https", "http"):
             self._refused = f"it has the scheme {readable(url.scheme)!r}, or no host"
-        elif not transport.allows(url):
+        elif not transport.allows(url, url):
             self._refused = "it is plain HTTP: allow that if it is meant"
         else:
             self._url = url

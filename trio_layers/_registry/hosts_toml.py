@@ -22,6 +22,7 @@ import attrs
 
 from .._errors import HostsError
 from .as_go import clean_path, parse_duration, split_url
+from .discretion import without_login
 
 __all__ = ["Configuration", "Host", "read_configuration"]
 
@@ -217,26 +218,33 @@ def _port_of(host: str) -> str:
 
 def _parse(data: bytes, file: Path) -> list[Host]:
     reader = _Reader(file)
+    problem = ""
     try:
         text = data.decode()
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        reader.refuse(f"it is no TOML: {error}")
+        problem = str(error)
+    if problem:
+        reader.refuse(f"it is no TOML: {problem}")  # out here: the handled error has the text
     top = _fields(document)
     configured: dict[str, Table] = {}
     for name, value in document.items():
         if name.lower() == "host":
             for key, table in reader.table(value, name).items():
-                configured[key] = reader.table(table, f"host.{key!r}")
+                configured[key] = reader.table(table, _place(key))
     for key, table in configured.items():
-        reader.check_types(_fields(table), f"host.{key!r}.")
+        reader.check_types(_fields(table), f"{_place(key)}.")
     reader.check_types(top, "")
     server = reader.text(top.get("server", ""), "server")
     order = list(_hosts_in_order(text))
     for key in configured.keys() - set(order):
-        log.warning("%s: host %r has no [host] header, and is not asked", file, key)
-    hosts = [reader.host(key, _fields(configured.get(key, {})), f"host.{key!r}.") for key in order]
+        log.warning("%s: host %r has no [host] header, and is not asked", file, without_login(key))
+    hosts = [reader.host(key, _fields(configured.get(key, {})), f"{_place(key)}.") for key in order]
     return [*hosts, reader.host(server, top, "")]
+
+
+def _place(key: str) -> str:
+    return f"host.{without_login(key)!r}"
 
 
 def _fields(table: Table) -> dict[str, object]:
@@ -302,7 +310,7 @@ class _Reader:
         try:
             return split_url(url if url.startswith("http") else f"https://{url}")
         except ValueError as error:
-            self.refuse(f"{url!r} is no URL of a host: {error}")
+            self.refuse(f"{without_login(url)!r} is no URL of a host: {error}")
 
     def _capabilities(self, fields: Table, where: str) -> frozenset[str]:
         name = f"{where}capabilities"

@@ -13,8 +13,11 @@ way.
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final, final
 
@@ -36,6 +39,7 @@ from httpx import (
 )
 
 from .._version import __version__
+from .answers import readable
 
 __all__ = [
     "URL",
@@ -125,7 +129,8 @@ async def send(client: AsyncClient, request: Request) -> Response:
 
     request.extensions["trace"] = trace
     try:
-        return await client.send(request, stream=True, follow_redirects=False, auth=None)
+        with discreet():
+            return await client.send(request, stream=True, follow_redirects=False, auth=None)
     except BaseException:
         lost = [*_take_lost(client)]
         with trio.move_on_after(_CLOSE_GRACE, shield=True):
@@ -159,6 +164,48 @@ def _pools(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionPool]:
         pool = getattr(transport, "_pool", None)
         if isinstance(pool, httpcore.AsyncConnectionPool):
             yield pool
+
+
+_discreet: Final = ContextVar("trio_layers_discreet", default=False)
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """Send a request in the block, and httpx's log has no more of URLs than their hosts, and
+    httpcore's no header fields: signatures may be in them, and cookies. Others' requests are
+    logged as ever."""
+    token = _discreet.set(True)
+    try:
+        yield
+    finally:
+        _discreet.reset(token)
+
+
+@final
+class _Discretion(logging.Filter):
+    # Words of httpcore that fields follow, broken or not, or the login at a proxy.
+    _SHOWN_ALONE: Final = ("receive_response_headers.", "setup_socks5_connection.")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _discreet.get():
+            if isinstance(record.args, tuple):
+                record.args = tuple(map(_harmless, record.args))
+            words = str(record.msg).partition(" ")[0]
+            if words.startswith(self._SHOWN_ALONE):
+                record.msg = words
+        return True
+
+
+def _harmless(value: object) -> object:
+    if isinstance(value, URL):
+        return f"{value.scheme}://{value.netloc.decode('ascii', 'replace')}"
+    # A status line's words may have control characters in them.
+    return readable(value) if isinstance(value, str) else value
+
+
+# A filter of a logger counts for what is logged there, and not for the loggers below it.
+for _name in ("httpx", "httpcore.http11", "httpcore.http2", "httpcore.socks"):
+    logging.getLogger(_name).addFilter(_Discretion())
 
 
 @final

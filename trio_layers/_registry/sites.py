@@ -268,8 +268,9 @@ class Sites:
         assert found.directory is not None
         itself = host.host in (domain, registry_of(domain))
         urls = _urls_of(host, found, plain_http=self._plain_http and host.implied)
-        # Who is asked over plain HTTP may lead to more of it.
-        plain_http = self._plain_http or any(url.scheme == "http" for url in urls)
+        # Who is asked over plain HTTP may lead to more of it, if somebody has written that down.
+        said = not host.implied and any(url.scheme == "http" for url in urls)
+        plain_http = self._plain_http or said
         manner = Manner(
             frozenset(map(origin_of, urls)),
             headers=_headers_of(host, found),

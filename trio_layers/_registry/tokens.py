@@ -21,6 +21,7 @@ from .._reference import Reference
 from .._sharing import Shared
 from .answers import give_up, read_error, readable
 from .credentials import Credentials
+from .discretion import without_login
 from .hosts import base_urls, is_loopback, parse_url
 from .http import URL, InvalidURL
 from .transport import Transport
@@ -54,7 +55,7 @@ class Grant:
         credentials: Who asks; empty: anybody.
     """
 
-    realm: str
+    realm: str = attrs.field(repr=without_login)
     service: str
     scope: str
     credentials: Credentials
@@ -123,15 +124,16 @@ class Tokens:
         local = is_loopback(url) and is_loopback(base_urls(reference, plain_http=False)[0])
         plain = url.scheme == "http" and (self._plain_http or local)
         if not url.host or not (url.scheme == "https" or plain):
+            shown = readable(without_login(realm))
             raise give_up(
                 AuthenticationError(
-                    f"{reference.domain} wants a token from {readable(realm)!r}, which is no "
-                    "HTTPS URL",
+                    f"{reference.domain} wants a token from {shown!r}, which is no HTTPS URL",
                     host=reference.domain,
                     status=401,
                 )
             )
-        return url
+        # A name and password in it would be sent in place of ours.
+        return url.copy_with(username=None, password=None)
 
     def _kept(self, grant: Grant) -> Shared[_Token]:
         # Nothing is awaited here: a token that nobody uses yet must not be dropped.

@@ -12,6 +12,7 @@ import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias, final
 
@@ -20,6 +21,8 @@ import trio
 
 from .._errors import RegistryError
 from .answers import give_up, readable
+from .credentials import as_sent
+from .discretion import hush, secrets_of, without_secrets
 from .hosts import is_loopback, origin_of
 from .http import (
     URL,
@@ -68,17 +71,25 @@ class Answer:
         host: Who says it, with the port; not who was asked, after a redirect.
         status: The HTTP status.
         headers: The header fields; the same name may be there several times.
-        redirected: Whether this is another origin than the one that was asked.
+        redirected: Whether this is the answer of somebody else than the origin that was asked, or
+            one that somebody else has asked for.
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
+        secrets: Gives what it was sent that others must not see.
     """
 
     host: str
     status: int
-    headers: Headers
+    # There may be signed URLs in it, and cookies.
+    headers: Headers = attrs.field(repr=False)
     redirected: bool
-    location: URL | None
-    chunks: AsyncIterator[bytes]
+    location: URL | None = attrs.field(repr=False)
+    chunks: AsyncIterator[bytes] = attrs.field(repr=False)
+    secrets: Callable[[], frozenset[str]] = attrs.field(default=frozenset, repr=False)
+
+    def readable(self, text: str) -> str:
+        """What it says, fit for a message (see `readable`), and without what it was sent."""
+        return readable(without_secrets(text, self.secrets()))
 
     @property
     def media_type(self) -> str:
@@ -163,7 +174,8 @@ class Connections:
 
 @attrs.frozen
 class Manner:
-    """How one host is spoken to, and nobody else but where that is said.
+    """How one host is spoken to, and nobody else but where that is said; nor the host itself,
+    where others have referred to it.
 
     Attributes:
         origins: Its scheme, host and port, perhaps in several ways.
@@ -206,7 +218,7 @@ class Transport:
     async def speaks_tls(self, url: URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
         try:
-            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT, asked=url):
+            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT):
                 return True
         except RegistryError as error:
             # A server whose certificate is not trusted is one. Let the request itself say so.
@@ -232,22 +244,30 @@ class Transport:
             method: ``HEAD``: the same without its body.
 
         Raises:
-            RegistryError: if there is no answer, also while the body is read. A redirect from
-                HTTPS to plain HTTP is followed only where plain HTTP may be used anyway.
+            RegistryError: if there is no answer, also while the body is read. A redirect to plain
+                HTTP is followed only where that may be used anyway, and from this machine to
+                itself.
         """
-        target = url
+        target, redirected = url, False
         for _ in range(MAX_REDIRECTS + 1):
             fields = dict(headers)
-            if authorization is not None and origin_of(target) == origin_of(url):
+            if authorization is not None and not redirected:
                 fields["Authorization"] = authorization
             async with self._send(
-                target, fields, what, connect_limit=CONNECT_LIMIT, asked=url, method=method
+                target,
+                fields,
+                what,
+                connect_limit=CONNECT_LIMIT,
+                redirected=redirected,
+                method=method,
             ) as answer:
                 if answer.location is None:
                     yield answer
                     return
                 await answer.skip()
             target = self._redirected(target, answer.location, what)
+            # For good: nobody else decides what is asked for with a secret, once it comes back.
+            redirected = redirected or origin_of(target) != origin_of(url)
         raise RegistryError(
             f"{_host(url)} redirects more than {MAX_REDIRECTS} times for {what}", host=_host(url)
         )
@@ -265,9 +285,10 @@ class Transport:
             RegistryError: as for `get`, and if there is a redirect.
         """
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        body = urllib.parse.urlencode(form).encode()
+        fields = {name: as_sent(value) for name, value in form.items()}
+        body = urllib.parse.urlencode(fields).encode()
         async with self._send(
-            url, headers, what, connect_limit=CONNECT_LIMIT, asked=url, method="POST", body=body
+            url, headers, what, connect_limit=CONNECT_LIMIT, method="POST", body=body
         ) as answer:
             if answer.location is not None:
                 raise RegistryError(
@@ -277,16 +298,16 @@ class Transport:
                 )
             yield answer
 
-    def allows(self, target: URL) -> bool:
-        """Whether HTTPS may lead there."""
-        return target.scheme == "https" or (
-            target.scheme == "http" and (self._plain_http or (self._local and is_loopback(target)))
-        )
+    def allows(self, target: URL, origin: URL) -> bool:
+        """Whether whoever speaks for ``origin`` may have us ask there."""
+        # What listens on this machine without TLS is not for a registry elsewhere to reach.
+        local = self._local and is_loopback(origin) and is_loopback(target)
+        return target.scheme == "https" or (target.scheme == "http" and (self._plain_http or local))
 
     def _redirected(self, url: URL, target: URL, what: str) -> URL:
-        if not (self.allows(target) or url.scheme == target.scheme == "http"):
+        if not self.allows(target, url):
             raise RegistryError(
-                f"{_host(url)} redirects from HTTPS to {target.scheme}://{_host(target)} for "
+                f"{_host(url)} redirects to {readable(target.scheme)}://{_host(target)} for "
                 f"{what}, which is not followed: allow plain HTTP if that is meant",
                 host=_host(url),
             )
@@ -301,7 +322,7 @@ class Transport:
         what: str,
         *,
         connect_limit: float,
-        asked: URL,
+        redirected: bool = False,
         method: Method = "GET",
         body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
@@ -309,7 +330,7 @@ class Transport:
         manner, stall_limit = self._manner, self._connections.stall_limit
         trust = manner.trust
         fields = Headers()
-        if origin_of(url) in manner.origins:
+        if origin_of(url) in manner.origins and not redirected:
             fields = Headers(manner.headers)
             connect_limit = min(connect_limit, manner.connect_limit or connect_limit)
         elif trust is not None:
@@ -333,12 +354,16 @@ class Transport:
             # by byte. All of them together: to connect and to speak TLS, to wait and to read, or
             # the same with a proxy before.
             patience = 2 * (min(connect_limit, stall_limit) + stall_limit)
+            # Not yet: a token of some thousand characters takes a millisecond.
+            query = url.query if redirected else b""
+            secrets = partial(secrets_of, request.headers.multi_items(), body or b"", query)
             response: Response | None = None
             try:
                 with trio.move_on_after(patience):
                     response = await send(client, request)
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
             except (HTTPError, UnicodeError) as error:
+                hush(error, secrets())
                 through = _through(proxy_of(client, url))
                 text = f"{host} could not be asked for {what}{through}"
                 raise _failed(text, host, error) from error
@@ -349,10 +374,8 @@ class Transport:
                     f"{what}{through}",
                     host=host,
                 )
-            # Host and path only: a query may hold a signature. Decoded, a path could hold
-            # whatever rewrites a terminal.
-            path = url.raw_path.partition(b"?")[0].decode("ascii")
-            log.debug("%s %s%s: %d", method, host, path, response.status_code)
+            # In our own words: a URL that somebody else has made may hold a signature.
+            log.debug("%s %s for %s: %d", method, host, what, response.status_code)
             async with _open_body(response, host, what, stall_limit) as chunks:
                 if response.status_code == 407 and (proxy := proxy_of(client, url)) is not None:
                     # As if it had been asked for a tunnel: the host has said nothing.
@@ -364,9 +387,10 @@ class Transport:
                     host,
                     response.status_code,
                     response.headers,
-                    redirected=origin_of(url) != origin_of(asked),
+                    redirected=redirected,
                     location=None if following is None else following.url,
                     chunks=chunks,
+                    secrets=secrets,
                 )
         finally:
             limiter.release_on_behalf_of(borrower)
@@ -422,6 +446,7 @@ async def _read_body(
         except StopAsyncIteration:
             return
         except (HTTPError, StreamError) as error:
+            hush(error, ())
             raise _failed(f"{host} broke off while it sent {what}", host, error) from error
         if chunk is None:
             raise RegistryError(
@@ -456,4 +481,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _host(url: URL) -> str:
-    return url.netloc.decode("ascii", "replace")
+    return readable(url.netloc.decode("ascii", "replace"))
