@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import logging
+import pickle
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -48,6 +49,7 @@ class Canaries:
                     assert not self.seen(repr(getattr(each, "__notes__", None))), type(each)
                     if isinstance(each, LayersError):
                         assert not self.seen(repr(vars(each))), type(each)
+                        assert not self.seen(pickle.dumps(each).decode("latin-1")), type(each)
             assert not self.seen(repr(thing))
             assert not self.seen(str(thing))
 

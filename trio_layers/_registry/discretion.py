@@ -90,8 +90,11 @@ def hush(error: BaseException, secrets: Iterable[str]) -> None:
             if isinstance(each, str | BaseException)
             else each
             for each in following.args
-            if not isinstance(following, InvalidURL)  # it has a part of the URL, but not which
         )
+        if isinstance(following, InvalidURL):
+            # A part of the URL, and who knows which: here, and in what it was raised for.
+            following.args = ()
+            following.__context__ = following.__cause__ = None
         if following.__cause__ is not None:  # what it was raised in is nobody's, if it is another
             following.__context__ = following.__cause__
         following = following.__cause__ or following.__context__

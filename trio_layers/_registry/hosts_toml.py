@@ -218,7 +218,8 @@ def _port_of(host: str) -> str:
 
 def _parse(data: bytes, file: Path) -> list[Host]:
     reader = _Reader(file)
-    problem = ""
+    text, problem = "", ""
+    document: dict[str, object] = {}
     try:
         text = data.decode()
         document = tomllib.loads(text)
