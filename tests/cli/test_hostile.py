@@ -168,8 +168,9 @@ def tars() -> Iterator[bytes]:
     yield b"\x1b[2J" * 512
 
 
-def fill(registry: Registry) -> tuple[list[str], list[str]]:
-    """References of what can be pulled, and of what cannot."""
+def fill(registry: Registry, other: Registry) -> tuple[list[str], list[str]]:
+    """References of what can be pulled, and of what cannot: from two registries, since one that
+    cuts connections cuts those that the next request is sent on."""
     fine, broken = [], []
 
     def named(name: str) -> str:
@@ -208,7 +209,7 @@ def fill(registry: Registry) -> tuple[list[str], list[str]]:
         user=EVIL,
         working_dir=EVIL,
     )
-    fine.append(registry.add(image, "fine:1"))
+    fine.append(other.add(image, "fine:1"))
     return fine, broken
 
 
@@ -221,8 +222,8 @@ def hostile() -> Iterator[tuple[list[str], list[str]]]:
 
     async def serve() -> None:
         with trio.CancelScope() as scope:
-            async with open_registry() as registry:
-                found.append(fill(registry))
+            async with open_registry() as registry, open_registry() as other:
+                found.append(fill(registry, other))
                 stop.append((trio.lowlevel.current_trio_token(), scope))
                 ready.set()
                 await trio.sleep_forever()
