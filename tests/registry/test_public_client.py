@@ -247,6 +247,10 @@ async def test_a_list_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError, match=r"registry\.example sent more than .* 30 pages"):
         await tags_of(network)
 
+    far = tags_server({"": ({"tags": ["a"]}, f"<?last={'a' * 66_000}>")})
+    with pytest.raises(RegistryError, match="a next page of more than 8192 characters"):
+        await tags_of(far)
+
     large = Body([b"[" * 1024 * 1024] * 8)
     network = Network(**{HOST: lambda _: httpx.Response(200, stream=large)})
     with pytest.raises(RegistryError, match="a page of more than 4194304 bytes for the tags of"):
@@ -389,6 +393,101 @@ async def test_nobody_may_tell_of_referrers(tmp_path: Path) -> None:
             await client.referrers(f"registry.test/team/app@{image.digest}")
 
 
+# Servers that have a page for every path, and redirects that no URL can be.
+
+
+def with_mirror(directory: Path) -> Path:
+    (directory / "_default").mkdir()
+    hosts = directory / "_default" / "hosts.toml"
+    hosts.write_text(f'server = "{HOST}"\n[host."https://mirror.example"]\n')
+    return directory
+
+
+async def test_a_page_is_no_manifest(tmp_path: Path) -> None:
+    """A mirror's is left for the registry; without one it is what is wrong."""
+    fake = FakeRegistry()
+    image = fake.add_image(tag="latest")
+
+    def page(request: httpx.Request) -> httpx.Response:
+        headers = {"Docker-Content-Digest": image.digest, "Content-Type": "text/html"}
+        return httpx.Response(200, headers=headers, content=b"<html>sign in")
+
+    network = Network(**{HOST: fake, "https://mirror.example": page})
+    async with network.client() as http:
+        async with open_registry_client(client=http, hosts_dir=with_mirror(tmp_path)) as client:
+            assert await client.resolve(APP) == image
+            assert (await client.get_manifest(APP))[0] == image
+            found = await client.resolve_image(APP, platform="linux/amd64", head_first=True)
+            assert found.descriptor == image
+        network.hosts[HOST] = page
+        async with open_registry_client(client=http) as client:
+            for method in (client.resolve, client.get_manifest):
+                with pytest.raises(ManifestError, match=rf"{APP}:latest: .* sent a page of text"):
+                    await method(APP)
+
+
+async def test_what_head_says_of_a_known_document_may_be_wrong() -> None:
+    """Then it is asked for as if it were not known."""
+    fake = FakeRegistry()
+    fake.add_image(tag="latest")
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        response = fake(request)
+        if request.method == "HEAD":
+            response.headers["Content-Type"] = "application/json"
+        return response
+
+    async def known(digest: str) -> bytes | None:
+        return fake.manifests[digest][1] if digest in fake.manifests else None
+
+    network = Network(**{HOST: handler})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        found = await client.resolve_image(
+            APP, platform="linux/amd64", known=known, head_first=True
+        )
+    assert found.descriptor.media_type == OCI_MANIFEST
+
+
+NO_URLS = {
+    "no host": "https:foo",
+    "another scheme": "foo:bar",
+    "too long": "/" + 65_530 * "a",
+    "too long once it is escaped": "https://h/" + 20_000 * "é",
+}
+
+
+@pytest.mark.parametrize("location", NO_URLS.values(), ids=NO_URLS)
+async def test_a_redirect_to_what_is_no_url(location: str, tmp_path: Path) -> None:
+    fake = FakeRegistry()
+    image = fake.add_image(tag="latest")
+
+    def away(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(302, headers=[(b"Location", location.encode())])
+
+    network = Network(**{HOST: fake, "https://mirror.example": away})
+    async with network.client() as http:
+        async with open_registry_client(client=http, hosts_dir=with_mirror(tmp_path)) as client:
+            assert await client.resolve(APP) == image
+        network.hosts[HOST] = away
+        async with open_registry_client(client=http) as client:
+            with pytest.raises(RegistryError, match=r"registry\.example (could not|redirects)"):
+                await client.get_blob(APP, describe(b"content"))
+            assert client.statistics().active == 0
+
+
+async def test_a_challenge_that_no_url_can_answer() -> None:
+    challenges = {
+        'Bearer realm="https://auth.test/token",scope="' + 15_000 * "é" + '"': "more than a URL",
+        'Bearer realm="https://auth.test/' + 15_000 * "é" + '"': "no HTTPS URL",
+    }
+    for challenge, words in challenges.items():
+        headers = [(b"WWW-Authenticate", challenge.encode("latin-1"))]
+        network = Network(**{HOST: lambda _, sent=headers: httpx.Response(401, headers=sent)})
+        async with network.client() as http, open_registry_client(client=http) as client:
+            with pytest.raises(AuthenticationError, match=words):
+                await client.resolve(APP)
+
+
 # Documents and blobs.
 
 
@@ -416,7 +515,7 @@ async def test_a_small_blob() -> None:
         with pytest.raises(VerificationError, match="has 7 bytes, which is more than 6"):
             await client.get_blob(APP, blob, max_size=6)
         assert len(network.requests) == 2
-        with pytest.raises(VerificationError, match="its digest or size differs"):
+        with pytest.raises(VerificationError, match="has more than 6 bytes"):
             await client.get_blob(APP, digest, max_size=6)
         for size in (6, 8):
             with pytest.raises(VerificationError, match="its digest or size differs"):

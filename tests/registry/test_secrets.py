@@ -31,7 +31,7 @@ from trio_layers._registry import http as adapter
 from trio_layers._registry import transport
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
-from trio_layers._registry.discretion import secrets_of, without_login, without_secrets
+from trio_layers._registry.discretion import hush, secrets_of, without_login, without_secrets
 from trio_layers._registry.hosts import parse_url
 from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.http import new_client
@@ -624,6 +624,56 @@ async def test_real_connections(broken: bool, canaries: Canaries) -> None:
         [asked] = storage.requests
         assert SIGNATURE in asked.path
         assert "authorization" not in asked.headers
+
+
+async def test_what_is_repeated_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    """In a realm, in a list of tags, and in the frame of a chunk, of which httpcore logs what it
+    cannot read."""
+    caplog.set_level(logging.DEBUG)
+    canary = USER.basic()
+    assert canary is not None
+
+    async def serve(stream: trio.SocketStream) -> None:
+        asked = b""
+        while chunk := await stream.receive_some():
+            asked += chunk
+            if not asked.endswith(b"\r\n\r\n"):
+                continue
+            sent = canary.encode()
+            if sent not in asked:
+                answer = b"HTTP/1.1 401 no\r\nWWW-Authenticate: Basic\r\nContent-Length: 0\r\n\r\n"
+            elif b"/tags/list" in asked:
+                body = json.dumps({"tags": [canary]}).encode()
+                answer = b"HTTP/1.1 200 ok\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            elif b"/manifests/" in asked:
+                answer = (
+                    b'HTTP/1.1 401 no\r\nWWW-Authenticate: Bearer realm="http://auth.test/?%s"\r\n'
+                    b"Content-Length: 0\r\n\r\n" % sent
+                )
+            else:
+                answer = b"HTTP/1.1 200 ok\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n" % sent
+            asked = b""
+            await stream.send_all(answer)
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        reference = f"127.0.0.1:{listener.socket.getsockname()[1]}/team/app"
+        async with open_registry_client(credentials=USER) as client:
+            assert await client.tags(reference) == ()
+            with pytest.raises(RegistryError) as caught:
+                await client.get_blob(reference, describe(b"content"))
+            with pytest.raises(RegistryError, match=r"auth\.test', which is no HTTPS") as refused:
+                await client.get_manifest(reference)
+        nursery.cancel_scope.cancel()
+    said = "\n".join([*caplog.messages, str(caught.value), str(refused.value)])
+    assert "receive_response_body" in said
+    assert canary.partition(" ")[2] not in said
+
+
+def test_what_the_system_says_is_hushed(tmp_path: Path) -> None:
+    error = OSError(5, f"{SIGNATURE} \x1b[2J")
+    hush(error, {SIGNATURE})
+    assert str(error) == "[Errno 5] [withheld] [2J"
 
 
 def test_other_requests_keep_their_log(caplog: pytest.LogCaptureFixture) -> None:

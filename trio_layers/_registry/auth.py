@@ -26,8 +26,8 @@ __all__ = ["Access", "Authenticator", "Challenge", "parse_challenges"]
 
 # Characters. Real ones are a few hundred long; this many are parsed within 100 ms.
 MAX_FIELD_SIZE: Final = 16 * 1024
-# Of one request: what was sent before it was known what is wanted, what was known, and what came in
-# place of that. Tasks that renew for one another would have no end, or one each.
+# Of one request, whatever it was asked for each time. Tasks that renew for one another would have
+# no end, or one each.
 MAX_REFUSALS: Final = 3
 
 
@@ -110,10 +110,8 @@ class _Repository:
 class Authenticator:
     """Remembers how each repository's registry wants to be asked, by whom, and with what."""
 
-    def __init__(
-        self, transport: Transport, credentials: CredentialsFor | None, *, plain_http: bool
-    ) -> None:
-        self.tokens = Tokens(transport, plain_http=plain_http)
+    def __init__(self, transport: Transport, credentials: CredentialsFor | None) -> None:
+        self.tokens = Tokens(transport)
         self._credentials = credentials
         self._repositories: dict[tuple[str, str], _Repository] = {}
 

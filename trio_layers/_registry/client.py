@@ -273,7 +273,11 @@ class RegistryClient:
             VerificationError: if it says another digest than the reference.
             LayersError: as for `resolve_image`, where it is no matter of the document.
         """
-        found, _ = await self._look_up(_parsed(reference))
+        reference = _parsed(reference)
+        try:
+            found, _ = await self._look_up(reference)
+        except ManifestError as error:
+            raise ManifestError(f"{reference}: {error}") from error
         return found
 
     async def _look_up(self, reference: Reference) -> tuple[Descriptor, bytes | None]:
@@ -316,7 +320,8 @@ class RegistryClient:
                 in an index is taken whatever it is for.
             known: Gives documents that need not be asked for.
             head_first: Whether ``known`` probably gives the first document, too, once its digest is
-                known. That is asked for first then, as by `resolve`.
+                known. That is asked for first then, as by `resolve`: where ``known`` does not give
+                it, or there is none, this is a request more.
 
         Raises:
             PlatformError: if there is no image for the platform.
@@ -626,7 +631,11 @@ class RegistryClient:
             data = await known(found.digest)
             if data is None or len(data) != found.size or digest_of(data) != found.digest:
                 return None
-        return found, data, await _decode(decode_manifest, data, found.media_type)
+        try:
+            return found, data, await _decode(decode_manifest, data, found.media_type)
+        except ManifestError:
+            # Who says so may be wrong, or no registry: ask as if for the first time.
+            return None
 
     async def _find_manifest(
         self, reference: Reference
@@ -695,7 +704,7 @@ def _descriptor_of(answer: Answer) -> Descriptor | None:
         digest = parse_digest(answer.headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:  # also one of another algorithm
         return None
-    if not answer.media_type or not _SIZE.fullmatch(size):
+    if not answer.media_type or answer.media_type.startswith("text/") or not _SIZE.fullmatch(size):
         return None
     return Descriptor(answer.media_type, digest, int(size))
 
@@ -707,6 +716,9 @@ async def _fetch_manifest(
     async with site.ask(reference, f"manifests/{reference.fetched_by}", what, accept) as answer:
         promised = reference.digest or answer.headers.get("Docker-Content-Digest")
         data = await answer.read(MAX_DOCUMENT_SIZE)
+    if answer.media_type.startswith("text/"):
+        # A page that some servers have at every path: a mirror's may not be the answer.
+        raise ManifestError(f"{answer.host} sent a page of text in place of a manifest")
     if len(data) > MAX_DOCUMENT_SIZE:
         raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
     digest = digest_of(data)
@@ -736,9 +748,9 @@ async def _read(
     """What has this digest, and this size if it is known."""
     async with site.ask(reference, path, what, headers) as answer:
         data = await answer.read(max_size if size is None else size)
-    # By its digest alone it may turn out to be too large.
-    fits = len(data) <= max_size if size is None else len(data) == size
-    if not fits or digest_of(data) != digest:
+    if size is None and len(data) > max_size:
+        raise VerificationError(f"{what} has more than {max_size} bytes", digest=digest)
+    if size not in (None, len(data)) or await _decode(digest_of, data) != digest:
         raise VerificationError(
             f"what {answer.host} sent as {what} is not that: its digest or size differs",
             digest=digest,

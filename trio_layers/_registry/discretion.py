@@ -37,7 +37,7 @@ _PLAIN: Final = frozenset(
     }
 )
 # Of what is sent to a token server.
-_SECRET_FIELDS: Final = frozenset({"refresh_token", "password"})
+_SECRET_FIELDS: Final = frozenset({"refresh_token"})
 
 # Also one whose password has characters that end it for those who read URLs.
 _LOGIN = re.compile(r"\A([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
@@ -91,9 +91,11 @@ def hush(error: BaseException, secrets: Iterable[str]) -> None:
             else each
             for each in following.args
         )
+        if isinstance(following, OSError) and isinstance(following.strerror, str):
+            following.strerror = readable(without_secrets(following.strerror, secrets))
         if isinstance(following, InvalidURL):
             # A part of the URL, and who knows which: here, and in what it was raised for.
-            following.args = ()
+            following.args = ("a redirect to what is no URL",)
             following.__context__ = following.__cause__ = None
         if following.__cause__ is not None:  # what it was raised in is nobody's, if it is another
             following.__context__ = following.__cause__

@@ -1,4 +1,5 @@
-"""httpx, imported here and nowhere else: what the library uses of it, and a client made our way.
+"""httpx, imported by nothing else but `trio_layers.testing`: what is used of it, and a client made
+our way.
 
 A blob comes in half a megabyte at a time, where the network is faster. httpcore asks its network
 backend for 64 KiB at a time, and each of them takes its way through eight layers of calls: for an
@@ -42,6 +43,7 @@ from .._version import __version__
 from .answers import readable
 
 __all__ = [
+    "CLOSE_GRACE",
     "URL",
     "AsyncByteStream",
     "AsyncClient",
@@ -52,6 +54,7 @@ __all__ = [
     "StreamError",
     "Timeout",
     "create_ssl_context",
+    "discreet",
     "new_client",
     "proxy_of",
     "read_more_at_once",
@@ -61,7 +64,7 @@ __all__ = [
 _AT_ONCE: Final = 512 * 1024
 
 # Seconds.
-_CLOSE_GRACE: Final = 5.0
+CLOSE_GRACE: Final = 5.0
 
 
 def new_client(verify: bool | ssl.SSLContext, max_connections: int) -> AsyncClient:
@@ -133,7 +136,7 @@ async def send(client: AsyncClient, request: Request) -> Response:
             return await client.send(request, stream=True, follow_redirects=False, auth=None)
     except BaseException:
         lost = [*_take_lost(client)]
-        with trio.move_on_after(_CLOSE_GRACE, shield=True):
+        with trio.move_on_after(CLOSE_GRACE, shield=True):
             for stream in made:
                 await stream.aclose()
             for connection in lost:
@@ -184,7 +187,11 @@ def discreet() -> Iterator[None]:
 @final
 class _Discretion(logging.Filter):
     # Words of httpcore that fields follow, broken or not, or the login at a proxy.
-    _SHOWN_ALONE: Final = ("receive_response_headers.", "setup_socks5_connection.")
+    _SHOWN_ALONE: Final = (
+        "receive_response_headers.",
+        "receive_response_body.",
+        "setup_socks5_connection.",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         if _discreet.get():

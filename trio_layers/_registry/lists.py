@@ -15,7 +15,6 @@ import attrs
 
 from .._errors import RegistryError
 from .._manifest import MAX_DOCUMENT_SIZE
-from .answers import readable
 from .transport import Answer
 
 __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
@@ -25,6 +24,7 @@ log = logging.getLogger("trio_layers.registry")
 # However long the list: so much of it is read, in bytes, and so many requests are made.
 MAX_LIST_SIZE: Final = 64 * 1024 * 1024
 MAX_PAGES: Final = 10_000
+MAX_QUERY: Final = 8 * 1024
 
 OpenPage: TypeAlias = Callable[[str], AbstractAsyncContextManager[Answer]]
 """Asks for the page with this query."""
@@ -76,6 +76,8 @@ class Pages:
             raise self._endless(answer, f"a page of more than {MAX_DOCUMENT_SIZE} bytes")
         if self._size > MAX_LIST_SIZE or len(self._seen) > MAX_PAGES:
             raise self._endless(answer, f"more than {MAX_LIST_SIZE} bytes or {MAX_PAGES} pages")
+        if self._following is not None and len(self._following) > MAX_QUERY:
+            raise self._endless(answer, f"a next page of more than {MAX_QUERY} characters")
         if self._following in self._seen:
             raise self._endless(answer, "a page that is followed by one that was there before")
         return Page(answer.host, answer.media_type, data)
@@ -113,10 +115,7 @@ def decode_tags(data: bytes, host: str) -> list[str]:
         raise RegistryError(
             f"{host} sent something else than a list of tags", host=host, status=200
         )
-    tags: list[str] = []
-    for tag in found:
-        if isinstance(tag, str) and _TAG.fullmatch(tag):
-            tags.append(tag)
-        else:
-            log.debug("%s lists what is no tag: %s", host, readable(repr(tag)))
+    tags = [tag for tag in found if isinstance(tag, str) and _TAG.fullmatch(tag)]
+    if len(tags) < len(found):
+        log.info("%s lists %d tags that are none", host, len(found) - len(tags))
     return tags

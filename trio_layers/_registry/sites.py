@@ -200,7 +200,7 @@ class Sites:
         self._tls_verify = tls_verify
         self._hosts_dir = hosts_dir
         self._transport = Transport(connections, plain_http=plain_http)
-        self._authenticator = Authenticator(self._transport, credentials, plain_http=plain_http)
+        self._authenticator = Authenticator(self._transport, credentials)
         self._sites: dict[str, tuple[Site, ...]] = {}
         self._abroad = Transport(connections, plain_http=plain_http, local=False)
         self._elsewhere: dict[tuple[str, Transport], Elsewhere] = {}
@@ -286,7 +286,7 @@ class Sites:
             host.host,
             urls,
             transport,
-            Authenticator(transport, credentials, plain_http=plain_http),
+            Authenticator(transport, credentials),
             upstream=None if itself else domain,
             capabilities=host.capabilities,
         )

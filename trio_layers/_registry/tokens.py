@@ -22,7 +22,7 @@ from .._sharing import Shared
 from .answers import give_up, read_error, readable
 from .credentials import Credentials
 from .discretion import without_login
-from .hosts import base_urls, is_loopback, parse_url
+from .hosts import base_urls, parse_url
 from .http import URL, InvalidURL
 from .transport import Transport
 
@@ -75,9 +75,8 @@ class _Token:
 class Tokens:
     """Gets tokens, and keeps them until they expire."""
 
-    def __init__(self, transport: Transport, *, plain_http: bool) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._plain_http = plain_http
         self._tokens: dict[Grant, Shared[_Token]] = {}
         # By realm, service and credentials: one that came with a token is good for any scope.
         self._refresh: dict[Grant, str] = {}
@@ -116,24 +115,27 @@ class Tokens:
         Raises:
             AuthenticationError: if it is not.
         """
+        # No more of it is shown than who it is: a server may repeat what it was sent.
+        shown = "a URL that is none"
         try:
             url = parse_url(realm)
+            if url.host:
+                shown = f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
+            # They would be sent in place of ours.
+            url = url.copy_with(username=None, password=None)
         except InvalidURL:
             url = URL()
-        # A registry elsewhere has no business with what listens on this machine.
-        local = is_loopback(url) and is_loopback(base_urls(reference, plain_http=False)[0])
-        plain = url.scheme == "http" and (self._plain_http or local)
-        if not url.host or not (url.scheme == "https" or plain):
-            shown = readable(without_login(realm))
+        registry = base_urls(reference, plain_http=False)[0]
+        if not url.host or not self._transport.allows(url, registry):
             raise give_up(
                 AuthenticationError(
-                    f"{reference.domain} wants a token from {shown!r}, which is no HTTPS URL",
+                    f"{reference.domain} wants a token from {readable(shown)!r}, which is no HTTPS "
+                    "URL",
                     host=reference.domain,
                     status=401,
                 )
             )
-        # A name and password in it would be sent in place of ours.
-        return url.copy_with(username=None, password=None)
+        return url
 
     def _kept(self, grant: Grant) -> Shared[_Token]:
         # Nothing is awaited here: a token that nobody uses yet must not be dropped.
@@ -180,9 +182,17 @@ class Tokens:
         if refresh is None:
             parameters = [*url.params.multi_items(), *service.items()]
             parameters += [("scope", scope) for scope in scopes]
-            asking = self._transport.get(
-                url.copy_with(params=parameters), what, authorization=_basic(grant.credentials)
-            )
+            try:
+                url = url.copy_with(params=parameters)
+            except InvalidURL:
+                raise give_up(
+                    AuthenticationError(
+                        f"{reference.domain} wants a token for more than a URL can hold",
+                        host=reference.domain,
+                        status=401,
+                    )
+                ) from None
+            asking = self._transport.get(url, what, authorization=_basic(grant.credentials))
         else:
             form = {
                 "grant_type": "refresh_token",

@@ -25,14 +25,17 @@ from .credentials import as_sent
 from .discretion import hush, secrets_of, without_secrets
 from .hosts import is_loopback, origin_of
 from .http import (
+    CLOSE_GRACE,
     URL,
     AsyncByteStream,
     AsyncClient,
     Headers,
     HTTPError,
+    InvalidURL,
     Response,
     StreamError,
     Timeout,
+    discreet,
     proxy_of,
     send,
 )
@@ -51,7 +54,6 @@ LEAST_RATE: Final = 1024.0
 CONNECT_LIMIT: Final = 30.0
 # A server that takes TLS for the beginning of a long request is given up with this one.
 PROBE_LIMIT: Final = 5.0
-CLOSE_GRACE: Final = 5.0
 # Bytes.
 MAX_SKIPPED: Final = 64 * 1024
 
@@ -311,8 +313,13 @@ class Transport:
                 f"{what}, which is not followed: allow plain HTTP if that is meant",
                 host=_host(url),
             )
-        # A name and password in it would be sent to whoever the registry likes.
-        return target.copy_with(username=None, password=None)
+        try:
+            # A name and password in it would be sent to whoever the registry likes.
+            return target.copy_with(username=None, password=None)
+        except InvalidURL:
+            raise RegistryError(
+                f"{_host(url)} redirects to what is no URL for {what}", host=_host(url)
+            ) from None
 
     @asynccontextmanager
     async def _send(
@@ -361,8 +368,9 @@ class Transport:
             try:
                 with trio.move_on_after(patience):
                     response = await send(client, request)
-            # UnicodeError: a host, perhaps of a redirect, whose name cannot be.
-            except (HTTPError, UnicodeError) as error:
+            # UnicodeError: a host, perhaps of a redirect, whose name cannot be. InvalidURL: what
+            # else cannot be in a redirect.
+            except (HTTPError, InvalidURL, UnicodeError) as error:
                 hush(error, secrets())
                 through = _through(proxy_of(client, url))
                 text = f"{host} could not be asked for {what}{through}"
@@ -417,7 +425,7 @@ async def _open_body(
                     pass
             except RegistryError:
                 pass  # nobody wants the rest any more
-        with trio.move_on_after(CLOSE_GRACE, shield=True):
+        with trio.move_on_after(CLOSE_GRACE, shield=True), discreet():
             await response.aclose()
 
 
@@ -441,7 +449,7 @@ async def _read_body(
         began = trio.current_time()
         try:
             # Bytes that make no chunk, such as those of its size, do not end this wait.
-            with trio.CancelScope(deadline=began + stall_limit - behind):
+            with trio.CancelScope(deadline=began + stall_limit - behind), discreet():
                 chunk = await anext(stream)
         except StopAsyncIteration:
             return
