@@ -764,3 +764,11 @@ def test_headers_of_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 def test_values_that_are_none(toml: str, tmp_path: Path) -> None:
     with pytest.raises(HostsError, match=r"hosts\.toml cannot be used: "):
         host_names(tmp_path, toml)
+
+
+def test_the_repr_of_a_host_needs_no_run_of_trio() -> None:
+    async def hosts() -> list[Site]:
+        async with open_registry_client() as client:
+            return await client._sites.find(APP, "pull")
+
+    assert [repr(site) for site in trio.run(hosts)] == [f"<Site {APP.domain} for itself>"]

@@ -90,8 +90,8 @@ class Site:
         self._rests_until = 0.0
 
     def __repr__(self) -> str:
-        resting = ", resting" if self.trouble else ""
-        return f"<Site {self.name} for {self._upstream or 'itself'}{resting}>"
+        # Not whether it rests: for that there has to be a clock, and so a run of trio's.
+        return f"<Site {self.name} for {self._upstream or 'itself'}>"
 
     @property
     def trouble(self) -> RegistryError | None:

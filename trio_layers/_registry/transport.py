@@ -199,8 +199,8 @@ class Transport:
 
     Args:
         connections: Through these.
-        plain_http: Whether HTTPS may lead to plain HTTP.
-        local: Whether it may lead to that on this machine in any case.
+        plain_http: Whether anybody may lead to plain HTTP.
+        local: Whether this machine may lead to plain HTTP on itself in any case.
         manner: How a host is spoken to that is configured; ``None``: nothing is said.
     """
 
