@@ -42,7 +42,7 @@ from trio_layers._registry.as_go import parse_duration
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.hosts_toml import read_configuration
-from trio_layers._registry.sites import REST
+from trio_layers._registry.sites import REST, Site
 from trio_layers._registry.trust import Trust, make_context
 from trio_layers.testing import Redirect, Reply, build_image, open_registry
 
