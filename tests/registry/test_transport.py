@@ -6,7 +6,9 @@ import gc
 import itertools
 import logging
 import random
+import socket
 import ssl
+import struct
 from collections import Counter
 
 import httpcore
@@ -30,7 +32,7 @@ from trio_layers._errors import AuthenticationError, RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.http import new_client, read_more_at_once
+from trio_layers._registry.http import new_client, read_more_at_once, send
 from trio_layers._registry.transport import MAX_REDIRECTS
 from trio_layers.testing import open_registry
 
@@ -606,6 +608,81 @@ async def test_a_connection_is_used_again() -> None:
     name = BLOB.digest.encode()
     assert [path for _, path in asked] == [name, name, b"moved"]
     assert len({number for number, _ in asked}) == 1
+
+
+class HurriedServer:
+    """An HTTP server that answers so many requests of each connection, and closes it when one more
+    comes. Its first two requests it answers together.
+
+    Attributes:
+        asked: The connection, by number, and method of each request.
+    """
+
+    def __init__(self, answers: int, *, reset: bool) -> None:
+        self.asked: list[tuple[int, str]] = []
+        self._answers = answers
+        self._reset = reset
+        self._numbers = itertools.count()
+        self._two = trio.Event()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        number = next(self._numbers)
+        async with stream:
+            for answered in itertools.count():
+                request = await stream.receive_some(65536)
+                if not request:
+                    return
+                self.asked.append((number, request.split()[0].decode()))
+                if answered == self._answers:
+                    break
+                if len(self.asked) == 2:
+                    self._two.set()
+                await self._two.wait()
+                await stream.send_all(b"HTTP/1.1 200 X\r\nContent-Length: 0\r\n\r\n")
+            if self._reset:
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_kept_connections_that_just_end(reset: bool) -> None:
+    """What may be sent twice is sent on the next one, until one is new; a login is not."""
+    server = HurriedServer(1, reset=reset)
+
+    async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
+        listeners = await nursery.start(trio.serve_tcp, server.serve, 0)
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
+
+        async def ask(method: str) -> None:
+            response = await send(http, http.build_request(method, url))
+            await response.aread()
+            await response.aclose()
+
+        async with trio.open_nursery() as together:
+            together.start_soon(ask, "GET")
+            together.start_soon(ask, "GET")
+        server.asked.clear()
+        await ask("GET")
+        # The two that were kept, whichever comes first, and a new one, which now is kept.
+        assert sorted(server.asked) == [(0, "GET"), (1, "GET"), (2, "GET")]
+        assert server.asked[2] == (2, "GET")
+        server.asked.clear()
+        with pytest.raises(httpx.TransportError):
+            await ask("POST")
+        assert server.asked == [(2, "POST")]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_new_connection_that_just_ends(reset: bool) -> None:
+    """The request is not sent again: that is for who asked."""
+    server = HurriedServer(0, reset=reset)
+    async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
+        listeners = await nursery.start(trio.serve_tcp, server.serve, 0)
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
+        with pytest.raises(httpx.TransportError):
+            await send(http, http.build_request("GET", url))
+        nursery.cancel_scope.cancel()
+    assert server.asked == [(0, "GET")]
 
 
 async def test_a_plain_registry_on_loopback() -> None:

@@ -8,7 +8,7 @@ pool no public place for a backend of one's own; so it is put where the pool kee
 that is where it was when this was written. Else all works as before.
 
 A request is sent by `send`, which takes back what a pool loses when that is cancelled, in the same
-way.
+way, and sends it again if the connection that was kept for it has ended.
 """
 # ruff: noqa: ASYNC109  the timeouts are parameters of what is overridden
 
@@ -32,10 +32,13 @@ from httpx import (
     HTTPError,
     InvalidURL,
     Limits,
+    ReadError,
+    RemoteProtocolError,
     Request,
     Response,
     StreamError,
     Timeout,
+    WriteError,
     create_ssl_context,
 )
 
@@ -65,6 +68,8 @@ _AT_ONCE: Final = 512 * 1024
 
 # Seconds.
 CLOSE_GRACE: Final = 5.0
+
+_SENT_TWICE: Final = frozenset({"GET", "HEAD"})
 
 
 def new_client(verify: bool | ssl.SSLContext, max_connections: int) -> AsyncClient:
@@ -112,6 +117,10 @@ def read_more_at_once(client: AsyncClient) -> None:
 async def send(client: AsyncClient, request: Request) -> Response:
     """Send a request, follow no redirect, and give the answer with its body open.
 
+    A server may close a connection that it kept just as a request is sent on it. A request that may
+    be sent twice then is, as by Go's `net/http` (transport.go, `shouldRetryRequest`): on the next
+    connection kept, or on a new one, where it is sent once.
+
     Cancelled, or failed, nothing is left of it in the client's pool. httpcore itself forgets a
     connection that it has begun to make, and counts it for ever as one that is in use: over TLS, if
     the cancellation comes in the handshake's last step; through a proxy, in any.
@@ -119,29 +128,54 @@ async def send(client: AsyncClient, request: Request) -> Response:
     Raises:
         HTTPError, UnicodeError: as httpx does; the latter for a host that cannot be one.
     """
-    made: list[httpcore.AsyncNetworkStream] = []
+    while True:
+        way = _Way()
+        request.extensions["trace"] = way.trace
+        try:
+            with discreet():
+                return await client.send(request, stream=True, follow_redirects=False, auth=None)
+        except BaseException as error:
+            lost = [*_take_lost(client)]
+            with trio.move_on_after(CLOSE_GRACE, shield=True):
+                for stream in way.unowned:
+                    await stream.aclose()
+                for connection in lost:
+                    await connection.aclose()
+            # Each round ends a connection that was kept.
+            if not (way.kept and request.method in _SENT_TWICE and _closed_unanswered(error)):
+                raise
 
-    async def trace(event: str, info: Mapping[str, object]) -> None:
+
+@final
+class _Way:
+    """How a request has gone to its server, as httpcore tells it."""
+
+    def __init__(self) -> None:
+        # Connections that were made, until something of httpcore's closes them.
+        self.unowned: list[httpcore.AsyncNetworkStream] = []
+        # The request has begun to be sent, on a connection that was not made for it.
+        self.kept = False
+        self._connected = False
+
+    async def trace(self, event: str, info: Mapping[str, object]) -> None:
         if event.endswith(".connect_tcp.complete"):
             stream = info["return_value"]
             assert isinstance(stream, httpcore.AsyncNetworkStream)
-            made.append(stream)
+            self.unowned.append(stream)
+            self._connected = True
+        elif event.endswith(".connect_unix_socket.complete"):
+            self._connected = True
         elif event.endswith(".send_request_headers.started"):
             # From now on the connection closes it.
-            made.clear()
+            self.unowned.clear()
+            self.kept = not self._connected
 
-    request.extensions["trace"] = trace
-    try:
-        with discreet():
-            return await client.send(request, stream=True, follow_redirects=False, auth=None)
-    except BaseException:
-        lost = [*_take_lost(client)]
-        with trio.move_on_after(CLOSE_GRACE, shield=True):
-            for stream in made:
-                await stream.aclose()
-            for connection in lost:
-                await connection.aclose()
-        raise
+
+def _closed_unanswered(error: BaseException) -> bool:
+    # httpx has no type of its own for an end where a status line should be.
+    return isinstance(error, (ReadError, WriteError)) or (
+        isinstance(error, RemoteProtocolError) and str(error).startswith("Server disconnected")
+    )
 
 
 def _take_lost(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionInterface]:
