@@ -29,6 +29,9 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:
         InvalidReference: if the reference's domain cannot be a host with a port.
     """
     domain = registry_of(reference.domain)
+    if not domain:
+        message = "what stands for a host cannot be one: write HOST[:PORT]/PATH"
+        raise InvalidReference(str(reference), "invalid-format", message)
     try:
         https = parse_url(f"https://{domain}/v2/")
     except InvalidURL as error:
