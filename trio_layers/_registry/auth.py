@@ -80,11 +80,8 @@ def _parse_field(text: str) -> list[Challenge]:
                 break
             position = scheme.end()
             takes_parameters = bool(scheme[2])
-            if (
-                challenges
-                and not takes_parameters
-                and text[position : position + 1] not in ("", ",")
-            ):
+            ends = position == len(text) or text[position] == ","
+            if challenges and not takes_parameters and not ends:
                 break
             challenges.append((scheme[1].lower(), {}))
             token68 = _TOKEN68.match(text, position)
