@@ -30,7 +30,8 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:
     """
     domain = registry_of(reference.domain)
     if not domain:
-        message = "what stands for a host cannot be one: write HOST[:PORT]/PATH"
+        name = reference.path.partition("/")[0]
+        message = f"{name!r} is no host, as it has a '_' in it"
         raise InvalidReference(str(reference), "invalid-format", message)
     try:
         https = parse_url(f"https://{domain}/v2/")
