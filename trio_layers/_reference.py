@@ -95,7 +95,8 @@ def parse_reference(text: str) -> Reference:
     A name without a domain is one on Docker Hub, where a name of one component is an official
     image, in ``library/``. The first component is a domain if it holds a ``.``, a ``:`` or an
     upper-case letter, or is ``localhost``; where it has a ``_`` too it cannot be one, and the name
-    has no domain, which is found out when its registry is to be asked. With neither tag nor digest the tag is ``latest``.
+    has no domain, which is found out when its registry is to be asked. With neither tag nor digest
+    the tag is ``latest``.
 
     Raises:
         InvalidReference: if it does not follow the grammar. Its ``reason`` is one of
