@@ -26,7 +26,6 @@ _OPTION = r"(?:[A-Za-z0-9_.-]|%[0-9A-Fa-f]{2})"
 _OS_PART = re.compile(rf"([A-Za-z0-9_-]+)(?:\(({_OPTION}*)((?:\+{_OPTION}+)*)\))?\Z")
 _PART = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _VERSION = re.compile(r"v?([0-9]{1,2})\Z")
-_ARM64_VERSION = re.compile(r"v?([0-9]{1,2})(?:\.([0-9]))?\Z")
 
 _KNOWN_OS = re.compile(
     "aix|android|darwin|dragonfly|freebsd|hurd|illumos|ios|js|linux|nacl|netbsd|openbsd|plan9"
@@ -176,9 +175,12 @@ def _compatible(platform: Platform) -> Iterator[Platform]:
             yield attrs.evolve(platform, variant=f"v{version}")
     elif platform.architecture == "arm64":
         variant = platform.variant or "v8"
-        match = _ARM64_VERSION.match(variant)
-        if match is not None and int(match[1]) >= 8:
-            for lesser in _lesser_arm64(int(match[1]), int(match[2] or 0)):
+        number, _, rest = variant.partition(".")
+        major = _version(number)
+        if major >= 8:
+            # A minor version counts only in what is as long as "v8.5".
+            minor = _version(rest) if len(variant) == len("v8.5") else 0
+            for lesser in _lesser_arm64(major, minor):
                 yield attrs.evolve(platform, variant=lesser)
         if variant.startswith(("v8.", "v9.")):
             variant = "v8"
@@ -218,12 +220,12 @@ def _windows_runs(host: str, container: str) -> bool:
 
 
 def _windows_version(text: str) -> tuple[int, int, int]:
-    """Major, minor and build; all 0 for what is no version."""
+    """Major, minor and build, of 8, 8 and 16 bits; all 0 for what is no version."""
     parts = text.split(".")[:3]
     if len(parts) < 3 or not all(part.isascii() and part.isdecimal() for part in parts):
         return 0, 0, 0
-    major, minor, build = (int(part[:9]) for part in parts)
-    return major, minor, build
+    major, minor, build = (int(part.lstrip("0")[:6] or 0) for part in parts)
+    return (major, minor, build) if max(major, minor) < 2**8 and build < 2**16 else (0, 0, 0)
 
 
 def _version(variant: str) -> int:

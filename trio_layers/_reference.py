@@ -29,7 +29,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _ALGORITHM = r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*"
 _REFERENCE = re.compile(
     rf"""
-    (?P<domain>{_DOMAIN}) / (?P<path>{_COMPONENT}(?:/{_COMPONENT})*)
+    (?: (?P<domain>{_DOMAIN}) / )? (?P<path>{_COMPONENT}(?:/{_COMPONENT})*)
     (?: : (?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}) )?
     (?: @ (?P<digest>{_ALGORITHM}:[0-9a-fA-F]{{32,}}) )?
     \Z""",
@@ -46,7 +46,9 @@ class Reference:
     """A name for an image, complete: made by `parse_reference`.
 
     Attributes:
-        domain: The registry's host, with its port if one was given; ``docker.io`` for Docker Hub.
+        domain: The registry's host, with its port if one was given; ``docker.io`` for Docker Hub;
+            empty if what stands for a host cannot be one, as it has a ``_``: Docker takes such a
+            name for an image's as well, but there is no registry to ask for it.
         path: The repository.
         tag: What may point to another image tomorrow; ``None`` if only a digest was given.
         digest: What pins the image; if it is there, the tag is for people only.
@@ -60,7 +62,7 @@ class Reference:
     @property
     def name(self) -> str:
         """The repository with its domain, without tag and digest."""
-        return f"{self.domain}/{self.path}"
+        return f"{self.domain}/{self.path}" if self.domain else self.path
 
     @property
     def familiar(self) -> str:
@@ -92,7 +94,9 @@ def parse_reference(text: str) -> Reference:
 
     A name without a domain is one on Docker Hub, where a name of one component is an official
     image, in ``library/``. The first component is a domain if it holds a ``.``, a ``:`` or an
-    upper-case letter, or is ``localhost``. With neither tag nor digest the tag is ``latest``.
+    upper-case letter, or is ``localhost``; where it has a ``_`` too it cannot be one, and the name
+    has no domain, which is found out when its registry is to be asked. With neither tag nor digest
+    the tag is ``latest``.
 
     Raises:
         InvalidReference: if it does not follow the grammar. Its ``reason`` is one of
@@ -107,8 +111,11 @@ def parse_reference(text: str) -> Reference:
     if repository != repository.lower():
         _refuse(text, "uppercase", f"the repository name {repository!r} must be lower-case")
 
-    match = _REFERENCE.match(f"{domain}/{rest}")
+    complete = f"{domain}/{rest}"
+    match = _REFERENCE.match(complete)
     if match is None:
+        if complete != complete.lower() and _REFERENCE.match(complete.lower()):
+            _refuse(text, "uppercase", "a name that has no host in it must be lower-case")
         _refuse(text, "invalid-format", "expected [DOMAIN/]PATH[:TAG][@DIGEST]")
     path, tag, digest = match["path"], match["tag"], match["digest"]
     if len(path) > MAX_PATH_LENGTH:
@@ -117,7 +124,7 @@ def parse_reference(text: str) -> Reference:
         _check_digest(text, digest)
     elif tag is None:
         tag = DEFAULT_TAG
-    return Reference(match["domain"], path, tag, None if digest is None else Digest(digest))
+    return Reference(match["domain"] or "", path, tag, Digest(digest) if digest else None)
 
 
 def _split_domain(text: str) -> tuple[str, str]:

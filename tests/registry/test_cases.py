@@ -1,5 +1,8 @@
 """The values and the client against recorded behaviour: `tests/cases/registry`, and more from
-the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold."""
+the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold.
+
+What ``found_*.json`` has was found by comparing many made inputs with what the sources of those
+implementations make of them: what was answered otherwise here, and some of its neighbours."""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ Case = dict[str, Any]
 def cases(table: str) -> list[object]:
     """One pytest item for each case of a table."""
     items: list[object] = []
-    paths = [HERE / f"{table}.json"]
+    paths = [HERE / f"{table}.json", HERE / f"found_{table}.json"]
     more = os.environ.get("TRIO_LAYERS_CASES")
     if more:
         paths.append(Path(more) / "registry" / f"{table}.json")
@@ -114,8 +117,8 @@ def platform_of(entry: Case | None) -> Platform | None:
     if entry is None:
         return None
     return Platform(
-        entry["os"],
-        entry["architecture"],
+        entry.get("os", ""),
+        entry.get("architecture", ""),
         entry.get("variant", ""),
         entry.get("os.version", ""),
         tuple(entry.get("os.features", ())),

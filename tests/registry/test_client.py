@@ -256,7 +256,9 @@ async def test_a_digest_that_cannot_be_verified() -> None:
     assert network.requests == []
 
 
-@pytest.mark.parametrize("domain", ["[:::]", "example.com:99999", "xn--a.example"])
+@pytest.mark.parametrize(
+    "domain", ["[:::]", "example.com:99999", "xn--a.example", "my_host.example"]
+)
 async def test_a_domain_that_is_no_host(domain: str) -> None:
     """The grammar of references lets it through; there is nobody to ask."""
     with pytest.raises(InvalidReference, match="is no host"):

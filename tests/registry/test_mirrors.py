@@ -30,6 +30,7 @@ from trio_layers._errors import (
     AuthenticationError,
     CredentialsError,
     HostsError,
+    InvalidReference,
     ManifestError,
     NotFound,
     RegistryError,
@@ -628,6 +629,20 @@ async def test_files_that_cannot_be_read(network: Network, tmp_path: Path) -> No
         (place / "hosts.toml").write_bytes(b"#" * (2**20 + 1))
         with pytest.raises(HostsError, match="larger than 1048576 bytes"):
             await fetch(client)
+
+
+async def test_what_has_no_host_has_no_configuration(network: Network, tmp_path: Path) -> None:
+    """Neither the files of the root, which would be those of no name, nor the default's."""
+    for place in (tmp_path, tmp_path / "_default"):
+        place.mkdir(exist_ok=True)
+        (place / "hosts.toml").write_text('server = "https://registry.example"\n')
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, hosts_dir=tmp_path) as client,
+    ):
+        with pytest.raises(InvalidReference, match=r"'my_host\.example' is no host"):
+            await client.resolve("my_host.example/app")
+    assert network.requests == []
 
 
 def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:

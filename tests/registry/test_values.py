@@ -38,12 +38,6 @@ def config(**members: object) -> bytes:
     return json.dumps({**document, **members}).encode()
 
 
-def test_a_domain_that_is_none_is_refused() -> None:
-    """A first component with a dot is a domain, so it must be one: nothing could be asked."""
-    with pytest.raises(InvalidReference, match=r"invalid image reference 'my_host\.example/app'"):
-        parse_reference("my_host.example/app")
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -48,10 +48,11 @@ class Challenge:
 
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_SCHEME = re.compile(rf"({_TOKEN})(?:[ \t]+|(?=,)|\Z)")
-# The last alternative is a quoted string without an end: it counts as empty.
-_PARAMETER = re.compile(rf'({_TOKEN})[ \t]*=[ \t]*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)"|".*\Z)')
-_TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*[ \t]*(?=,|\Z)")
+_SCHEME = re.compile(rf"({_TOKEN})([ \t]*)")
+# The last alternatives are a quoted string without an end, and nothing: they count as empty.
+_PARAMETER = re.compile(rf'({_TOKEN})(?:[ \t]*=[ \t]*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)")|=".*\Z|=)')
+# Nothing but another challenge may follow.
+_TOKEN68 = re.compile(rf"[A-Za-z0-9._~+/-]+=*[ \t]*(?=,|\Z)(?![ \t,]+{_TOKEN}[ \t]*=)")
 _SEPARATORS = re.compile(r"[ \t]*(?:,[ \t]*)+|[ \t]*\Z")
 _LEADING = re.compile(r"[ \t,]*")
 
@@ -67,21 +68,27 @@ def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
 
 def _parse_field(text: str) -> list[Challenge]:
     challenges: list[tuple[str, dict[str, str]]] = []
+    takes_parameters = False
     position = _end(_LEADING.match(text))
     while position < len(text):
-        match = _PARAMETER.match(text, position) if challenges else None
+        match = _PARAMETER.match(text, position) if takes_parameters else None
         if match is None:
             # Comma-separated challenges have comma-separated parameters: what is not
             # name=value begins the next challenge.
             scheme = _SCHEME.match(text, position)
             if scheme is None:
                 break
-            challenges.append((scheme[1].lower(), {}))
             position = scheme.end()
-            match = _PARAMETER.match(text, position)
+            takes_parameters = bool(scheme[2])
+            ends = position == len(text) or text[position] == ","
+            if challenges and not takes_parameters and not ends:
+                break
+            challenges.append((scheme[1].lower(), {}))
             token68 = _TOKEN68.match(text, position)
-            if token68 is not None and match is None:
+            if token68 is not None:
                 position = token68.end()
+            else:
+                match = _PARAMETER.match(text, position)
         if match is not None:
             value = match[2] or re.sub(r"\\(.)", r"\1", match[3] or "")
             challenges[-1][1][match[1].lower()] = value

@@ -29,6 +29,10 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:
         InvalidReference: if the reference's domain cannot be a host with a port.
     """
     domain = registry_of(reference.domain)
+    if not domain:
+        name = reference.path.partition("/")[0]
+        message = f"{name!r} is no host, as it has a '_' in it"
+        raise InvalidReference(str(reference), "invalid-format", message)
     try:
         https = parse_url(f"https://{domain}/v2/")
     except InvalidURL as error:

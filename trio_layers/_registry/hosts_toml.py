@@ -393,7 +393,7 @@ def _hosts_in_order(text: str) -> Iterator[str]:
     Which is what containerd goes by: one that has no header, as it is written in another table's
     line, does not count, and one whose table is continued after another one's comes again.
     """
-    last = None
+    last = ""  # so one without a name has no place
     for header in _table_headers(text):
         keys = _keys_of(header)
         if len(keys) > 1 and keys[0] == "host" and keys[1] != last:

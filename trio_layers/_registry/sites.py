@@ -257,7 +257,7 @@ class Sites:
 
     async def _open(self, reference: Reference) -> tuple[Site, ...]:
         domain = reference.domain
-        if self._hosts_dir is not None:
+        if self._hosts_dir is not None and domain:
             found = await trio.to_thread.run_sync(read_configuration, self._hosts_dir, domain)
             if found.directory is not None:
                 return tuple([await self._configured(host, domain, found) for host in found.hosts])
