@@ -1,10 +1,12 @@
-"""The values and the client against recorded behaviour: `tests/cases/registry`, and more from
-the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold."""
+"""The values and the client against recorded behaviour: `tests/cases/registry`, what else was
+found to matter in its `found`, and more from the directory that ``TRIO_LAYERS_CASES`` names.
+`FORMAT.md` beside the files says what they hold."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ Case = dict[str, Any]
 def cases(table: str) -> list[object]:
     """One pytest item for each case of a table."""
     items: list[object] = []
-    paths = [HERE / f"{table}.json"]
+    paths = [HERE / f"{table}.json", HERE / "found" / f"{table}.json"]
     more = os.environ.get("TRIO_LAYERS_CASES")
     if more:
         paths.append(Path(more) / "registry" / f"{table}.json")
@@ -231,7 +233,8 @@ TOKENS = ("identitytoken", "registrytoken")
 
 
 def as_go_prints(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Each byte that is not UTF-8 is a character of its own."""
+    return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 @pytest.mark.parametrize("case", cases("http_ranges"))
