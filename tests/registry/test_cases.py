@@ -1,6 +1,8 @@
-"""The values and the client against recorded behaviour: `tests/cases/registry`, what else was
-found to matter in its `found`, and more from the directory that ``TRIO_LAYERS_CASES`` names.
-`FORMAT.md` beside the files says what they hold."""
+"""The values and the client against recorded behaviour: `tests/cases/registry`, and more from
+the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold.
+
+What ``found_*.json`` has was found by comparing many made inputs with what the sources of those
+implementations make of them: what was answered otherwise here, and some of its neighbours."""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ Case = dict[str, Any]
 def cases(table: str) -> list[object]:
     """One pytest item for each case of a table."""
     items: list[object] = []
-    paths = [HERE / f"{table}.json", HERE / "found" / f"{table}.json"]
+    paths = [HERE / f"{table}.json", HERE / f"found_{table}.json"]
     more = os.environ.get("TRIO_LAYERS_CASES")
     if more:
         paths.append(Path(more) / "registry" / f"{table}.json")

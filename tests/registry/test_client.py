@@ -78,7 +78,9 @@ async def test_index_leads_to_the_platform() -> None:
     """Of an index's images the one for the platform is taken; by default, the host's."""
     registry = FakeRegistry()
     arm = registry.add_image(architecture="arm64")
-    host = registry.add_image(architecture=host_platform().architecture, created="2024-01-01T00:00:00Z")
+    host = registry.add_image(
+        architecture=host_platform().architecture, created="2024-01-01T00:00:00Z"
+    )
     entries = [
         as_json(arm, platform={"os": "linux", "architecture": "arm64", "variant": "v8"}),
         as_json(host, platform={"os": "linux", "architecture": host_platform().architecture}),
