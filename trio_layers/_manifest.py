@@ -7,8 +7,11 @@ readers could take for two different things is refused (CVE-2021-41190).
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Final, NoReturn
 
 import attrs
@@ -49,7 +52,10 @@ _CONFIG_TYPES: Final = frozenset(
     {
         "application/vnd.oci.image.config.v1+json",
         "application/vnd.docker.container.image.v1+json",
-        "application/octet-stream",  # early pushes through distribution, its issue 1621
+        # Early pushes through distribution, its issue 1621.
+        "application/octet-stream",
+        "application/json",
+        "text/html",
     }
 )
 
@@ -67,6 +73,16 @@ def _layer_types(oci: str, docker: str) -> frozenset[str]:
 _FOREIGN_TYPES: Final = _layer_types("nondistributable.", "foreign.")
 _LAYER_TYPES: Final = _layer_types("", "") | _FOREIGN_TYPES
 _IN_TOTO: Final = "application/vnd.in-toto"
+
+# What says of a document what it is, and where its parts are.
+_DECISIVE: Final = ("schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers")
+
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
+_TIME: Final = re.compile(
+    r"(?P<year>\d{4})(?P<rest>-\d\d-\d\dT\d\d:\d\d:\d\d)"
+    r"(?:\.\d+)?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)\Z",
+    re.ASCII,
+)
 
 
 @attrs.frozen
@@ -205,23 +221,28 @@ def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
         )
     kind = "manifest" if media_type in MANIFEST_TYPES else "index"
     document = _decode(data, kind)
-    if document.get("schemaVersion") != 2:
-        _refuse(f"{kind}: schemaVersion is {_show(document.get('schemaVersion'))}, not 2")
-    claimed = document.get("mediaType", media_type)
-    if claimed != media_type:
+    _check_spelling(document, _DECISIVE, kind)
+    version = document.get("schemaVersion")
+    if type(version) is not int or version != 2:
+        _refuse(f"{kind}: schemaVersion is {_show(version)}, not 2")
+    claimed = document.get("mediaType")
+    # Go's readers take an empty one for none.
+    if claimed not in (None, "", media_type):
         _refuse(f"{kind}: served as {media_type}, but its mediaType is {_show(claimed)}")
     foreign = ("manifests", "fsLayers") if kind == "manifest" else ("layers", "config", "fsLayers")
     for member in foreign:
         if member in document:
             _refuse(f"{kind}: ambiguous, since it has {member!r} as well")
     annotations = _text_map(document.get("annotations"), f"{kind}: annotations")
+    artifact_type = _text(document.get("artifactType"), f"{kind}: artifactType") or None
+    _optional_object(document.get("subject"), f"{kind}: subject")
     if kind == "index":
         return Index(media_type, _descriptors(document, "manifests"), annotations)
     return Manifest(
         media_type,
         _descriptor(document.get("config"), "config"),
         _descriptors(document, "layers"),
-        _text(document.get("artifactType"), "artifactType") or None,
+        artifact_type,
         annotations,
     )
 
@@ -265,7 +286,9 @@ def decode_config(data: bytes) -> ImageConfig:
         ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
     """
     document = _decode(data, "image config")
+    _check_spelling(document, ("rootfs",), "image config")
     rootfs = _object(document.get("rootfs"), "image config: rootfs")
+    _check_spelling(rootfs, ("type", "diff_ids"), "image config: rootfs")
     if rootfs.get("type") != "layers":
         _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
     diff_ids = _list(rootfs.get("diff_ids"), "image config: rootfs.diff_ids")
@@ -273,20 +296,20 @@ def decode_config(data: bytes) -> ImageConfig:
     for member in ("os", "architecture"):
         if not document.get(member):
             _refuse(f"image config: {member} is missing")
+    _check_history(document)
     run = _optional_object(document.get("config"), "image config: config")
+    _check_flag(run.get("ArgsEscaped"), "image config: ArgsEscaped")
     return ImageConfig(
         platform,
         tuple(DiffID(_digest(each, "image config: rootfs.diff_ids")) for each in diff_ids),
-        _text(document.get("created"), "image config: created"),
+        _time(document.get("created"), "image config: created"),
         env=_texts(run.get("Env"), "image config: Env"),
         entrypoint=_texts(run.get("Entrypoint"), "image config: Entrypoint"),
         cmd=_texts(run.get("Cmd"), "image config: Cmd"),
         working_dir=_text(run.get("WorkingDir"), "image config: WorkingDir"),
         user=_text(run.get("User"), "image config: User"),
         labels=_text_map(run.get("Labels"), "image config: Labels"),
-        exposed_ports=tuple(
-            _optional_object(run.get("ExposedPorts"), "image config: ExposedPorts")
-        ),
+        exposed_ports=_keys(run.get("ExposedPorts"), "image config: ExposedPorts"),
         volumes=_keys(run.get("Volumes"), "image config: Volumes"),
         stop_signal=_text(run.get("StopSignal"), "image config: StopSignal"),
         raw=data,
@@ -302,6 +325,7 @@ def _descriptors(document: Mapping[str, object], member: str) -> tuple[Descripto
 
 def _descriptor(value: object, where: str) -> Descriptor:
     members = _object(value, where)
+    _check_spelling(members, ("mediaType", "digest", "size"), where)
     media_type = _text(members.get("mediaType"), f"{where}.mediaType")
     if not media_type:
         _refuse(f"{where}.mediaType is missing")
@@ -309,6 +333,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
     # Go's readers keep it in an int64. A bool is an int to Python, but not to JSON.
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
         _refuse(f"{where}.size is {_show(size)}, not a number of bytes")
+    _check_base64(members.get("data"), f"{where}.data")
     platform = members.get("platform")
     return Descriptor(
         media_type,
@@ -330,7 +355,7 @@ def _platform(value: object, where: str) -> Platform:
         _text(members.get("os.version"), f"{where}.os.version"),
         _texts(members.get("os.features"), f"{where}.os.features"),
     )
-    # It is printed, and written to the catalog, which takes no lone surrogates.
+    # It is printed.
     if not str(platform).isprintable():
         _refuse(f"{where}: the platform {_show(str(platform))} has characters that cannot be shown")
     return platform
@@ -362,7 +387,10 @@ def _optional_object(value: object, where: str) -> Mapping[str, object]:
 
 def _keys(value: object, where: str) -> tuple[str, ...]:
     """The members of an object that stands for a set, as Go writes them."""
-    return tuple(_optional_object(value, where))
+    members = _optional_object(value, where)
+    for key, each in members.items():
+        _optional_object(each, f"{where}: {_show(key)}")
+    return tuple(_text(key, where) for key in members)
 
 
 def _list(value: object, where: str) -> list[object]:
@@ -372,12 +400,64 @@ def _list(value: object, where: str) -> list[object]:
 
 
 def _text(value: object, where: str) -> str:
-    """A string; empty if it is missing or null, as Go's readers have it."""
+    """A string, as Go's readers have it: empty if it is missing or null, and with U+FFFD in place
+    of a lone surrogate, which nothing could be done with."""
     if value is None:
         return ""
     if not isinstance(value, str):
         _refuse(f"{where} is {_show(value)}, not a string")
-    return value
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value)
+
+
+def _time(value: object, where: str) -> str:
+    """A time as RFC 3339 has it, as it was written; empty if it is missing or null."""
+    text = _text(value, where)
+    if value is None:
+        return text
+    match = _TIME.match(text)
+    try:
+        if match is None:
+            raise ValueError
+        # The calendar repeats itself, and this one may have a year 0.
+        year = 2000 + int(match["year"]) % 400
+        datetime.fromisoformat(f"{year}{match['rest']}")
+    except ValueError:
+        _refuse(f"{where} is {_show(value)}, not a time as RFC 3339 has it")
+    return text
+
+
+def _check_history(document: Mapping[str, object]) -> None:
+    """Nothing here is used, but what has it wrong is no image to other readers either."""
+    _text(document.get("author"), "image config: author")
+    history = document.get("history")
+    for index, value in enumerate([] if history is None else _list(history, "history")):
+        where = f"image config: history[{index}]"
+        entry = _optional_object(value, where)
+        _time(entry.get("created"), f"{where}.created")
+        for member in ("created_by", "author", "comment"):
+            _text(entry.get(member), f"{where}.{member}")
+        _check_flag(entry.get("empty_layer"), f"{where}.empty_layer")
+
+
+def _check_flag(value: object, where: str) -> None:
+    if value is not None and not isinstance(value, bool):
+        _refuse(f"{where} is {_show(value)}, neither true nor false")
+
+
+def _check_base64(value: object, where: str) -> None:
+    text = _text(value, where).replace("\r", "").replace("\n", "")
+    try:
+        base64.b64decode(text, validate=True)
+    except ValueError:
+        _refuse(f"{where} is not base64")
+
+
+def _check_spelling(document: Mapping[str, object], names: Iterable[str], where: str) -> None:
+    """Go's readers take a name in any case for a member's, and others do not."""
+    for name in document:
+        for known in names:
+            if name != known and name.casefold() == known.casefold():
+                _refuse(f"{where}: ambiguous, since some readers take {_show(name)} for {known!r}")
 
 
 def _texts(value: object, where: str) -> tuple[str, ...]:
@@ -385,7 +465,8 @@ def _texts(value: object, where: str) -> tuple[str, ...]:
 
 
 def _text_map(value: object, where: str) -> dict[str, str]:
-    return {key: _text(each, where) for key, each in _optional_object(value, where).items()}
+    members = _optional_object(value, where)
+    return {_text(key, where): _text(each, where) for key, each in members.items()}
 
 
 def _digest(value: object, where: str) -> Digest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,10 @@ def test_manifest(case: Case) -> None:
     containerd = case["expected"]["containerd"]
     if verdict is None:
         verdict = "accept" if containerd["error"] is None else "reject"
-    if any(layer["digest"].startswith("sha512:") for layer in containerd.get("layers") or ()):
+    named = [containerd.get("config_digest") or ""]
+    for member in ("layers", "manifests"):
+        named += [descriptor["digest"] for descriptor in containerd.get(member) or ()]
+    if any(digest.startswith(("sha384:", "sha512:")) for digest in named):
         verdict = "reject"  # a digest that nothing here can verify
 
     if verdict != "accept":
@@ -172,7 +176,7 @@ def read_image(case: Case) -> Manifest | Index:
     document = decode_manifest(case["manifest"].encode(), case["content_type"])
     if isinstance(document, Manifest):
         check_image(document)
-        config = case["config"].encode()
+        config = (case["config"] or "").encode()
         if digest_of(config) != document.config.digest:
             raise ManifestError("a registry would not have it")
         check_layer_count(document, decode_config(config))
@@ -234,7 +238,8 @@ TOKENS = ("identitytoken", "registrytoken")
 
 
 def as_go_prints(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Each byte that is not UTF-8 is a character of its own."""
+    return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 @pytest.mark.parametrize("case", cases("http_ranges"))
@@ -265,32 +270,33 @@ async def test_http_range(case: Case) -> None:
 
     first, last = attempts[0], attempts[-1]
     ranges = [request.headers.get("Range") for request in network.requests]
+    size, have = case["descriptor_size"], len(case["have"])
     match case["expected"]["spec"]["action"]:
         case "write-then-verify" | "append-then-verify" | "verify-only":
             assert attempts == [None]
-            assert len(ranges) == len(case["responses"])
+            assert len(ranges) == (len(case["responses"]) if have < size else 0)
         case "restart-from-zero":
-            assert attempts == [None]
-            assert sink.restarts == 1
+            assert first is None or kept[0] == server.sent
+            assert sink.restarts >= 1
+            assert attempts == [None] or server.sent < size
         case "append-then-continue":
-            assert attempts == [None]
+            assert first is None
             assert sink.restarts == 0
-            assert ranges == ["bytes=20-", "bytes=40-"]
+            assert ranges[:2] == [range_from(have), range_from(have + server.sent)]
         case "discard-and-restart":
-            assert last is None
             assert first is None or kept[0] == 0
-            assert sink.restarts == 1
+            assert sink.restarts >= 1 or have == 0
+            assert first is None or not is_final(first)
             assert ranges[-1] is None
         case "keep-and-retry":
             assert first is not None
             assert not is_final(first)
-            assert kept[0] == len(case["have"]) + server.sent
-            assert attempts[1:] == [None]
-            assert ranges[1] == f"bytes={kept[0]}-"
+            assert kept[0] == server.sent + (0 if server.whole else have)
+            if kept[0] < size:
+                assert ranges[1] == range_from(kept[0])
         case "retry":
             assert first is not None
             assert not is_final(first)
-            assert attempts[1:] == [None]
         case "fail-verification":
             assert isinstance(first, VerificationError)
             assert is_final(first)
@@ -304,30 +310,46 @@ async def test_http_range(case: Case) -> None:
             pytest.fail(f"unknown action {action}")
     if last is None:
         assert sink.data == content
+    else:
+        assert is_final(last) or case["repeat_last_response"]
+
+
+def range_from(offset: int) -> str | None:
+    return f"bytes={offset}-" if offset else None
 
 
 class RangeServer:
-    """Sends a case's responses, then those of a server that does all right."""
+    """Sends a case's responses, then those of a server that does all right.
+
+    Attributes:
+        sent: How much of the blob the first response had.
+        whole: Whether that was from the blob's beginning on.
+    """
 
     def __init__(self, case: Case) -> None:
         self.content = case["content"].encode()
         self.responses = list(case["responses"])
         self.repeat = case["repeat_last_response"]
         self.sent = 0
+        self.whole = False
+        self.asked = 0
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
         if not self.responses:
             return self.right(request)
-        response = self.responses[0] if self.repeat else self.responses.pop(0)
+        repeated = self.repeat and len(self.responses) == 1
+        response = self.responses[0] if repeated else self.responses.pop(0)
+        headers = httpx.Headers(response["headers"])
         body = response["body"].encode()
-        self.sent = len(body) if response["status"] < 300 else 0
         # An HTTP client reads as much as was announced, and notices if less comes.
-        announced = int(response["headers"].get("Content-Length", len(body)))
+        announced = int(headers.get("Content-Length", len(body)))
         error = httpx.RemoteProtocolError("closed early") if len(body) < announced else None
-        chunks = [body[start : start + 16] for start in range(0, announced, 16)]
-        return httpx.Response(
-            response["status"], headers=response["headers"], stream=Body(chunks, error)
-        )
+        body = body[:announced]
+        if self.asked == 1 and response["status"] < 300:
+            self.sent, self.whole = len(body), response["status"] == 200
+        chunks = [body[start : start + 16] for start in range(0, len(body), 16)]
+        return httpx.Response(response["status"], headers=headers, stream=Body(chunks, error))
 
     def right(self, request: httpx.Request) -> httpx.Response:
         asked = request.headers.get("Range")

@@ -78,7 +78,9 @@ async def test_index_leads_to_the_platform() -> None:
     """Of an index's images the one for the platform is taken; by default, the host's."""
     registry = FakeRegistry()
     arm = registry.add_image(architecture="arm64")
-    host = registry.add_image(architecture=host_platform().architecture, created="now")
+    host = registry.add_image(
+        architecture=host_platform().architecture, created="2024-01-01T00:00:00Z"
+    )
     entries = [
         as_json(arm, platform={"os": "linux", "architecture": "arm64", "variant": "v8"}),
         as_json(host, platform={"os": "linux", "architecture": host_platform().architecture}),
@@ -146,7 +148,7 @@ async def test_digest_of_the_reference() -> None:
     """By digest, the digest is what comes; whatever the registry calls it."""
     registry = FakeRegistry()
     descriptor = registry.add_image()
-    other = registry.add_image(created="later")
+    other = registry.add_image(created="2025-01-01T00:00:00Z")
     text = f"{APP.name}@{descriptor.digest}"
     assert (await resolve(Network(**{HOST: registry}), text)).descriptor == descriptor
     registry.manifests[descriptor.digest] = registry.manifests[other.digest]

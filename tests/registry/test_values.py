@@ -241,7 +241,7 @@ def test_config_members() -> None:
         (config(os=""), "os is missing"),
         (config(architecture=None), "architecture is missing"),
         (config(os="linux\x1b[2J"), "image config: the platform 'linux.x1b.* cannot be shown"),
-        (config(variant="\ud800"), "cannot be shown"),
+        (config(variant="\u202e"), "cannot be shown"),
         (config(config={"Env": "A=b"}), "Env is 'A=b', not an array"),
         (config(config={"Cmd": [1]}), "Cmd is 1, not a string"),
     ],

@@ -8,29 +8,36 @@ containers/image (``pkg/docker/config``), where a key may be a part of a registr
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 from typing import Final
 
 import attrs
 
+from .._registry.as_go import split_url
 from .._registry.credentials import Credentials
+from .documents import Object, as_object, decode_mapping, decode_text, is_name, parse_json
 
 __all__ = [
     "Login",
     "LoginFile",
     "find_as_docker",
     "find_as_podman",
-    "member",
     "parse_environment",
-    "parse_json",
     "parse_login_file",
 ]
 
 HUB: Final = "https://index.docker.io/v1/"
 _NAMES_OF_HUB: Final = ("docker.io", "index.docker.io")
-_FIELDS: Final = ("auth", "username", "password", "identitytoken", "registrytoken")
+_ENTRY: Final = "an entry of auths"
+_FIELDS: Final = (
+    "auth",
+    "username",
+    "password",
+    "identitytoken",
+    "registrytoken",
+    "serveraddress",
+)
 
 
 @attrs.frozen
@@ -76,22 +83,11 @@ def parse_login_file(data: bytes) -> LoginFile:
         ValueError: says what is wrong, and nothing of what the file holds.
     """
     document = parse_json(data)
-    entries = {}
-    for key, entry in _mapping(member(document, "auths"), "auths").items():
-        fields = _mapping(entry, "an entry of auths")
-        auth, username, password, identity, registry = (
-            _string(member(fields, name), f"{name} of an entry of auths") for name in _FIELDS
-        )
-        if auth:
-            username, password = _decode_auth(auth)
-        entries[key] = Credentials(
-            username, password, identity_token=identity, registry_token=registry
-        )
-    helpers = _mapping(member(document, "credHelpers"), "credHelpers")
+    entries = decode_mapping(document.find("auths"), "auths", _decode_entry)
     return LoginFile(
-        entries,
-        {key: _string(name, "a member of credHelpers") for key, name in helpers.items()},
-        _string(member(document, "credsStore"), "credsStore"),
+        {key: _credentials(entry) for key, entry in entries.items()},
+        decode_mapping(document.find("credHelpers"), "credHelpers", _decode_helper),
+        decode_text(document.find("credsStore"), "credsStore"),
     )
 
 
@@ -102,16 +98,43 @@ def parse_environment(text: str) -> LoginFile:
     Raises:
         ValueError: as `parse_login_file`.
     """
-    file = parse_login_file(text.encode("utf-8", "surrogateescape"))
-    document = _mapping(parse_json(text.encode("utf-8", "surrogateescape"), alone=True), "it")
-    entries = _mapping(member(document, "auths"), "auths").values()
-    if any(name.lower() != "auths" for name in document) or any(
-        [name.lower() for name in _mapping(entry, "an entry")] != ["auth"] for entry in entries
-    ):
+    document = parse_json(text.encode("utf-8", "surrogateescape"), alone=True)
+    _check_names(document, "auths")
+
+    def decode(value: object) -> Mapping[str, str]:
+        _check_names(as_object(value, _ENTRY), "auth")
+        return _decode_entry(value)
+
+    entries = decode_mapping(document.find("auths"), "auths", decode)
+    if not all(entry["auth"] for entry in entries.values()):
+        raise ValueError(f"{_ENTRY} has no auth")
+    return LoginFile({key: _credentials(entry) for key, entry in entries.items()})
+
+
+def _check_names(document: Object, name: str) -> None:
+    if not all(is_name(key, name) for key, _ in document.members):
         raise ValueError("it may hold auths alone, and each of them auth alone")
-    if not all(entry.username for entry in file.entries.values()):
-        raise ValueError("an entry of auths has no auth")
-    return file
+
+
+def _decode_entry(value: object) -> Mapping[str, str]:
+    entry = as_object(value, _ENTRY)
+    return {name: decode_text(entry.find(name), f"{name} of {_ENTRY}") for name in _FIELDS}
+
+
+def _decode_helper(value: object) -> str:
+    return decode_text([value], "a member of credHelpers")
+
+
+def _credentials(entry: Mapping[str, str]) -> Credentials:
+    username, password = entry["username"], entry["password"]
+    if entry["auth"]:
+        username, password = _decode_auth(entry["auth"])
+    return Credentials(
+        username,
+        password,
+        identity_token=entry["identitytoken"],
+        registry_token=entry["registrytoken"],
+    )
 
 
 def find_as_docker(file: LoginFile, repository: str, environment: LoginFile = _EMPTY) -> Login:
@@ -157,11 +180,15 @@ def _server(registry: str) -> str:
 
 
 def _host_of(key: str) -> str:
-    """The host, and the port, of a key that may be a URL, as Go's ``net/url`` has them."""
-    _, found, rest = key.partition("://")
-    host = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    """The host, and the port, of a key that may be a URL."""
+    host = ""
+    if "://" in key:
+        try:
+            _, host, _ = split_url(key)
+        except ValueError:
+            pass
     # A port alone is no host.
-    if found and host and not host.startswith(":"):
+    if host and not host.startswith(":"):
         address = re.fullmatch(r"\[(.*)\]:?", host)
         return address[1] if address else host.removesuffix(":")
     return key.partition("/")[0]
@@ -176,80 +203,18 @@ def _plain_name(registry: str) -> str:
     return "index.docker.io" if registry in ("docker.io", "registry-1.docker.io") else registry
 
 
-# JSON as Go's encoding/json takes it: members by names in any case, null for nothing, and what
-# follows the first value does not matter.
-
-
-def parse_json(data: bytes, *, alone: bool = False) -> Mapping[str, object]:
-    """The object that begins the text; nothing at all is an empty one.
-
-    Args:
-        data: UTF-8; what is not counts as U+FFFD.
-        alone: Whether nothing may follow.
-
-    Raises:
-        ValueError: if there is none. It has nothing of the text.
-    """
-    text = data.decode("utf-8", "replace").strip(" \t\r\n")
-    problem = "is not valid JSON"
-    document: object = None
-    if text:
-        try:
-            document, end = _DECODER.raw_decode(text)
-        except json.JSONDecodeError as error:
-            problem += f" (line {error.lineno}, column {error.colno})"
-        except (ValueError, RecursionError):
-            pass
-        else:
-            problem = "has more than one JSON object" if alone and end < len(text) else ""
-        if problem:
-            raise ValueError(f"it {problem}")  # out here: the handled error has the text
-    return _mapping(document, "it")
-
-
-def _no_number(text: str) -> float:
-    raise ValueError
-
-
-_DECODER: Final = json.JSONDecoder(parse_int=float, parse_constant=_no_number)
-_SURROGATES: Final = re.compile("[\ud800-\udfff]")
-
-
-def member(document: Mapping[str, object], name: str) -> object:
-    """A member by its name in any case, the last one of several; ``None`` if there is none."""
-    if document.keys() == {name}:
-        return document[name]
-    found: object = None
-    for key, value in document.items():
-        if key.lower() == name.lower():
-            found = value
-    return found
-
-
-def _mapping(value: object, what: str) -> Mapping[str, object]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is not a JSON object")
-    return value
-
-
-def _string(value: object, what: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is not a string")
-    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value)
-
-
 def _decode_auth(text: str) -> tuple[str, str]:
     """Name and password of ``auth``. Bytes that are not UTF-8 are kept as Python has them in
     file names: they are sent as they were."""
-    try:
-        decoded = base64.b64decode(text.replace("\r", "").replace("\n", ""), validate=True)
-    except ValueError:  # as is binascii.Error
-        decoded = b""
+    encoded = text.replace("\r", "").replace("\n", "")
+    decoded = b""
+    # As Go has it, with its padding and no more of it.
+    if len(encoded) % 4 == 0:
+        try:
+            decoded = base64.b64decode(encoded, validate=True)
+        except ValueError:  # as is binascii.Error
+            pass
     name, colon, password = decoded.decode("utf-8", "surrogateescape").partition(":")
     if not (name and colon):
-        raise ValueError("auth of an entry of auths is not name:password in base64")
+        raise ValueError(f"auth of {_ENTRY} is not name:password in base64")
     return name, password.strip("\0")

@@ -19,7 +19,7 @@ from .._errors import CredentialsError
 from .._nursery import open_hidden_nursery
 from .._registry.answers import readable
 from .._registry.credentials import Credentials
-from .files import member, parse_json
+from .documents import decode_text, parse_json
 
 __all__ = ["ask_helper"]
 
@@ -99,16 +99,17 @@ async def _run(program: str, path: str, server: str) -> tuple[int, bytes]:
 def _decode(program: str, output: bytes) -> Credentials:
     try:
         answer = parse_json(output)
+        _, username, password = (
+            decode_text(answer.find(name), name) for name in ("ServerURL", "Username", "Secret")
+        )
     except ValueError:
-        answer = None
-    username = password = None
-    if answer is not None and output.strip():
-        username, password = (member(answer, name) or "" for name in ("Username", "Secret"))
-    if not isinstance(username, str) or not isinstance(password, str):
-        raise _error(program, "gave no valid answer")
-    if username == _TOKEN:
-        return Credentials(identity_token=password)
-    return Credentials(username, password)
+        pass
+    else:
+        if output.strip():
+            if username == _TOKEN:
+                return Credentials(identity_token=password)
+            return Credentials(username, password)
+    raise _error(program, "gave no valid answer")
 
 
 def _error(program: str, text: str) -> CredentialsError:

@@ -52,6 +52,7 @@ def parse_duration(text: str) -> float | None:
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _HOST = re.compile(r"(\[[0-9A-Za-z:.%~_-]+\]|[^:\[\]/?#@\\^`{|}% \x00-\x1f\x7f]*)(:[0-9]*)?\Z")
+_USER = re.compile(r"[A-Za-z0-9._:~!$&'()*+,;=%@-]*\Z")
 _ESCAPE = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
 
@@ -64,7 +65,8 @@ def split_url(url: str) -> tuple[str, str, str]:
     """
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in url):
         raise ValueError("it has control characters in it")
-    rest = url.partition("#")[0]
+    rest, _, fragment = url.partition("#")
+    _unquoted(fragment)
     scheme = ""
     if match := _SCHEME.match(rest):
         scheme, rest = match[1].lower(), rest[match.end() :]
@@ -78,8 +80,9 @@ def split_url(url: str) -> tuple[str, str, str]:
     if not scheme or not rest.startswith("//"):
         return scheme, "", _unquoted(rest)
     authority, slash, path = rest[2:].partition("/")
-    host = authority.rpartition("@")[2]
-    if not _HOST.match(host):
+    user, _, host = authority.rpartition("@")
+    _unquoted(user)
+    if not _USER.match(user) or not _HOST.match(host):
         # Not shown: a password with a slash in it is taken for its port.
         raise ValueError("it has no host, or no valid one")
     return scheme, host, _unquoted(slash + path)

@@ -33,7 +33,10 @@ MAX_SHORT: Final = 10
 Open: TypeAlias = Callable[[Mapping[str, str]], AbstractAsyncContextManager[Answer]]
 """Asks for a blob with these header fields; the answer is a success or a 416."""
 
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/(?:([0-9]{1,18})|\*)\Z")
+# The unit's name is in any case (RFC 9110, 14.1).
+_CONTENT_RANGE = re.compile(
+    r"bytes ([0-9]{1,18})-([0-9]{1,18})/(?:([0-9]{1,18})|\*)\Z", re.ASCII | re.IGNORECASE
+)
 
 
 @final
@@ -192,6 +195,9 @@ class BlobFetch:
             await sink.write(chunk)
             self.progress(Status.DOWNLOADING, sink.offset, size)
         if sink.offset < end:
+            if sink.digest == self.descriptor.digest:
+                # It is all there is: the descriptor has the size wrong.
+                raise await self._wrong(resumed=False)
             raise RegistryError(
                 f"{answer.host} ended blob {self.descriptor.digest} after {sink.offset} of {size} "
                 "bytes",
@@ -215,7 +221,7 @@ class BlobFetch:
 
 def _range_end(text: str, offset: int, size: int) -> int | None:
     """Where a range that continues at ``offset`` ends; ``None`` if the field names another."""
-    match = _CONTENT_RANGE.match(text)
+    match = _CONTENT_RANGE.match(text.strip())
     if match is None:
         return None
     first, last = int(match[1]), int(match[2])

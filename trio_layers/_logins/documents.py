@@ -1,0 +1,127 @@
+"""JSON as Go's ``encoding/json`` takes it, for files that its programs write and read: members by
+names in any case, null for nothing, and what follows the first value does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
+
+import attrs
+
+__all__ = ["Object", "as_object", "decode_mapping", "decode_text", "is_name", "parse_json"]
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Object:
+    """A JSON object as it was written: a name may be there more than once.
+
+    Attributes:
+        members: Names and values, in their order.
+    """
+
+    members: Sequence[tuple[str, object]] = ()
+
+    def find(self, name: str) -> list[object]:
+        """What stands under a name in any case. Go's readers take all of it, one after another."""
+        return [value for key, value in self.members if is_name(key, name)]
+
+
+def is_name(key: str, name: str) -> bool:
+    """Whether Go takes ``key`` for a field's name. Its folding is of one character to one."""
+    return key == name or (len(key) == len(name) and key.casefold() == name.casefold())
+
+
+def parse_json(data: bytes, *, alone: bool = False) -> Object:
+    """The object that begins the text; nothing at all is an empty one.
+
+    Args:
+        data: UTF-8; what is not counts as U+FFFD.
+        alone: Whether no other value may follow.
+
+    Raises:
+        ValueError: if there is none. It has nothing of the text.
+    """
+    text = data.decode("utf-8", "replace").strip(_SPACE)
+    problem = "is not valid JSON"
+    document: object = None
+    if text:
+        try:
+            document, end = _DECODER.raw_decode(text)
+        except json.JSONDecodeError as error:
+            problem += f" (line {error.lineno}, column {error.colno})"
+        except (ValueError, RecursionError):
+            pass
+        else:
+            # Go's Decoder.More takes a closing bracket for the end of what it is in.
+            more = text[end:].lstrip(_SPACE)[:1] not in ("", "]", "}")
+            problem = "has more than one JSON object" if alone and more else ""
+        if problem:
+            raise ValueError(f"it {problem}")  # out here: the handled error has the text
+    return as_object(document, "it")
+
+
+def _no_number(text: str) -> float:
+    raise ValueError
+
+
+_SPACE: Final = " \t\r\n"
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=Object, parse_int=float, parse_constant=_no_number
+)
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
+
+
+def decode_text(values: Iterable[object], what: str) -> str:
+    """A string, the last of several, of which null is none; empty if there is none.
+
+    Raises:
+        ValueError: if one is neither.
+    """
+    text = ""
+    for value in values:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(f"{what} is not a string")
+        text = _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value)
+    return text
+
+
+def decode_mapping(
+    values: Iterable[object], what: str, decode: Callable[[object], T]
+) -> dict[str, T]:
+    """Objects that stand for one mapping: each adds to those before it, and null empties it.
+
+    Args:
+        values: The objects.
+        what: They are, in words.
+        decode: For each value in them; also for one that a later one takes the place of.
+
+    Raises:
+        ValueError: if one is neither.
+    """
+    mapping: dict[str, T] = {}
+    for value in values:
+        if value is None:
+            mapping.clear()
+        else:
+            mapping.update((key, decode(each)) for key, each in as_object(value, what).members)
+    return mapping
+
+
+def as_object(value: object, what: str) -> Object:
+    """An object; null is an empty one.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if value is None:
+        return Object()
+    if not isinstance(value, Object):
+        raise ValueError(f"{what} is not a JSON object")
+    return value
