@@ -1,8 +1,9 @@
 """Digests: of blobs, of unpacked layers, of stacks of layers.
 
-A *digest* names a blob, as ``sha256:`` and 64 lower-case hex digits. A *diff ID* is the digest
-of a layer's tar, decompressed. A *chain ID* names a layer together with all that is below it.
-The rules are those of the OCI image specification, ``descriptor.md`` (digests) and ``config.md``
+A *digest* names a blob: an algorithm, a colon, and lower-case hex digits. What is stored has one
+by SHA-256; what is in a registry may have another that can be verified. A *diff ID* is the digest
+of a layer's tar, decompressed. A *chain ID* names a layer together with all that is below it. The
+rules are those of the OCI image specification, ``descriptor.md`` (digests) and ``config.md``
 (layer DiffID, layer ChainID).
 """
 
@@ -11,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import NewType
+from typing import Final, NewType
 
 import attrs
 
 from ._errors import InvalidDigest
 
 __all__ = [
+    "HEX_DIGITS",
     "ChainID",
     "DiffID",
     "Digest",
@@ -27,19 +29,24 @@ __all__ = [
     "digest_of",
     "extend_chain",
     "parse_digest",
+    "parse_verifiable",
 ]
 
 Digest = NewType("Digest", str)
 DiffID = NewType("DiffID", Digest)
 ChainID = NewType("ChainID", Digest)
 
+# The algorithms of the OCI image specification, descriptor.md, and SHA-384 as in Go's programs.
+HEX_DIGITS: Final = {"sha256": 64, "sha384": 96, "sha512": 128}
+
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_LOWER_HEX = re.compile(r"[0-9a-f]*\Z")
 
 
 def parse_digest(text: str) -> Digest:
-    """Check that ``text`` is a digest we can verify, and return it.
+    """Check that ``text`` is a digest by which something can be stored, and return it.
 
-    Only SHA-256 is: it is the one algorithm every registry and every tool speaks.
+    Only one by SHA-256 is: it is the one algorithm every registry and every tool speaks.
 
     Raises:
         InvalidDigest: if it is not ``sha256:`` followed by 64 lower-case hex digits.
@@ -49,9 +56,29 @@ def parse_digest(text: str) -> Digest:
     return Digest(text)
 
 
-def digest_of(data: bytes) -> Digest:
-    """What ``data`` hashes to. About a millisecond for each MiB."""
-    return Digest(f"sha256:{hashlib.sha256(data).hexdigest()}")
+def parse_verifiable(text: str) -> Digest:
+    """Check that ``text`` is a digest by which content can be verified, and return it.
+
+    Raises:
+        InvalidDigest: if it is not ``sha256:``, ``sha384:`` or ``sha512:`` followed by as many
+            lower-case hex digits as the algorithm gives.
+    """
+    algorithm, _, digits = text.partition(":")
+    if HEX_DIGITS.get(algorithm) != len(digits) or not _LOWER_HEX.match(digits):
+        raise InvalidDigest(text)
+    return Digest(text)
+
+
+def digest_of(data: bytes, like: Digest | None = None) -> Digest:
+    """What ``data`` hashes to. About a millisecond for each MiB.
+
+    Args:
+        data: All of it.
+        like: A verifiable digest of the algorithm wanted; SHA-256 without.
+    """
+    verifier = Verifier(like)
+    verifier.update(data)
+    return verifier.digest
 
 
 def extend_chain(parent: ChainID | None, diff_id: DiffID) -> ChainID:
@@ -84,13 +111,17 @@ class RootFS:
 class Verifier:
     """Counts and hashes bytes as they come by.
 
+    Args:
+        like: A verifiable digest of the algorithm wanted; SHA-256 without.
+
     Attributes:
         size: How many bytes came by so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: Digest | None = None) -> None:
         self.size = 0
-        self._hash = hashlib.sha256()
+        self._algorithm = "sha256" if like is None else like.partition(":")[0]
+        self._hash = hashlib.new(self._algorithm)
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
         self.size += len(data)
@@ -99,4 +130,4 @@ class Verifier:
     @property
     def digest(self) -> Digest:
         """The digest of all that came by so far."""
-        return Digest(f"sha256:{self._hash.hexdigest()}")
+        return Digest(f"{self._algorithm}:{self._hash.hexdigest()}")

@@ -88,7 +88,8 @@ class InvalidReference(LayersError, ValueError):
 
 
 class InvalidDigest(LayersError, ValueError):
-    """A digest is not ``sha256:`` and 64 lower-case hex digits."""
+    """A digest is not ``sha256:`` and 64 lower-case hex digits, nor, where nothing is to be stored,
+    one of another algorithm that can be verified (SHA-384, SHA-512)."""
 
     def __init__(self, digest: str) -> None:
         super().__init__(

@@ -6,13 +6,20 @@ from collections.abc import Sequence
 
 import attrs
 
-from ._digest import ChainID, DiffID, RootFS, extend_chain
-from ._errors import VerificationError
+from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain, parse_digest
+from ._errors import InvalidDigest, ManifestError, VerificationError
 from ._manifest import Descriptor
 from ._platform import Platform, choose, host_platform, parse_platform
 from ._store.catalog import StoredImage
 
-__all__ = ["ImageLayer", "ImageSource", "check_diff_ids", "choose_stored", "layers_of"]
+__all__ = [
+    "ImageLayer",
+    "ImageSource",
+    "check_diff_ids",
+    "check_storable",
+    "choose_stored",
+    "layers_of",
+]
 
 
 @attrs.frozen
@@ -33,13 +40,33 @@ class ImageLayer:
 def layers_of(
     descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
 ) -> tuple[ImageLayer, ...]:
-    """The layers of a manifest and a config, which have as many of them."""
+    """The layers of a manifest and a config, which have as many of them.
+
+    Raises:
+        ManifestError: if one is named as nothing in the store is.
+    """
     layers = []
     chain: ChainID | None = None
     for descriptor, diff_id in zip(descriptors, diff_ids, strict=True):
+        check_storable(descriptor.digest)
+        check_storable(diff_id)
         chain = extend_chain(chain, diff_id)
         layers.append(ImageLayer(descriptor, diff_id, chain))
     return tuple(layers)
+
+
+def check_storable(digest: Digest) -> None:
+    """Check that the store has a place for what bears this name, before any of it is fetched.
+
+    Raises:
+        ManifestError: if not: a manifest may have it, and a registry serve it.
+    """
+    try:
+        parse_digest(digest)
+    except InvalidDigest as error:
+        raise ManifestError(
+            f"{digest} is part of the image, and the store keeps what has a SHA-256 digest only"
+        ) from error
 
 
 def check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:

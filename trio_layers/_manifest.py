@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 
 import attrs
 
-from ._digest import DiffID, Digest, parse_digest
+from ._digest import DiffID, Digest, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
 from ._platform import Platform
 
@@ -471,7 +471,7 @@ def _text_map(value: object, where: str) -> dict[str, str]:
 
 def _digest(value: object, where: str) -> Digest:
     try:
-        return parse_digest(_text(value, where))
+        return parse_verifiable(_text(value, where))
     except InvalidDigest as error:
         raise ManifestError(f"{where}: {error}") from error
 

@@ -13,7 +13,14 @@ import trio
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
 from ._errors import StoreError
-from ._image import ImageLayer, ImageSource, check_diff_ids, choose_stored, layers_of
+from ._image import (
+    ImageLayer,
+    ImageSource,
+    check_diff_ids,
+    check_storable,
+    choose_stored,
+    layers_of,
+)
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Status
@@ -260,7 +267,10 @@ class Puller:
             raise StoreError(f"{reference}{what} is not in the store: pull it")
         resolved = await self.resolve(reference, platform=platform)
         layers = layers_of(resolved.layers, resolved.diff_ids)
-        async with self._store.lease(*_digests_of(resolved, layers)):
+        digests = tuple(_digests_of(resolved, layers))
+        for digest in digests:
+            check_storable(digest)
+        async with self._store.lease(*digests):
             sources = [
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)
                 for layer in layers

@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 
 import attrs
 
-from ._digest import Digest
+from ._digest import HEX_DIGITS, Digest
 from ._errors import InvalidReference
 
 __all__ = ["Reference", "parse_reference"]
@@ -36,9 +36,6 @@ _REFERENCE = re.compile(
     re.VERBOSE,
 )
 _HEX_IDENTIFIER = re.compile(r"[a-f0-9]{64}\Z")
-
-# The algorithms of the OCI image specification, descriptor.md, and their lengths in hex digits.
-_HEX_DIGITS: Final = {"sha256": 64, "sha384": 96, "sha512": 128}
 
 
 @attrs.frozen
@@ -146,7 +143,7 @@ def _split_domain(text: str) -> tuple[str, str]:
 def _check_digest(text: str, digest: str) -> None:
     """The checks of go-digest's ``Digest.Validate``, in its order."""
     algorithm, _, encoded = digest.partition(":")
-    length = _HEX_DIGITS.get(algorithm)
+    length = HEX_DIGITS.get(algorithm)
     if length is None:
         if algorithm != algorithm.lower():
             _refuse(text, "digest-format", "a digest's algorithm is written in lower case")

@@ -527,6 +527,17 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
         ManifestError,
         "invalid digest",
     ),
+    "a digest of another algorithm": (
+        with_manifest(
+            config={
+                "mediaType": IMAGE.config_descriptor.media_type,
+                "digest": f"sha512:{'ab' * 64}",
+                "size": 1,
+            }
+        ),
+        ManifestError,
+        "sha512:ab.* is part of the image, and the store",
+    ),
     "an artifact": (
         with_manifest(
             config={"mediaType": "a/b", "digest": IMAGE.config_descriptor.digest, "size": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
 import tarfile
@@ -422,6 +423,33 @@ class TestBadInput:
             await stored.refuses(
                 f"{registry.host}/library/bad:1", trio_layers.ManifestError, "library/bad"
             )
+        assert visible(stored.path) == stored.before
+
+    @pytest.mark.parametrize("part", ["layer", "config", "diff ID"])
+    async def test_digest_of_another_algorithm(self, stored: Stored, part: str) -> None:
+        """It is said before any layer is fetched."""
+        built, repository = build_image([BIG]), "library/bad"
+        digest = f"sha512:{hashlib.sha512(built.config).hexdigest()}"
+        manifest, config = json.loads(built.manifest), built.config
+        if part == "diff ID":
+            config = config.replace(built.diff_ids[0].encode(), digest.encode())
+        named = digest if part == "config" else f"sha256:{hashlib.sha256(config).hexdigest()}"
+        manifest["config"].update(digest=named, size=len(config))
+        if part == "layer":
+            manifest["layers"][0]["digest"] = digest
+        async with open_registry() as registry:
+            registry.add(built, f"{repository}:good")
+            registry.add_blob(repository, config, digest=trio_layers.Digest(named))
+            registry.add_manifest(
+                repository,
+                json.dumps(manifest).encode(),
+                media_type=built.descriptor.media_type,
+                tag="1",
+            )
+            await stored.refuses(
+                f"{registry.host}/{repository}:1", trio_layers.ManifestError, digest, "SHA-256"
+            )
+            assert [asked for asked, _ in blob_requests(registry)] == [named]
         assert visible(stored.path) == stored.before
 
     async def test_manifest_that_was_changed_on_the_way(self, stored: Stored) -> None:

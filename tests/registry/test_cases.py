@@ -6,6 +6,7 @@ implementations make of them: what was answered otherwise here, and some of its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -144,12 +145,6 @@ def test_manifest(case: Case) -> None:
     containerd = case["expected"]["containerd"]
     if verdict is None:
         verdict = "accept" if containerd["error"] is None else "reject"
-    named = [containerd.get("config_digest") or ""]
-    for member in ("layers", "manifests"):
-        named += [descriptor["digest"] for descriptor in containerd.get(member) or ()]
-    if any(digest.startswith(("sha384:", "sha512:")) for digest in named):
-        verdict = "reject"  # a digest that nothing here can verify
-
     if verdict != "accept":
         with pytest.raises(ManifestError):
             read_image(case)
@@ -177,7 +172,8 @@ def read_image(case: Case) -> Manifest | Index:
     if isinstance(document, Manifest):
         check_image(document)
         config = (case["config"] or "").encode()
-        if digest_of(config) != document.config.digest:
+        algorithm, _, digits = document.config.digest.partition(":")
+        if hashlib.new(algorithm, config).hexdigest() != digits:
             raise ManifestError("a registry would not have it")
         check_layer_count(document, decode_config(config))
     return document

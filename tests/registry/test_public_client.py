@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qs
 
+import attrs
 import httpx
 import pytest
 import trio
@@ -15,6 +17,7 @@ from registry.fakes import (
     OCI_MANIFEST,
     Body,
     FakeRegistry,
+    MemorySink,
     Network,
     as_json,
     describe,
@@ -35,6 +38,7 @@ from trio_layers import (
     VerificationError,
     open_registry_client,
 )
+from trio_layers._digest import Digest
 from trio_layers._registry import lists
 from trio_layers._registry.lists import next_query
 from trio_layers.testing import (
@@ -526,7 +530,7 @@ async def test_a_small_blob() -> None:
         with pytest.raises(NotFound):
             await client.get_blob(APP, describe(b"nothing"))
         with pytest.raises(InvalidDigest):
-            await client.get_blob(APP, "sha512:" + 128 * "0")
+            await client.get_blob(APP, "md5:" + 32 * "0")
         assert client.statistics().active == 0
 
 
@@ -550,6 +554,32 @@ async def test_a_blob_piece_by_piece() -> None:
             assert await anext(stream) == b"con"  # and leave
         assert body.closed
         assert client.statistics().active == 0
+
+
+@pytest.mark.parametrize("algorithm", ["sha384", "sha512"])
+async def test_a_digest_of_another_algorithm(algorithm: str) -> None:
+    """What is not to be stored is verified by it."""
+    digest = Digest(f"{algorithm}:{hashlib.new(algorithm, b'content').hexdigest()}")
+    blob = Descriptor("x/y", digest, 7)
+    network, body = serving(b"con", b"tent")
+    async with network.client() as http, open_registry_client(client=http) as client:
+        for wanted in (blob, digest):
+            assert await client.get_blob(APP, wanted) == b"content"
+            async with client.open_blob(APP, wanted) as stream:
+                assert [chunk async for chunk in stream] == [b"con", b"tent"]
+        body.chunks = [b"con", b"TENT"]
+        for wanted in (blob, digest):
+            with pytest.raises(VerificationError, match=algorithm):
+                await client.get_blob(APP, wanted)
+            async with client.open_blob(APP, wanted) as stream:
+                with pytest.raises(VerificationError, match=algorithm):
+                    [chunk async for chunk in stream]
+        asked = len(network.requests)
+        sink = MemorySink()
+        for refused in (blob, attrs.evolve(blob, digest=Digest(f"{algorithm}:00"))):
+            with pytest.raises(InvalidDigest):
+                await client.fetch_blob(APP, refused, sink)
+        assert len(network.requests) == asked
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from .._errors import (
     StoreError,
     VerificationError,
 )
-from .._image import ImageLayer, ImageSource, check_diff_ids, layers_of
+from .._image import ImageLayer, ImageSource, check_diff_ids, check_storable, layers_of
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -388,6 +388,7 @@ async def _find_oci(
     for part in (index, descriptor, document.config, *document.layers):
         if part is None:
             continue
+        check_storable(part.digest)
         item = await source.take(blob_path(part.digest))
         if item is None:
             raise _missing(source, part)
@@ -485,6 +486,7 @@ async def _document(source: Source, descriptor: Descriptor) -> bytes:
         raise ManifestError(
             f"{descriptor.digest} has {descriptor.size} bytes, more than {MAX_DOCUMENT_SIZE}"
         )
+    check_storable(descriptor.digest)
     data = await source.read(blob_path(descriptor.digest))
     if data is None:
         raise _missing(source, descriptor)

@@ -24,7 +24,7 @@ class Object:
         members: Names and values, in their order.
     """
 
-    members: Sequence[tuple[str, object]] = ()
+    members: Sequence[tuple[str, object]] = attrs.field(default=(), repr=False)  # logins
 
     def find(self, name: str) -> list[object]:
         """What stands under a name in any case. Go's readers take all of it, one after another."""

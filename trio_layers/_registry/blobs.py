@@ -77,7 +77,7 @@ class BlobChunks:
         self._answer = answer
         self._digest = digest
         self._size = size
-        self._verifier = Verifier()
+        self._verifier = Verifier(digest)
 
     def __repr__(self) -> str:
         return f"<BlobChunks: {self._verifier.size} bytes of {self._digest}>"

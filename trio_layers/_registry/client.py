@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
-from .._digest import DiffID, Digest, digest_of, parse_digest
+from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
     HostsError,
     InvalidDigest,
@@ -413,7 +413,7 @@ class RegistryClient:
             max_size: How many bytes it may have.
 
         Raises:
-            InvalidDigest: if its digest is not a SHA-256 one.
+            InvalidDigest: if its digest cannot be verified.
             VerificationError: if what came is not that, or larger than ``max_size``.
             RegistryError: as for `resolve_image`.
         """
@@ -443,7 +443,7 @@ class RegistryClient:
             blob: Its descriptor, or its digest alone.
 
         Raises:
-            InvalidDigest: if its digest is not a SHA-256 one.
+            InvalidDigest: if its digest cannot be verified.
             RegistryError: as for `resolve_image`; and while it is read.
         """
         reference = _parsed(reference)
@@ -487,6 +487,7 @@ class RegistryClient:
             progress: Is told; by default nobody is. It does not wait.
 
         Raises:
+            InvalidDigest: if its digest is not a SHA-256 one, as sinks have them.
             VerificationError: if the bytes are not those of the digest, or too many. The sink
                 is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
                 was there before may be to blame, another attempt may do better.
@@ -495,6 +496,7 @@ class RegistryClient:
                 as long as the stall limit.
         """
         reference = _parsed(reference)
+        parse_digest(descriptor.digest)
         path = f"blobs/{descriptor.digest}"
         what = f"blob {descriptor.digest} of {reference.name}"
         tried = False
@@ -666,7 +668,7 @@ class RegistryClient:
         if size > MAX_DOCUMENT_SIZE:
             raise ManifestError(f"{digest} has {size} bytes, more than {MAX_DOCUMENT_SIZE}")
         there = await known(digest)
-        if there is not None and len(there) == size and digest_of(there) == digest:
+        if there is not None and len(there) == size and digest_of(there, digest) == digest:
             return there
         path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
@@ -694,7 +696,7 @@ def _needed(reference: Reference) -> tuple[str, ...]:
 def _digest_and_size(blob: Descriptor | str) -> tuple[Digest, int | None]:
     if isinstance(blob, Descriptor):
         return blob.digest, blob.size
-    return parse_digest(blob), None
+    return parse_verifiable(blob), None
 
 
 def _descriptor_of(answer: Answer) -> Descriptor | None:
@@ -750,7 +752,7 @@ async def _read(
         data = await answer.read(max_size if size is None else size)
     if size is None and len(data) > max_size:
         raise VerificationError(f"{what} has more than {max_size} bytes", digest=digest)
-    if size not in (None, len(data)) or await _decode(digest_of, data) != digest:
+    if size not in (None, len(data)) or await _decode(digest_of, data, digest) != digest:
         raise VerificationError(
             f"what {answer.host} sent as {what} is not that: its digest or size differs",
             digest=digest,
