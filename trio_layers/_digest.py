@@ -39,8 +39,9 @@ ChainID = NewType("ChainID", Digest)
 # The algorithms of the OCI image specification, descriptor.md, and SHA-384 as in Go's programs.
 HEX_DIGITS: Final = {"sha256": 64, "sha384": 96, "sha512": 128}
 
-_SHA256 = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_LOWER_HEX = re.compile(r"[0-9a-f]*\Z")
+_VERIFIABLE = re.compile(
+    "(?:" + "|".join(f"{name}:[0-9a-f]{{{digits}}}" for name, digits in HEX_DIGITS.items()) + r")\Z"
+)
 
 
 def parse_digest(text: str) -> Digest:
@@ -51,9 +52,9 @@ def parse_digest(text: str) -> Digest:
     Raises:
         InvalidDigest: if it is not ``sha256:`` followed by 64 lower-case hex digits.
     """
-    if not _SHA256.match(text):
+    if not text.startswith("sha256:"):
         raise InvalidDigest(text)
-    return Digest(text)
+    return parse_verifiable(text)
 
 
 def parse_verifiable(text: str) -> Digest:
@@ -63,8 +64,7 @@ def parse_verifiable(text: str) -> Digest:
         InvalidDigest: if it is not ``sha256:``, ``sha384:`` or ``sha512:`` followed by as many
             lower-case hex digits as the algorithm gives.
     """
-    algorithm, _, digits = text.partition(":")
-    if HEX_DIGITS.get(algorithm) != len(digits) or not _LOWER_HEX.match(digits):
+    if not _VERIFIABLE.match(text):
         raise InvalidDigest(text)
     return Digest(text)
 

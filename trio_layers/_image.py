@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 
@@ -40,33 +40,28 @@ class ImageLayer:
 def layers_of(
     descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
 ) -> tuple[ImageLayer, ...]:
-    """The layers of a manifest and a config, which have as many of them.
-
-    Raises:
-        ManifestError: if one is named as nothing in the store is.
-    """
+    """The layers of a manifest and a config, which have as many of them."""
     layers = []
     chain: ChainID | None = None
     for descriptor, diff_id in zip(descriptors, diff_ids, strict=True):
-        check_storable(descriptor.digest)
-        check_storable(diff_id)
         chain = extend_chain(chain, diff_id)
         layers.append(ImageLayer(descriptor, diff_id, chain))
     return tuple(layers)
 
 
-def check_storable(digest: Digest) -> None:
-    """Check that the store has a place for what bears this name, before any of it is fetched.
+def check_storable(digests: Iterable[Digest]) -> None:
+    """Check that the store has a place for what bears these names, before it is fetched.
 
     Raises:
-        ManifestError: if not: a manifest may have it, and a registry serve it.
+        ManifestError: if not: a manifest may have them, and a registry serve what they name.
     """
-    try:
-        parse_digest(digest)
-    except InvalidDigest as error:
-        raise ManifestError(
-            f"{digest} is part of the image, and the store keeps what has a SHA-256 digest only"
-        ) from error
+    for digest in digests:
+        try:
+            parse_digest(digest)
+        except InvalidDigest as error:
+            raise ManifestError(
+                f"{digest} is part of the image, and the store keeps what has a SHA-256 digest only"
+            ) from error
 
 
 def check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:

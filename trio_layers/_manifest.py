@@ -7,7 +7,6 @@ readers could take for two different things is refused (CVE-2021-41190).
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Final, NoReturn
 
 import attrs
 
+from ._as_go import decode_base64, without_surrogates
 from ._digest import DiffID, Digest, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
 from ._platform import Platform
@@ -77,7 +77,6 @@ _IN_TOTO: Final = "application/vnd.in-toto"
 # What says of a document what it is, and where its parts are.
 _DECISIVE: Final = ("schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers")
 
-_SURROGATES: Final = re.compile("[\ud800-\udfff]")
 _TIME: Final = re.compile(
     r"(?P<year>\d{4})(?P<rest>-\d\d-\d\dT\d\d:\d\d:\d\d)"
     r"(?:\.\d+)?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)\Z",
@@ -406,7 +405,7 @@ def _text(value: object, where: str) -> str:
         return ""
     if not isinstance(value, str):
         _refuse(f"{where} is {_show(value)}, not a string")
-    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value)
+    return without_surrogates(value)
 
 
 def _time(value: object, where: str) -> str:
@@ -445,9 +444,9 @@ def _check_flag(value: object, where: str) -> None:
 
 
 def _check_base64(value: object, where: str) -> None:
-    text = _text(value, where).replace("\r", "").replace("\n", "")
+    text = _text(value, where)
     try:
-        base64.b64decode(text, validate=True)
+        decode_base64(text)
     except ValueError:
         _refuse(f"{where} is not base64")
 

@@ -268,8 +268,7 @@ class Puller:
         resolved = await self.resolve(reference, platform=platform)
         layers = layers_of(resolved.layers, resolved.diff_ids)
         digests = tuple(_digests_of(resolved, layers))
-        for digest in digests:
-            check_storable(digest)
+        check_storable([*digests, *resolved.diff_ids])
         async with self._store.lease(*digests):
             sources = [
                 _RegistryLayer(self._store, self._registry, resolved.reference, layer)

@@ -111,7 +111,7 @@ def parse_reference(text: str) -> Reference:
     complete = f"{domain}/{rest}"
     match = _REFERENCE.match(complete)
     if match is None:
-        if complete != complete.lower() and _REFERENCE.match(complete.lower()):
+        if _REFERENCE.match(complete.lower()):
             _refuse(text, "uppercase", "a name that has no host in it must be lower-case")
         _refuse(text, "invalid-format", "expected [DOMAIN/]PATH[:TAG][@DIGEST]")
     path, tag, digest = match["path"], match["tag"], match["digest"]

@@ -250,7 +250,7 @@ async def test_a_large_document_is_decoded_off_the_loop() -> None:
     assert 1 in threads
 
 
-async def test_a_digest_that_cannot_be_verified() -> None:
+async def test_a_reference_by_another_algorithm() -> None:
     """SHA-512 references are of the grammar, but nothing is asked for by them."""
     network = Network()
     with pytest.raises(InvalidDigest):

@@ -26,6 +26,7 @@ from registry.fakes import (
 )
 from trio.testing import MockClock
 
+from trio_layers._as_go import parse_duration
 from trio_layers._errors import (
     AuthenticationError,
     CredentialsError,
@@ -39,7 +40,6 @@ from trio_layers._errors import (
 from trio_layers._logins.lookup import LoginFiles
 from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
-from trio_layers._registry.as_go import parse_duration
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.hosts_toml import read_configuration

@@ -625,7 +625,12 @@ class HurriedServer:
         self._numbers = itertools.count()
         self._two = trio.Event()
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def start(self, nursery: trio.Nursery) -> str:
+        """Serve until the nursery is cancelled; gives the URL."""
+        listeners = await nursery.start(trio.serve_tcp, self._serve, 0)
+        return f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
         number = next(self._numbers)
         async with stream:
             for answered in itertools.count():
@@ -647,10 +652,8 @@ class HurriedServer:
 async def test_kept_connections_that_just_end(reset: bool) -> None:
     """What may be sent twice is sent on the next one, until one is new; a login is not."""
     server = HurriedServer(1, reset=reset)
-
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
-        listeners = await nursery.start(trio.serve_tcp, server.serve, 0)
-        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
+        url = await server.start(nursery)
 
         async def ask(method: str) -> None:
             response = await send(http, http.build_request(method, url))
@@ -677,8 +680,7 @@ async def test_a_new_connection_that_just_ends(reset: bool) -> None:
     """The request is not sent again: that is for who asked."""
     server = HurriedServer(0, reset=reset)
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
-        listeners = await nursery.start(trio.serve_tcp, server.serve, 0)
-        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
+        url = await server.start(nursery)
         with pytest.raises(httpx.TransportError):
             await send(http, http.build_request("GET", url))
         nursery.cancel_scope.cancel()

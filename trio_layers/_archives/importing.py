@@ -379,6 +379,7 @@ async def _find_oci(
     check_image(document)
     config = await _decode(source, decode_config, await _document(source, document.config))
     check_layer_count(document, config)
+    check_storable([*(layer.digest for layer in document.layers), *config.diff_ids])
     chosen = several or index is not None
     said = chosen and descriptor.platform is not None
     if not said and (chosen or platform is not None):
@@ -388,7 +389,6 @@ async def _find_oci(
     for part in (index, descriptor, document.config, *document.layers):
         if part is None:
             continue
-        check_storable(part.digest)
         item = await source.take(blob_path(part.digest))
         if item is None:
             raise _missing(source, part)
@@ -486,7 +486,7 @@ async def _document(source: Source, descriptor: Descriptor) -> bytes:
         raise ManifestError(
             f"{descriptor.digest} has {descriptor.size} bytes, more than {MAX_DOCUMENT_SIZE}"
         )
-    check_storable(descriptor.digest)
+    check_storable([descriptor.digest])
     data = await source.read(blob_path(descriptor.digest))
     if data is None:
         raise _missing(source, descriptor)

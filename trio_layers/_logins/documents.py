@@ -5,11 +5,12 @@ names in any case, null for nothing, and what follows the first value does not m
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
 import attrs
+
+from .._as_go import without_surrogates
 
 __all__ = ["Object", "as_object", "decode_mapping", "decode_text", "is_name", "parse_json"]
 
@@ -73,7 +74,6 @@ _SPACE: Final = " \t\r\n"
 _DECODER: Final = json.JSONDecoder(
     object_pairs_hook=Object, parse_int=float, parse_constant=_no_number
 )
-_SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 
 def decode_text(values: Iterable[object], what: str) -> str:
@@ -88,7 +88,7 @@ def decode_text(values: Iterable[object], what: str) -> str:
             continue
         if not isinstance(value, str):
             raise ValueError(f"{what} is not a string")
-        text = _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value)
+        text = without_surrogates(value)
     return text
 
 

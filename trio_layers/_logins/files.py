@@ -7,14 +7,13 @@ containers/image (``pkg/docker/config``), where a key may be a part of a registr
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping
 from typing import Final
 
 import attrs
 
-from .._registry.as_go import split_url
+from .._as_go import decode_base64, split_url
 from .._registry.credentials import Credentials
 from .documents import Object, as_object, decode_mapping, decode_text, is_name, parse_json
 
@@ -206,14 +205,10 @@ def _plain_name(registry: str) -> str:
 def _decode_auth(text: str) -> tuple[str, str]:
     """Name and password of ``auth``. Bytes that are not UTF-8 are kept as Python has them in
     file names: they are sent as they were."""
-    encoded = text.replace("\r", "").replace("\n", "")
-    decoded = b""
-    # As Go has it, with its padding and no more of it.
-    if len(encoded) % 4 == 0:
-        try:
-            decoded = base64.b64decode(encoded, validate=True)
-        except ValueError:  # as is binascii.Error
-            pass
+    try:
+        decoded = decode_base64(text)
+    except ValueError:
+        decoded = b""
     name, colon, password = decoded.decode("utf-8", "surrogateescape").partition(":")
     if not (name and colon):
         raise ValueError(f"auth of {_ENTRY} is not name:password in base64")

@@ -97,19 +97,19 @@ async def _run(program: str, path: str, server: str) -> tuple[int, bytes]:
 
 
 def _decode(program: str, output: bytes) -> Credentials:
+    username = password = None
     try:
         answer = parse_json(output)
         _, username, password = (
             decode_text(answer.find(name), name) for name in ("ServerURL", "Username", "Secret")
         )
     except ValueError:
-        pass
-    else:
-        if output.strip():
-            if username == _TOKEN:
-                return Credentials(identity_token=password)
-            return Credentials(username, password)
-    raise _error(program, "gave no valid answer")
+        pass  # the error that is raised for it has not the answer in its context
+    if username is None or password is None or not output.strip():
+        raise _error(program, "gave no valid answer")
+    if username == _TOKEN:
+        return Credentials(identity_token=password)
+    return Credentials(username, password)
 
 
 def _error(program: str, text: str) -> CredentialsError:

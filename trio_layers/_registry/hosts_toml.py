@@ -20,8 +20,8 @@ from typing import Final, NoReturn, TypeAlias
 
 import attrs
 
+from .._as_go import clean_path, parse_duration, split_url
 from .._errors import HostsError
-from .as_go import clean_path, parse_duration, split_url
 from .discretion import without_login
 
 __all__ = ["Configuration", "Host", "read_configuration"]

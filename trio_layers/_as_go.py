@@ -1,16 +1,37 @@
-"""Paths, durations and URLs as Go's library reads them, for files that its programs take.
+"""Paths, durations, URLs and strings as Go's library reads them, for what its programs take.
 
 Python's own functions take other things for valid, and leave other things out.
 """
 
 from __future__ import annotations
 
+import base64
 import posixpath
 import re
 from fractions import Fraction
 from typing import Final
 
-__all__ = ["clean_path", "parse_duration", "split_url"]
+__all__ = ["clean_path", "decode_base64", "parse_duration", "split_url", "without_surrogates"]
+
+
+def decode_base64(text: str) -> bytes:
+    """As Go's ``base64.StdEncoding``: with its padding, and no more of it; lines may end in it.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    text = text.replace("\r", "").replace("\n", "")
+    if len(text) % 4:
+        raise ValueError("it is not base64: its length is no multiple of 4")
+    return base64.b64decode(text, validate=True)
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def without_surrogates(text: str) -> str:
+    """A JSON string as ``encoding/json`` has it: with U+FFFD in place of a lone surrogate."""
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def clean_path(path: str) -> str:
