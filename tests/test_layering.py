@@ -38,6 +38,7 @@ LEVELS: dict[str, int] = {
     # The base: what the rooms agree on.
     "abc": 1,
     "_progress": 1,
+    "_lifetime": 1,
     "_nursery": 1,
     "_sharing": 1,
     "_util": 1,

@@ -22,8 +22,10 @@ from ._entries import Entry as Entry
 from ._entries import ExportReport as ExportReport
 from ._errors import ArchiveError as ArchiveError
 from ._errors import AuthenticationError as AuthenticationError
+from ._errors import ClientClosed as ClientClosed
 from ._errors import CredentialsError as CredentialsError
 from ._errors import DecompressionError as DecompressionError
+from ._errors import DisplayClosed as DisplayClosed
 from ._errors import DoNotRetry as DoNotRetry
 from ._errors import ExportError as ExportError
 from ._errors import HostsError as HostsError
@@ -39,6 +41,7 @@ from ._errors import PlatformError as PlatformError
 from ._errors import RateLimited as RateLimited
 from ._errors import RegistrationError as RegistrationError
 from ._errors import RegistryError as RegistryError
+from ._errors import StoreClosed as StoreClosed
 from ._errors import StoreError as StoreError
 from ._errors import StoreFull as StoreFull
 from ._errors import StoreReadOnly as StoreReadOnly

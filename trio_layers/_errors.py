@@ -14,8 +14,10 @@ _E = TypeVar("_E", bound="LayersError")
 __all__ = [
     "ArchiveError",
     "AuthenticationError",
+    "ClientClosed",
     "CredentialsError",
     "DecompressionError",
+    "DisplayClosed",
     "DoNotRetry",
     "ExportError",
     "HostsError",
@@ -31,6 +33,7 @@ __all__ = [
     "RateLimited",
     "RegistrationError",
     "RegistryError",
+    "StoreClosed",
     "StoreError",
     "StoreFull",
     "StoreReadOnly",
@@ -214,7 +217,15 @@ class RegistrationError(LayersError):
 
 
 class ManagerClosed(LayersError):
-    """The download manager was left while a pull waited for it, or before."""
+    """The block of the download manager or puller was left, during the call or before it."""
+
+
+class ClientClosed(LayersError):
+    """The block of the registry client was left, during the call or before it."""
+
+
+class DisplayClosed(LayersError):
+    """An event came to a display whose block was left."""
 
 
 # What a layer holds.
@@ -257,6 +268,10 @@ class StoreError(DoNotRetry):
 
     No other attempt at a download is made then: a disk is not mended by a registry.
     """
+
+
+class StoreClosed(StoreError):
+    """The store's block was left, during the call or before it."""
 
 
 class StoreFull(StoreError):
