@@ -41,6 +41,7 @@ from ._errors import PlatformError as PlatformError
 from ._errors import RateLimited as RateLimited
 from ._errors import RegistrationError as RegistrationError
 from ._errors import RegistryError as RegistryError
+from ._errors import StoreBusy as StoreBusy
 from ._errors import StoreClosed as StoreClosed
 from ._errors import StoreError as StoreError
 from ._errors import StoreFull as StoreFull

@@ -33,6 +33,7 @@ __all__ = [
     "RateLimited",
     "RegistrationError",
     "RegistryError",
+    "StoreBusy",
     "StoreClosed",
     "StoreError",
     "StoreFull",
@@ -268,6 +269,10 @@ class StoreError(DoNotRetry):
 
     No other attempt at a download is made then: a disk is not mended by a registry.
     """
+
+
+class StoreBusy(StoreError):
+    """Another process held the store's catalog for too long. Try again."""
 
 
 class StoreClosed(StoreError):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple, final
 
@@ -19,6 +21,7 @@ import attrs
 import trio
 
 from .._digest import ChainID, DiffID, Digest
+from .._errors import StoreBusy, StoreClosed
 from .._manifest import Descriptor
 from .files import disk_errors
 
@@ -34,6 +37,7 @@ __all__ = [
     "add_layer",
     "add_leases",
     "add_tree",
+    "closed_error",
     "connect",
     "create_schema",
     "drop_image",
@@ -53,6 +57,7 @@ __all__ = [
     "set_diff_id",
     "set_layout",
     "transaction",
+    "while_busy",
 ]
 
 T = TypeVar("T")
@@ -237,6 +242,37 @@ class StoredImage:
     index: Descriptor | None = None
 
 
+# For how many seconds a job is tried while another process holds the catalog.
+_PATIENCE: Final = 10
+
+# For how many seconds the end of a lease waits behind other writers of this process.
+_LAST: Final = 0.5
+
+# Seconds that SQLite itself waits in the worker thread: nothing cancels that wait.
+_WAIT_IN_THREAD: Final = 0.05
+
+# Seconds between two tries. A cancellation ends this wait.
+_PAUSE: Final = 0.02
+
+
+async def while_busy(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try again for some seconds while another process holds the catalog.
+
+    Cancellation: between two attempts, each of which waits in its thread for milliseconds only.
+
+    Raises:
+        StoreBusy: if another process held the catalog all that time.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return await attempt()
+        except StoreBusy:
+            if time.monotonic() > end:
+                raise
+        await trio.sleep(_PAUSE)
+
+
 @final
 class Catalog:
     """The connection, and the one thread at a time that uses it."""
@@ -245,19 +281,40 @@ class Catalog:
         self._connection = connection
         self._path = path
         self._thread = trio.CapacityLimiter(1)
+        # One writer at a time asks for SQLite's lock; meanwhile others may read.
+        self._writing = trio.Lock()
+        # Whether SQLite has refused the last job, and so will refuse the next.
+        self._refused = False
+        self._closed = False
 
     async def read(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Run a short job in a worker thread. Once begun it is not cancelled.
 
+        While another process holds the catalog, SQLite refuses the job at its beginning. So
+        trying again repeats nothing.
+
         Raises:
+            StoreBusy: if another process held the catalog for too long.
+            StoreClosed: if the store's block was left.
             StoreError: for what SQLite or the operating system raise in it.
         """
 
+        return await while_busy(partial(self._try, job, *args))
+
+    async def _try(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         def run() -> T:
+            if self._closed:
+                raise closed_error(self._path)
             with disk_errors(self._path):
                 return job(self._connection, *args)
 
-        return await trio.to_thread.run_sync(run, limiter=self._thread)
+        try:
+            result = await trio.to_thread.run_sync(run, limiter=self._thread)
+        except StoreBusy:
+            self._refused = True
+            raise
+        self._refused = False
+        return result
 
     async def write(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Like `read`, in a transaction that nobody else writes beside, in any process.
@@ -269,21 +326,42 @@ class Catalog:
             with transaction(connection):
                 return job(connection, *args)
 
-        return await self.read(run)
+        async with self._writing:
+            return await self.read(run)
 
     async def note(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Like `write`, but durable only with the next `write`: for what is of no use after the
         machine has stopped, or can be had again for nothing. It spares the disk a sync."""
+        async with self._writing:
+            return await self.read(_noted(job), *args)
 
-        def run(connection: sqlite3.Connection) -> T:
-            connection.execute("PRAGMA synchronous = NORMAL")
-            try:
-                with transaction(connection):
-                    return job(connection, *args)
-            finally:
-                connection.execute("PRAGMA synchronous = FULL")
+    async def note_now(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+        """Like `note`, without patience, and not cancelled: for the end of a lease.
 
-        return await self.read(run)
+        Raises:
+            StoreBusy: if another process holds the catalog.
+        """
+        if not self._refused:
+            # A writer ahead of this one may come to wait for another process.
+            with trio.move_on_after(_LAST, shield=True):
+                async with self._writing:
+                    return await self._try(_noted(job), *args)
+        raise StoreBusy(f"{self._path} is held by another process")
+
+    async def close(self) -> None:
+        """Close the connection, after the jobs that have begun. Not cancelled."""
+
+        def close() -> None:
+            self._closed = True
+            self._connection.close()
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(close, limiter=self._thread)
+
+
+def closed_error(path: Path) -> StoreClosed:
+    """The error of a call on a store whose block was left."""
+    return StoreClosed(f"the store {path} was closed: call it inside its block")
 
 
 @final
@@ -321,7 +399,11 @@ def connect(path: Path) -> sqlite3.Connection:
     """Open the catalog file; made if it is not there."""
     # Not bound to the thread: Catalog lets one thread at a time use it.
     connection = sqlite3.connect(
-        path, timeout=10, isolation_level=None, check_same_thread=False, factory=_Connection
+        path,
+        timeout=_WAIT_IN_THREAD,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
     )
     try:
         connection.file = _identity(path)
@@ -332,6 +414,22 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _noted(
+    job: Callable[[sqlite3.Connection, *Ts], T],
+) -> Callable[[sqlite3.Connection, *Ts], T]:
+    """The job in a transaction that is durable only with a later one."""
+
+    def run(connection: sqlite3.Connection, *args: *Ts) -> T:
+        connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            with transaction(connection):
+                return job(connection, *args)
+        finally:
+            connection.execute("PRAGMA synchronous = FULL")
+
+    return run
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import trio
 
 from .._digest import ChainID, DiffID, Digest, digest_of
 from .._errors import ManifestError, StoreError
+from .._lifetime import Lifetime, while_open
 from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
 from ..abc import Layer, ReportArrived
@@ -24,6 +25,7 @@ from .catalog import (
     StoredImage,
     StoredLayer,
     StoredTree,
+    closed_error,
     drop_image,
     drop_references,
     find_blob,
@@ -35,6 +37,7 @@ from .catalog import (
     find_whole_images,
     put_image,
     set_layout,
+    while_busy,
 )
 from .check import Checker, CheckReport
 from .collect import Collected, Collector
@@ -77,9 +80,9 @@ async def open_store(
     where the block fails or is cancelled, the next who opens the store does.
     """
     root = await trio.to_thread.run_sync(_resolved, Path(path))
-    connection = await trio.to_thread.run_sync(open_directory, root)
+    connection = await while_busy(partial(trio.to_thread.run_sync, open_directory, root))
+    catalog = Catalog(connection, root)
     try:
-        catalog = Catalog(connection, root)
         async with (
             open_scratch(root, catalog) as scratch,
             open_holds(catalog, scratch.holder) as holds,
@@ -88,10 +91,13 @@ async def open_store(
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
             if not await catalog.read(store._is_index_right):
                 await catalog.write(store._write_index)
-            yield store
+            try:
+                yield store
+            finally:
+                await store._lifetime.close()
+                store._content.close_streams()
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(connection.close)
+        await catalog.close()
 
 
 @final
@@ -150,6 +156,9 @@ class DirectoryStore:
     tasks at once, and all that are async raise `StoreError` for what the disk does, of which
     `StoreFull` and `StoreReadOnly` are kinds. Cancelled, each of them leaves the store as it was
     or has done its work.
+
+    Leaving the store's block ends the calls under way in any task, and they raise `StoreClosed`,
+    as each later call does.
     """
 
     def __init__(
@@ -168,7 +177,8 @@ class DirectoryStore:
         self._commits = commits
         self._holds = holds
         self._unpacker = unpacker
-        self._content = Content(root, catalog, scratch, commits)
+        self._lifetime = Lifetime(partial(closed_error, root))
+        self._content = Content(root, catalog, scratch, commits, self._lifetime)
         self._trees = Trees(
             root,
             catalog=catalog,
@@ -222,6 +232,7 @@ class DirectoryStore:
 
     # Layers.
 
+    @while_open
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
         """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
         # First held, then looked for: what is found stays.
@@ -236,6 +247,7 @@ class DirectoryStore:
             return None
         return self._refer(layer)
 
+    @while_open
     async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
         """Like `get`, without a reference: if nothing else holds the layer, it may be removed.
         While the object is there, layers below it that are held, too, are not looked up again."""
@@ -246,6 +258,7 @@ class DirectoryStore:
         rows, below = await self._catalog.read(self._find_rows, chain_id)
         return self._layer(rows, below) if rows else None
 
+    @while_open
     async def tar_size(self, layer: Layer) -> int:
         """The length of a layer's tar in bytes, decompressed.
 
@@ -254,6 +267,7 @@ class DirectoryStore:
         """
         return await self._catalog.read(_tar_size, layer.chain_id)
 
+    @while_open
     async def register(
         self,
         stream: trio.abc.ReceiveStream,
@@ -295,6 +309,7 @@ class DirectoryStore:
         """
         return self._staging.open(descriptor, waiting)
 
+    @while_open
     async def _put(
         self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
     ) -> DirectoryLayer:
@@ -326,6 +341,7 @@ class DirectoryStore:
             self._references[layer.chain_id] = references - 1
         self._holds.let_go([layer.chain_id])
 
+    @while_open
     async def rootfs(self, chain_id: ChainID | None) -> RootfsView:
         """The files of a layer and all below it, merged; ``None``: of nothing.
 
@@ -343,6 +359,7 @@ class DirectoryStore:
 
     # Blobs.
 
+    @while_open
     async def blob(self, digest: Digest) -> Path | None:
         """The file of a blob, not to be changed; ``None`` if it is not there."""
         stored = await self._content.find(digest)
@@ -372,6 +389,7 @@ class DirectoryStore:
         """
         return self._content.batch()
 
+    @while_open
     async def put_blob(self, descriptor: Descriptor, data: bytes) -> None:
         """Store a blob that is in memory. One that is there already stays.
 
@@ -380,6 +398,7 @@ class DirectoryStore:
         """
         await self._content.put(descriptor, data)
 
+    @while_open
     async def read_blob(self, digest: Digest, *, limit: int = _DOCUMENT_LIMIT) -> bytes:
         """All of a blob, verified once more; for manifests and the like.
 
@@ -394,6 +413,7 @@ class DirectoryStore:
         """
         return await self._content.read(digest, limit=limit)
 
+    @while_open
     async def find_document(self, digest: Digest) -> bytes | None:
         """All of a blob; ``None`` if it is not there, is no SHA-256 one, or is larger than what
         registries allow a manifest. It is not verified.
@@ -403,6 +423,7 @@ class DirectoryStore:
         """
         return await self._content.find_document(digest, limit=_DOCUMENT_LIMIT)
 
+    @while_open
     async def open_blob(self, digest: Digest) -> BlobStream:
         """A stream of a blob; whoever opens it closes it.
 
@@ -413,6 +434,7 @@ class DirectoryStore:
 
     # Images.
 
+    @while_open
     async def put_image(
         self,
         reference: str,
@@ -461,6 +483,7 @@ class DirectoryStore:
             job = partial(self._put_image, image, layers, place)
             await self._commits.commit(job, since=since)
 
+    @while_open
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
         """What a reference stands for; ``None`` if that is nothing.
 
@@ -470,6 +493,7 @@ class DirectoryStore:
         """
         return await self._catalog.read(find_image, reference, platform)
 
+    @while_open
     async def images(self, reference: str | None = None) -> list[StoredImage]:
         """All images, by reference; of one reference's platforms, the one put last first.
 
@@ -484,10 +508,11 @@ class DirectoryStore:
 
         The lease ends with the block, at the latest with the process.
         """
-        async with open_lease(self._holds) as lease:
+        async with open_lease(self._holds, self._lifetime) as lease:
             await lease.hold(*digests)
             yield lease
 
+    @while_open
     async def remove(self, reference: str, platform: str | None = None) -> bool:
         """Take a reference from the image it stands for; whether there was one.
 
@@ -501,6 +526,7 @@ class DirectoryStore:
         """
         return await self._catalog.write(self._remove, reference, platform)
 
+    @while_open
     async def collect(self, *, dry_run: bool = False) -> Collected:
         """Remove what nobody needs: images that no reference stands for, and layers, trees and
         blobs that no image needs, downloads that were broken off, and what a crash left.
@@ -521,11 +547,13 @@ class DirectoryStore:
             return await self._collector.find()
         return await self._collector.remove()
 
+    @while_open
     async def usage(self) -> StoreUsage:
         """What the store and its images take on the disk. It looks at every file, so it takes a
         while; what comes or goes meanwhile may be counted or not."""
         return await self._meter.measure()
 
+    @while_open
     async def check(self, *, repair: bool = False) -> CheckReport:
         """Look at all that is there: whether each blob has its digest, each tree is what its list
         of entries says (names, types, owners, modes, times, attributes, contents), the rows of the

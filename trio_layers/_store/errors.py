@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .._errors import StoreError, StoreFull, StoreReadOnly
+from .._errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 if TYPE_CHECKING:
     import sqlite3
@@ -53,7 +53,7 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
             "on a file system that is not read-only"
         )
     if busy:
-        return StoreError(f"{path} was held by another process for too long: try again")
+        return StoreBusy(f"{path} was held by another process for too long: try again")
     return StoreError(f"{path} failed: {reason}")
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar, TypeVarTuple, final
 
 import trio
 
 from .._digest import ChainID, Digest
-from .._errors import StoreError
+from .._errors import StoreBusy, StoreError
+from .._lifetime import Lifetime, while_open
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog, add_leases, drop_leases
 
@@ -67,7 +68,7 @@ class Holds:
         if not new:
             return
         try:
-            await self._write(new, _nothing)
+            await self._write(self._catalog.note, new, _nothing)
         except BaseException:
             self.let_go(digests)
             raise
@@ -88,7 +89,7 @@ class Holds:
         makes or finds is never there without being held."""
         self._uses[digest] += 1
         try:
-            return await self._write([digest], job, *args)
+            return await self._write(self._catalog.note, [digest], job, *args)
         except BaseException:
             self.let_go([digest])
             raise
@@ -111,18 +112,31 @@ class Holds:
             await self.drop_idle()
 
     async def drop_idle(self) -> None:
-        """Remove the rows of what nobody uses any more. Not cancelled; what fails is logged: they
-        end with their holder, if not now."""
+        """Remove the rows of what nobody uses any more. A failure is logged: the rows end with
+        their holder at the latest.
+
+        Cancellation: the rows stay for the next call.
+        """
         if self._idle:
-            with _ending():
-                await self._write((), _nothing)
+            with _logged():
+                await self._write(self._catalog.note, (), _nothing)
+
+    async def drop_idle_now(self) -> None:
+        """Like `drop_idle`, not cancelled; while another process is in the way, the rows stay
+        for the task in the background."""
+        if self._idle:
+            with _logged(), suppress(StoreBusy):
+                await self._write(self._catalog.note_now, (), _nothing)
+            if self._idle:
+                self._waste.set()
 
     async def drop_all(self) -> None:
-        """The same for all rows, in use or not."""
+        """Remove all rows, in use or not. Where another process is in the way they stay: the rows
+        of a holder whose file is not locked count for nothing."""
         if self._written:
             self._written.clear()
-            with _ending():
-                await self._catalog.note(drop_leases, self._holder)
+            with _logged(), suppress(StoreBusy):
+                await self._catalog.note_now(drop_leases, self._holder)
 
     # What is there stays while it is held: it need not be looked up again.
 
@@ -141,6 +155,7 @@ class Holds:
 
     async def _write(
         self,
+        note: Callable[[Callable[[sqlite3.Connection], T]], Awaitable[T]],
         digests: Collection[Digest],
         job: Callable[[sqlite3.Connection, *Ts], T],
         *args: *Ts,
@@ -157,7 +172,7 @@ class Holds:
             return job(connection, *args)
 
         try:
-            result = await self._catalog.note(write)
+            result = await note(write)
         except BaseException:
             self._idle |= idle
             raise
@@ -168,10 +183,9 @@ class Holds:
 
 
 @contextmanager
-def _ending() -> Iterator[None]:
+def _logged() -> Iterator[None]:
     try:
-        with trio.CancelScope(shield=True):
-            yield
+        yield
     except StoreError as error:
         logger.warning("cannot end a lease: %s", error)
 
@@ -181,21 +195,24 @@ def _nothing(connection: sqlite3.Connection) -> None:
 
 
 @asynccontextmanager
-async def open_lease(holds: Holds) -> AsyncIterator[Lease]:
+async def open_lease(holds: Holds, lifetime: Lifetime) -> AsyncIterator[Lease]:
     """Open a lease; see `DirectoryStore.lease`."""
-    lease = Lease(holds)
+    lease = Lease(holds, lifetime)
     try:
         yield lease
     finally:
         holds.let_go(lease.digests)
-        await holds.drop_idle()
+        if lifetime.is_open:  # else all rows of the holder go
+            async with lifetime.use():
+                await holds.drop_idle_now()
 
 
 @final
 class Lease:
     """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
 
-    def __init__(self, holds: Holds) -> None:
+    def __init__(self, holds: Holds, lifetime: Lifetime) -> None:
+        self._lifetime = lifetime
         self._holds = holds
         self._digests: set[Digest] = set()
 
@@ -207,6 +224,7 @@ class Lease:
         """What is held."""
         return frozenset(self._digests)
 
+    @while_open
     async def hold(self, *digests: Digest | None) -> None:
         """Hold more: blobs by their digest, with the trees that were made of them; layers with
         all that is below them by their chain ID; images by their manifest's digest. They need

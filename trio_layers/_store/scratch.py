@@ -25,12 +25,13 @@ import trio
 
 from .._digest import Digest
 from .._errors import StoreError
+from .._lifetime import clean_up_in_thread
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog, drop_leases, find_holders
 from .files import disk_errors, file_name, remove_directory, try_lock, unlock
 from .mount import detach_stale
 
-__all__ = ["Scratch", "Watch", "hold_lock", "open_scratch"]
+__all__ = ["HeldLock", "Scratch", "Watch", "hold_lock", "open_scratch"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,23 @@ class Watch:
             return self._seen
 
 
+@final
+class HeldLock:
+    """A lock file that is locked. It comes from `hold_lock`."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """Let go, unless that was done before. Blocking, in any thread."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            unlock(self._path, descriptor)
+
+
 @asynccontextmanager
-async def hold_lock(path: Path, watch: Watch | None = None) -> AsyncIterator[None]:
+async def hold_lock(path: Path, watch: Watch | None = None) -> AsyncIterator[HeldLock]:
     """Hold a lock file for the block, against other tasks and processes. Waiting for it can be
     cancelled; ``watch``: what its holder does meanwhile.
 
@@ -99,11 +115,11 @@ async def hold_lock(path: Path, watch: Watch | None = None) -> AsyncIterator[Non
         if watch is not None:
             await watch.look()
         await trio.sleep(_POLL)
+    lock = HeldLock(path, descriptor)
     try:
-        yield
+        yield lock
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(unlock, path, descriptor)
+        await clean_up_in_thread(lock.release)
 
 
 @asynccontextmanager
@@ -170,9 +186,8 @@ class Scratch:
             yield path
         finally:
             try:
-                with trio.CancelScope(shield=True):
-                    if await trio.to_thread.run_sync(self.discard, path):
-                        self._waste.set()
+                if await clean_up_in_thread(self.discard, path):
+                    self._waste.set()
             except OSError as error:
                 # It still bears our name, and is swept when the store is left.
                 logger.warning("cannot move %s out of the way: %s", path, error)
