@@ -12,7 +12,7 @@ import trio
 
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
-from ._errors import StoreError
+from ._errors import ManagerClosed, StoreError
 from ._image import (
     ImageLayer,
     ImageSource,
@@ -21,6 +21,7 @@ from ._image import (
     choose_stored,
     layers_of,
 )
+from ._lifetime import Lifetime, while_open
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Status
@@ -174,7 +175,9 @@ async def open_puller(
                 retry_tick=retry_tick,
             )
         )
-        yield Puller(store, registry, manager)
+        lifetime = Lifetime(lambda: ManagerClosed("the puller was closed"))
+        stack.push_async_callback(lifetime.close)
+        yield Puller(store, registry, manager, lifetime)
 
 
 @final
@@ -182,8 +185,13 @@ class Puller:
     """Pulls images into a store. It comes from `open_puller`."""
 
     def __init__(
-        self, store: DirectoryStore, registry: RegistryClient, manager: DownloadManager
+        self,
+        store: DirectoryStore,
+        registry: RegistryClient,
+        manager: DownloadManager,
+        lifetime: Lifetime,
     ) -> None:
+        self._lifetime = lifetime
         self._store = store
         self._registry = registry
         self._manager = manager
@@ -201,6 +209,7 @@ class Puller:
         ``registry-1.docker.io``."""
         return self._registry.rate_limits
 
+    @while_open
     async def resolve(
         self, reference: str | Reference, *, platform: str | Platform | None = None
     ) -> ResolvedImage:
@@ -217,6 +226,7 @@ class Puller:
             HostsError: if what ``hosts_dir`` has for the registry cannot be used.
             RegistryError: if it cannot be had; its subclasses say why.
             VerificationError: if what came is not what was asked for.
+            ManagerClosed: if the puller's block was left, before or meanwhile.
         """
         reference, platform = _parsed(reference, platform)
         return await self._registry.resolve_image(
@@ -255,13 +265,28 @@ class Puller:
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
             StoreError: if the image is not in the store, and never to be pulled.
+            ManagerClosed: if the puller's block was left, before or meanwhile.
         """
         reference, platform = _parsed(reference, platform)
+        async with AsyncExitStack() as stack:
+            # Leaving the puller ends the entry in any task, but not the caller's block.
+            async with self._lifetime.use():
+                image = await self._enter(stack, reference, platform, policy, progress)
+            yield image
+
+    async def _enter(
+        self,
+        stack: AsyncExitStack,
+        reference: Reference,
+        platform: Platform | None,
+        policy: PullPolicy,
+        progress: ProgressSink | None,
+    ) -> Image:
+        """Get an image into the store. It stays there until the stack is left."""
         if policy != "always":
-            async with self._open_stored(reference, platform) as image:
-                if image is not None:
-                    yield image
-                    return
+            image = await self._find_stored(stack, reference, platform)
+            if image is not None:
+                return image
         if policy == "never":
             what = f" for {platform}" if platform else ""
             raise StoreError(f"{reference}{what} is not in the store: pull it")
@@ -269,51 +294,49 @@ class Puller:
         layers = layers_of(resolved.layers, resolved.diff_ids)
         digests = tuple(_digests_of(resolved, layers))
         check_storable([*digests, *resolved.diff_ids])
-        async with self._store.lease(*digests):
-            sources = [
-                _RegistryLayer(self._store, self._registry, resolved.reference, layer)
-                for layer in layers
-            ]
-            # One look-up for all layers, where they are there.
-            top = await self._store.find(layers[-1].chain_id) if layers else None
-            async with self._manager.download(sources, progress=progress) as rootfs:
-                del top
-                check_diff_ids(layers, rootfs)
-                chain = rootfs.chain_id
-                await self._store.put_image(
-                    str(resolved.reference),
-                    manifest=resolved.descriptor,
-                    config=resolved.manifest.config,
-                    platform=str(resolved.config.platform),
-                    chain_id=chain,
-                    index=resolved.index,
-                    documents=_documents_of(resolved),
-                )
-                yield Image(
-                    reference=str(resolved.reference),
-                    digest=resolved.descriptor.digest,
-                    platform=resolved.config.platform,
-                    config=resolved.config,
-                    layers=layers,
-                    rootfs=await self._store.rootfs(chain),
-                )
+        await stack.enter_async_context(self._store.lease(*digests))
+        sources = [
+            _RegistryLayer(self._store, self._registry, resolved.reference, layer)
+            for layer in layers
+        ]
+        # One look-up for all layers, where they are there.
+        top = await self._store.find(layers[-1].chain_id) if layers else None
+        download = self._manager.download(sources, progress=progress)
+        rootfs = await stack.enter_async_context(download)
+        del top
+        check_diff_ids(layers, rootfs)
+        chain = rootfs.chain_id
+        await self._store.put_image(
+            str(resolved.reference),
+            manifest=resolved.descriptor,
+            config=resolved.manifest.config,
+            platform=str(resolved.config.platform),
+            chain_id=chain,
+            index=resolved.index,
+            documents=_documents_of(resolved),
+        )
+        return Image(
+            reference=str(resolved.reference),
+            digest=resolved.descriptor.digest,
+            platform=resolved.config.platform,
+            config=resolved.config,
+            layers=layers,
+            rootfs=await self._store.rootfs(chain),
+        )
 
-    @asynccontextmanager
-    async def _open_stored(
-        self, reference: Reference, platform: Platform | None
-    ) -> AsyncIterator[Image | None]:
-        """An image of the store, kept there for the block; ``None`` if there is none."""
+    async def _find_stored(
+        self, stack: AsyncExitStack, reference: Reference, platform: Platform | None
+    ) -> Image | None:
+        """An image of the store, kept there until the stack is left; ``None`` if there is none."""
         stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
-            yield None
-            return
+            return None
         index = None if stored.index is None else stored.index.digest
         held = (stored.manifest.digest, stored.config.digest, index, stored.chain_id)
-        async with self._store.lease(*held):
+        async with AsyncExitStack() as lease:
+            await lease.enter_async_context(self._store.lease(*held))
             if await self._store.image(stored.reference, stored.platform) != stored:
-                # Removed, or replaced, before it was held.
-                yield None
-                return
+                return None  # removed, or replaced, before it was held
             manifest_bytes = await self._store.read_blob(stored.manifest.digest)
             config_bytes = await self._store.read_blob(stored.config.digest)
             manifest = await trio.to_thread.run_sync(
@@ -322,16 +345,17 @@ class Puller:
             config = await trio.to_thread.run_sync(decode_config, config_bytes)
             assert isinstance(manifest, Manifest)
             if stored.chain_id is None and manifest.layers:
-                yield None  # its layers were never unpacked
-                return
-            yield Image(
-                reference=str(reference),
-                digest=stored.manifest.digest,
-                platform=config.platform,
-                config=config,
-                layers=layers_of(manifest.layers, config.diff_ids),
-                rootfs=await self._store.rootfs(stored.chain_id),
-            )
+                return None  # its layers were never unpacked
+            rootfs = await self._store.rootfs(stored.chain_id)
+            stack.push_async_exit(lease.pop_all())
+        return Image(
+            reference=str(reference),
+            digest=stored.manifest.digest,
+            platform=config.platform,
+            config=config,
+            layers=layers_of(manifest.layers, config.diff_ids),
+            rootfs=rootfs,
+        )
 
 
 def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:

@@ -83,9 +83,11 @@ class Pull:
             await self._wait_until_stopped()
             self._release_existing()
             raise
-        finally:
-            for source in self._unused.values():
-                _close(source)
+
+    def close_unused(self) -> None:
+        """Close the sources that started no transfer; to be called once, after `run`."""
+        for source in self._unused.values():
+            _close(source)
 
     def release(self) -> None:
         self._let_go()

@@ -31,7 +31,7 @@ from .._progress import Progress, Status
 from ..abc import Layer, LayerStore, ProgressSink
 from .slots import Slots
 
-__all__ = ["Transfer", "Transfers", "Watcher", "Work"]
+__all__ = ["Transfer", "Transfers", "Watcher", "Work", "manager_closed"]
 
 logger = logging.getLogger("trio_layers.engine")
 
@@ -47,6 +47,11 @@ class Watcher(Protocol):
     def transfer_ended(self, transfer: Transfer) -> None:
         """Told once, in the step in which the transfer ends. Must not fail."""
         ...
+
+
+def manager_closed() -> ManagerClosed:
+    """The error of a call on a manager whose block was left."""
+    return ManagerClosed("the download manager was closed")
 
 
 @final
@@ -164,7 +169,7 @@ class Transfer:
 
     async def _run(self, work: Work) -> None:
         # This stands if the cancellation comes from outside, which only the manager's end does.
-        outcome: Layer | Exception = ManagerClosed("the download manager was closed")
+        outcome: Layer | Exception = manager_closed()
         try:
             with self.scope:
                 outcome = await work(self)
@@ -253,7 +258,7 @@ class Transfers:
             ManagerClosed: if the manager has been left.
         """
         if self._nursery is None:
-            raise ManagerClosed("the download manager was closed")
+            raise manager_closed()
         transfer = Transfer(self, key, builds_on, close)
         self._running[key] = transfer
         if not needs_slot:
