@@ -120,8 +120,10 @@ class Lifetime:
             with trio.CancelScope(shield=True):
                 await self._quiet.wait()
         with trio.CancelScope(shield=True):
+            # The oldest first: it may hold others, and frees them in its own way.
             while self._owned:
-                _, close = self._owned.popitem()
+                key = next(iter(self._owned))
+                close = self._owned.pop(key)
                 await close()
 
 

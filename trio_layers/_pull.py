@@ -268,10 +268,11 @@ class Puller:
             ManagerClosed: if the puller's block was left, before or meanwhile.
         """
         reference, platform = _parsed(reference, platform)
-        async with AsyncExitStack() as stack:
-            # Leaving the puller ends the entry in any task, but not the caller's block.
-            async with self._lifetime.use():
-                image = await self._enter(stack, reference, platform, policy, progress)
+        # Leaving the puller ends the entry in any task, but not the caller's block.
+        async with self._lifetime.use(), AsyncExitStack() as entering:
+            image = await self._enter(entering, reference, platform, policy, progress)
+            stack = entering.pop_all()
+        async with stack:
             yield image
 
     async def _enter(

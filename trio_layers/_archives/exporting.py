@@ -90,7 +90,7 @@ async def export_images(
         raise ValueError("an OCI layout is a directory: to a stream write an oci-archive")
     if not parsed:
         raise ValueError("there is nothing to export: name an image")
-    async with store.lease() as lease:
+    async with store._lifetime.use(), store.lease() as lease:
         images = []
         for reference in dict.fromkeys(parsed):
             image = await _stored(store, reference, platform)

@@ -124,7 +124,7 @@ async def import_images(
         reference = parse_reference(reference)
     if isinstance(platform, str):
         platform = parse_platform(platform)
-    async with store.lease() as lease, store.batch() as batch:
+    async with store._lifetime.use(), store.lease() as lease, store.batch() as batch:
         shelf = Shelf(store, batch, lease)
         opened = await open_source(source, shelf)
         images: list[_Image] = []

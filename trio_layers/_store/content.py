@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -335,6 +336,7 @@ class Batch:
         self._directory = directory
         self._since = commits.failures
         self._numbers = itertools.count()
+        self._busy = threading.Lock()
         self._sizes: dict[Digest, int] = {}
         self._paths: dict[Digest, Path] = {}
 
@@ -352,7 +354,11 @@ class Batch:
             StoreError: for what else the disk does.
             Exception: what ``pieces`` raises; the blob is dropped.
         """
-        self._lifetime.check()
+        with self._busy:
+            self._lifetime.check()
+            return self._add(pieces)
+
+    def _add(self, pieces: Iterable[bytes | memoryview]) -> tuple[Digest, int]:
         path = self._directory / str(next(self._numbers))
         partial = Partial(path, since=self._since, fresh=True)
         try:
@@ -399,6 +405,15 @@ class Batch:
         if wanted:
             await self._commits.commit(functools.partial(self._place, wanted), since=self._since)
 
+    async def _close(self) -> None:
+        """Wait for `add`, then remove what is not visible: the store's block was left."""
+
+        def discard() -> None:
+            with self._busy:
+                self._content._scratch.discard(self._directory)
+
+        await clean_up_in_thread(discard)
+
     def _place(self, wanted: Iterable[Digest], connection: sqlite3.Connection) -> None:
         for digest in wanted:
             descriptor = describe(digest, self._sizes[digest])
@@ -425,6 +440,7 @@ class BlobStream(trio.abc.ReceiveStream):
         """
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
+        self._lifetime.check()
         if self._closed:
             await trio.lowlevel.checkpoint()
             raise trio.ClosedResourceError
@@ -508,19 +524,19 @@ class Content:
         watch = None
         if waiting is not None:
             watch = Watch(self._scratch.partial(digest), descriptor.size, waiting)
-        async with AsyncExitStack() as stack:
-            async with self.lifetime.use():
-                held = hold_lock(self._scratch.lock(digest), watch)
-                lock = await stack.enter_async_context(held)
-                partial = None
-                # Asked only now: whoever held the lock before us may have brought the blob.
-                if await self.claim(descriptor) is None:
-                    path = self._scratch.partial(descriptor.digest)
-                    since = self._commits.failures
-                    partial = await trio.to_thread.run_sync(_resume, path, descriptor, since)
-                ingest = Ingest(self, descriptor, partial, lock)
-                # It keeps the file when this call is cancelled from here on.
-                stack.enter_context(self.lifetime.own(ingest._close))
+        async with self.lifetime.use(), AsyncExitStack() as entering:
+            held = hold_lock(self._scratch.lock(digest), watch)
+            lock = await entering.enter_async_context(held)
+            partial = None
+            # Asked only now: whoever held the lock before us may have brought the blob.
+            if await self.claim(descriptor) is None:
+                path = self._scratch.partial(descriptor.digest)
+                since = self._commits.failures
+                partial = await trio.to_thread.run_sync(_resume, path, descriptor, since)
+            ingest = Ingest(self, descriptor, partial, lock)
+            entering.enter_context(self.lifetime.own(ingest._close))
+            stack = entering.pop_all()
+        async with stack:
             try:
                 yield ingest
             except BaseException:
@@ -570,10 +586,14 @@ class Content:
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[Batch]:
-        async with self._scratch.name("batch") as directory:
-            async with self.lifetime.use():
-                await trio.to_thread.run_sync(_make_directory, directory)
-            yield Batch(self, self._commits, directory)
+        async with self.lifetime.use(), AsyncExitStack() as entering:
+            directory = await entering.enter_async_context(self._scratch.name("batch"))
+            await trio.to_thread.run_sync(_make_directory, directory)
+            batch = Batch(self, self._commits, directory)
+            entering.enter_context(self.lifetime.own(batch._close))
+            stack = entering.pop_all()
+        async with stack:
+            yield batch
 
     async def find_document(self, digest: Digest, *, limit: int) -> bytes | None:
         """A small blob, not verified; ``None`` if it is not there."""

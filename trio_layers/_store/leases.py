@@ -133,8 +133,9 @@ class Holds:
     async def drop_all(self) -> None:
         """Remove all rows, in use or not. Where another process is in the way they stay: the rows
         of a holder whose file is not locked count for nothing."""
-        if self._written:
+        if self._written or self._idle:
             self._written.clear()
+            self._idle.clear()
             with _logged(), suppress(StoreBusy):
                 await self._catalog.note_now(drop_leases, self._holder)
 

@@ -150,6 +150,9 @@ class Scratch:
         self._numbers = itertools.count()
         self._waste = trio.Event()
         self._sweeping = trio.Lock()
+        # Blocks of `name` that have ended, and move things out of the way.
+        self._discarding = 0
+        self._discarded = trio.Event()
         self.holder: str = secrets.token_hex(8)
 
     def new(self, kind: str) -> Path:
@@ -185,15 +188,22 @@ class Scratch:
         try:
             yield path
         finally:
+            self._discarding += 1
             try:
                 if await clean_up_in_thread(self.discard, path):
                     self._waste.set()
             except OSError as error:
                 # It still bears our name, and is swept when the store is left.
                 logger.warning("cannot move %s out of the way: %s", path, error)
+            finally:
+                self._discarding -= 1
+                self._discarded.set()
+                self._discarded = trio.Event()
 
     async def sweep(self) -> None:
         """Remove all that bears our name. Cancelled, it leaves the rest to another sweep."""
+        while self._discarding:
+            await self._discarded.wait()
         await trio.to_thread.run_sync(self._remove, self.holder, "")
 
     async def sweep_in_background(self, catalog: Catalog) -> None:

@@ -82,6 +82,9 @@ class Staging:
             async with lifetime.use():
                 # What has been made of it may wait for its parent for a long time.
                 await stack.enter_async_context(self.holds.holding(descriptor.digest))
+            # From here on the end of the store waits for the work on this layer.
+            stack.callback(stage._left.set)
+            stack.enter_context(lifetime.own(stage._close))
             nursery = await stack.enter_async_context(open_hidden_nursery())
             stage._nursery = nursery
             try:
@@ -89,8 +92,7 @@ class Staging:
                     await nursery.start(stage._work, waiting)
                 # Cancelled from outside, it must not leave the file before who writes into it.
                 stage._scope.shield = True
-                with lifetime.own(stage._close):
-                    yield stage
+                yield stage
             finally:
                 stage._scope.cancel()
                 # A worker thread heeds no other cancellation.
