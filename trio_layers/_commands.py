@@ -176,6 +176,11 @@ def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination", metavar="DEST", help="a directory, empty or new; -: a tar to stdout"
     )
+    parser.add_argument(
+        "--root-metadata",
+        action="store_true",
+        help="give DEST owner, mode, time and attributes of the image's root",
+    )
 
 
 async def _rootfs(arguments: argparse.Namespace) -> int:
@@ -184,7 +189,9 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
         if stdout is not None:
             await image.rootfs.export_tar(stdout)
             return 0
-        report = await image.rootfs.export(arguments.destination)
+        report = await image.rootfs.export(
+            arguments.destination, root_metadata=arguments.root_metadata
+        )
     if not report.complete:
         missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
         text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)

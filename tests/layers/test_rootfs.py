@@ -251,10 +251,13 @@ async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> No
 
 
 async def test_export(view: RootfsView, tmp_path: Path) -> None:
-    report = await view.export(tmp_path / "out")
+    report = await view.export(tmp_path / "out", root_metadata=True)
     entries = await view.walk()
     assert report.entries == len(entries)
     assert on_disk(tmp_path / "out") == entries
+    await view.export(tmp_path / "closed")
+    assert on_disk(tmp_path / "closed")[1:] == entries[1:]
+    assert on_disk(tmp_path / "closed")[0].mode == 0o700
     with pytest.raises(ExportError, match="not empty"):
         await view.export(str(tmp_path / "out"))
 

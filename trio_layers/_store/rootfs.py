@@ -26,7 +26,12 @@ class Exporter(Protocol):
     """Writes merged trees elsewhere. Both functions block, and are called in worker threads."""
 
     def export(
-        self, source: MergedTree, target: Path, *, check_cancelled: Callable[[], None]
+        self,
+        source: MergedTree,
+        target: Path,
+        *,
+        root_metadata: bool,
+        check_cancelled: Callable[[], None],
     ) -> ExportReport:
         """Write all of ``source`` into a directory; see `RootfsView.export`."""
         ...
@@ -125,7 +130,9 @@ class RootfsView:
         """
         return await trio.to_thread.run_sync(self._tree.walk)
 
-    async def export(self, directory: str | os.PathLike[str]) -> ExportReport:
+    async def export(
+        self, directory: str | os.PathLike[str], *, root_metadata: bool = False
+    ) -> ExportReport:
         """Write all of it into a plain directory: contents, owners, modes, times in nanoseconds,
         extended attributes, links, devices. Holes stay holes, and where the file system can
         share blocks (btrfs, XFS) they are shared with the store. Nothing is synced to disk.
@@ -138,9 +145,19 @@ class RootfsView:
         an error. Cancelled, or failed, what was written is removed again, and the directory, too,
         if it was made; that may take as long as writing it did, and is not cancelled.
 
+        The directory itself keeps its owner, mode, attributes and times, and a new one is closed
+        to other users (0700): an image can have set-id files and devices in it, and on a file
+        system that is mounted without ``nosuid`` and ``nodev`` they work. Each user that can reach
+        an exported set-user-ID file of root runs the image's code as root.
+
+        No link on the way to the directory is followed that another user could have planted:
+        links of root's and one's own are, in directories where no other user may replace them.
+
         Args:
             directory: Where to. It is made if it is not there (its parent must be), else it must
-                be empty; it gets the root's own owner, mode and time.
+                be empty.
+            root_metadata: Give the directory owner, mode, time and attributes of the image's root:
+                for a root file system that others than its owner shall live in.
 
         Raises:
             ExportError: if the directory is not empty, or cannot take what is to be written.
@@ -149,7 +166,10 @@ class RootfsView:
         target = Path(directory)
         return await trio.to_thread.run_sync(
             lambda: self._exporter.export(
-                self._tree, target, check_cancelled=trio.from_thread.check_cancelled
+                self._tree,
+                target,
+                root_metadata=root_metadata,
+                check_cancelled=trio.from_thread.check_cancelled,
             )
         )
 
