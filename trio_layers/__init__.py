@@ -44,6 +44,7 @@ from ._errors import RegistryError as RegistryError
 from ._errors import StoreClosed as StoreClosed
 from ._errors import StoreError as StoreError
 from ._errors import StoreFull as StoreFull
+from ._errors import StoreNotFound as StoreNotFound
 from ._errors import StoreReadOnly as StoreReadOnly
 from ._errors import TransferCancelled as TransferCancelled
 from ._errors import TransferError as TransferError

@@ -8,12 +8,15 @@ Beyond a directory of another user no link is followed at all.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
-__all__ = ["open_directory", "open_parent"]
+__all__ = ["open_directory", "open_empty_directory", "open_parent", "real_path"]
 
 _WAY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _START: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -23,17 +26,30 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LINKS: Final = 40
 
 
-def open_directory(path: str | os.PathLike[str], *, make: int | None = None) -> int:
-    """Open a directory for reading.
+def real_path(path: str | os.PathLike[str], *, make: int | None) -> str:
+    """The path of a directory without any link in it.
 
     Args:
         path: The directory.
-        make: A mode: directories that are missing on the way are made with it, and the last one.
+        make: A mode for the directory and those on the way to it, where they are missing.
+
+    Raises:
+        OSError: as for `open_directory`.
+    """
+    here = _walk(os.fspath(path), make)
+    try:
+        return os.readlink(f"/proc/self/fd/{here}")
+    finally:
+        os.close(here)
+
+
+def open_directory(path: str | os.PathLike[str]) -> int:
+    """Open a directory for reading.
 
     Raises:
         OSError: as open(2) does; ``ELOOP`` for a link of another user.
     """
-    here = _walk(os.fspath(path), make)
+    here = _walk(os.fspath(path), None)
     try:
         return os.open(".", _DIRECTORY, dir_fd=here)
     finally:
@@ -50,6 +66,40 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[int, str]:
     if name in ("", ".", ".."):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     return _walk(parent + slash, None), name
+
+
+def open_empty_directory(
+    stack: contextlib.ExitStack, path: str | os.PathLike[str], *, mode: int
+) -> tuple[int, Callable[[], None] | None]:
+    """Open a directory to fill; made with ``mode`` if it is not there.
+
+    Returns:
+        The descriptor, open while ``stack`` is, and a function that removes the directory again;
+        ``None`` if it was there before.
+
+    Raises:
+        OSError: as for `open_directory`; ``ENOTEMPTY`` for one that has something in it.
+    """
+    remove = None
+    with contextlib.suppress(IsADirectoryError):  # a path such as "." is that of one
+        parent, name = open_parent(path)
+        stack.callback(os.close, parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, mode, dir_fd=parent)
+            remove = functools.partial(os.rmdir, name, dir_fd=parent)
+    try:
+        root = open_directory(path) if remove is None else os.open(name, _DIRECTORY, dir_fd=parent)
+        stack.callback(os.close, root)
+        if os.listdir(root):
+            raise OSError(
+                errno.ENOTEMPTY, "it is not empty: name a directory that is, or a new one"
+            )
+    except OSError:
+        if remove is not None:
+            with contextlib.suppress(OSError):
+                remove()
+        raise
+    return root, remove
 
 
 def _walk(path: str, make: int | None) -> int:
@@ -91,8 +141,6 @@ def _walk(path: str, make: int | None) -> int:
             finally:
                 os.close(there)
             todo.extend(reversed(target.split("/")))
-            # What a link leads to must be there: nothing is made beyond one.
-            make = None
             if target.startswith("/"):
                 new = os.open("/", _START)
                 os.close(here)

@@ -25,6 +25,7 @@ import attrs
 import trio
 
 from .._errors import MountError
+from .._paths import open_directory
 from .files import disk_errors
 
 __all__ = ["OpenScratch", "detach_stale", "open_mount"]
@@ -148,8 +149,9 @@ def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) ->
         overlay = _prepare(trees, place, writable=writable)
     with ExitStack() as stack:
         try:
-            target = _opened(stack, path)
-            if os.listdir(_name(target)):
+            target = open_directory(path)
+            stack.callback(os.close, target)
+            if os.listdir(target):
                 # What is in it would be out of sight; and it may be somebody's mount.
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
         except OSError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
 import stat
@@ -21,7 +20,7 @@ import attrs
 
 from .._entries import Entry, ExportReport
 from .._errors import ExportError
-from .._paths import open_directory, open_parent
+from .._paths import open_empty_directory
 from .contents import Source, damaged, reading
 from .directories import Directories, split
 
@@ -30,7 +29,6 @@ __all__ = ["export"]
 logger = logging.getLogger(__name__)
 
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NODES: Final = {
     "char": stat.S_IFCHR,
@@ -81,7 +79,7 @@ def export(
     entries = source.walk() or _NOTHING
     with contextlib.ExitStack() as stack:
         try:
-            root, remove = _open_target(stack, target)
+            root, remove = open_empty_directory(stack, target, mode=0o700)
         except OSError as error:
             raise ExportError(os.fspath(target), error.strerror) from error
         writer = _Writer(source, target, root, check_cancelled)
@@ -102,37 +100,6 @@ def export(
             raise
         finally:
             writer.close()
-
-
-def _open_target(
-    stack: contextlib.ExitStack, target: Path
-) -> tuple[int, Callable[[], None] | None]:
-    """Open an empty directory, while ``stack`` is; if it was made for that, how to remove it."""
-    remove = None
-    try:
-        parent, name = open_parent(target)
-    except IsADirectoryError:
-        root = open_directory(target)
-    else:
-        stack.callback(os.close, parent)
-        try:
-            os.mkdir(name, 0o700, dir_fd=parent)
-        except FileExistsError:
-            root = open_directory(target)
-        else:
-            remove = functools.partial(os.rmdir, name, dir_fd=parent)
-            try:
-                root = os.open(name, _DIRECTORY, dir_fd=parent)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    remove()
-                raise
-    stack.callback(os.close, root)
-    if os.listdir(root):
-        raise FileExistsError(
-            errno.ENOTEMPTY, "it is not empty: name a directory that is, or a new one"
-        )
-    return root, remove
 
 
 @final
