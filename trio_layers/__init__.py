@@ -80,6 +80,7 @@ from ._store.catalog import StoredImage as StoredImage
 from ._store.check import CheckReport as CheckReport
 from ._store.check import Problem as Problem
 from ._store.collect import Collected as Collected
+from ._store.collect import MountedTree as MountedTree
 from ._store.directory import DirectoryStore as DirectoryStore
 from ._store.memory import MemoryLayer as MemoryLayer
 from ._store.memory import MemoryStore as MemoryStore

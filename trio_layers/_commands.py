@@ -453,12 +453,16 @@ async def _gc(arguments: argparse.Namespace) -> int:
     async with open_store(arguments.store) as store:
         collected = await store.collect(dry_run=arguments.dry_run)
     counts = attrs.asdict(collected)
+    mounted = counts.pop("mounted")
     if arguments.json:
-        print(json.dumps(counts))
+        print(json.dumps({**counts, "mounted": mounted} if mounted else counts))
     else:
         size = counts.pop("size")
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
         print(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+        for tree in collected.mounted:
+            where = ", ".join(shown(target) for target in tree.targets) or "out of sight"
+            print(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
 

@@ -345,7 +345,9 @@ class DirectoryStore:
             layer = await self.find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-        return RootfsView(self._merged(layer), self._unpacker, self._scratch.name)
+        return RootfsView(
+            self._merged(layer), self._unpacker, self._scratch.name, self._holds.holding_trees
+        )
 
     # Blobs.
 

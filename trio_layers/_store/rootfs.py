@@ -5,13 +5,19 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Collection, Generator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+)
 from pathlib import Path
-from typing import Final, Protocol, final
+from typing import Final, Protocol, TypeAlias, final
 
 import trio
 
+from .._digest import Digest
 from .._entries import Entry, ExportReport
 from ..abc import BinaryFile
 from .merged import MergedTree, path_error
@@ -20,6 +26,9 @@ from .mount import OpenScratch, open_mount
 __all__ = ["Exporter", "RootfsView"]
 
 _CHUNK: Final = 1 << 20
+
+HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManager[None]]
+"""Keeps trees in the store for a block; see `Holds.holding_trees`."""
 
 
 class Exporter(Protocol):
@@ -62,10 +71,17 @@ class RootfsView:
     `DirectoryStore.lease`; the block of a pull holds one.
     """
 
-    def __init__(self, tree: MergedTree, exporter: Exporter, scratch: OpenScratch) -> None:
+    def __init__(
+        self,
+        tree: MergedTree,
+        exporter: Exporter,
+        scratch: OpenScratch,
+        hold: HoldTrees | None = None,
+    ) -> None:
         self._tree = tree
         self._exporter = exporter
         self._scratch = scratch
+        self._hold = hold
 
     async def stat(self, path: str | bytes, *, follow_symlinks: bool = True) -> Entry:
         """What is there; its ``path`` is the real one.
@@ -214,7 +230,9 @@ class RootfsView:
         Leaving unmounts it, whatever happens in the block, and is not cancelled. It goes with all
         that was mounted in it, though it be in use: whoever has a file of it open keeps that.
         Entering is cancelled before the mount is made, or not at all. A process that is killed
-        leaves its mount. The next to open the store takes it away, unless a target was given.
+        leaves its mount. The next to open the store takes it away, unless a target was given. As
+        long as such a mount, or a copy of one in another mount namespace, is to be seen,
+        `DirectoryStore.collect` spares the trees in it; one that was detached lazily is not.
 
         Args:
             target: Where to: an empty directory, which stays. ``None``: a new one, which does not.
@@ -231,7 +249,20 @@ class RootfsView:
                 options, about 220); or if it does not mount them for another reason.
             StoreError: for what the disk does.
         """
-        return open_mount(self._tree.trees, target, scratch=self._scratch, writable=writable)
+        return self._mount(target, writable)
+
+    @asynccontextmanager
+    async def _mount(
+        self, target: str | os.PathLike[str] | None, writable: bool
+    ) -> AsyncIterator[Path]:
+        trees = self._tree.trees
+        async with AsyncExitStack() as stack:
+            if self._hold is not None:
+                digests = [Digest(f"sha256:{tree.name}") for tree in dict.fromkeys(trees)]
+                await stack.enter_async_context(self._hold(digests))
+            yield await stack.enter_async_context(
+                open_mount(trees, target, scratch=self._scratch, writable=writable)
+            )
 
     async def _load(self) -> None:
         if self._tree.loaded:
