@@ -35,6 +35,7 @@ LEVELS: dict[str, int] = {
     "_acl": 0,
     "_entries": 0,
     "_choice": 0,
+    "_paths": 0,
     # The base: what the rooms agree on.
     "abc": 1,
     "_progress": 1,
@@ -92,7 +93,9 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "tomllib": frozenset({"_registry"}),
     "ssl": frozenset({"_registry", "testing"}),
 }
-FILES = frozenset({"_archives", "_logins", "_store", "_unpack", "_worker", "_workers", "testing"})
+FILES = frozenset(
+    {"_archives", "_logins", "_paths", "_store", "_unpack", "_worker", "_workers", "testing"}
+)
 """Who may open files, and call `os` for more than the process's own circumstances."""
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}

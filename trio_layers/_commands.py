@@ -176,6 +176,11 @@ def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination", metavar="DEST", help="a directory, empty or new; -: a tar to stdout"
     )
+    parser.add_argument(
+        "--root-metadata",
+        action="store_true",
+        help="give DEST owner, mode, time and attributes of the image's root",
+    )
 
 
 async def _rootfs(arguments: argparse.Namespace) -> int:
@@ -184,7 +189,9 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
         if stdout is not None:
             await image.rootfs.export_tar(stdout)
             return 0
-        report = await image.rootfs.export(arguments.destination)
+        report = await image.rootfs.export(
+            arguments.destination, root_metadata=arguments.root_metadata
+        )
     if not report.complete:
         missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
         text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)
@@ -446,12 +453,16 @@ async def _gc(arguments: argparse.Namespace) -> int:
     async with open_store(arguments.store) as store:
         collected = await store.collect(dry_run=arguments.dry_run)
     counts = attrs.asdict(collected)
+    mounted = counts.pop("mounted")
     if arguments.json:
-        print(json.dumps(counts))
+        print(json.dumps({**counts, "mounted": mounted} if mounted else counts))
     else:
         size = counts.pop("size")
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
         print(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+        for tree in collected.mounted:
+            where = ", ".join(shown(target) for target in tree.targets) or "out of sight"
+            print(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "StoreClosed",
     "StoreError",
     "StoreFull",
+    "StoreNotFound",
     "StoreReadOnly",
     "TransferCancelled",
     "TransferError",
@@ -290,6 +291,11 @@ class StoreReadOnly(StoreError):
 class MountError(StoreError):
     """The layers cannot be mounted here, or not so many of them. Exporting them is no matter of
     the kernel."""
+
+
+class StoreNotFound(StoreError):
+    """A directory has no store in it, and none was to be made. Pull or import an image first, or
+    name another directory."""
 
 
 class UnsupportedStore(StoreError):

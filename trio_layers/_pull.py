@@ -75,6 +75,7 @@ async def open_store(
     path: str | os.PathLike[str],
     *,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
+    create: bool = True,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -86,8 +87,10 @@ async def open_store(
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         limits: How much a layer may hold that is unpacked in the block. Layers that are there
             stay, whatever they hold.
+        create: Whether a store is made where there is none.
 
     Raises:
+        StoreNotFound: if there is no store, and none is to be made.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
             user. Nothing in it is changed.
         StoreReadOnly: if it cannot be written.
@@ -96,7 +99,9 @@ async def open_store(
     Entering and leaving are checkpoints.
     """
     async with open_workers(limits) as workers:
-        opened = directory.open_store(path, unpacker=Unpacker(limits), builder=workers)
+        opened = directory.open_store(
+            path, unpacker=Unpacker(limits), builder=workers, create=create
+        )
         async with opened as store:
             yield store
 

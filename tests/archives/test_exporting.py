@@ -23,6 +23,7 @@ from archives.world import (
     small_image,
     tar_of,
 )
+from layers.swapping import plant_link, swapped
 from store.world import Stream, visible
 
 from trio_layers import (
@@ -275,6 +276,34 @@ async def test_what_appears_meanwhile_is_not_replaced(
             await export_images(store, NAME, target, format=format)
     assert target.read_bytes() == b"mine"
     assert sorted(os.listdir(tmp_path)) == ["store", "target"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be another user")
+@pytest.mark.parametrize("format", ["oci-archive", "oci"])
+@pytest.mark.parametrize("owner", [0, 1234])
+async def test_another_user_exchanges_the_directory_for_a_link(
+    tmp_path: Path, format: str, owner: int
+) -> None:
+    """The archive is in that user's directory, or nowhere."""
+    real, link, victim = plant_link(tmp_path, owner=owner)
+    done = refused = 0
+    async with opened(tmp_path / "store") as store:
+        await put(store, IMAGES["nothing"])
+        with swapped(real, link):
+            for number in range(3000):
+                if min(done, refused) > 20:
+                    break
+                try:
+                    await export_images(store, NAME, real / f"{number}", format=format)
+                except ExportError:
+                    refused += 1
+                else:
+                    done += 1
+                assert os.listdir(victim) == []
+    there = {name for path in (real, link) for name in os.listdir(path)}
+    assert len(there) == done
+    assert done
+    assert refused
 
 
 @pytest.mark.parametrize("format", FORMATS)

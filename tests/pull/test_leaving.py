@@ -1,4 +1,4 @@
-"""Pullers and stores are left while pulls run in other tasks: each pull ends, with a typed error."""
+"""Pullers and stores are left while pulls run in other tasks: each pull ends, typed errors only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from trio_layers import (
     ManagerClosed,
     Puller,
     StoreClosed,
+    StoreError,
     open_puller,
     open_store,
 )
@@ -111,6 +112,65 @@ async def check_view(image: Image) -> None:
     with pytest.raises(StoreClosed):
         async with view.mount():
             pass
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["not-loaded", "loaded"])
+async def test_a_view_of_an_image_that_was_removed(loaded: bool, tmp_path: Path) -> None:
+    """The files are gone, which is no answer to the question whether the image has them."""
+    async with open_registry() as registry, open_puller(tmp_path / "store") as puller:
+        async with puller.pull(registry.add(IMAGE, NAME)) as image:
+            view = image.rootfs
+            if loaded:
+                await view.walk()
+        await puller.store.remove(image.reference)
+        await puller.store.collect()
+        with pytest.raises(StoreError, match="pull"):
+            await view.read_bytes("a-1")
+        with pytest.raises(StoreError, match="pull"):
+            async with view.open("a-1"):
+                pass
+        with pytest.raises(StoreError, match="pull"):
+            await view.export(tmp_path / "out")
+        with pytest.raises(StoreError, match="pull"):
+            await view.export_tar(Discard())
+        with pytest.raises(StoreError):
+            async with view.mount():
+                pass
+        if not loaded:
+            with pytest.raises(StoreError, match="pull"):
+                await view.exists("a-1")
+
+
+class Discard(trio.abc.SendStream):
+    async def send_all(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_mount_that_outlives_its_store(tmp_path: Path) -> None:
+    """It is gone with the store: another process may remove the layers under it."""
+    async with open_registry() as registry, trio.open_nursery() as outside:
+        mounted, go_on = trio.Event(), trio.Event()
+
+        async def use(puller: Puller) -> None:
+            async with puller.pull(reference) as image, image.rootfs.mount(tmp_path / "t"):
+                assert os.listdir(tmp_path / "t")
+                mounted.set()
+                await go_on.wait()
+                assert os.listdir(tmp_path / "t") == []
+
+        reference = registry.add(IMAGE, NAME)
+        (tmp_path / "t").mkdir()
+        async with open_puller(tmp_path / "store") as puller:
+            outside.start_soon(use, puller)
+            await mounted.wait()
+        assert_nothing_left(tmp_path / "store")
+        go_on.set()
 
 
 async def test_random_times(tmp_path: Path) -> None:

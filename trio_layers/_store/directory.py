@@ -43,8 +43,8 @@ from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
-from .files import disk_errors, replace_file
-from .layout import index_document, open_directory
+from .files import replace_file
+from .layout import index_document, locate, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
 from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
@@ -61,7 +61,11 @@ _NOTHING: Final[Mapping[Digest, bytes]] = {}
 
 @asynccontextmanager
 async def open_store(
-    path: str | os.PathLike[str], *, unpacker: Unpacker, builder: Builder | None = None
+    path: str | os.PathLike[str],
+    *,
+    unpacker: Unpacker,
+    builder: Builder | None = None,
+    create: bool = True,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -69,8 +73,10 @@ async def open_store(
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         unpacker: Makes trees of layers.
         builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
+        create: Whether a store is made where there is none.
 
     Raises:
+        StoreNotFound: if there is no store, and none is to be made.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
             user. Nothing in it is changed.
         StoreReadOnly: if it cannot be written.
@@ -79,8 +85,9 @@ async def open_store(
     Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
     where the block fails or is cancelled, the next who opens the store does.
     """
-    root = await trio.to_thread.run_sync(_resolved, Path(path))
-    connection = await while_busy(partial(trio.to_thread.run_sync, open_directory, root))
+    root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
+    opening = partial(trio.to_thread.run_sync, partial(open_directory, root, create=create))
+    connection = await while_busy(opening)
     catalog = Catalog(connection, root)
     try:
         async with (
@@ -355,7 +362,13 @@ class DirectoryStore:
             layer = await self.find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-        return RootfsView(self._merged(layer), self._unpacker, self._scratch.name)
+        return RootfsView(
+            self._merged(layer),
+            self._unpacker,
+            self._scratch.name,
+            self._lifetime,
+            self._holds.holding_trees,
+        )
 
     # Blobs.
 
@@ -691,9 +704,3 @@ def _tar_size(connection: sqlite3.Connection, chain_id: ChainID) -> int:
     if tree is None:
         raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
     return tree.size
-
-
-def _resolved(path: Path) -> Path:
-    # Path.resolve raises RuntimeError for links that lead in a circle, before Python 3.13.
-    with disk_errors(path):
-        return Path(os.path.realpath(path))

@@ -19,8 +19,9 @@ from typing import Final, TypeVarTuple
 import attrs
 
 from .._digest import Digest
-from .._errors import ManifestError, UnsupportedStore
+from .._errors import ManifestError, StoreNotFound, UnsupportedStore
 from .._manifest import Descriptor, Manifest, decode_manifest
+from .._paths import real_path
 from .._platform import parse_platform
 from .catalog import (
     APPLICATION_ID,
@@ -43,7 +44,14 @@ from .files import (
     unlock,
 )
 
-__all__ = ["INDEX_ANNOTATION", "OCI_LAYOUT", "Flavour", "index_document", "open_directory"]
+__all__ = [
+    "INDEX_ANNOTATION",
+    "OCI_LAYOUT",
+    "Flavour",
+    "index_document",
+    "locate",
+    "open_directory",
+]
 
 Ts = TypeVarTuple("Ts")
 
@@ -64,6 +72,8 @@ OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_ANNOTATION: Final = "trio-layers.index"
 """In a layout's index, of an image: the digest of the index it was chosen from, a blob of the
 layout that nothing else points to."""
+
+_NO_STORE: Final = "there is no store in {}: pull or import an image into it, or name another one"
 
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 
@@ -107,22 +117,49 @@ class Flavour:
         )
 
 
-def open_directory(root: Path) -> sqlite3.Connection:
-    """Open the store in ``root``, made if there is nothing, and return its catalog.
+def locate(path: Path, *, create: bool) -> Path:
+    """Return the real path of a store's directory.
+
+    The directory is made, with those on the way to it, if it is not there and ``create``. No link
+    is followed that another user could have planted.
+
+    Raises:
+        StoreNotFound: if the directory is not there, and is not to be made.
+        UnsupportedStore: if ``path`` is no directory.
+        StoreError: for what the disk does.
+    """
+    with disk_errors(path):
+        try:
+            return Path(real_path(path, make=0o700 if create else None))
+        except FileNotFoundError:
+            if create:
+                raise
+            raise StoreNotFound(_NO_STORE.format(path)) from None
+        except NotADirectoryError:
+            raise UnsupportedStore(
+                f"{path} is not a directory: choose another path for the store"
+            ) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UnsupportedStore(f"{path} is not a directory: {error.strerror}") from None
+
+
+def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
+    """Open the store in ``root``, and return its catalog.
 
     Runs in a worker thread of trio; waiting for another process that makes it can be cancelled.
 
+    Args:
+        root: The directory, as from `locate`.
+        create: Whether a store is made if the directory has none yet.
+
     Raises:
+        StoreNotFound: if there is no store, and none is to be made.
         UnsupportedStore: if it is not a store, or not one for us. Nothing in it is changed.
         StoreError: for what the disk does.
     """
     with disk_errors(root):
-        try:
-            root.mkdir(0o700, parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UnsupportedStore(
-                f"{root} is not a directory: choose another path for the store"
-            ) from None
         if root.stat().st_uid != os.geteuid():
             raise UnsupportedStore(
                 f"{root} belongs to user {root.stat().st_uid}, and this is user {os.geteuid()}: "
@@ -135,7 +172,7 @@ def open_directory(root: Path) -> sqlite3.Connection:
                 "choose a directory on a disk of this machine"
             )
         with lock_directory(root):
-            return _open_locked(root)
+            return _open_locked(root, create=create)
 
 
 def index_document(images: Iterable[StoredImage]) -> bytes:
@@ -166,9 +203,11 @@ def index_document(images: Iterable[StoredImage]) -> bytes:
     return json.dumps(index, indent=1).encode() + b"\n"
 
 
-def _open_locked(root: Path) -> sqlite3.Connection:
+def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
     made = _recognise(root)
     if not made:
+        if not create:
+            raise StoreNotFound(_NO_STORE.format(root))
         _take(root)
     connection = connect(root / _CATALOG)
     try:

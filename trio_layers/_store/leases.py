@@ -20,7 +20,7 @@ from .._digest import ChainID, Digest
 from .._errors import StoreBusy, StoreError
 from .._lifetime import Lifetime, while_open
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog, add_leases, drop_leases
+from .catalog import Catalog, add_leases, drop_leases, find_tree
 
 __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
@@ -81,6 +81,20 @@ class Holds:
             yield
         finally:
             self.let_go([digest])
+
+    @asynccontextmanager
+    async def holding_trees(self, trees: Collection[Digest]) -> AsyncIterator[None]:
+        """Hold trees for the block.
+
+        Raises:
+            StoreError: if one of them was removed before.
+        """
+        await self.hold(trees)
+        try:
+            await self._catalog.read(_expect_trees, trees)
+            yield
+        finally:
+            self.let_go(trees)
 
     async def hold_with(
         self, digest: Digest, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts
@@ -181,6 +195,12 @@ class Holds:
         self._sure.difference_update(set(digests) - self._written)
         self._written.update(digests)
         return result
+
+
+def _expect_trees(connection: sqlite3.Connection, trees: Collection[Digest]) -> None:
+    for tree in trees:
+        if find_tree(connection, tree) is None:
+            raise StoreError(f"tree {tree} was removed from the store: pull an image that has it")
 
 
 @contextmanager

@@ -29,6 +29,9 @@ _MAX_LINKS: Final = 40
 # What says that the process or the system is at its limits, and nothing about the store.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
+# What a file that should be there fails with: its tree was removed, or somebody changed it.
+_GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
 # How many entries between two looks whether to go on: a few milliseconds.
 _STRIDE: Final = 1024
 
@@ -201,6 +204,12 @@ class MergedTree:
             finally:
                 os.close(here)
         except OSError as error:
+            if error.errno in _GONE:
+                name = path.decode("utf-8", "backslashreplace")[:256]
+                raise StoreError(
+                    f"{name!r} cannot be read from the store ({error.strerror}): its layer was "
+                    "removed or changed; pull the image again"
+                ) from error
             raise path_error(error.errno or errno.EIO, path) from error
 
     def walk(self) -> list[Entry]:

@@ -30,6 +30,7 @@ from .._nursery import open_hidden_nursery
 from .catalog import Catalog, drop_leases, find_holders
 from .files import disk_errors, file_name, remove_directory, try_lock, unlock
 from .mount import detach_stale
+from .mounts import is_mounted
 
 __all__ = ["HeldLock", "Scratch", "Watch", "hold_lock", "open_scratch"]
 
@@ -190,7 +191,7 @@ class Scratch:
         finally:
             self._discarding += 1
             try:
-                if await clean_up_in_thread(self.discard, path):
+                if await clean_up_in_thread(self._discard_unused, path):
                     self._waste.set()
             except OSError as error:
                 # It still bears our name, and is swept when the store is left.
@@ -199,6 +200,10 @@ class Scratch:
                 self._discarding -= 1
                 self._discarded.set()
                 self._discarded = trio.Event()
+
+    def _discard_unused(self, path: Path) -> bool:
+        """Like `discard`, unless another mount namespace has a copy of what is mounted."""
+        return not (path.suffix == ".mount" and is_mounted(path)) and self.discard(path)
 
     async def sweep(self) -> None:
         """Remove all that bears our name. Cancelled, it leaves the rest to another sweep."""
@@ -276,6 +281,8 @@ class Scratch:
             try:
                 if name.endswith(".mount"):
                     detach_stale(path)
+                    if is_mounted(path):
+                        continue  # its mark and what is written in it are in use
                 if path.is_dir() and not path.is_symlink():
                     remove_directory(
                         path,
