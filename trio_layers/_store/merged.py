@@ -205,9 +205,9 @@ class MergedTree:
                 os.close(here)
         except OSError as error:
             if error.errno in _GONE:
-                name = path.decode("utf-8", "backslashreplace")[:256]
+                shown = path.decode("utf-8", "backslashreplace")[:256]
                 raise StoreError(
-                    f"{name!r} cannot be read from the store ({error.strerror}): its layer was "
+                    f"{shown!r} cannot be read from the store ({error.strerror}): its layer was "
                     "removed or changed; pull the image again"
                 ) from error
             raise path_error(error.errno or errno.EIO, path) from error
