@@ -37,10 +37,10 @@ logger = logging.getLogger("trio_layers.engine")
 
 CONTEXT_CANCELED: Final = "context canceled"
 
-Work: TypeAlias = Callable[["Transfer"], Awaitable["Layer | Exception"]]
-"""What a transfer does, inside its cancel scope. It returns the layer, a reference to which it
-hands over, or an error that another transfer ended with (raised again, that one object would
-gather the tracebacks of all who share it)."""
+Work: TypeAlias = Callable[["Transfer"], Awaitable["Exception | None"]]
+"""What a transfer does, inside its cancel scope. It puts the layer into `Transfer.layer` as soon as
+the store has returned it. It returns ``None``, or an error that another transfer ended with (raised
+again, that one object would gather the tracebacks of all who share it)."""
 
 
 class Watcher(Protocol):
@@ -58,7 +58,7 @@ class Transfer:
         slot: Set once it may move data; never, for one that needs no slot.
         inactive: Set once it moves no more data.
         done: Set once it has ended: `layer` or `error` is there.
-        layer: What it registered, if it succeeded.
+        layer: What it registered; once it is done, only if it succeeded.
         error: What it failed with. One object, shared: see `own_error`.
         if_cancelled: What a cancellation means at this point: the text of the error.
     """
@@ -164,7 +164,7 @@ class Transfer:
 
     async def _run(self, work: Work) -> None:
         # This stands if the cancellation comes from outside, which only the manager's end does.
-        outcome: Layer | Exception = ManagerClosed("the download manager was closed")
+        outcome: Exception | None = ManagerClosed("the download manager was closed")
         try:
             with self.scope:
                 outcome = await work(self)
@@ -183,16 +183,15 @@ class Transfer:
         finally:
             self._end(outcome)
 
-    def _end(self, outcome: Layer | Exception) -> None:
+    def _end(self, outcome: Exception | None) -> None:
         """The one step in which a transfer ends. There is no checkpoint in it, and the slot
         goes last: a pull that fails lets go of its other layers before one of them could have
         it."""
         self._table.drop(self._key)
-        if isinstance(outcome, Exception):
+        if outcome is not None:
             self.error = outcome
+            self._release()
             logger.debug("transfer %s: %s", self._key.hex()[:12], text_of(outcome))
-        else:
-            self.layer = outcome
         self.done.set()
         self._close()
         self._let_go_of_others()
