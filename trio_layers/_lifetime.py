@@ -8,11 +8,11 @@ end. Only then does the block close its resources, so no call ever meets a close
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import final
 
 import trio
 
+from ._blocks import opens_block
 from ._errors import LayersError
 
 __all__ = ["Lifetime"]
@@ -46,7 +46,7 @@ class Lifetime:
         if not self._open:
             raise self._error()
 
-    @asynccontextmanager
+    @opens_block
     async def use(self) -> AsyncIterator[None]:
         """Run one call in the block. `close` cancels it, and it raises the error of a closed
         object then. A call may contain others on the same object.

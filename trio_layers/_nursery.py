@@ -48,9 +48,10 @@ class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
         traceback: TracebackType | None,
     ) -> bool | None:
         try:
-            if not isinstance(raised, Exception):
+            if raised is None or _has_cancelled(raised):
                 return await self._manager.__aexit__(kind, raised, traceback)
-            # trio's nursery makes a text of what its body raised, and stays open if that fails.
+            # Only a cancellation is a matter of trio's nursery. Of other errors it makes a text,
+            # and stays open if that fails; and it breaks up groups.
             self._nursery.cancel_scope.cancel()
             await self._manager.__aexit__(None, None, None)
             return False
@@ -74,17 +75,16 @@ class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
 def _what_matters(
     group: BaseExceptionGroup[BaseException], raised: BaseException | None
 ) -> BaseException:
-    """The one exception that the caller should see of a nursery's group, or the group.
-
-    What the body raised counts, whether the group has it or not.
-    """
+    """The one exception that the caller should see of a nursery's group and its body, or a group
+    of several."""
     errors = [error for error in group.exceptions if not _is_cancelled(error)]
-    if isinstance(raised, Exception):
-        errors.insert(0, raised)
+    if raised is not None and not _has_cancelled(raised):
+        if not errors:
+            return raised
         group = BaseExceptionGroup(group.message, [raised, *group.exceptions])
-    if not errors:
+    elif not errors:
         return _any_leaf(group)
-    if len(errors) == 1 and (errors[0] is raised or isinstance(errors[0], Exception)):
+    elif len(errors) == 1 and (errors[0] is raised or isinstance(errors[0], Exception)):
         return errors[0]
     return interruption_in(group) or group
 
@@ -118,6 +118,10 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(part)
     else:
         yield error
+
+
+def _has_cancelled(error: BaseException) -> bool:
+    return any(isinstance(leaf, trio.Cancelled) for leaf in _leaves(error))
 
 
 def _is_cancelled(error: BaseException) -> bool:

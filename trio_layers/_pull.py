@@ -10,6 +10,7 @@ from typing import Final, Literal, TypeAlias, final
 import attrs
 import trio
 
+from ._blocks import opens_block
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
 from ._errors import StoreError
@@ -69,7 +70,7 @@ class Image:
     rootfs: RootfsView = attrs.field(eq=False, repr=False)
 
 
-@asynccontextmanager
+@opens_block
 async def open_store(
     path: str | os.PathLike[str],
     *,
@@ -100,7 +101,7 @@ async def open_store(
             yield store
 
 
-@asynccontextmanager
+@opens_block
 async def open_puller(
     store: str | os.PathLike[str] | DirectoryStore,
     *,
@@ -227,7 +228,7 @@ class Puller:
             head_first=bool(await self._store.images(str(reference))),
         )
 
-    @asynccontextmanager
+    @opens_block
     async def pull(
         self,
         reference: str | Reference,

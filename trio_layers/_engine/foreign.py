@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import final
 
 import trio
@@ -81,7 +81,6 @@ def log(level: int, message: str, *args: object, error: BaseException | None = N
         pass  # the handlers of `logging` itself print such errors
 
 
-@trio.lowlevel.disable_ki_protection
 async def tell(sink: ProgressSink, event: Progress) -> None:
     """Hand an event to a sink, which Ctrl-C may interrupt.
 
@@ -94,6 +93,15 @@ async def tell(sink: ProgressSink, event: Progress) -> None:
             f"progress={_name_of(sink)} is not asynchronous: pass an async function that takes "
             "a Progress, such as send_channel.send"
         )
+    try:
+        await _interruptible(answer)
+    finally:
+        if inspect.iscoroutine(answer):
+            answer.close()  # it may not have begun
+
+
+@trio.lowlevel.disable_ki_protection
+async def _interruptible(answer: Awaitable[object]) -> None:
     await answer
 
 

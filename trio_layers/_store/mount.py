@@ -16,7 +16,7 @@ import functools
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from typing import Final
 import attrs
 import trio
 
+from .._blocks import opens_block
 from .._errors import MountError
 from .files import disk_errors
 
@@ -64,7 +65,7 @@ _MNT_DETACH: Final = 0x2
 _UMOUNT_NOFOLLOW: Final = 0x8
 
 
-@asynccontextmanager
+@opens_block
 async def open_mount(
     trees: Sequence[Path],
     target: str | os.PathLike[str] | None,

@@ -6,12 +6,13 @@ import errno
 import io
 import os
 from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 from typing import Final, Protocol, final
 
 import trio
 
+from .._blocks import opens_block
 from .._entries import Entry, ExportReport
 from ..abc import BinaryFile
 from .merged import MergedTree, path_error
@@ -102,7 +103,7 @@ class RootfsView:
         """
         return await trio.to_thread.run_sync(self._read, path)
 
-    @asynccontextmanager
+    @opens_block
     async def open(self, path: str | bytes) -> AsyncIterator[BinaryFile]:
         """Open a file for the block, to be read from anywhere in it.
 
