@@ -13,12 +13,12 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TextIO, TypeAlias, final
 
 import attrs
 import trio
 
+from ._blocks import opens_block
 from ._nursery import open_hidden_nursery
 from ._progress import Progress, Status
 from .abc import ProgressSink
@@ -39,7 +39,7 @@ PATIENCE: Final = 1.0
 BACKLOG: Final = 256
 
 
-@asynccontextmanager
+@opens_block
 async def open_display(
     kind: DisplayKind = "auto", *, stream: TextIO | None = None
 ) -> AsyncIterator[ProgressSink]:

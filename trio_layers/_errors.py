@@ -326,5 +326,9 @@ class ExportError(LayersError):
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, or its type where it says nothing."""
-    return str(error) or type(error).__name__
+    """What an error says, or its type where it says nothing or cannot say it."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return text or type(error).__name__

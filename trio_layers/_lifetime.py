@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
 
 import trio
 
+from ._blocks import opens_block
 from ._errors import LayersError
 
 __all__ = ["Lifetime", "clean_up_in_thread", "while_open"]
@@ -65,7 +66,7 @@ class Lifetime:
         if not self._open:
             raise self._error()
 
-    @asynccontextmanager
+    @opens_block
     async def use(self) -> AsyncIterator[None]:
         """Run one call in the block. `close` cancels it, and it raises the error of a closed
         object then. A call may contain others on the same object.

@@ -2,54 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import final
 
 import trio
 
-__all__ = ["open_hidden_nursery"]
+from ._errors import text_of
+
+__all__ = ["interruption_in", "open_hidden_nursery"]
 
 
-@asynccontextmanager
-async def open_hidden_nursery() -> AsyncIterator[trio.Nursery]:
+def open_hidden_nursery() -> AbstractAsyncContextManager[trio.Nursery]:
     """Like `trio.open_nursery`, for a nursery that callers need not know of.
 
     What the body raises comes out as it is, and so does a single `Exception` of a task. Where
     several things went wrong, and for a task's `BaseException` that is no `Exception`, the
     group stays. Cancelled tasks do not count; if there is nothing else, one `trio.Cancelled`
-    comes out.
+    comes out. `KeyboardInterrupt` and `SystemExit` come out alone (see `interruption_in`),
+    wherever they were raised.
     """
-    raised: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            try:
-                yield nursery
-            except BaseException as error:
-                raised = error
-                raise
-    except BaseExceptionGroup as group:
-        alone = _what_matters(group, raised)
-        if alone is None:
-            raise
-    else:
-        return
-    # Raised out here: inside the handler the group would become the error's context.
-    try:
-        raise alone
-    finally:
-        del alone, raised  # they hold this frame
+    return _HiddenNursery()
+
+
+@final
+class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
+    # A class, not a generator under `asynccontextmanager`: Ctrl-C in the code of that would leave
+    # the nursery open.
+
+    def __init__(self) -> None:
+        self._manager = trio.open_nursery()
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> trio.Nursery:
+        self._nursery = await self._manager.__aenter__()
+        return self._nursery
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        try:
+            if raised is None or _has_cancelled(raised):
+                return await self._manager.__aexit__(kind, raised, traceback)
+            # Only a cancellation is a matter of trio's nursery. Of other errors it makes a text,
+            # and stays open if that fails; and it breaks up groups.
+            self._nursery.cancel_scope.cancel()
+            await self._manager.__aexit__(None, None, None)
+            return False
+        except BaseExceptionGroup as group:
+            error = _what_matters(group, raised)
+        if error is raised:
+            del error
+            return False
+        # Outside the handler, where the group would become the error's context. Python makes it
+        # what the body raised, as for trio's own nursery, which undoes it likewise.
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            value = sys.exc_info()[1]
+            assert value is not None
+            value.__context__ = context
+            del error, value, raised, context  # they hold this frame
 
 
 def _what_matters(
     group: BaseExceptionGroup[BaseException], raised: BaseException | None
-) -> BaseException | None:
-    """The one exception of a nursery's group that its caller should see, if there is one."""
+) -> BaseException:
+    """The one exception that the caller should see of a nursery's group and its body, or a group
+    of several."""
     errors = [error for error in group.exceptions if not _is_cancelled(error)]
-    if not errors:
+    if raised is not None and not _has_cancelled(raised):
+        if not errors:
+            return raised
+        group = BaseExceptionGroup(group.message, [raised, *group.exceptions])
+    elif not errors:
         return _any_leaf(group)
-    if len(errors) == 1 and (errors[0] is raised or isinstance(errors[0], Exception)):
+    elif len(errors) == 1 and (errors[0] is raised or isinstance(errors[0], Exception)):
         return errors[0]
-    return None
+    return interruption_in(group) or group
+
+
+def interruption_in(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The first `KeyboardInterrupt` or `SystemExit` of a group, to be raised alone.
+
+    The errors that came with it become its context, or notes where it has one.
+    """
+    for leaf in _leaves(group):
+        if isinstance(leaf, KeyboardInterrupt | SystemExit):
+            break
+    else:
+        return None
+    others = group.split(lambda error: error is leaf)[1]
+    if others is not None and others is not group:
+        others = others.split(trio.Cancelled)[1]
+    if others is not None:
+        if leaf.__context__ is None or _is_cancelled(leaf.__context__):
+            each = tuple(_leaves(others))
+            leaf.__context__ = each[0] if len(each) == 1 else others
+        else:
+            for error in _leaves(others):
+                leaf.add_note(f"At the same time: {type(error).__name__}: {text_of(error)}")
+    return leaf
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error
+
+
+def _has_cancelled(error: BaseException) -> bool:
+    return any(isinstance(leaf, trio.Cancelled) for leaf in _leaves(error))
 
 
 def _is_cancelled(error: BaseException) -> bool:

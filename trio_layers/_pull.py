@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Final, Literal, TypeAlias, final
 
 import attrs
 import trio
 
+from ._blocks import opens_block
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
 from ._errors import ManagerClosed, StoreError
@@ -70,7 +71,7 @@ class Image:
     rootfs: RootfsView = attrs.field(eq=False, repr=False)
 
 
-@asynccontextmanager
+@opens_block
 async def open_store(
     path: str | os.PathLike[str],
     *,
@@ -106,7 +107,7 @@ async def open_store(
             yield store
 
 
-@asynccontextmanager
+@opens_block
 async def open_puller(
     store: str | os.PathLike[str] | DirectoryStore,
     *,
@@ -242,7 +243,7 @@ class Puller:
             head_first=bool(await self._store.images(str(reference))),
         )
 
-    @asynccontextmanager
+    @opens_block
     async def pull(
         self,
         reference: str | Reference,

@@ -192,6 +192,13 @@ class Store:
                     self._give_back(parent.chain_id)
                 parent = above
 
+    def _hold(self, chain: str | None) -> StoredLayer | None:
+        """A parent, which stays while a layer is registered on it."""
+        if chain is None:
+            return None
+        self.references[chain] += 1
+        return self.layers[chain]
+
     def _add(
         self, content: bytes, parent: StoredLayer | None, *, drop_parent: bool = False
     ) -> StoredLayer:
@@ -218,14 +225,12 @@ class Store:
     ) -> StoredLayer:
         first = FirstRead(stream)
         record = {"parent": parent or "", "diff_id": None, "chain": None, "error": None}
+        # As moby's store: the pull that wanted the parent may let go of it meanwhile.
+        below = self._hold(parent)
         try:
             content = await decompressed(first)
-            diff_id = record["diff_id"] = diff_id_of(content)
-            work = self.work_on(diff_id)
-            with trio.CancelScope(shield=True):
-                await trio.sleep_until(trio.current_time() + work.get("seconds", 0))
-            if work.get("error"):
-                raise ScenarioError(work["error"])
+            record["diff_id"] = diff_id_of(content)
+            layer = await self._work_and_add(content, below)
         except DecompressionError:
             raise  # Docker's store is not asked before the stream is open
         except BaseException as error:
@@ -235,8 +240,8 @@ class Store:
             record["error"] = "context canceled" if cancelled else str(error)
             self.log["register"].append({"start": first.at, "end": now(), **record})
             raise
-        below = self.layers[parent] if parent is not None else None
-        layer = self._add(content, below, drop_parent=work.get("drop_parent", False))
+        finally:
+            self._give_back(parent)
         record["chain"] = layer.chain_id
         self.log["register"].append({"start": first.at, "end": now(), **record})
         return layer
@@ -245,15 +250,29 @@ class Store:
         """What registering a layer takes besides reading it."""
         return self._work.get(diff_id, self._work.get("*", {}))
 
-    def put(self, content: bytes, parent: str | None) -> StoredLayer:
-        """Register what a stage has unpacked."""
-        diff_id = diff_id_of(content)
-        below = self.layers[parent] if parent is not None else None
-        drop_parent = self.work_on(diff_id).get("drop_parent", False)
-        layer = self._add(content, below, drop_parent=drop_parent)
-        record = {"parent": parent or "", "diff_id": diff_id, "chain": layer.chain_id}
-        self.log["register"].append({"start": now(), "end": now(), **record, "error": None})
+    async def put(self, content: bytes, parent: str | None) -> StoredLayer:
+        """Register what a stage has unpacked: what follows the last read overlaps with nothing."""
+        diff_id, start = diff_id_of(content), now()
+        record = {"parent": parent or "", "diff_id": diff_id, "chain": None, "error": None}
+        below = self._hold(parent)
+        try:
+            layer = await self._work_and_add(content, below)
+            record["chain"] = layer.chain_id
+        except ScenarioError as error:
+            record["error"] = str(error)
+            raise
+        finally:
+            self._give_back(parent)
+            self.log["register"].append({"start": start, "end": now(), **record})
         return layer
+
+    async def _work_and_add(self, content: bytes, below: StoredLayer | None) -> StoredLayer:
+        work = self.work_on(diff_id_of(content))
+        with trio.CancelScope(shield=True):
+            await trio.sleep_until(trio.current_time() + work.get("seconds", 0))
+        if work.get("error"):
+            raise ScenarioError(work["error"])
+        return self._add(content, below, drop_parent=work.get("drop_parent", False))
 
     def release(self, layer: StoredLayer) -> None:
         self.log["release"].append([now(), layer.chain_id])
@@ -363,7 +382,7 @@ class Stage:
             if self.run.failure is not None:
                 raise self.run.failure
             await self.news.park()
-        return self._store.put(self.run.content, parent)
+        return await self._store.put(self.run.content, parent)
 
     def taken(self, run: Run) -> None:
         if run is self.run and self._progress is not None:
@@ -372,12 +391,7 @@ class Stage:
     async def _work(self, run: Run) -> None:
         with run.scope:
             try:
-                content = await decompressed(Arriving(self, run))
-                work = self._store.work_on(diff_id_of(content))
-                await trio.sleep_until(trio.current_time() + work.get("seconds", 0))
-                if work.get("error"):
-                    raise ScenarioError(work["error"])
-                run.content = content
+                run.content = await decompressed(Arriving(self, run))
             except Exception as error:
                 run.failure = error
             self.news.unpark_all()

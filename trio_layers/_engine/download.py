@@ -7,11 +7,11 @@ layer in `layer`, what is shared between pulls in `transfer`.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from typing import final
 
 import attrs
 
+from .._blocks import opens_block
 from .._digest import RootFS
 from .._lifetime import Lifetime
 from .._nursery import open_hidden_nursery
@@ -24,7 +24,7 @@ from .transfer import Transfers, manager_closed
 __all__ = ["DownloadManager", "DownloadStatistics", "open_download_manager"]
 
 
-@asynccontextmanager
+@opens_block
 async def open_download_manager(
     store: LayerStore,
     *,
@@ -116,7 +116,7 @@ class DownloadManager:
         slots = self._transfers.slots
         return DownloadStatistics(len(self._transfers), slots.borrowed, slots.queued, self._pulls)
 
-    @asynccontextmanager
+    @opens_block
     async def download(
         self,
         sources: Iterable[LayerSource],

@@ -49,20 +49,21 @@ class LayerJob:
     base: ChainID | None
     parent: Transfer | None
 
-    async def fetch(self, transfer: Transfer) -> Layer | Exception:
+    async def fetch(self, transfer: Transfer) -> Exception | None:
         """Download the layer and register it on its parent."""
         await transfer.slot.wait()
         if self.parent is not None and self.parent.error is not None:
             return self.parent.error
         if isinstance(self.store, StagingStore) and isinstance(self.source, StagedSource):
-            result = await self._fetch_staged(self.store, self.source, transfer)
+            error = await self._fetch_staged(self.store, self.source, transfer)
         else:
-            result = await self._fetch_streamed(transfer)
-        if isinstance(result, Exception):
-            return result
-        return self._hand_over(transfer, result, Status.PULL_COMPLETE)
+            error = await self._fetch_streamed(transfer)
+        # A pull that has let go of the layer sees nothing more of it.
+        if error is None and not transfer.scope.cancel_called:
+            transfer.report(Status.PULL_COMPLETE)
+        return error
 
-    async def _fetch_streamed(self, transfer: Transfer) -> Layer | Exception:
+    async def _fetch_streamed(self, transfer: Transfer) -> Exception | None:
         """The store unpacks what was downloaded when the parent is there."""
         stream, size = await self.retry.run(
             partial(self.source.download, transfer.report), transfer
@@ -77,42 +78,39 @@ class LayerJob:
                 await self.parent.done.wait()
                 if self.parent.error is not None:
                     return self.parent.error
-            return await self._register_stream(transfer, reader, self.source)
+            await self._register_stream(transfer, reader, self.source)
         finally:
             await reader.aclose()
+        return None
 
     async def _fetch_staged(
         self, store: StagingStore, source: StagedSource, transfer: Transfer
-    ) -> Layer | Exception:
+    ) -> Exception | None:
         """The store unpacks what arrives; when the parent is there it has only to be told."""
-        layer: Layer | None = None
-        try:
-            size = source.descriptor.size
+        size = source.descriptor.size
 
-            def waiting(count: int) -> None:
-                # Another process brings it: to people that is this pull's download.
-                transfer.report(Status.DOWNLOADING, count, size)
+        def waiting(count: int) -> None:
+            # Another process brings it: to people that is this pull's download.
+            transfer.report(Status.DOWNLOADING, count, size)
 
-            async with store.stage(source.descriptor, waiting) as stage:
-                attempt = partial(self._receive, source, stage, transfer)
-                error = await _unless_failed(stage, partial(self.retry.run, attempt, transfer))
+        async with store.stage(source.descriptor, waiting) as stage:
+            attempt = partial(self._receive, source, stage, transfer)
+            error = await _unless_failed(stage, partial(self.retry.run, attempt, transfer))
+            if error is not None:
+                return _registration_error(error)
+            transfer.if_cancelled = REGISTRATION_CANCELLED
+            transfer.now_inactive()
+            if self.parent is not None:
+                if not self.parent.done.is_set():
+                    error = await _unless_failed(stage, self.parent.done.wait)
+                if self.parent.error is not None:
+                    return self.parent.error
                 if error is not None:
                     return _registration_error(error)
-                transfer.if_cancelled = REGISTRATION_CANCELLED
-                transfer.now_inactive()
-                if self.parent is not None:
-                    if not self.parent.done.is_set():
-                        error = await _unless_failed(stage, self.parent.done.wait)
-                    if self.parent.error is not None:
-                        return self.parent.error
-                    if error is not None:
-                        return _registration_error(error)
-                layer = await self._register(transfer, stage.commit)
-        except BaseException:
-            if layer is not None:
-                self.store.release(layer)
-            raise
-        return layer
+            # A commit that has not begun is given up; one that has begun may finish.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            await self._register(transfer, stage.commit)
+        return None
 
     async def _receive(self, source: StagedSource, stage: Stage, transfer: Transfer) -> None:
         """One attempt at a download into a stage."""
@@ -127,7 +125,7 @@ class LayerJob:
 
     async def copy(
         self, original: Transfer, its_source: LayerSource, transfer: Transfer
-    ) -> Layer | Exception:
+    ) -> Exception | None:
         """Register the data of ``original``, a layer further down, once more."""
         transfer.if_cancelled = REGISTRATION_CANCELLED
         assert self.parent is not None
@@ -138,51 +136,43 @@ class LayerJob:
         assert original.layer is not None
         reader = LayerReader(await original.layer.tar_stream())
         try:
-            layer = await self._register_stream(transfer, reader, its_source)
+            await self._register_stream(transfer, reader, its_source)
         finally:
             await reader.aclose()
-        return self._hand_over(transfer, layer, None)
+        return None
 
     async def _register_stream(
         self, transfer: Transfer, reader: LayerReader, source: LayerSource
-    ) -> Layer:
+    ) -> None:
         descriptor = source.descriptor if isinstance(source, DescribedSource) else None
 
         async def register(parent: ChainID | None) -> Layer:
             return await self.store.register(reader, parent, descriptor)
 
-        return await self._register(transfer, register)
+        await self._register(transfer, register)
 
     async def _register(
         self, transfer: Transfer, register: Callable[[ChainID | None], Awaitable[Layer]]
-    ) -> Layer:
+    ) -> None:
+        """Hand the layer to the store, and then to the transfer, and tell the source.
+
+        A store may finish although the transfer was cancelled. The layer exists then, so the
+        source is told, as in moby, and the transfer, which nobody watches, releases the layer.
+        """
         below = self.base
         if self.parent is not None:
             assert self.parent.layer is not None
             below = self.parent.layer.chain_id
         try:
-            return await register(below)
+            transfer.layer = await register(below)
         except StoreClosed:
             raise
         except Exception as error:
             if transfer.scope.cancel_called:
                 raise TransferCancelled(REGISTRATION_CANCELLED) from error
             raise _registration_error(error) from error
-
-    def _hand_over(self, transfer: Transfer, layer: Layer, action: str | None) -> Layer:
-        """The last step, without a checkpoint: from here the layer is the transfer's."""
-        try:
-            # A store may finish although it was cancelled: nobody wants the layer then.
-            if transfer.scope.cancel_called:
-                raise TransferCancelled(REGISTRATION_CANCELLED)
-            if action is not None:
-                transfer.report(action)
-            if isinstance(self.source, DigestRegisterer):
-                self.source.registered(layer.diff_id)
-        except BaseException:
-            self.store.release(layer)
-            raise
-        return layer
+        if isinstance(self.source, DigestRegisterer):
+            self.source.registered(transfer.layer.diff_id)
 
 
 def _registration_error(error: Exception) -> RegistrationError | StoreClosed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import final
 
@@ -19,13 +20,12 @@ from .._errors import LayersError
 from .._nursery import open_hidden_nursery
 from .._progress import Progress, Status
 from ..abc import DigestRegisterer, Layer, LayerSource, ProgressSink
+from .foreign import log, tell
 from .layer import LayerJob
 from .retry import RetryPolicy
 from .transfer import Transfer, Transfers
 
 __all__ = ["Pull"]
-
-logger = logging.getLogger("trio_layers.engine")
 
 
 @final
@@ -47,7 +47,8 @@ class Pull:
         self._base = base
         self._sink = sink
         self._nursery: trio.Nursery | None = None
-        self._error: Exception | None = None
+        # Makes the error that the pull ends with: errors of others may run code when copied.
+        self._failure: Callable[[], Exception] | None = None
         self._result = base
         # The topmost layer that was there, while the pull has a reference to it.
         self._existing: Layer | None = None
@@ -57,57 +58,76 @@ class Pull:
         # Those that started no transfer of their own, by index: the pull closes them.
         self._unused = dict(enumerate(sources))
 
+    # Ctrl-C waits for the next checkpoint, in this task or the program's main one, except in sinks.
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> RootFS:
         try:
-            await trio.lowlevel.checkpoint()  # a pull that is cancelled already starts nothing
-            try:
-                async with open_hidden_nursery() as self._nursery:
-                    try:
-                        await self._get_all_layers()
-                    except Exception as error:
-                        self._fail(error)
-                    except BaseException:
-                        self._let_go()
-                        raise
-            except Exception:
-                # A sink with a nursery of its own failed when it was cancelled.
-                if self._error is None:
-                    raise
-            if self._error is not None:
-                raise self._error
+            await self._get_there()
+            if self._failure is not None:
+                raise self._failure()
             if self._watched:
                 self._release_existing()  # the layers above hold it now
             return self._result
         except BaseException:
-            self._let_go()
-            await self._wait_until_stopped()
-            self._release_existing()
+            try:
+                self._let_go()
+                self._transfers.foreign.run()
+            finally:
+                try:
+                    await self._wait_until_stopped()
+                finally:
+                    self._release_existing()
             raise
 
     def close_unused(self) -> None:
         """Close the sources that started no transfer; to be called once, after `run`."""
         for source in self._unused.values():
-            _close(source)
+            self._transfers.foreign.later(partial(_close, source), "closing a source failed")
+        self._transfers.foreign.run()
 
+    @trio.lowlevel.enable_ki_protection
     def release(self) -> None:
         self._let_go()
         self._release_existing()
+        self._transfers.foreign.run()
+
+    async def _get_there(self) -> None:
+        await trio.lowlevel.checkpoint()  # a pull that is cancelled already starts nothing
+        try:
+            async with open_hidden_nursery() as self._nursery:
+                try:
+                    await self._get_all_layers()
+                except Exception as error:
+                    self._fail(error)
+                except BaseException:
+                    self._let_go()
+                    self._transfers.foreign.run()
+                    raise
+        except Exception:
+            # A sink with a nursery of its own failed when it was cancelled.
+            if self._failure is None:
+                raise
 
     # How it ends.
 
     def transfer_ended(self, transfer: Transfer) -> None:
         if transfer.error is not None:
-            self._fail(transfer.own_error())
+            self._end_with(transfer.own_error)
 
     def _fail(self, error: Exception) -> None:
-        """End the pull with ``error``, unless something else has ended it."""
-        if self._error is not None:
+        self._end_with(lambda: error)
+        self._transfers.foreign.run()
+
+    def _end_with(self, failure: Callable[[], Exception]) -> None:
+        """End the pull with an error, unless something else has ended it."""
+        if self._failure is not None:
             return
-        self._error = error
+        self._failure = failure
         self._let_go()
         assert self._nursery is not None
         self._nursery.start_soon(self._wind_up, self._nursery.cancel_scope)
 
+    @trio.lowlevel.enable_ki_protection
     async def _wind_up(self, scope: trio.CancelScope) -> None:
         # The tasks that deliver progress have been woken by now, and run in this step of the
         # scheduler or have run: whoever is idle still gets the last event.
@@ -133,7 +153,7 @@ class Pull:
     def _release_existing(self) -> None:
         layer, self._existing = self._existing, None
         if layer is not None:
-            self._store.release(layer)
+            self._transfers.release_later(layer)
 
     # How it gets there.
 
@@ -155,6 +175,7 @@ class Pull:
         below = self._watched
         self._let_go()
         self._watched.append(top)
+        self._transfers.foreign.run()
         for transfer in below:
             # One may still run if what is above it was joined, and stands on another's.
             if not transfer.done.is_set():
@@ -173,9 +194,10 @@ class Pull:
                 break
             self._release_existing()
             self._existing = layer
+            self._transfers.foreign.run()
             diff_ids.append(diff_id)
             if self._sink is not None:  # else it is enough that the store was asked
-                await self._sink(Progress(source.id, Status.ALREADY_EXISTS))
+                await tell(self._sink, Progress(source.id, Status.ALREADY_EXISTS))
             if isinstance(source, DigestRegisterer):
                 source.registered(diff_id)
         return RootFS(diff_ids)
@@ -201,7 +223,7 @@ class Pull:
             while (transfer := self._transfers.get(key)) and transfer.scope.cancel_called:
                 await transfer.done.wait()
             # From here to the end of the round there is no checkpoint.
-            if self._error is not None:
+            if self._failure is not None:
                 return None
             if transfer is None:
                 transfer = self._start(key, index, base, parent, repeated)
@@ -260,10 +282,11 @@ class Pull:
 
     async def _tell(self, source: LayerSource, action: str) -> None:
         if self._sink is not None:
-            await self._sink(Progress(source.id, action))
+            await tell(self._sink, Progress(source.id, action))
         else:
             await trio.lowlevel.checkpoint()
 
+    @trio.lowlevel.enable_ki_protection
     async def _deliver(self, transfer: Transfer, id: str, sink: ProgressSink) -> None:
         try:
             await transfer.deliver(self, id, sink)
@@ -287,8 +310,8 @@ def _key_on(below: bytes, key: str) -> bytes:
 def _close(source: LayerSource) -> None:
     try:
         source.close()
-    except Exception:
-        logger.exception("closing the source of layer %s failed", source.id)
+    except Exception as error:
+        log(logging.ERROR, "closing the source of layer %s failed", source.id, error=error)
 
 
 def _nothing() -> None:

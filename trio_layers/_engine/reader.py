@@ -11,10 +11,9 @@ from typing import TypeAlias, final
 import trio
 
 from .._progress import Status
+from .foreign import log
 
 __all__ = ["Extraction", "LayerReader"]
-
-logger = logging.getLogger("trio_layers.engine")
 
 Report: TypeAlias = Callable[[str, int, int, bool], None]
 
@@ -125,8 +124,8 @@ class LayerReader(trio.abc.ReceiveStream):
         with trio.CancelScope(shield=True):
             try:
                 await trio.aclose_forcefully(self._stream)
-            except Exception:
-                logger.exception("closing a layer's stream failed")
+            except Exception as error:
+                log(logging.ERROR, "closing a layer's stream failed", error=error)
 
     def _ended(self) -> None:
         if self._extraction is not None:

@@ -11,11 +11,10 @@ import trio
 
 from .._errors import DoNotRetry, text_of
 from .._progress import retrying
+from .foreign import log
 from .transfer import CONTEXT_CANCELED, Transfer
 
 __all__ = ["RetryPolicy", "is_final"]
-
-logger = logging.getLogger("trio_layers.engine")
 
 T = TypeVar("T")
 
@@ -52,9 +51,15 @@ class RetryPolicy:
                 if transfer.scope.cancel_called:
                     raise
                 if attempt >= self.max_attempts or is_final(error):
-                    logger.info("download failed after %d attempts: %s", attempt, text_of(error))
+                    log(
+                        logging.INFO,
+                        "download failed after %d attempts: %s",
+                        attempt,
+                        text_of(error),
+                    )
                     raise
-                logger.info(
+                log(
+                    logging.INFO,
                     "download failed, retrying (%d/%d): %s",
                     attempt,
                     self.max_attempts,
@@ -79,7 +84,9 @@ def _all_behind(error: BaseException) -> Iterator[BaseException]:
     while todo:
         this = todo.pop()
         yield this
-        behind = [this.__cause__ or (None if this.__suppress_context__ else this.__context__)]
+        # An exception may be false: a class of others may have a length.
+        cause = this.__cause__
+        behind = [this.__context__ if cause is None and not this.__suppress_context__ else cause]
         if isinstance(this, BaseExceptionGroup):
             behind += this.exceptions
         for other in behind:

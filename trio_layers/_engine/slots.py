@@ -41,6 +41,7 @@ class Slots:
         return 0 if math.isinf(tokens) else int(tokens)
 
     @limit.setter
+    @trio.lowlevel.enable_ki_protection
     def limit(self, limit: int) -> None:
         self._limiter.total_tokens = _tokens(limit)
         self._serve()
@@ -53,12 +54,14 @@ class Slots:
     def queued(self) -> int:
         return len(self._queue)
 
+    @trio.lowlevel.enable_ki_protection
     def ask(self, holder: SlotHolder) -> bool:
         """Grant ``holder`` a slot, now or later; tell whether it was now."""
         self._queue[holder] = None
         self._serve()
         return holder.slot.is_set()
 
+    @trio.lowlevel.enable_ki_protection
     def give_back(self, holder: SlotHolder) -> None:
         """Take the slot from ``holder``, which asked for one, or its place in the queue."""
         if holder.slot.is_set():

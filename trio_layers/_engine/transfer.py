@@ -15,13 +15,16 @@ done
     done yet.
 
 Everything that decides (who starts, who shares, who is cancelled, how a transfer ends) happens
-in synchronous functions. No task runs between looking and acting, so there are no locks.
+in synchronous functions. No task runs between looking and acting, so there are no locks. Ctrl-C
+waits until such a function has returned, and code of others runs when its change is complete
+(`ForeignCalls`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, Protocol, TypeAlias, final
 
 import trio
@@ -29,18 +32,17 @@ import trio
 from .._errors import LayersError, ManagerClosed, TransferCancelled, TransferError, text_of
 from .._progress import Progress, Status
 from ..abc import Layer, LayerStore, ProgressSink
+from .foreign import ForeignCalls, log, run_all, tell
 from .slots import Slots
 
 __all__ = ["Transfer", "Transfers", "Watcher", "Work", "manager_closed"]
 
-logger = logging.getLogger("trio_layers.engine")
-
 CONTEXT_CANCELED: Final = "context canceled"
 
-Work: TypeAlias = Callable[["Transfer"], Awaitable["Layer | Exception"]]
-"""What a transfer does, inside its cancel scope. It returns the layer, a reference to which it
-hands over, or an error that another transfer ended with (raised again, that one object would
-gather the tracebacks of all who share it)."""
+Work: TypeAlias = Callable[["Transfer"], Awaitable["Exception | None"]]
+"""What a transfer does, inside its cancel scope. It puts the layer into `Transfer.layer` as soon as
+the store has returned it. It returns ``None``, or an error that another transfer ended with (raised
+again, that one object would gather the tracebacks of all who share it)."""
 
 
 class Watcher(Protocol):
@@ -63,7 +65,7 @@ class Transfer:
         slot: Set once it may move data; never, for one that needs no slot.
         inactive: Set once it moves no more data.
         done: Set once it has ended: `layer` or `error` is there.
-        layer: What it registered, if it succeeded.
+        layer: What it registered; once it is done, only if it succeeded.
         error: What it failed with. One object, shared: see `own_error`.
         if_cancelled: What a cancellation means at this point: the text of the error.
     """
@@ -99,7 +101,11 @@ class Transfer:
             state = "inactive"
         else:
             state = "active" if self.slot.is_set() else "queued"
-        return f"<Transfer {self._key.hex()[:12]}: {state}, {len(self._watchers)} watchers>"
+        return f"<Transfer {self._name}: {state}, {len(self._watchers)} watchers>"
+
+    @property
+    def _name(self) -> str:
+        return self._key.hex()[:12]
 
     # Who wants it.
 
@@ -107,7 +113,10 @@ class Transfer:
         self._watchers[watcher] = None
 
     def let_go(self, watcher: Watcher) -> None:
-        """No longer watch; the last one to say so cancels the transfer or releases its layer."""
+        """No longer watch; the last one to say so cancels the transfer or releases its layer.
+
+        The caller runs the foreign calls that this leaves to make, when its own change is complete.
+        """
         self._watchers.pop(watcher, None)
         if self._watchers:
             return
@@ -126,11 +135,15 @@ class Transfer:
         """What the transfer failed with, as a new object for one who waits for it."""
         assert self.error is not None
         if isinstance(self.error, LayersError):
-            mine = self.error._again()
-        else:
-            mine = TransferError(text_of(self.error))
-        mine.__cause__ = self.error
-        return mine
+            try:
+                mine = self.error._again()
+                mine.__cause__ = self.error
+                return mine
+            except Exception as error:  # a class of others, which cannot be copied
+                log(logging.DEBUG, "%s cannot be copied", type(self.error).__name__, error=error)
+        transfer_error = TransferError(text_of(self.error))
+        transfer_error.__cause__ = self.error
+        return transfer_error
 
     # What it reports.
 
@@ -150,7 +163,7 @@ class Transfer:
             over = self.done.is_set() or watcher not in self._watchers
             if seen < self._published:
                 seen = self._published
-                await sink(Progress(id, *self._latest))
+                await tell(sink, Progress(id, *self._latest))
             elif not over:
                 await self._news.park()
             if over:
@@ -167,9 +180,12 @@ class Transfer:
         self.inactive.set()
         self._table.slots.give_back(self)
 
+    # Ctrl-C goes to the program's main task. Here it would be nobody's outcome, and could come
+    # between the end of the work and the end of the transfer.
+    @trio.lowlevel.enable_ki_protection
     async def _run(self, work: Work) -> None:
         # This stands if the cancellation comes from outside, which only the manager's end does.
-        outcome: Layer | Exception = manager_closed()
+        outcome: Exception | None = manager_closed()
         try:
             with self.scope:
                 outcome = await work(self)
@@ -183,31 +199,38 @@ class Transfer:
                 raise
             # What failed while the manager's end stopped it must not become what the manager's
             # block raises.
-            logger.debug("transfer %s: %r while it stopped", self._key.hex()[:12], failed)
+            log(logging.DEBUG, "transfer %s failed while it stopped", self._name, error=failed)
             raise stopped from None
         finally:
             self._end(outcome)
 
-    def _end(self, outcome: Layer | Exception) -> None:
+    @trio.lowlevel.enable_ki_protection
+    def _end(self, outcome: Exception | None) -> None:
         """The one step in which a transfer ends. There is no checkpoint in it, and the slot
         goes last: a pull that fails lets go of its other layers before one of them could have
-        it."""
+        it. The source, the store and the log come when the step is complete."""
         self._table.drop(self._key)
-        if isinstance(outcome, Exception):
-            self.error = outcome
-            logger.debug("transfer %s: %s", self._key.hex()[:12], text_of(outcome))
-        else:
-            self.layer = outcome
-        self.done.set()
-        self._close()
-        self._let_go_of_others()
-        self._news.unpark_all()
-        for watcher in tuple(self._watchers):
-            watcher.transfer_ended(self)
-        if not self.inactive.is_set():
-            self.now_inactive()
-        if not self._watchers:
+        self.error = outcome
+        if outcome is not None:
             self._release()
+        self.done.set()
+        self._news.unpark_all()
+        self._let_go_of_others()
+        try:
+            run_all(partial(each.transfer_ended, self) for each in tuple(self._watchers))
+        finally:
+            if not self.inactive.is_set():
+                self.now_inactive()
+            if not self._watchers:
+                self._release()
+            foreign = self._table.foreign
+            foreign.later(self._close, "closing a source failed")
+            if outcome is not None:
+                foreign.later(partial(self._log, outcome), "an outcome cannot be logged")
+            foreign.run()
+
+    def _log(self, outcome: Exception) -> None:
+        log(logging.DEBUG, "transfer %s: %s", self._name, text_of(outcome))
 
     def _let_go_of_others(self) -> None:
         others, self._builds_on = self._builds_on, ()
@@ -217,7 +240,7 @@ class Transfer:
     def _release(self) -> None:
         layer, self.layer = self.layer, None
         if layer is not None:
-            self._table.store.release(layer)
+            self._table.release_later(layer)
 
 
 @final
@@ -227,6 +250,7 @@ class Transfers:
     def __init__(self, nursery: trio.Nursery, store: LayerStore, slots: Slots) -> None:
         self.store = store
         self.slots = slots
+        self.foreign = ForeignCalls()
         self._nursery: trio.Nursery | None = nursery
         self._running: dict[bytes, Transfer] = {}
 
@@ -236,6 +260,11 @@ class Transfers:
     def get(self, key: bytes) -> Transfer | None:
         return self._running.get(key)
 
+    def release_later(self, layer: Layer) -> None:
+        """Give a layer back to the store, with the other calls of `foreign`."""
+        self.foreign.later(partial(self.store.release, layer), "releasing a layer failed")
+
+    @trio.lowlevel.enable_ki_protection
     def start(
         self,
         key: bytes,
@@ -271,6 +300,7 @@ class Transfers:
     def drop(self, key: bytes) -> None:
         del self._running[key]
 
+    @trio.lowlevel.enable_ki_protection
     def close(self) -> None:
         """Cancel all that run; nothing starts any more."""
         if self._nursery is not None:

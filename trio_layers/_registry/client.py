@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 from urllib.parse import urlencode
@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 import attrs
 import trio
 
+from .._blocks import opens_block
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
@@ -139,7 +140,7 @@ def _tell_nobody(action: str, current: int = 0, total: int = 0) -> None:
     """Progress that nobody wants."""
 
 
-@asynccontextmanager
+@opens_block
 async def open_registry_client(
     *,
     client: AsyncClient | None = None,
@@ -431,7 +432,7 @@ class RegistryClient:
 
         return await ask_in_turn(await self._sites_of(reference, blob), attempt)
 
-    @asynccontextmanager
+    @opens_block
     async def open_blob(
         self, reference: Reference | str, blob: Descriptor | str
     ) -> AsyncIterator[BlobChunks]:

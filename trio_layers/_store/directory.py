@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import attrs
 import trio
 
+from .._blocks import opens_block
 from .._digest import ChainID, DiffID, Digest, digest_of
 from .._errors import ManifestError, StoreError
 from .._lifetime import Lifetime, while_open
@@ -515,7 +516,7 @@ class DirectoryStore:
         """
         return await self._catalog.read(find_images, reference)
 
-    @asynccontextmanager
+    @opens_block
     async def lease(self, *digests: Digest | None) -> AsyncIterator[Lease]:
         """Keep blobs, layers and images in the store for the block; see `Lease.hold`.
 

@@ -16,7 +16,7 @@ import functools
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Final, final
@@ -24,6 +24,7 @@ from typing import Final, final
 import attrs
 import trio
 
+from .._blocks import opens_block
 from .._errors import MountError
 from .._lifetime import Lifetime, clean_up_in_thread
 from .._paths import open_directory
@@ -69,7 +70,7 @@ _MS_NODEV: Final = 0x4
 _MNT_DETACH: Final = 0x2
 
 
-@asynccontextmanager
+@opens_block
 async def open_mount(
     trees: Sequence[Path],
     target: str | os.PathLike[str] | None,

@@ -6,17 +6,13 @@ import errno
 import io
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Generator
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    closing,
-)
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias, final
 
 import trio
 
+from .._blocks import opens_block
 from .._digest import Digest
 from .._entries import Entry, ExportReport
 from .._lifetime import Lifetime, while_open
@@ -131,7 +127,7 @@ class RootfsView:
         """
         return await trio.to_thread.run_sync(self._read, path)
 
-    @asynccontextmanager
+    @opens_block
     async def open(self, path: str | bytes) -> AsyncIterator[BinaryFile]:
         """Open a file for the block, to be read from anywhere in it.
 
@@ -226,9 +222,10 @@ class RootfsView:
             while piece := await trio.to_thread.run_sync(next, pieces, b""):
                 await stream.send_all(piece)
 
-    def mount(
+    @opens_block
+    async def mount(
         self, target: str | os.PathLike[str] | None = None, *, writable: bool = False
-    ) -> AbstractAsyncContextManager[Path]:
+    ) -> AsyncIterator[Path]:
         """Mount all of it for the block, with overlayfs, and get the path where that is.
 
         Entering and leaving take the same short time for images of any size. What is seen is what
@@ -262,12 +259,6 @@ class RootfsView:
                 options, about 220); or if it does not mount them for another reason.
             StoreError: for what the disk does.
         """
-        return self._mount(target, writable)
-
-    @asynccontextmanager
-    async def _mount(
-        self, target: str | os.PathLike[str] | None, writable: bool
-    ) -> AsyncIterator[Path]:
         trees = self._tree.trees
         async with self._lifetime.use(), AsyncExitStack() as entering:
             if self._hold is not None:
