@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Final, Literal, TypeAlias, final
 
 import attrs
@@ -20,6 +21,7 @@ from ._image import (
     check_storable,
     choose_stored,
     layers_of,
+    off_the_loop,
 )
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
@@ -266,20 +268,18 @@ class Puller:
             what = f" for {platform}" if platform else ""
             raise StoreError(f"{reference}{what} is not in the store: pull it")
         resolved = await self.resolve(reference, platform=platform)
-        layers = layers_of(resolved.layers, resolved.diff_ids)
-        digests = tuple(_digests_of(resolved, layers))
-        check_storable([*digests, *resolved.diff_ids])
+        count = len(resolved.layers)
+        sources = await off_the_loop(count, partial(self._sources_of, resolved))
+        layers = tuple(source.layer for source in sources)
+        digests = await off_the_loop(count, partial(_storable_digests, resolved, layers))
         async with self._store.lease(*digests):
-            sources = [
-                _RegistryLayer(self._store, self._registry, resolved.reference, layer)
-                for layer in layers
-            ]
             # One look-up for all layers, where they are there.
             top = await self._store.find(layers[-1].chain_id) if layers else None
             async with self._manager.download(sources, progress=progress) as rootfs:
                 del top
                 check_diff_ids(layers, rootfs)
-                chain = rootfs.chain_id
+                # Not that of ``rootfs``, which would be hashed once more.
+                chain = layers[-1].chain_id if layers else None
                 await self._store.put_image(
                     str(resolved.reference),
                     manifest=resolved.descriptor,
@@ -297,6 +297,12 @@ class Puller:
                     layers=layers,
                     rootfs=await self._store.rootfs(chain),
                 )
+
+    def _sources_of(self, resolved: ResolvedImage) -> list[_RegistryLayer]:
+        return [
+            _RegistryLayer(self._store, self._registry, resolved.reference, layer)
+            for layer in layers_of(resolved.layers, resolved.diff_ids)
+        ]
 
     @asynccontextmanager
     async def _open_stored(
@@ -324,12 +330,13 @@ class Puller:
             if stored.chain_id is None and manifest.layers:
                 yield None  # its layers were never unpacked
                 return
+            stack = partial(layers_of, manifest.layers, config.diff_ids)
             yield Image(
                 reference=str(reference),
                 digest=stored.manifest.digest,
                 platform=config.platform,
                 config=config,
-                layers=layers_of(manifest.layers, config.diff_ids),
+                layers=await off_the_loop(len(manifest.layers), stack),
                 rootfs=await self._store.rootfs(stored.chain_id),
             )
 
@@ -354,8 +361,18 @@ def _parsed(
     return reference, platform
 
 
+def _storable_digests(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> list[Digest]:
+    """All that an image consists of: what its lease has to hold from the first byte on.
+
+    Raises:
+        ManifestError: as `check_storable` does.
+    """
+    digests = list(_digests_of(resolved, layers))
+    check_storable([*digests, *resolved.diff_ids])
+    return digests
+
+
 def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iterator[Digest]:
-    """All that an image consists of: what its lease has to hold from the first byte on."""
     yield resolved.descriptor.digest
     yield resolved.manifest.config.digest
     if resolved.index is not None:
@@ -378,6 +395,7 @@ class _RegistryLayer(ImageSource):
         layer: ImageLayer,
     ) -> None:
         super().__init__(layer)
+        self.layer = layer
         self._store = store
         self._registry = registry
         self._reference = reference

@@ -12,7 +12,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar, TypeVarTuple, final
+from typing import Final, TypeVar, TypeVarTuple, final
 
 import trio
 
@@ -24,6 +24,9 @@ from .catalog import Catalog, add_leases, drop_leases
 __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
 logger = logging.getLogger(__name__)
+
+# The digests that are let go of between two checkpoints: a millisecond.
+_STRIDE: Final = 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -95,13 +98,26 @@ class Holds:
 
     def let_go(self, digests: Collection[Digest]) -> None:
         """Take back one `hold`; does not wait. The rows go soon."""
-        self._uses.subtract(digests)
+        uses = self._uses
         for digest in digests:
-            if self._uses[digest] <= 0:
-                del self._uses[digest]
+            left = uses[digest] - 1
+            if left > 0:
+                uses[digest] = left
+            else:
+                uses.pop(digest, None)
                 self._idle.add(digest)
         if self._idle:
             self._waste.set()
+
+    async def let_go_of_many(self, digests: Collection[Digest]) -> None:
+        """Take back one `hold` in short steps. Not cancellable."""
+        rest = list(digests)
+        with trio.CancelScope(shield=True):
+            while rest:
+                self.let_go(rest[-_STRIDE:])
+                del rest[-_STRIDE:]
+                if rest:
+                    await trio.lowlevel.checkpoint()
 
     async def drop_in_background(self) -> None:
         """Remove rows until cancelled: who gives a layer back cannot wait for it."""
@@ -187,7 +203,7 @@ async def open_lease(holds: Holds) -> AsyncIterator[Lease]:
     try:
         yield lease
     finally:
-        holds.let_go(lease.digests)
+        await holds.let_go_of_many(lease.digests)
         await holds.drop_idle()
 
 
