@@ -57,8 +57,8 @@ from .trust import Trust, make_context
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
 DEFAULT_MAX_CONNECTIONS: Final = 20
-# Larger documents are decoded in a thread: 64 KiB of JSON take about a millisecond.
-INLINE_SIZE: Final = 64 * 1024
+# Larger documents are decoded in a thread: 16 KiB of JSON take about a millisecond.
+INLINE_SIZE: Final = 16 * 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
