@@ -28,6 +28,7 @@ LEVELS: dict[str, int] = {
     "_errors": 0,
     "_digest": 0,
     "_as_go": 0,
+    "_json": 0,
     "_reference": 0,
     "_platform": 0,
     "_manifest": 0,

@@ -7,9 +7,8 @@ readers could take for two different things is refused (CVE-2021-41190).
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Final, NoReturn
 
@@ -18,6 +17,7 @@ import attrs
 from ._as_go import decode_base64, without_surrogates
 from ._digest import DiffID, Digest, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
+from ._json import AmbiguousJSON, check_names, fold_names, parse_json
 from ._platform import Platform
 
 __all__ = [
@@ -75,7 +75,32 @@ _LAYER_TYPES: Final = _layer_types("", "") | _FOREIGN_TYPES
 _IN_TOTO: Final = "application/vnd.in-toto"
 
 # What says of a document what it is, and where its parts are.
-_DECISIVE: Final = ("schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers")
+_DECISIVE: Final = fold_names(
+    "schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers"
+)
+_POINTER: Final = fold_names("mediaType", "digest", "size")
+_ROOTFS: Final = fold_names("rootfs")
+_DIFF_IDS: Final = fold_names("type", "diff_ids")
+
+# What else is read of each object. Other spellings of these are common, and harmless alone.
+_MORE_OF_DOCUMENT: Final = fold_names("annotations", "artifactType", "subject")
+_MORE_OF_POINTER: Final = fold_names("urls", "annotations", "platform", "artifactType", "data")
+_PLATFORM: Final = ("os", "architecture", "variant", "os.version", "os.features")
+_MORE_OF_PLATFORM: Final = fold_names(*_PLATFORM)
+_MORE_OF_CONFIG: Final = fold_names(*_PLATFORM, "created", "author", "history", "config")
+_MORE_OF_RUN: Final = fold_names(
+    "Env",
+    "Entrypoint",
+    "Cmd",
+    "WorkingDir",
+    "User",
+    "Labels",
+    "ExposedPorts",
+    "Volumes",
+    "StopSignal",
+    "ArgsEscaped",
+)
+_NONE: Final[Mapping[str, str]] = {}
 
 _TIME: Final = re.compile(
     r"(?P<year>\d{4})(?P<rest>-\d\d-\d\dT\d\d:\d\d:\d\d)"
@@ -220,7 +245,7 @@ def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
         )
     kind = "manifest" if media_type in MANIFEST_TYPES else "index"
     document = _decode(data, kind)
-    _check_spelling(document, _DECISIVE, kind)
+    _check_names(document, kind, _DECISIVE, _MORE_OF_DOCUMENT)
     version = document.get("schemaVersion")
     if type(version) is not int or version != 2:
         _refuse(f"{kind}: schemaVersion is {_show(version)}, not 2")
@@ -285,9 +310,9 @@ def decode_config(data: bytes) -> ImageConfig:
         ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
     """
     document = _decode(data, "image config")
-    _check_spelling(document, ("rootfs",), "image config")
+    _check_names(document, "image config", _ROOTFS, _MORE_OF_CONFIG)
     rootfs = _object(document.get("rootfs"), "image config: rootfs")
-    _check_spelling(rootfs, ("type", "diff_ids"), "image config: rootfs")
+    _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
     if rootfs.get("type") != "layers":
         _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
     diff_ids = _list(rootfs.get("diff_ids"), "image config: rootfs.diff_ids")
@@ -297,6 +322,7 @@ def decode_config(data: bytes) -> ImageConfig:
             _refuse(f"image config: {member} is missing")
     _check_history(document)
     run = _optional_object(document.get("config"), "image config: config")
+    _check_names(run, "image config: config", _NONE, _MORE_OF_RUN)
     _check_flag(run.get("ArgsEscaped"), "image config: ArgsEscaped")
     return ImageConfig(
         platform,
@@ -324,7 +350,7 @@ def _descriptors(document: Mapping[str, object], member: str) -> tuple[Descripto
 
 def _descriptor(value: object, where: str) -> Descriptor:
     members = _object(value, where)
-    _check_spelling(members, ("mediaType", "digest", "size"), where)
+    _check_names(members, where, _POINTER, _MORE_OF_POINTER)
     media_type = _text(members.get("mediaType"), f"{where}.mediaType")
     if not media_type:
         _refuse(f"{where}.mediaType is missing")
@@ -347,6 +373,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
 
 def _platform(value: object, where: str) -> Platform:
     members = _object(value, where)
+    _check_names(members, where, _NONE, _MORE_OF_PLATFORM)
     platform = Platform(
         _text(members.get("os"), f"{where}.os"),
         _text(members.get("architecture"), f"{where}.architecture"),
@@ -364,14 +391,12 @@ def _decode(data: bytes, kind: str) -> Mapping[str, object]:
     if len(data) > MAX_DOCUMENT_SIZE:
         _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
-        value: object = json.loads(data.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except AmbiguousJSON as error:
+        raise ManifestError(f"{kind}: ambiguous, since {error}") from error
+    except ValueError as error:
         raise ManifestError(f"{kind}: not JSON ({error})") from error
     return _object(value, kind)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _object(value: object, where: str) -> Mapping[str, object]:
@@ -430,6 +455,8 @@ def _check_history(document: Mapping[str, object]) -> None:
     _text(document.get("author"), "image config: author")
     history = document.get("history")
     for index, value in enumerate([] if history is None else _list(history, "history")):
+        if value == {}:
+            continue  # a million of these fit into a document
         where = f"image config: history[{index}]"
         entry = _optional_object(value, where)
         _time(entry.get("created"), f"{where}.created")
@@ -451,12 +478,17 @@ def _check_base64(value: object, where: str) -> None:
         _refuse(f"{where} is not base64")
 
 
-def _check_spelling(document: Mapping[str, object], names: Iterable[str], where: str) -> None:
-    """Go's readers take a name in any case for a member's, and others do not."""
-    for name in document:
-        for known in names:
-            if name != known and name.casefold() == known.casefold():
-                _refuse(f"{where}: ambiguous, since some readers take {_show(name)} for {known!r}")
+def _check_names(
+    members: Mapping[str, object],
+    where: str,
+    exact: Mapping[str, str],
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """`check_names`, of an object of an image's documents."""
+    try:
+        check_names(members, exact, others)
+    except AmbiguousJSON as error:
+        raise ManifestError(f"{where}: ambiguous, since {error}") from error
 
 
 def _texts(value: object, where: str) -> tuple[str, ...]:

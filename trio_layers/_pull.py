@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final, Literal, TypeAlias, final
 
 import attrs
@@ -21,6 +22,7 @@ from ._image import (
     check_storable,
     choose_stored,
     layers_of,
+    off_the_loop,
 )
 from ._lifetime import Lifetime, while_open
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
@@ -298,21 +300,19 @@ class Puller:
             what = f" for {platform}" if platform else ""
             raise StoreError(f"{reference}{what} is not in the store: pull it")
         resolved = await self.resolve(reference, platform=platform)
-        layers = layers_of(resolved.layers, resolved.diff_ids)
-        digests = tuple(_digests_of(resolved, layers))
-        check_storable([*digests, *resolved.diff_ids])
+        count = len(resolved.layers)
+        sources = await off_the_loop(count, partial(self._sources_of, resolved))
+        layers = tuple(source.layer for source in sources)
+        digests = await off_the_loop(count, partial(_storable_digests, resolved, layers))
         await stack.enter_async_context(self._store.lease(*digests))
-        sources = [
-            _RegistryLayer(self._store, self._registry, resolved.reference, layer)
-            for layer in layers
-        ]
         # One look-up for all layers, where they are there.
         top = await self._store.find(layers[-1].chain_id) if layers else None
         download = self._manager.download(sources, progress=progress)
         rootfs = await stack.enter_async_context(download)
         del top
         check_diff_ids(layers, rootfs)
-        chain = rootfs.chain_id
+        # Not that of ``rootfs``, which would be hashed once more.
+        chain = layers[-1].chain_id if layers else None
         await self._store.put_image(
             str(resolved.reference),
             manifest=resolved.descriptor,
@@ -330,6 +330,12 @@ class Puller:
             layers=layers,
             rootfs=await self._store.rootfs(chain),
         )
+
+    def _sources_of(self, resolved: ResolvedImage) -> list[_RegistryLayer]:
+        return [
+            _RegistryLayer(self._store, self._registry, resolved.reference, layer)
+            for layer in layers_of(resolved.layers, resolved.diff_ids)
+        ]
 
     async def _find_stored(
         self, stack: AsyncExitStack, reference: Reference, platform: Platform | None
@@ -353,6 +359,8 @@ class Puller:
             assert isinstance(manifest, Manifest)
             if stored.chain_id is None and manifest.layers:
                 return None  # its layers were never unpacked
+            listed = partial(layers_of, manifest.layers, config.diff_ids)
+            layers = await off_the_loop(len(manifest.layers), listed)
             rootfs = await self._store.rootfs(stored.chain_id)
             stack.push_async_exit(lease.pop_all())
         return Image(
@@ -360,7 +368,7 @@ class Puller:
             digest=stored.manifest.digest,
             platform=config.platform,
             config=config,
-            layers=layers_of(manifest.layers, config.diff_ids),
+            layers=layers,
             rootfs=rootfs,
         )
 
@@ -385,8 +393,18 @@ def _parsed(
     return reference, platform
 
 
+def _storable_digests(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> list[Digest]:
+    """All that an image consists of: what its lease has to hold from the first byte on.
+
+    Raises:
+        ManifestError: as `check_storable` does.
+    """
+    digests = list(_digests_of(resolved, layers))
+    check_storable([*digests, *resolved.diff_ids])
+    return digests
+
+
 def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iterator[Digest]:
-    """All that an image consists of: what its lease has to hold from the first byte on."""
     yield resolved.descriptor.digest
     yield resolved.manifest.config.digest
     if resolved.index is not None:
@@ -409,6 +427,7 @@ class _RegistryLayer(ImageSource):
         layer: ImageLayer,
     ) -> None:
         super().__init__(layer)
+        self.layer = layer
         self._store = store
         self._registry = registry
         self._reference = reference

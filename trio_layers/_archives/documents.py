@@ -16,6 +16,7 @@ import attrs
 
 from .._digest import Digest
 from .._errors import ArchiveError, InvalidReference
+from .._json import AmbiguousJSON, check_names, fold_names, parse_json
 from .._manifest import MANIFEST_TYPES, MAX_DOCUMENT_SIZE, Descriptor
 from .._reference import Reference, parse_reference
 
@@ -52,6 +53,7 @@ LAYER_TYPES: Final = {
 }
 """By their compression."""
 
+_DOCKER_NAMES: Final = fold_names("Config", "RepoTags", "Layers")
 _BLOB: Final = re.compile(r"blobs/sha256/([0-9a-f]{64})\Z")
 _CONFIG: Final = re.compile(r"(?:.*/)?(?:sha256:)?([0-9a-f]{64})(?:\.json)?\Z")
 
@@ -189,15 +191,21 @@ def _decode(data: bytes, what: str) -> object:
     if len(data) > MAX_DOCUMENT_SIZE:
         raise ArchiveError(f"{what}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
-        value: object = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except AmbiguousJSON as error:
+        raise ArchiveError(f"{what}: ambiguous, since {error}") from error
+    except ValueError as error:
         raise ArchiveError(f"{what}: not JSON ({error})") from error
-    return value
 
 
 def _objects(value: object) -> list[dict[str, object]]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise ArchiveError(f"{DOCKER}: not an array of objects")
+    for members in value:
+        try:
+            check_names(members, _DOCKER_NAMES)
+        except AmbiguousJSON as error:
+            raise ArchiveError(f"{DOCKER}: ambiguous, since {error}") from error
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final, TypeVar, TypeVarTuple, final
 
 import attrs
@@ -20,7 +21,14 @@ from .._errors import (
     StoreError,
     VerificationError,
 )
-from .._image import ImageLayer, ImageSource, check_diff_ids, check_storable, layers_of
+from .._image import (
+    ImageLayer,
+    ImageSource,
+    check_diff_ids,
+    check_storable,
+    layers_of,
+    off_the_loop,
+)
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -151,7 +159,10 @@ async def _put(
     async with AsyncExitStack() as stack:
         manager = await stack.enter_async_context(open_download_manager(store))
         for image in images:
-            sources = [_StoredLayer(store, layer) for layer in image.layers]
+            make = partial(_StoredLayer, store)
+            sources = await off_the_loop(
+                len(image.layers), partial(list[_StoredLayer], map(make, image.layers))
+            )
             download = manager.download(sources, progress=progress)
             rootfs = await stack.enter_async_context(download)
             check_diff_ids(image.layers, rootfs)
@@ -379,7 +390,8 @@ async def _find_oci(
     check_image(document)
     config = await _decode(source, decode_config, await _document(source, document.config))
     check_layer_count(document, config)
-    check_storable([*(layer.digest for layer in document.layers), *config.diff_ids])
+    digests = [*(layer.digest for layer in document.layers), *config.diff_ids]
+    await off_the_loop(len(document.layers), partial(check_storable, digests))
     chosen = several or index is not None
     said = chosen and descriptor.platform is not None
     if not said and (chosen or platform is not None):
@@ -398,7 +410,7 @@ async def _find_oci(
         _plain(descriptor),
         _plain(document.config),
         config.platform,
-        layers_of(document.layers, config.diff_ids),
+        await _stacked(document.layers, config.diff_ids),
         None if index is None else _plain(index),
     )
 
@@ -457,8 +469,14 @@ async def _find_docker(
         descriptor,
         config_descriptor,
         config.platform,
-        layers_of(layers, config.diff_ids),
+        await _stacked(layers, config.diff_ids),
     )
+
+
+async def _stacked(
+    descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
+) -> tuple[ImageLayer, ...]:
+    return await off_the_loop(len(descriptors), partial(layers_of, descriptors, diff_ids))
 
 
 async def _docker_layer(source: Source, path: str, diff_id: DiffID) -> Descriptor:

@@ -117,16 +117,21 @@ class Transfer:
 
         The caller runs the foreign calls that this leaves to make, when its own change is complete.
         """
-        self._watchers.pop(watcher, None)
-        if self._watchers:
-            return
-        if self.done.is_set():
-            self._release()
-        elif not self.scope.cancel_called:
-            self.scope.cancel()
-            if not self.slot.is_set():
-                self._table.slots.give_back(self)
-            self._let_go_of_others()
+        # Not recursive: a transfer that is cancelled lets go of its parent, and so on down.
+        todo: list[tuple[Transfer, Watcher]] = [(self, watcher)]
+        while todo:
+            transfer, leaving = todo.pop()
+            transfer._watchers.pop(leaving, None)
+            if transfer._watchers:
+                continue
+            if transfer.done.is_set():
+                transfer._release()
+            elif not transfer.scope.cancel_called:
+                transfer.scope.cancel()
+                if not transfer.slot.is_set():
+                    transfer._table.slots.give_back(transfer)
+                others, transfer._builds_on = transfer._builds_on, ()
+                todo.extend((other, transfer) for other in reversed(others))
 
     def transfer_ended(self, transfer: Transfer) -> None:
         """As a watcher of others it waits for their `done` in its task."""

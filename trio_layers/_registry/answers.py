@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import re
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -16,6 +15,7 @@ from .._errors import (
     RateLimited,
     RegistryError,
 )
+from .._json import parse_json
 
 if TYPE_CHECKING:
     from .transport import Answer
@@ -137,8 +137,8 @@ def readable(text: str) -> str:
 
 def _first_error(body: bytes) -> str:
     try:
-        document: object = json.loads(body[:MAX_ERROR_SIZE])
-    except (ValueError, RecursionError):
+        document = parse_json(body[:MAX_ERROR_SIZE])
+    except ValueError:
         return ""  # a page of some proxy
     errors = document.get("errors") if isinstance(document, dict) else None
     first = errors[0] if isinstance(errors, list) and errors else None

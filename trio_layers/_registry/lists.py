@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +13,7 @@ from urllib.parse import quote
 import attrs
 
 from .._errors import RegistryError
+from .._json import parse_json
 from .._manifest import MAX_DOCUMENT_SIZE
 from .transport import Answer
 
@@ -105,8 +105,8 @@ def decode_tags(data: bytes, host: str) -> list[str]:
         RegistryError: if it is no list of tags.
     """
     try:
-        document: object = json.loads(data)
-    except (ValueError, RecursionError):
+        document = parse_json(data)
+    except ValueError:
         document = None
     found = document.get("tags", False) if isinstance(document, dict) else False
     if found is None:  # docker-registry's way to write an empty list

@@ -47,7 +47,7 @@ from .content import Batch, BlobStream, Content, Ingest
 from .files import replace_file
 from .layout import index_document, locate, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
-from .merged import MergedTree, Surveys
+from .merged import MergedTree, Surveys, TreeStack
 from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
@@ -58,6 +58,9 @@ __all__ = ["Batch", "DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistic
 
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
+
+# The layers that objects are made of between two checkpoints: a millisecond or two.
+_STRIDE: Final = 256
 
 
 @asynccontextmanager
@@ -127,6 +130,7 @@ class DirectoryLayer:
     blob: Digest
     tree: Path
     _content: Content = attrs.field(repr=False)
+    _stack: TreeStack = attrs.field(repr=False)
 
     async def tar_stream(self) -> BlobStream:
         """The layer's blob, as it was registered: compressed as it came.
@@ -263,8 +267,14 @@ class DirectoryStore:
         if layer is not None:
             await trio.lowlevel.checkpoint()
             return layer
-        rows, below = await self._catalog.read(self._find_rows, chain_id)
-        return self._layer(rows, below) if rows else None
+        rows, layer = await self._catalog.read(self._find_rows, chain_id)
+        if not rows:
+            return None
+        for number, (row, tree) in enumerate(reversed(rows), 1):
+            layer = self._object(row, tree, layer)
+            if number % _STRIDE == 0:
+                await trio.lowlevel.checkpoint()
+        return layer
 
     @while_open
     async def tar_size(self, layer: Layer) -> int:
@@ -631,17 +641,18 @@ class DirectoryStore:
 
     def _find_rows(
         self, connection: sqlite3.Connection, chain_id: ChainID
-    ) -> tuple[list[StoredLayer], DirectoryLayer | None]:
-        """The rows of a layer and of those below it, top first, and the first of the latter that
-        we have an object of: an image's layers are not all read again for each of them."""
-        rows: list[StoredLayer] = []
+    ) -> tuple[list[tuple[StoredLayer, Path]], DirectoryLayer | None]:
+        """The rows of a layer and of those below it with their trees, top first, and the first of
+        the latter that we have an object of: an image's layers are not all read again for each
+        of them."""
+        rows: list[tuple[StoredLayer, Path]] = []
         below: DirectoryLayer | None = None
         above: ChainID | None = chain_id
         while above is not None and below is None:
             row = find_layer(connection, above)
             if row is None:
                 break
-            rows.append(row)
+            rows.append((row, self._trees.path(row.tree)))
             self._holds.note_found(row.chain_id)
             above = row.parent
             if above is not None:
@@ -652,28 +663,24 @@ class DirectoryStore:
         """A layer that we have an object of, and that has not been removed since."""
         return self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
 
-    def _layer(self, rows: list[StoredLayer], below: DirectoryLayer | None) -> DirectoryLayer:
-        """The layer that the first of ``rows`` is of; the last is the one on ``below``."""
-        layer = below
-        for row in reversed(rows):
-            layer = self._object(row, layer)
-        assert layer is not None
-        return layer
-
-    def _object(self, row: StoredLayer, parent: DirectoryLayer | None) -> DirectoryLayer:
+    def _object(
+        self, row: StoredLayer, tree: Path, parent: DirectoryLayer | None
+    ) -> DirectoryLayer:
         """The one object of a layer, unless the layer is another one now, after it was removed."""
-        tree = self._trees.path(row.tree)
         known = self._layers.get(row.chain_id)
         if known is not None and (known.blob, known.tree, known.parent) == (row.blob, tree, parent):
             return known
-        layer = DirectoryLayer(row.diff_id, row.chain_id, parent, row.blob, tree, self._content)
+        stack = TreeStack(tree, None if parent is None else parent._stack)
+        layer = DirectoryLayer(
+            row.diff_id, row.chain_id, parent, row.blob, tree, self._content, stack
+        )
         self._layers[row.chain_id] = layer
         return layer
 
     def _refer_new(self, row: StoredLayer, below: DirectoryLayer | None) -> DirectoryLayer:
         """A reference to a layer that is held already."""
         self._holds.note_found(row.chain_id)
-        return self._refer(self._object(row, below))
+        return self._refer(self._object(row, self._trees.path(row.tree), below))
 
     def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
         self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
@@ -681,12 +688,8 @@ class DirectoryStore:
 
     def _merged(self, layer: DirectoryLayer | None) -> MergedTree:
         """The trees of a layer and those below it."""
-        trees = []
-        while layer is not None:
-            trees.append(layer.tree)
-            layer = layer.parent
         return MergedTree(
-            trees[::-1],
+            None if layer is None else layer._stack,
             check_cancelled=trio.from_thread.check_cancelled,
             surveys=self._surveys,
         )

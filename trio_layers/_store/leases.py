@@ -12,7 +12,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TypeVar, TypeVarTuple, final
+from typing import Final, TypeVar, TypeVarTuple, final
 
 import trio
 
@@ -25,6 +25,9 @@ from .catalog import Catalog, add_leases, drop_leases, find_tree
 __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
 logger = logging.getLogger(__name__)
+
+# The digests that are let go of between two checkpoints: a millisecond.
+_STRIDE: Final = 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -110,13 +113,26 @@ class Holds:
 
     def let_go(self, digests: Collection[Digest]) -> None:
         """Take back one `hold`; does not wait. The rows go soon."""
-        self._uses.subtract(digests)
+        uses = self._uses
         for digest in digests:
-            if self._uses[digest] <= 0:
-                del self._uses[digest]
+            left = uses[digest] - 1
+            if left > 0:
+                uses[digest] = left
+            else:
+                uses.pop(digest, None)
                 self._idle.add(digest)
         if self._idle:
             self._waste.set()
+
+    async def let_go_of_many(self, digests: Collection[Digest]) -> None:
+        """Take back one `hold` in short steps. Not cancellable."""
+        rest = list(digests)
+        with trio.CancelScope(shield=True):
+            while rest:
+                self.let_go(rest[-_STRIDE:])
+                del rest[-_STRIDE:]
+                if rest:
+                    await trio.lowlevel.checkpoint()
 
     async def drop_in_background(self) -> None:
         """Remove rows until cancelled: who gives a layer back cannot wait for it."""
@@ -222,7 +238,7 @@ async def open_lease(holds: Holds, lifetime: Lifetime) -> AsyncIterator[Lease]:
     try:
         yield lease
     finally:
-        holds.let_go(lease.digests)
+        await holds.let_go_of_many(lease.digests)
         if lifetime.is_open:  # else all rows of the holder go
             async with lifetime.use():
                 await holds.drop_idle_now()
