@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -78,6 +78,7 @@ class Answer:
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
         secrets: Gives what it was sent that others must not see.
+        url: The URL that answered.
     """
 
     host: str
@@ -88,6 +89,7 @@ class Answer:
     location: URL | None = attrs.field(repr=False)
     chunks: AsyncIterator[bytes] = attrs.field(repr=False)
     secrets: Callable[[], frozenset[str]] = attrs.field(default=frozenset, repr=False)
+    url: URL | None = attrs.field(default=None, repr=False)
 
     def readable(self, text: str) -> str:
         """What it says, fit for a message (see `readable`), and without what it was sent."""
@@ -234,6 +236,7 @@ class Transport:
         *,
         headers: Mapping[str, str] = _NOTHING,
         authorization: str | None = None,
+        authorize_redirected: Callable[[URL], Awaitable[str | None]] | None = None,
         method: Method = "GET",
     ) -> AsyncIterator[Answer]:
         """Send a request, follow redirects, and give the answer with its body open.
@@ -243,6 +246,8 @@ class Transport:
             what: What is asked for, in words, for errors.
             headers: Go to whoever answers in the end.
             authorization: Goes to the origin of ``url`` alone.
+            authorize_redirected: Gives the Authorization field for another host that the request
+                is redirected to. No connection is held meanwhile.
             method: ``HEAD``: the same without its body.
 
         Raises:
@@ -255,6 +260,10 @@ class Transport:
             fields = dict(headers)
             if authorization is not None and not redirected:
                 fields["Authorization"] = authorization
+            if redirected and authorize_redirected is not None:
+                theirs = await authorize_redirected(target)
+                if theirs is not None:
+                    fields["Authorization"] = theirs
             async with self._send(
                 target,
                 fields,
@@ -399,6 +408,7 @@ class Transport:
                     location=None if following is None else following.url,
                     chunks=chunks,
                     secrets=secrets,
+                    url=url,
                 )
         finally:
             limiter.release_on_behalf_of(borrower)
