@@ -22,7 +22,6 @@ from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
     HostsError,
     InvalidDigest,
-    LayersError,
     ManifestError,
     NotFound,
     RegistryError,
@@ -48,11 +47,11 @@ from .answers import RateLimit, is_final
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
-from .http import AsyncClient, InvalidURL, new_client
+from .http import AsyncClient
 from .lists import Pages, decode_tags
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
-from .trust import Trust, make_context
+from .trust import Trust
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
@@ -156,8 +155,8 @@ async def open_registry_client(
         client: Sends the requests, and is closed by whoever made it. It must allow
             ``max_connections`` connections, and nothing else should use it meanwhile: see
             encode/httpcore#961. ``None``: one of our own, which takes proxies and certificates
-            from the environment, asks this machine without a proxy, and closes its connections
-            at the end.
+            from the environment when a request needs them, asks this machine without a proxy, and
+            closes its connections at the end.
         credentials: For those who ask for them. They are sent over plain HTTP only where that
             may be used at all.
         plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
@@ -176,7 +175,6 @@ async def open_registry_client(
             or if ``tls_verify`` is switched off for a client that was given.
         HostsError: if ``hosts_dir`` is no directory. What is in it is looked at when a registry is
             first asked.
-        LayersError: if the environment's proxies or certificates cannot be used.
     """
     if max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
@@ -188,16 +186,12 @@ async def open_registry_client(
     if directory is not None and not await trio.to_thread.run_sync(directory.is_dir):
         raise HostsError(str(directory), "it is no directory")
 
-    def make(trust: Trust) -> AsyncClient:
-        return _make_client(trust, max_connections)
-
-    async with AsyncExitStack() as stack:
-        if client is None:
-            own = await trio.to_thread.run_sync(_make_client, tls_verify, max_connections)
-            client = await stack.enter_async_context(own)
-        connections = await stack.enter_async_context(
-            Connections(client, make, max_connections=max_connections, stall_limit=stall_limit)
-        )
+    async with Connections(
+        client,
+        Trust(verify=tls_verify),
+        max_connections=max_connections,
+        stall_limit=stall_limit,
+    ) as connections:
         sites = Sites(
             connections,
             credentials,
@@ -206,22 +200,6 @@ async def open_registry_client(
             hosts_dir=directory,
         )
         yield RegistryClient(connections, sites)
-
-
-def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
-    text = (
-        "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
-        "NO_PROXY, SSL_CERT_FILE and their like) cannot be used: "
-    )
-    try:
-        verify = trust if isinstance(trust, bool) else make_context(trust)
-        return new_client(verify, max_connections)
-    except (OSError, ImportError) as error:
-        raise LayersError(f"{text}{error}") from error
-    except (ValueError, InvalidURL):
-        pass
-    # What such an error says, and its traceback, may be the password of a proxy whose URL is wrong.
-    raise LayersError(f"{text}one cannot be understood, and is not shown: it may hold a password")
 
 
 @final

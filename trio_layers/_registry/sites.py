@@ -335,7 +335,7 @@ class Sites:
             trust=self._trust_of(host, str(found.directory)),
             connect_limit=host.dial_timeout,
         )
-        await self._connections.client(manner.trust)  # certificates that are no good show here
+        await self._connections.check(manner.trust)  # certificates that are no good show here
         transport = Transport(self._connections, plain_http=plain_http, manner=manner)
         # Credentials without a name are for the registries that references name.
         credentials = self._credentials if itself else _named(self._credentials)
