@@ -69,6 +69,8 @@ _REFERRERS: Final = {"Accept": INDEX_TYPES[0]}
 
 _PAGE: Final = 1000
 """How many tags are asked for at once: no registry known to us allows more."""
+_NO_LENGTH: Final = (400, 416, 422, 501)
+"""Answers of registries that do not take the number of tags that they are asked for."""
 _NO_HEAD: Final = (400, 405, 406, 501)
 _NO_REFERRERS: Final = (400, 404, 405, 406, 501)
 """Answers of registries that do not know such requests."""
@@ -513,11 +515,19 @@ class RegistryClient:
         what = f"the tags of {reference.name}"
 
         async def attempt(site: Site) -> tuple[str, ...]:
+            try:
+                return await listed(site, f"n={_PAGE}")
+            except RegistryError as error:
+                if error.status not in _NO_LENGTH:
+                    raise
+            return await listed(site, "")
+
+        async def listed(site: Site, query: str) -> tuple[str, ...]:
             def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, f"tags/list?{query}", what, _JSON)
+                return site.ask(reference, f"tags/list?{query}".rstrip("?"), what, _JSON)
 
             tags: dict[str, None] = {}
-            async for page in Pages(f"n={_PAGE}", what, open_page):
+            async for page in Pages(query, what, open_page, "list"):
                 tags.update(dict.fromkeys(await _decode(decode_tags, page.data, page.host)))
             return tuple(tags)
 
@@ -568,15 +578,15 @@ class RegistryClient:
             def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
                 return site.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
 
-            found: list[Descriptor] = []
-            async for page in Pages(query, what, open_page):
+            found: dict[Descriptor, None] = {}
+            async for page in Pages(query, what, open_page, digest):
                 if page.media_type != INDEX_TYPES[0]:
                     # What is at every path of some servers.
                     text = f"{page.host} sent something else than {what}"
                     raise NotFound(text, host=page.host, status=404)
                 document = await _decode(decode_manifest, page.data, page.media_type)
                 assert isinstance(document, Index)
-                found += document.manifests
+                found.update(dict.fromkeys(document.manifests))
             return tuple(found)
 
         sites = await self._sites.find(reference)
