@@ -36,6 +36,7 @@ from ._errors import LimitExceeded as LimitExceeded
 from ._errors import ManagerClosed as ManagerClosed
 from ._errors import ManifestError as ManifestError
 from ._errors import MountError as MountError
+from ._errors import NetworkSettingError as NetworkSettingError
 from ._errors import NotFound as NotFound
 from ._errors import PlatformError as PlatformError
 from ._errors import RateLimited as RateLimited

@@ -28,6 +28,7 @@ __all__ = [
     "ManagerClosed",
     "ManifestError",
     "MountError",
+    "NetworkSettingError",
     "NotFound",
     "PlatformError",
     "RateLimited",
@@ -150,6 +151,18 @@ class CredentialsError(DoNotRetry):
     def __init__(self, message: str, *, source: str) -> None:
         super().__init__(message)
         self.source = source
+
+
+class NetworkSettingError(DoNotRetry):
+    """An environment variable names a proxy or certificates that cannot be used. Mend or unset it.
+
+    Attributes:
+        variable: Its name, such as ``HTTPS_PROXY`` or ``SSL_CERT_FILE``.
+    """
+
+    def __init__(self, variable: str, problem: str, advice: str) -> None:
+        super().__init__(f"the environment variable {variable}={problem}; {advice}")
+        self.variable = variable
 
 
 class NotFound(RegistryError):

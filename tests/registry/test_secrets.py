@@ -24,7 +24,7 @@ from _tools.logins import Home
 from registry.fakes import Body, MemorySink, Network, Report, describe
 from trio.testing import MockClock
 
-from trio_layers._errors import HostsError, LayersError, RegistryError
+from trio_layers._errors import HostsError, LayersError, NetworkSettingError, RegistryError
 from trio_layers._logins.lookup import LoginFiles
 from trio_layers._reference import parse_reference
 from trio_layers._registry import http as adapter
@@ -264,7 +264,7 @@ async def play(
         (hosts / APP.domain / "hosts.toml").write_text(text)
     http = world.client()
     if trouble == "cookie":
-        http = new_client(verify=True, max_connections=20)
+        http = new_client(make_context(Trust()), max_connections=20)
         http._transport, http._mounts = world, {}
     errors: list[LayersError] = []
     credentials = way.credentials(home)
@@ -539,7 +539,7 @@ def test_a_key_that_cannot_be_used(kind: str, tmp_path: Path, canaries: Canaries
         f"http://user:{SIGNATURE}#x@proxy.example:3128",
         f"ftp://user:{SIGNATURE}@proxy.example:3128",
         f"http://user:{SIGNATURE}@[::zz]:3128",
-        f"socks5://user:{SIGNATURE}@proxy.example",
+        f"socks4://user:{SIGNATURE}@proxy.example",
     ],
 )
 async def test_a_proxy_that_cannot_be_used(
@@ -548,9 +548,9 @@ async def test_a_proxy_that_cannot_be_used(
     """Its password is not shown, nor what httpx takes for its port."""
     canaries.add(f"user:{SIGNATURE}")
     monkeypatch.setenv("HTTPS_PROXY", proxy)
-    with pytest.raises(LayersError, match="HTTPS_PROXY") as caught:
-        async with open_registry_client():
-            pass
+    async with open_registry_client() as client:
+        with pytest.raises(NetworkSettingError, match="HTTPS_PROXY") as caught:
+            await fetch(client)
     canaries.check(caught.value)
 
 

@@ -23,7 +23,6 @@ from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
     HostsError,
     InvalidDigest,
-    LayersError,
     ManifestError,
     NotFound,
     RegistryError,
@@ -49,11 +48,11 @@ from .answers import RateLimit, is_final
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
-from .http import AsyncClient, InvalidURL, new_client
+from .http import AsyncClient
 from .lists import Pages, decode_tags
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
-from .trust import Trust, make_context
+from .trust import Trust
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
@@ -71,6 +70,8 @@ _REFERRERS: Final = {"Accept": INDEX_TYPES[0]}
 
 _PAGE: Final = 1000
 """How many tags are asked for at once: no registry known to us allows more."""
+_NO_LENGTH: Final = (400, 416, 422, 501)
+"""Answers of registries that do not take the number of tags that they are asked for."""
 _NO_HEAD: Final = (400, 405, 406, 501)
 _NO_REFERRERS: Final = (400, 404, 405, 406, 501)
 """Answers of registries that do not know such requests."""
@@ -157,8 +158,8 @@ async def open_registry_client(
         client: Sends the requests, and is closed by whoever made it. It must allow
             ``max_connections`` connections, and nothing else should use it meanwhile: see
             encode/httpcore#961. ``None``: one of our own, which takes proxies and certificates
-            from the environment, asks this machine without a proxy, and closes its connections
-            at the end.
+            from the environment when a request needs them, asks this machine without a proxy, and
+            closes its connections at the end.
         credentials: For those who ask for them. They are sent over plain HTTP only where that
             may be used at all.
         plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
@@ -177,7 +178,6 @@ async def open_registry_client(
             or if ``tls_verify`` is switched off for a client that was given.
         HostsError: if ``hosts_dir`` is no directory. What is in it is looked at when a registry is
             first asked.
-        LayersError: if the environment's proxies or certificates cannot be used.
     """
     if max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
@@ -189,16 +189,12 @@ async def open_registry_client(
     if directory is not None and not await trio.to_thread.run_sync(directory.is_dir):
         raise HostsError(str(directory), "it is no directory")
 
-    def make(trust: Trust) -> AsyncClient:
-        return _make_client(trust, max_connections)
-
-    async with AsyncExitStack() as stack:
-        if client is None:
-            own = await trio.to_thread.run_sync(_make_client, tls_verify, max_connections)
-            client = await stack.enter_async_context(own)
-        connections = await stack.enter_async_context(
-            Connections(client, make, max_connections=max_connections, stall_limit=stall_limit)
-        )
+    async with Connections(
+        client,
+        Trust(verify=tls_verify),
+        max_connections=max_connections,
+        stall_limit=stall_limit,
+    ) as connections:
         sites = Sites(
             connections,
             credentials,
@@ -207,22 +203,6 @@ async def open_registry_client(
             hosts_dir=directory,
         )
         yield RegistryClient(connections, sites)
-
-
-def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
-    text = (
-        "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
-        "NO_PROXY, SSL_CERT_FILE and their like) cannot be used: "
-    )
-    try:
-        verify = trust if isinstance(trust, bool) else make_context(trust)
-        return new_client(verify, max_connections)
-    except (OSError, ImportError) as error:
-        raise LayersError(f"{text}{error}") from error
-    except (ValueError, InvalidURL):
-        pass
-    # What such an error says, and its traceback, may be the password of a proxy whose URL is wrong.
-    raise LayersError(f"{text}one cannot be understood, and is not shown: it may hold a password")
 
 
 @final
@@ -536,11 +516,19 @@ class RegistryClient:
         what = f"the tags of {reference.name}"
 
         async def attempt(site: Site) -> tuple[str, ...]:
+            try:
+                return await listed(site, f"n={_PAGE}")
+            except RegistryError as error:
+                if error.status not in _NO_LENGTH:
+                    raise
+            return await listed(site, "")
+
+        async def listed(site: Site, query: str) -> tuple[str, ...]:
             def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, f"tags/list?{query}", what, _JSON)
+                return site.ask(reference, f"tags/list?{query}".rstrip("?"), what, _JSON)
 
             tags: dict[str, None] = {}
-            async for page in Pages(f"n={_PAGE}", what, open_page):
+            async for page in Pages(query, what, open_page, "list"):
                 tags.update(dict.fromkeys(await _decode(decode_tags, page.data, page.host)))
             return tuple(tags)
 
@@ -591,15 +579,15 @@ class RegistryClient:
             def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
                 return site.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
 
-            found: list[Descriptor] = []
-            async for page in Pages(query, what, open_page):
+            found: dict[Descriptor, None] = {}
+            async for page in Pages(query, what, open_page, digest):
                 if page.media_type != INDEX_TYPES[0]:
                     # What is at every path of some servers.
                     text = f"{page.host} sent something else than {what}"
                     raise NotFound(text, host=page.host, status=404)
                 document = await _decode(decode_manifest, page.data, page.media_type)
                 assert isinstance(document, Index)
-                found += document.manifests
+                found.update(dict.fromkeys(document.manifests))
             return tuple(found)
 
         sites = await self._sites.find(reference)

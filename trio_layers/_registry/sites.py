@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar, final
 from urllib.parse import quote
@@ -15,6 +16,8 @@ import attrs
 import trio
 
 from .._errors import (
+    AuthenticationError,
+    CredentialsError,
     HostsError,
     LayersError,
     ManifestError,
@@ -24,8 +27,9 @@ from .._errors import (
 )
 from .._manifest import Descriptor
 from .._reference import Reference
+from .._sharing import Shared
 from .answers import PATIENCE, RateLimit, is_final, rate_limit, read_error
-from .auth import Authenticator
+from .auth import Authenticator, Challenge, RedirectedAccess, parse_challenges
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
 from .elsewhere import MAX_URLS, Elsewhere
@@ -46,6 +50,11 @@ LEAST_PATIENCE: Final = 10.0
 # URLs of layers, of which it is known with which entity tag they began.
 MAX_ELSEWHERE: Final = 1000
 
+# Answers that registries give the anonymous for a repository whose name they hide.
+_MAY_HIDE: Final = (401, 403, 404)
+# Answers of ``/v2/`` that will be the same next time.
+_TELLING: Final = (200, 401, 404)
+
 T = TypeVar("T")
 SiteT = TypeVar("SiteT", bound="Site | Elsewhere")
 
@@ -63,6 +72,7 @@ class Site:
         urls: Where its API may be, in the order in which to try.
         transport: Speaks to it.
         authenticator: Knows how it wants to be asked.
+        others: Knows how hosts that it redirects to want to be asked.
         upstream: The registry that it stands for; ``None`` if it is that itself.
         capabilities: What it is good for: ``pull``, ``resolve``, ``referrers``.
     """
@@ -73,6 +83,7 @@ class Site:
         urls: Sequence[URL],
         transport: Transport,
         authenticator: Authenticator,
+        others: Authenticator,
         *,
         upstream: str | None = None,
         capabilities: frozenset[str] = frozenset({"pull", "resolve", "referrers"}),
@@ -85,6 +96,8 @@ class Site:
         self._base: URL | None = None
         self._transport = transport
         self._authenticator = authenticator
+        self._others = others
+        self._root: Shared[tuple[Challenge, ...]] = Shared()
         self._upstream = upstream
         self._trouble: RegistryError | None = None
         self._rests_until = 0.0
@@ -135,18 +148,29 @@ class Site:
             inside = base.path.partition("/v2/")[2]
             reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
         access = self._authenticator.access(reference)
+        redirected = RedirectedAccess(self._others, reference, url)
         # A mirror's turn is over then: the next host need not be waited for.
         patience = PATIENCE if self._upstream is None else 0.0
         while True:
-            authorization = await access.authorization()
+            try:
+                authorization = await access.authorization()
+            except AuthenticationError:
+                access.failed()
+                raise
             async with self._transport.get(
-                url, what, headers=headers, authorization=authorization, method=method
+                url,
+                what,
+                headers=headers,
+                authorization=authorization,
+                authorize_redirected=redirected.authorization,
+                method=method,
             ) as answer:
                 self._base = base
                 self._trouble = None
                 self.rate_limit = rate_limit(answer) or self.rate_limit
                 unsatisfiable = "Range" in headers and answer.status == 416
                 if 200 <= answer.status < 300 or unsatisfiable:
+                    access.granted()
                     yield answer
                     return
                 error = await read_error(answer, what)
@@ -157,9 +181,41 @@ class Site:
                     log.info("%s asks to wait: %s", self.name, error)
                     await trio.sleep(error.retry_after)
                     continue
-            asks = answer.status == 401 and not answer.redirected
-            if not (asks and await access.refused(answer)):
+            if answer.redirected:
+                if answer.status == 401 and await redirected.refused(answer):
+                    continue
                 raise error
+            if answer.status == 401 and await access.refused(answer):
+                continue
+            if answer.status in _MAY_HIDE:
+                try:
+                    if await access.hidden(answer, partial(self._ask_root, base)):
+                        continue
+                except CredentialsError as trouble:
+                    error.args = (f"{error}; {trouble}",)
+            if answer.status in (401, 403):
+                access.failed()
+            raise error
+
+    async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
+        """The challenges of ``/v2/``; none if it has none, or cannot tell now."""
+        root, found, _ = base.path.partition("/v2/")
+        url = base.copy_with(path=f"{root}/v2/") if found else base
+        what = "how it wants to be asked"
+
+        async def ask() -> tuple[Challenge, ...]:
+            async with self._transport.get(url, what) as answer:
+                if answer.status in _TELLING and not answer.redirected:
+                    fields = answer.headers.get_list("WWW-Authenticate")
+                    return tuple(parse_challenges(fields)) if answer.status == 401 else ()
+                error = await read_error(answer, what)
+            raise error
+
+        try:
+            return await self._root.get(lambda _: True, ask)
+        except RegistryError as error:
+            log.info("%s is not asked with credentials: %s", self.name, error)
+            return ()
 
     async def _find_base(self) -> URL:
         """Where the API is. Remembered once it has answered there."""
@@ -201,6 +257,7 @@ class Sites:
         self._hosts_dir = hosts_dir
         self._transport = Transport(connections, plain_http=plain_http)
         self._authenticator = Authenticator(self._transport, credentials)
+        self._others = Authenticator(self._transport, _named(credentials))
         self._sites: dict[str, tuple[Site, ...]] = {}
         self._abroad = Transport(connections, plain_http=plain_http, local=False)
         self._elsewhere: dict[tuple[str, Transport], Elsewhere] = {}
@@ -262,7 +319,8 @@ class Sites:
             if found.directory is not None:
                 return tuple([await self._configured(host, domain, found) for host in found.hosts])
         urls = base_urls(reference, plain_http=self._plain_http)
-        return (Site(registry_of(domain), urls, self._transport, self._authenticator),)
+        name = registry_of(domain)
+        return (Site(name, urls, self._transport, self._authenticator, self._others),)
 
     async def _configured(self, host: Host, domain: str, found: Configuration) -> Site:
         assert found.directory is not None
@@ -277,16 +335,16 @@ class Sites:
             trust=self._trust_of(host, str(found.directory)),
             connect_limit=host.dial_timeout,
         )
-        await self._connections.client(manner.trust)  # certificates that are no good show here
+        await self._connections.check(manner.trust)  # certificates that are no good show here
         transport = Transport(self._connections, plain_http=plain_http, manner=manner)
         # Credentials without a name are for the registries that references name.
-        nameless = isinstance(self._credentials, Credentials)
-        credentials = None if nameless and not itself else self._credentials
+        credentials = self._credentials if itself else _named(self._credentials)
         return Site(
             host.host,
             urls,
             transport,
             Authenticator(transport, credentials),
+            Authenticator(transport, _named(self._credentials)),
             upstream=None if itself else domain,
             capabilities=host.capabilities,
         )
@@ -305,6 +363,11 @@ class Sites:
             verify,
         )
         return None if trust == Trust(verify=self._tls_verify) else trust
+
+
+def _named(credentials: CredentialsFor | None) -> CredentialsFor | None:
+    """The credentials for hosts that no reference names: not those that name no host."""
+    return None if isinstance(credentials, Credentials) else credentials
 
 
 def _urls_of(host: Host, found: Configuration, *, plain_http: bool) -> tuple[URL, ...]:
