@@ -319,7 +319,8 @@ class Puller:
             manifest = await trio.to_thread.run_sync(
                 decode_manifest, manifest_bytes, stored.manifest.media_type
             )
-            config = await trio.to_thread.run_sync(decode_config, config_bytes)
+            listed = None if stored.platform is None else parse_platform(stored.platform)
+            config = await trio.to_thread.run_sync(decode_config, config_bytes, listed)
             assert isinstance(manifest, Manifest)
             if stored.chain_id is None and manifest.layers:
                 yield None  # its layers were never unpacked
