@@ -236,12 +236,24 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REF",
         help="what to call the image; of several, the one that is called so already",
     )
+    add(
+        "--digest",
+        metavar="DIGEST",
+        help="import the image with this digest (of its manifest, index or config), or prefix",
+    )
+    add(
+        "--all",
+        action="store_true",
+        help="import images without names, too, as localhost/unnamed@DIGEST",
+    )
     _platform_argument(parser)
     add("--json", action="store_true", help="print a JSON object for each image")
     _progress_arguments(parser)
 
 
 async def _import(arguments: argparse.Namespace) -> int:
+    if arguments.all and (arguments.reference or arguments.digest):
+        raise LayersError("--all imports every image: leave out --reference and --digest")
     source = _archive_on_stdin() if arguments.source == "-" else arguments.source
     async with (
         open_store(arguments.store) as store,
@@ -251,6 +263,8 @@ async def _import(arguments: argparse.Namespace) -> int:
             store,
             source,
             reference=arguments.reference,
+            digest=arguments.digest,
+            all=arguments.all,
             platform=arguments.platform,
             progress=progress,
         )
