@@ -270,26 +270,27 @@ class _Union:
 
     async def add_index(self, entries: Iterable[Descriptor]) -> None:
         groups = await trio.to_thread.run_sync(_grouped, entries)
-        found = {root: await self._find(root) for group in groups.values() for root in group}
+        # Not by the entry itself, whose hash leaves out its annotations.
+        found = {_key(root): await self._find(root) for group in groups.values() for root in group}
         await trio.to_thread.run_sync(self._add_groups, groups, found)
 
     def _add_groups(
         self,
         groups: Mapping[Reference | str, Sequence[Descriptor]],
-        found: Mapping[Descriptor, _Contents],
+        found: Mapping[tuple[str, Digest, int], _Contents],
     ) -> None:
         one: dict[tuple[str, Digest, int], Candidate] = {}
         for name, group in groups.items():
-            images = [root for root in group if not found[root].is_artifact]
+            images = [root for root in group if not found[_key(root)].is_artifact]
             rest = group
             if len(images) > 1 and _are_platforms(images):
                 # Entries of one name for several platforms are one image.
-                self._add(name, images, [found[root] for root in images])
-                rest = [root for root in group if found[root].is_artifact]
+                self._add(name, images, [found[_key(root)] for root in images])
+                rest = [root for root in group if found[_key(root)].is_artifact]
             for root in rest:
                 same = one.get(_key(root))
                 if same is None:
-                    one[_key(root)] = self._add(name, [root], [found[root]])
+                    one[_key(root)] = self._add(name, [root], [found[_key(root)]])
                 elif isinstance(name, Reference):
                     self._name(same, name)
                 else:
@@ -553,6 +554,8 @@ async def select(
         if reference is not None and len(meant) > 1:
             meant = [each for each in meant if reference in each.names] or meant
         _check_one(source, listing, meant, str(reference) if pinned is not None else prefix)
+        if reference is None:
+            await trio.to_thread.run_sync(_check_names, source, meant)
         return [(meant[0], (reference,) if reference is not None else tuple(meant[0].names))]
     if reference is not None:
         meant = list(candidates)

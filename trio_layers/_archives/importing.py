@@ -187,9 +187,13 @@ async def _put(
             download = manager.download(sources, progress=progress)
             rootfs = await stack.enter_async_context(download)
             check_diff_ids(layers, rootfs)
-        put = [image.stored_as(name) for image in images for name in image.names]
+        put = await trio.to_thread.run_sync(_named, images)
         await store.put_images(put)
     return put
+
+
+def _named(images: Sequence[_Image]) -> list[StoredImage]:
+    return [image.stored_as(name) for image in images for name in image.names]
 
 
 @attrs.frozen
@@ -243,7 +247,7 @@ class _Finder:
         called = str(names[0] if names else candidate)
         if not candidate.contents.manifests and candidate.docker:
             image = await self._find_in_docker(candidate, called, self._platform)
-            return attrs.evolve(image, names=_promised(self._source, image, names))
+            return await self._named(image, names)
         try:
             image = await self._find_oci(candidate.roots, called)
         except _USELESS as error:
@@ -254,7 +258,11 @@ class _Finder:
                 image = await self._find_in_docker(candidate, called, wanted)
             except _USELESS:
                 raise error from None
-        return attrs.evolve(image, names=_promised(self._source, image, names))
+        return await self._named(image, names)
+
+    async def _named(self, image: _Image, names: tuple[Reference, ...]) -> _Image:
+        names = await trio.to_thread.run_sync(_promised, self._source, image, names)
+        return attrs.evolve(image, names=names)
 
     async def manifest_digest(self, candidate: Candidate) -> Digest | None:
         """The digest of the manifest that an image of a docker-archive gets, if it is whole."""

@@ -29,10 +29,10 @@ from .catalog import (
     find_blob,
     find_image,
     find_images,
+    find_index_rows,
     find_layer,
     find_layout,
     find_tree,
-    find_whole_images,
     put_image,
     set_layout,
 )
@@ -41,7 +41,7 @@ from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
 from .files import disk_errors, replace_file
-from .layout import index_document, open_directory
+from .layout import encode_index, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
 from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
@@ -622,7 +622,7 @@ class DirectoryStore:
 
     def _write_index(self, connection: sqlite3.Connection) -> None:
         """In a transaction: whoever writes last has seen what the others wrote."""
-        document = index_document(find_whole_images(connection))
+        document = encode_index(find_index_rows(connection))
         digest = digest_of(document)
         if find_layout(connection) == digest and self._is_index_right(connection):
             return
