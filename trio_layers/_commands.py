@@ -278,7 +278,12 @@ async def _import(arguments: argparse.Namespace) -> int:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("references", metavar="REF", nargs="+", help="an image in the store")
+    add(
+        "references",
+        metavar="REF",
+        nargs="+",
+        help="the name of an image in the store, or its digest (sha256:…): then all its names",
+    )
     add(
         "destination",
         metavar="DEST",
