@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import attrs
@@ -342,6 +344,41 @@ async def test_an_edited_config_under_its_old_name(tmp_path: Path) -> None:
         [image] = await import_images(store, Stream(tar_of(members)))
         assert image.config.digest == digest_of(members[path])
         assert len(await files(store, image)) == 5
+
+
+async def test_an_index_without_a_layout_beside_it(tmp_path: Path) -> None:
+    """Its images are not dropped, where a ``manifest.json`` says that it is an archive."""
+    data = both([named(IMAGE, NAME)], [docker_entry(OTHER, "b:1")], blobs_of(IMAGE, OTHER))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = [(m.name, tar.extractfile(m)) for m in tar if m.name != "oci-layout"]
+        data = tar_of([(name, file.read()) for name, file in members if file is not None])
+    async with opened(tmp_path) as store:
+        images = await import_images(store, Stream(data))
+        assert [image.reference for image in images] == [NAME, "docker.io/library/b:1"]
+
+
+async def test_a_digest_is_no_name(tmp_path: Path) -> None:
+    """The grammar has it for a tag of a repository sha256."""
+    index = [named(IMAGE, IMAGE.digest)]
+    docker = [docker_entry(IMAGE, IMAGE.config_descriptor.digest)]
+    async with opened(tmp_path) as store:
+        for first, second in ((index, None), (None, docker), (index, docker)):
+            data = both(first, second, blobs_of(IMAGE))
+            with pytest.raises(ArchiveError, match="without a name"):
+                await import_images(store, Stream(data))
+            [image] = await import_images(store, Stream(data), all=True)
+            assert image.reference == f"{UNNAMED}{image.manifest.digest}"
+
+
+async def test_broken_entries_beside_artifacts(tmp_path: Path) -> None:
+    """Nothing of the layout's image is there, but for its signature: the other list has it."""
+    signature = ARTIFACTS["cosign's signature"]
+    members = {**blobs_of(IMAGE), blob(digest_of(signature)): signature}
+    index = [named(OTHER, "x.test/a:1"), entry_for(signature, "x.test/a:sig")]
+    data = both(index, [docker_entry(IMAGE, NAME)], members)
+    async with opened(tmp_path) as store:
+        [image] = await import_images(store, Stream(data))
+        assert (image.reference, image.config.digest) == (NAME, IMAGE.config_descriptor.digest)
 
 
 # Images without names.

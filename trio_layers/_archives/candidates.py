@@ -40,6 +40,7 @@ from .documents import (
     decode_document,
     decode_index,
     is_dir_transport,
+    is_id,
     name_of,
     shown,
 )
@@ -196,15 +197,21 @@ async def list_images(source: Source) -> Listing:
     failure: Exception | None = None
     entries: Sequence[Descriptor] | None = None
     images: Sequence[DockerImage] | None = None
+    docker = await source.read(DOCKER)
     try:
-        entries = await _read_index(source)
+        entries = await _read_index(source, is_layout=docker is None)
     except (ArchiveError, ManifestError) as error:
         failure = error
     try:
-        images = await _read_docker(source)
+        images = None if docker is None else await decode(source, decode_docker, docker)
     except ArchiveError as error:
         failure = failure or error
     if not entries and not images:
+        if await _is_dir_transport(source):
+            raise ArchiveError(
+                f"{source.name} is a directory of skopeo's dir: transport, and no image archive or "
+                "layout: convert it by skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
+            )
         if failure is not None:
             raise failure
         if entries is None and images is None:
@@ -220,22 +227,21 @@ async def list_images(source: Source) -> Listing:
     return union.listing()
 
 
-async def _read_index(source: Source) -> Sequence[Descriptor] | None:
+async def _read_index(source: Source, *, is_layout: bool) -> Sequence[Descriptor] | None:
+    """The images in ``index.json``; ``is_layout``: only of what has an ``oci-layout``, too."""
     layout, index = await source.read(LAYOUT), await source.read(INDEX)
-    if layout is None or index is None:
+    if index is None or (layout is None and is_layout):
         return None
-    await decode(source, check_layout, layout)
+    if layout is not None:
+        await decode(source, check_layout, layout)
     return (await decode(source, decode_index, index)).images
 
 
-async def _read_docker(source: Source) -> Sequence[DockerImage] | None:
-    version, docker = await source.read(VERSION), await source.read(DOCKER)
-    if is_dir_transport(version):
-        raise ArchiveError(
-            f"{source.name} is a directory of skopeo's dir: transport, and no image archive or "
-            f"layout: convert it by skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
-        )
-    return None if docker is None else await decode(source, decode_docker, docker)
+async def _is_dir_transport(source: Source) -> bool:
+    try:
+        return is_dir_transport(await source.read(VERSION))
+    except ArchiveError:
+        return False  # too large for one
 
 
 async def _no_list(source: Source) -> ArchiveError:
@@ -375,9 +381,9 @@ class _Union:
 
     def _add_all(self, images: Iterable[DockerImage], configs: Mapping[str, Digest | None]) -> None:
         useful = [config for config in configs.values() if config is not None]
-        if useful and all(each.contents.is_useless for each in self._candidates):
-            # Of what index.json lists nothing is there.
-            self._candidates.clear()
+        if useful and not any(each.contents.manifests for each in self._candidates):
+            # Of the images that index.json lists none is there.
+            self._candidates = [each for each in self._candidates if each.contents.is_artifact]
             self._by_name.clear()
             self._useless.clear()
         if not useful and self._by_config:
@@ -484,7 +490,8 @@ def _parsed(tags: Iterable[str]) -> tuple[Reference, ...]:
     names = []
     for tag in tags:
         try:
-            names.append(parse_reference(tag))
+            if not is_id(tag):
+                names.append(parse_reference(tag))
         except InvalidReference:
             pass
     return tuple(dict.fromkeys(names))

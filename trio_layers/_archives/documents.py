@@ -45,6 +45,7 @@ __all__ = [
     "encode_docker",
     "encode_manifest",
     "is_dir_transport",
+    "is_id",
     "key_of",
     "link_target",
     "name_of",
@@ -66,6 +67,7 @@ LAYER_TYPES: Final = {
 """By their compression."""
 
 _BLOB: Final = re.compile(r"blobs/sha256/([0-9a-f]{64})\Z")
+_ID: Final = re.compile(r"@?sha256:[0-9a-f]{64}\Z")
 _CONFIG: Final = re.compile(r"(?:.*/)?(?:sha256:)?([0-9a-f]{64})(?:\.json)?\Z")
 
 
@@ -122,12 +124,17 @@ def name_of(descriptor: Descriptor) -> Reference | str:
     name = annotations.get("org.opencontainers.image.ref.name", "")
     for text in (full, name):
         # Without one of these it could be a tag.
-        if re.search("[/:@]", text):
+        if re.search("[/:@]", text) and not is_id(text):
             try:
                 return parse_reference(text)
             except InvalidReference:
                 pass
     return name or full
+
+
+def is_id(text: str) -> bool:
+    """Whether a name is but a digest: the reference grammar has that for a repository and a tag."""
+    return _ID.match(text) is not None
 
 
 def check_layout(data: bytes) -> None:
