@@ -243,12 +243,24 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REF",
         help="what to call the image; of several, the one that is called so already",
     )
+    add(
+        "--digest",
+        metavar="DIGEST",
+        help="import the image with this digest (of its manifest, index or config), or prefix",
+    )
+    add(
+        "--all",
+        action="store_true",
+        help="import images without names, too, as localhost/unnamed@DIGEST",
+    )
     _platform_argument(parser)
     add("--json", action="store_true", help="print a JSON object for each image")
     _progress_arguments(parser)
 
 
 async def _import(arguments: argparse.Namespace) -> int:
+    if arguments.all and (arguments.reference or arguments.digest):
+        raise LayersError("--all imports every image: leave out --reference and --digest")
     source = _archive_on_stdin() if arguments.source == "-" else arguments.source
     async with (
         open_store(arguments.store) as store,
@@ -258,6 +270,8 @@ async def _import(arguments: argparse.Namespace) -> int:
             store,
             source,
             reference=arguments.reference,
+            digest=arguments.digest,
+            all=arguments.all,
             platform=arguments.platform,
             progress=progress,
         )
@@ -271,7 +285,12 @@ async def _import(arguments: argparse.Namespace) -> int:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("references", metavar="REF", nargs="+", help="an image in the store")
+    add(
+        "references",
+        metavar="REF",
+        nargs="+",
+        help="the name of an image in the store, or its digest (sha256:…): then all its names",
+    )
     add(
         "destination",
         metavar="DEST",

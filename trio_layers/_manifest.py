@@ -18,7 +18,7 @@ from ._as_go import decode_base64, without_surrogates
 from ._digest import DiffID, Digest, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
 from ._json import AmbiguousJSON, check_names, fold_names, parse_json
-from ._platform import Platform
+from ._platform import DEFAULT_OS, Platform, host_platform
 
 __all__ = [
     "INDEX_TYPES",
@@ -32,6 +32,7 @@ __all__ = [
     "check_layer_count",
     "decode_config",
     "decode_manifest",
+    "is_artifact",
 ]
 
 MAX_DOCUMENT_SIZE: Final = 4 * 1024 * 1024
@@ -72,6 +73,10 @@ def _layer_types(oci: str, docker: str) -> frozenset[str]:
 
 _FOREIGN_TYPES: Final = _layer_types("nondistributable.", "foreign.")
 _LAYER_TYPES: Final = _layer_types("", "") | _FOREIGN_TYPES
+_LAYER_PREFIXES: Final = (
+    "application/vnd.oci.image.layer.",
+    "application/vnd.docker.image.rootfs.",
+)
 _IN_TOTO: Final = "application/vnd.in-toto"
 
 # What says of a document what it is, and where its parts are.
@@ -223,12 +228,16 @@ class ImageConfig:
     raw: bytes = attrs.field(default=b"", repr=False)
 
 
-def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
+def decode_manifest(
+    data: bytes, media_type: str, *, null_is_empty: bool = False
+) -> Manifest | Index:
     """Decode a manifest or an index.
 
     Args:
         data: The document as it was served.
         media_type: What it was served as, without parameters: this decides what it is.
+        null_is_empty: Whether ``layers`` and ``manifests`` may be missing or null and count as
+            empty then, as in Go's decoders. The specification requires arrays.
 
     Raises:
         ManifestError: if it is of another type, larger than `MAX_DOCUMENT_SIZE`, not valid, or
@@ -261,11 +270,11 @@ def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
     artifact_type = _text(document.get("artifactType"), f"{kind}: artifactType") or None
     _optional_object(document.get("subject"), f"{kind}: subject")
     if kind == "index":
-        return Index(media_type, _descriptors(document, "manifests"), annotations)
+        return Index(media_type, _descriptors(document, "manifests", null_is_empty), annotations)
     return Manifest(
         media_type,
         _descriptor(document.get("config"), "config"),
-        _descriptors(document, "layers"),
+        _descriptors(document, "layers", null_is_empty),
         artifact_type,
         annotations,
     )
@@ -292,6 +301,20 @@ def check_image(manifest: Manifest) -> None:
             _refuse(f"layer {layer.digest} has an unsupported type, {_show(layer.media_type)}")
 
 
+def is_artifact(manifest: Manifest) -> bool:
+    """Tell artifacts, signatures and attestations from images.
+
+    An image with layers of an unsupported kind is an image still. `check_image` refuses both.
+    """
+    if manifest.config.media_type not in _CONFIG_TYPES:
+        return True
+    if manifest.artifact_type is not None and manifest.artifact_type not in _CONFIG_TYPES:
+        return True
+    # A signature of cosign's has the config of an image.
+    types = [layer.media_type for layer in manifest.layers]
+    return bool(types) and not any(each.startswith(_LAYER_PREFIXES) for each in types)
+
+
 def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
     """Check that manifest and config speak of the same layers, as far as numbers tell.
 
@@ -303,8 +326,13 @@ def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
         _refuse(f"the manifest has {layers} layers, but the image config has {diff_ids} diff IDs")
 
 
-def decode_config(data: bytes) -> ImageConfig:
+def decode_config(data: bytes, platform: Platform | None = None) -> ImageConfig:
     """Decode an image config.
+
+    Args:
+        data: The document as it was served.
+        platform: Completes a config without operating system or architecture, which pack and ko
+            write: the platform in the entry of an index. ``None``: the host's.
 
     Raises:
         ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
@@ -315,17 +343,15 @@ def decode_config(data: bytes) -> ImageConfig:
     _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
     if rootfs.get("type") != "layers":
         _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
-    diff_ids = _list(rootfs.get("diff_ids"), "image config: rootfs.diff_ids")
-    platform = _platform(document, "image config")
-    for member in ("os", "architecture"):
-        if not document.get(member):
-            _refuse(f"image config: {member} is missing")
+    # Docker leaves out an empty list (moby image/rootfs.go), and Go writes one that is nil as null.
+    value = rootfs.get("diff_ids")
+    diff_ids = [] if value is None else _list(value, "image config: rootfs.diff_ids")
     _check_history(document)
     run = _optional_object(document.get("config"), "image config: config")
     _check_names(run, "image config: config", _NONE, _MORE_OF_RUN)
     _check_flag(run.get("ArgsEscaped"), "image config: ArgsEscaped")
     return ImageConfig(
-        platform,
+        _complete(_platform(document, "image config"), platform),
         tuple(DiffID(_digest(each, "image config: rootfs.diff_ids")) for each in diff_ids),
         _time(document.get("created"), "image config: created"),
         env=_texts(run.get("Env"), "image config: Env"),
@@ -341,10 +367,15 @@ def decode_config(data: bytes) -> ImageConfig:
     )
 
 
-def _descriptors(document: Mapping[str, object], member: str) -> tuple[Descriptor, ...]:
+def _descriptors(
+    document: Mapping[str, object], member: str, null_is_empty: bool
+) -> tuple[Descriptor, ...]:
+    values = document.get(member)
+    if values is None and null_is_empty:
+        return ()
     return tuple(
         _descriptor(value, f"{member}[{index}]")
-        for index, value in enumerate(_list(document.get(member), member))
+        for index, value in enumerate(_list(values, member))
     )
 
 
@@ -385,6 +416,22 @@ def _platform(value: object, where: str) -> Platform:
     if not str(platform).isprintable():
         _refuse(f"{where}: the platform {_show(str(platform))} has characters that cannot be shown")
     return platform
+
+
+def _complete(platform: Platform, default: Platform | None) -> Platform:
+    """Fill in the members that a config leaves empty."""
+    if platform.os and platform.architecture:
+        return platform
+    if default is None or not default.architecture:
+        default = host_platform()
+    if platform.architecture:
+        return attrs.evolve(platform, os=default.os or DEFAULT_OS)
+    return attrs.evolve(
+        platform,
+        os=platform.os or default.os or DEFAULT_OS,
+        architecture=default.architecture,
+        variant=platform.variant or default.variant,
+    )
 
 
 def _decode(data: bytes, kind: str) -> Mapping[str, object]:

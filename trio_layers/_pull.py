@@ -355,12 +355,13 @@ class Puller:
             manifest = await trio.to_thread.run_sync(
                 decode_manifest, manifest_bytes, stored.manifest.media_type
             )
-            config = await trio.to_thread.run_sync(decode_config, config_bytes)
+            listed = None if stored.platform is None else parse_platform(stored.platform)
+            config = await trio.to_thread.run_sync(decode_config, config_bytes, listed)
             assert isinstance(manifest, Manifest)
             if stored.chain_id is None and manifest.layers:
                 return None  # its layers were never unpacked
-            listed = partial(layers_of, manifest.layers, config.diff_ids)
-            layers = await off_the_loop(len(manifest.layers), listed)
+            stacked = partial(layers_of, manifest.layers, config.diff_ids)
+            layers = await off_the_loop(len(manifest.layers), stacked)
             rootfs = await self._store.rootfs(stored.chain_id)
             stack.push_async_exit(lease.pop_all())
         return Image(

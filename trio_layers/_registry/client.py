@@ -345,7 +345,8 @@ class RegistryClient:
 
         await _decode(_check_image, data, document)
         config_bytes = await self._get_document(reference, "blobs", document.config, known)
-        config = await _decode(decode_config, config_bytes)
+        listed = None if index is None else descriptor.platform
+        config = await _decode(decode_config, config_bytes, listed)
         check_layer_count(document, config)
         # An index's entry need not say what it is for, and an image alone never does.
         said = index is not None and descriptor.platform is not None

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar, TypeVarTuple, final
+from typing import Final, TypeAlias, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
@@ -29,6 +29,7 @@ __all__ = [
     "APPLICATION_ID",
     "VERSION",
     "Catalog",
+    "IndexRow",
     "StoredBlob",
     "StoredImage",
     "StoredLayer",
@@ -47,6 +48,7 @@ __all__ = [
     "find_holders",
     "find_image",
     "find_images",
+    "find_index_rows",
     "find_layer",
     "find_layout",
     "find_tree",
@@ -271,6 +273,11 @@ async def while_busy(attempt: Callable[[], Awaitable[T]]) -> T:
             if time.monotonic() > end:
                 raise
         await trio.sleep(_PAUSE)
+
+
+IndexRow: TypeAlias = tuple[str, str | None, str, Digest, int, Digest | None]
+"""An entry of ``index.json``: reference, platform, the manifest's media type, digest and size,
+and the digest of the index that it was chosen from."""
 
 
 @final
@@ -617,6 +624,18 @@ def find_whole_images(connection: sqlite3.Connection) -> list[StoredImage]:
     where = "WHERE r.manifest NOT IN (SELECT manifest FROM lacking) "
     rows = connection.execute(_IMAGES + where + "ORDER BY r.reference, r.serial DESC")
     return list(_images(rows))
+
+
+def find_index_rows(connection: sqlite3.Connection) -> Iterator[IndexRow]:
+    """Like `find_whole_images`, as plain rows: there may be thousands, at each write."""
+    return connection.execute(
+        "SELECT r.reference, r.platform, i.media_type, m.digest, m.size, x.digest "
+        "FROM image_references r "
+        "JOIN images i ON i.manifest = r.manifest JOIN blobs m ON m.digest = r.manifest "
+        "LEFT JOIN blobs x ON x.digest = r.index_digest "
+        "WHERE r.manifest NOT IN (SELECT manifest FROM lacking) "
+        "ORDER BY r.reference, r.serial DESC"
+    )
 
 
 def find_layout(connection: sqlite3.Connection) -> Digest | None:

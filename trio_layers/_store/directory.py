@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,10 @@ from .catalog import (
     find_blob,
     find_image,
     find_images,
+    find_index_rows,
     find_layer,
     find_layout,
     find_tree,
-    find_whole_images,
     put_image,
     set_layout,
     while_busy,
@@ -45,7 +45,7 @@ from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
 from .files import replace_file
-from .layout import index_document, locate, open_directory
+from .layout import encode_index, locate, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
 from .merged import MergedTree, Surveys, TreeStack
 from .rootfs import RootfsView
@@ -230,6 +230,11 @@ class DirectoryStore:
     def path(self) -> Path:
         """The directory, absolute."""
         return self._root
+
+    @property
+    def unpacker(self) -> Unpacker:
+        """The functions that make trees of layers in this store."""
+        return self._unpacker
 
     def statistics(self) -> StoreStatistics:
         """What goes on now."""
@@ -508,6 +513,26 @@ class DirectoryStore:
             await self._commits.commit(job, since=since)
 
     @while_open
+    async def put_images(self, images: Sequence[StoredImage]) -> None:
+        """Let references stand for images, all at once or, if it fails, none; see `put_image`.
+
+        Args:
+            images: References and images. All parts of the images must be in the store.
+
+        Raises:
+            StoreError: if something of an image is not in the store.
+            PlatformError: if the platform of an image is none.
+        """
+        since = self._commits.failures
+        layers: dict[Digest, list[Digest]] = {}
+        for manifest in {image.manifest.digest: image.manifest for image in images}.values():
+            document = await self.read_blob(manifest.digest)
+            blobs = await trio.to_thread.run_sync(_blobs_of_layers, document, manifest)
+            layers[manifest.digest] = blobs
+        await trio.to_thread.run_sync(_check_platforms, images)
+        await self._commits.commit(partial(self._put_images, images, layers), since=since)
+
+    @while_open
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
         """What a reference stands for; ``None`` if that is nothing.
 
@@ -612,12 +637,31 @@ class DirectoryStore:
         connection: sqlite3.Connection,
     ) -> None:
         place(connection)
-        for blob in (image.manifest, image.config, image.index):
-            if blob is not None and find_blob(connection, blob.digest) is None:
-                raise StoreError(f"{image.reference} lacks the blob {blob.digest}: store it first")
-        if image.chain_id is not None and find_layer(connection, image.chain_id) is None:
-            raise StoreError(f"{image.reference} lacks the layer {image.chain_id}: store it first")
-        put_image(connection, image, layers)
+        self._put_images([image], {image.manifest.digest: layers}, connection)
+
+    def _put_images(
+        self,
+        images: Iterable[StoredImage],
+        layers: Mapping[Digest, list[Digest]],
+        connection: sqlite3.Connection,
+    ) -> None:
+        known: set[Digest] = set()
+        for image in images:
+            for blob in (image.manifest, image.config, image.index):
+                if blob is None or blob.digest in known:
+                    continue
+                if find_blob(connection, blob.digest) is None:
+                    raise StoreError(
+                        f"{image.reference} lacks the blob {blob.digest}: store it first"
+                    )
+                known.add(blob.digest)
+            if image.chain_id is not None and image.chain_id not in known:
+                if find_layer(connection, image.chain_id) is None:
+                    raise StoreError(
+                        f"{image.reference} lacks the layer {image.chain_id}: store it first"
+                    )
+                known.add(image.chain_id)
+            put_image(connection, image, layers[image.manifest.digest])
         self._write_index(connection)
 
     def _is_index_right(self, connection: sqlite3.Connection) -> bool:
@@ -631,7 +675,7 @@ class DirectoryStore:
 
     def _write_index(self, connection: sqlite3.Connection) -> None:
         """In a transaction: whoever writes last has seen what the others wrote."""
-        document = index_document(find_whole_images(connection))
+        document = encode_index(find_index_rows(connection))
         digest = digest_of(document)
         if find_layout(connection) == digest and self._is_index_right(connection):
             return
@@ -700,6 +744,12 @@ def _blobs_of_layers(document: bytes, descriptor: Descriptor) -> list[Digest]:
     if not isinstance(manifest, Manifest):
         raise ManifestError(f"{descriptor.digest} is an index, and not the manifest of an image")
     return [layer.digest for layer in manifest.layers]
+
+
+def _check_platforms(images: Iterable[StoredImage]) -> None:
+    for platform in {image.platform for image in images}:
+        if platform is not None:
+            parse_platform(platform)
 
 
 def _tar_size(connection: sqlite3.Connection, chain_id: ChainID) -> int:

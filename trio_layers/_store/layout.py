@@ -26,6 +26,7 @@ from .._platform import parse_platform
 from .catalog import (
     APPLICATION_ID,
     VERSION,
+    IndexRow,
     StoredImage,
     connect,
     create_schema,
@@ -48,6 +49,7 @@ __all__ = [
     "INDEX_ANNOTATION",
     "OCI_LAYOUT",
     "Flavour",
+    "encode_index",
     "index_document",
     "locate",
     "open_directory",
@@ -76,6 +78,8 @@ layout that nothing else points to."""
 _NO_STORE: Final = "there is no store in {}: pull or import an image into it, or name another one"
 
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
+_JSON: Final = json.JSONEncoder(separators=(",", ":"))
+_NAME: Final = "<the reference>"  # in no other member of an entry
 
 
 # statfs(2), and the kernel's magic.h. Other machines may have the directory open there; SQLite's
@@ -178,29 +182,62 @@ def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
 def index_document(images: Iterable[StoredImage]) -> bytes:
     """The layout's ``index.json``: each image under its reference (OCI image specification,
     ``image-layout.md``), which containerd reads from an annotation of its own."""
-    manifests: list[dict[str, object]] = []
-    for image in images:
-        annotations: dict[str, str] = {
-            "io.containerd.image.name": image.reference,
-            "org.opencontainers.image.ref.name": image.reference,
-        }
-        entry: dict[str, object] = {
-            "mediaType": image.manifest.media_type,
-            "digest": image.manifest.digest,
-            "size": image.manifest.size,
-            "annotations": annotations,
-        }
-        if image.index is not None:
-            # The index itself may have entries that are not here, over which tools stumble.
-            annotations[INDEX_ANNOTATION] = image.index.digest
-        if image.platform is not None:
-            platform = parse_platform(image.platform)
-            fields = ("os", "architecture", "variant")
-            values = (platform.os, platform.architecture, platform.variant)
-            entry["platform"] = {f: v for f, v in zip(fields, values, strict=True) if v}
-        manifests.append(entry)
-    index = {"schemaVersion": 2, "mediaType": _INDEX_TYPE, "manifests": manifests}
-    return json.dumps(index, indent=1).encode() + b"\n"
+    return encode_index(
+        (
+            image.reference,
+            image.platform,
+            image.manifest.media_type,
+            image.manifest.digest,
+            image.manifest.size,
+            None if image.index is None else image.index.digest,
+        )
+        for image in images
+    )
+
+
+def encode_index(rows: Iterable[IndexRow]) -> bytes:
+    """The ``index.json`` of these entries, one in a line."""
+    # An image may have thousands of names, and all of them are written at each change.
+    lines: list[str] = []
+    without_names: dict[tuple[object, ...], list[str]] = {}
+    for reference, platform, media_type, digest, size, index in rows:
+        key = (platform, media_type, digest, size, index)
+        parts = without_names.get(key)
+        if parts is None:
+            entry = _encode_entry(platform, media_type, digest, size, index)
+            parts = without_names[key] = entry.split(_JSON.encode(_NAME))
+        lines.append(_JSON.encode(reference).join(parts))
+    head = _JSON.encode({"schemaVersion": 2, "mediaType": _INDEX_TYPE, "manifests": []})
+    return "".join((head[:-2], "\n", ",\n".join(lines), "\n]}\n")).encode()
+
+
+def _encode_entry(
+    platform: str | None, media_type: str, digest: Digest, size: int, index: Digest | None
+) -> str:
+    """An entry of an image that is called `_NAME`."""
+    annotations: dict[str, str] = {
+        "io.containerd.image.name": _NAME,
+        "org.opencontainers.image.ref.name": _NAME,
+    }
+    if index is not None:
+        # The index itself may have entries that are not here, over which tools stumble.
+        annotations[INDEX_ANNOTATION] = index
+    entry: dict[str, object] = {
+        "mediaType": media_type,
+        "digest": digest,
+        "size": size,
+        "annotations": annotations,
+    }
+    if platform:
+        entry["platform"] = _platform_members(platform)
+    return _JSON.encode(entry)
+
+
+def _platform_members(specifier: str) -> dict[str, str]:
+    platform = parse_platform(specifier)
+    fields = ("os", "architecture", "variant")
+    values = (platform.os, platform.architecture, platform.variant)
+    return {f: v for f, v in zip(fields, values, strict=True) if v}
 
 
 def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
