@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import attrs
 import trio
 
-from .._errors import DoNotRetry, text_of
+from .._errors import is_final, text_of
 from .._progress import retrying
 from .transfer import CONTEXT_CANCELED, Transfer
 
-__all__ = ["RetryPolicy", "is_final"]
+__all__ = ["RetryPolicy"]
 
 logger = logging.getLogger("trio_layers.engine")
 
@@ -67,22 +67,3 @@ class RetryPolicy:
                 transfer.report(retrying(ticks_left))
                 await trio.sleep(self.tick)
             attempt += 1
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether an error is, holds, or was caused by, a `DoNotRetry`."""
-    return any(isinstance(each, DoNotRetry) for each in _all_behind(error))
-
-
-def _all_behind(error: BaseException) -> Iterator[BaseException]:
-    todo, seen = [error], {id(error)}
-    while todo:
-        this = todo.pop()
-        yield this
-        behind = [this.__cause__ or (None if this.__suppress_context__ else this.__context__)]
-        if isinstance(this, BaseExceptionGroup):
-            behind += this.exceptions
-        for other in behind:
-            if other is not None and id(other) not in seen:
-                seen.add(id(other))
-                todo.append(other)

@@ -24,7 +24,6 @@ __all__ = [
     "PATIENCE",
     "RateLimit",
     "give_up",
-    "is_final",
     "rate_limit",
     "read_error",
     "readable",
@@ -117,14 +116,6 @@ def give_up(error: ErrorT) -> ErrorT:
     """Mark an error as one that another attempt would end with again."""
     error.__cause__ = DoNotRetry(str(error))
     return error
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether it was given up, see `give_up`."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, DoNotRetry):
-        cause = cause.__cause__
-    return cause is not None
 
 
 def readable(text: str) -> str:

@@ -27,6 +27,7 @@ from .._errors import (
     NotFound,
     RegistryError,
     VerificationError,
+    is_final,
 )
 from .._manifest import (
     INDEX_TYPES,
@@ -44,7 +45,7 @@ from .._manifest import (
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
-from .answers import RateLimit, is_final
+from .answers import RateLimit
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere

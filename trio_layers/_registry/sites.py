@@ -21,10 +21,11 @@ from .._errors import (
     RateLimited,
     RegistryError,
     VerificationError,
+    is_final,
 )
 from .._manifest import Descriptor
 from .._reference import Reference
-from .answers import PATIENCE, RateLimit, is_final, rate_limit, read_error
+from .answers import PATIENCE, RateLimit, rate_limit, read_error
 from .auth import Authenticator
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
