@@ -15,6 +15,7 @@ import attrs
 
 from .._errors import RegistryError
 from .._manifest import MAX_DOCUMENT_SIZE
+from .encoding import looks_like_json, read_fitting
 from .transport import Answer
 
 __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
@@ -69,7 +70,7 @@ class Pages:
             raise StopAsyncIteration
         self._seen.add(query)
         async with self._open(query) as answer:
-            data = await answer.read(MAX_DOCUMENT_SIZE)
+            data = await read_fitting(answer, MAX_DOCUMENT_SIZE, looks_like_json)
             self._following = next_query(answer.headers.get("Link", ""))
         self._size += len(data)
         if len(data) > MAX_DOCUMENT_SIZE:
