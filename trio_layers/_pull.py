@@ -27,7 +27,7 @@ from ._image import (
 from ._lifetime import Lifetime, while_open
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
-from ._progress import Status
+from ._progress import Progress, Status
 from ._reference import Reference, parse_reference
 from ._registry.answers import RateLimit
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
@@ -147,7 +147,8 @@ async def open_puller(
         max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
             90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.
-        retry_tick: Seconds between two steps of the countdown to another attempt.
+        retry_tick: Seconds between two steps of the countdown to another attempt at a layer;
+            those between attempts at other requests scale with it.
         limits: How much a layer may hold; ``None``: the defaults, or those of an open store.
 
     Raises:
@@ -171,6 +172,7 @@ async def open_puller(
                 tls_verify=tls_verify,
                 hosts_dir=hosts_dir,
                 stall_limit=stall_limit,
+                retry_tick=retry_tick,
                 # Some more, so that downloads never hold up those who ask for a manifest.
                 max_connections=(max_concurrent_downloads or UNLIMITED_DOWNLOADS) + 10,
             )
@@ -236,14 +238,31 @@ class Puller:
             VerificationError: if what came is not what was asked for.
             ManagerClosed: if the puller's block was left, before or meanwhile.
         """
-        reference, platform = _parsed(reference, platform)
-        return await self._registry.resolve_image(
+        return await self._resolve(*_parsed(reference, platform), None)
+
+    async def _resolve(
+        self, reference: Reference, platform: Platform | None, progress: ProgressSink | None
+    ) -> ResolvedImage:
+        announced = False
+
+        async def announce(action: str) -> None:
+            nonlocal announced
+            assert progress is not None
+            announced = True
+            await progress(Progress(str(reference), action))
+
+        resolved = await self._registry.resolve_image(
             reference,
             platform=platform,
             known=self._store.find_document,
             # Docker Hub does not count those.
             head_first=bool(await self._store.images(str(reference))),
+            announce=None if progress is None else announce,
         )
+        if announced:
+            # Else the countdown would be the last word on a terminal.
+            await announce(Status.DOWNLOAD_COMPLETE)
+        return resolved
 
     @opens_block
     async def pull(
@@ -268,7 +287,9 @@ class Puller:
                 an image that the store has under this reference, for this platform, is taken
                 as it is, and with ``"never"`` there is no other: both do without a network then.
             progress: Takes the pull's events; see `DownloadManager.download`. There are none for
-                an image that is taken from the store.
+                an image that is taken from the store. Further attempts at a manifest, a config or
+                a token show as ``Retrying in 2 seconds`` and the like, by the reference's ID, in
+                full: ``docker.io/library/debian:12``.
 
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
@@ -299,7 +320,7 @@ class Puller:
         if policy == "never":
             what = f" for {platform}" if platform else ""
             raise StoreError(f"{reference}{what} is not in the store: pull it")
-        resolved = await self.resolve(reference, platform=platform)
+        resolved = await self._resolve(reference, platform, progress)
         count = len(resolved.layers)
         sources = await off_the_loop(count, partial(self._sources_of, resolved))
         layers = tuple(source.layer for source in sources)

@@ -47,7 +47,10 @@ ARM = Platform("linux", "arm64")
 async def resolve(
     network: Network, text: str = str(APP), platform: Platform | None = None, **options: bool
 ) -> ResolvedImage:
-    async with network.client() as http, open_registry_client(client=http, **options) as client:
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, retry_tick=0.001, **options) as client,
+    ):
         return await client.resolve_image(parse_reference(text), platform=platform)
 
 
@@ -285,7 +288,10 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
     attempt would end with again is caused by `DoNotRetry`."""
     error = {"errors": [{"code": "SOME_CODE", "message": "some\x1b[31m message"}]}
     network = Network(**{HOST: lambda request: httpx.Response(status, json=error)})
-    async with network.client() as http, open_registry_client(client=http) as client:
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, retry_tick=0.001) as client,
+    ):
         with pytest.raises(RegistryError) as caught:
             await client.resolve_image(APP)
         blob = describe(b"blob")
@@ -438,14 +444,14 @@ async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: 
         port = listener.socket.getsockname()[1]
         for name in ("HTTP_PROXY", "HTTPS_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
-        async with open_registry_client() as client:
+        async with open_registry_client(retry_tick=0.001) as client:
             for name in (f"{host}:1", "registry.example"):
                 with pytest.raises(RegistryError):
                     await client.resolve_image(parse_reference(f"{name}/app"))
         nursery.cancel_scope.cancel()
-    assert [request.partition("\r\n")[0] for request in asked] == [
+    assert {request.partition("\r\n")[0] for request in asked} == {
         "CONNECT registry.example:443 HTTP/1.1"
-    ]
+    }
 
 
 async def test_own_client() -> None:

@@ -32,6 +32,7 @@ from httpx import (
     HTTPError,
     InvalidURL,
     Limits,
+    NetworkError,
     Proxy,
     ProxyError,
     ReadError,
@@ -40,6 +41,7 @@ from httpx import (
     Response,
     StreamError,
     Timeout,
+    TimeoutException,
     WriteError,
     create_ssl_context,
 )
@@ -58,6 +60,7 @@ __all__ = [
     "Response",
     "StreamError",
     "Timeout",
+    "connection_failed",
     "create_ssl_context",
     "discreet",
     "new_client",
@@ -197,6 +200,19 @@ def _closed_unanswered(error: BaseException) -> bool:
     return isinstance(error, (ReadError, WriteError)) or (
         isinstance(error, RemoteProtocolError) and str(error).startswith("Server disconnected")
     )
+
+
+def connection_failed(error: Exception) -> bool:
+    """Whether it was the connection that failed a request: it was refused, reset or silent, or it
+    ended before the answer did. Otherwise the request, or what was answered, is at fault."""
+    if isinstance(error, RemoteProtocolError):
+        # httpx has no types of its own for an answer that is cut short.
+        return str(error).startswith(("Server disconnected", "peer closed connection"))
+    if isinstance(error, ProxyError):
+        # The proxy's status, if it speaks HTTP.
+        status = str(error)[:3]
+        return not status.isdecimal() or status in ("408", "429") or status >= "500"
+    return isinstance(error, NetworkError | TimeoutException)
 
 
 def _take_lost(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionInterface]:

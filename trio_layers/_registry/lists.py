@@ -15,6 +15,7 @@ import attrs
 from .._errors import RegistryError
 from .._json import parse_json
 from .._manifest import MAX_DOCUMENT_SIZE
+from .encoding import looks_like_json, read_fitting
 from .transport import Answer
 
 __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
@@ -76,7 +77,7 @@ class Pages:
         place = _place(query)
         self._seen.add(place)
         async with self._open(query) as answer:
-            data = await answer.read(MAX_DOCUMENT_SIZE)
+            data = await read_fitting(answer, MAX_DOCUMENT_SIZE, looks_like_json)
             fields = answer.headers.get_list("Link")
         self._size += len(data)
         if len(data) > MAX_DOCUMENT_SIZE:

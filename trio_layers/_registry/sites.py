@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,14 @@ from .._errors import (
     HostsError,
     LayersError,
     ManifestError,
-    RateLimited,
     RegistryError,
     VerificationError,
+    is_final,
 )
 from .._manifest import Descriptor
 from .._reference import Reference
 from .._sharing import Shared
-from .answers import PATIENCE, RateLimit, is_final, rate_limit, read_error
+from .answers import RateLimit, rate_limit, read_error
 from .auth import Authenticator, Challenge, RedirectedAccess, parse_challenges
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
@@ -36,6 +36,7 @@ from .elsewhere import MAX_URLS, Elsewhere
 from .hosts import base_urls, is_loopback, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .http import URL, InvalidURL
+from .retries import Retries, is_transient
 from .transport import Answer, Connections, Manner, Method, Transport
 from .trust import Trust
 
@@ -45,8 +46,6 @@ log = logging.getLogger("trio_layers.registry")
 
 # Seconds. Who could not be reached is not asked for so long, where others are.
 REST: Final = 60.0
-# Seconds that a wait counts for: who asks to wait for none may do so a few times only.
-LEAST_PATIENCE: Final = 10.0
 # URLs of layers, of which it is known with which entity tag they began.
 MAX_ELSEWHERE: Final = 1000
 
@@ -149,8 +148,6 @@ class Site:
             reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
         access = self._authenticator.access(reference)
         redirected = RedirectedAccess(self._others, reference, url)
-        # A mirror's turn is over then: the next host need not be waited for.
-        patience = PATIENCE if self._upstream is None else 0.0
         while True:
             try:
                 authorization = await access.authorization()
@@ -173,14 +170,8 @@ class Site:
                     access.granted()
                     yield answer
                     return
-                error = await read_error(answer, what)
-            # Neither while a connection waits: somebody may have to be asked for a password.
-            if isinstance(error, RateLimited) and error.retry_after is not None:
-                patience -= max(error.retry_after, LEAST_PATIENCE)
-                if patience >= 0:
-                    log.info("%s asks to wait: %s", self.name, error)
-                    await trio.sleep(error.retry_after)
-                    continue
+                error = await read_error(answer, what, sent_there=answer.redirected)
+            # Not while a connection waits: somebody may have to be asked for a password.
             if answer.redirected:
                 if answer.status == 401 and await redirected.refused(answer):
                     continue
@@ -405,36 +396,77 @@ def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], 
     return tuple(fields)
 
 
-async def ask_in_turn(sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]]) -> T:
+async def ask_in_turn(
+    sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
+) -> T:
     """Make an attempt at each site until one succeeds, as containerd does: whatever is wrong with
-    one, the next may do better.
+    one, the next may do better. After a transient failure there is another round.
 
     Who could not be reached a moment ago is passed over; but before all is given up, unless some
     other has said for good that there is nothing, they are asked all the same.
+
+    Where one site alone sent all the bytes, and they are wrong, and no other site has them, that
+    site is asked once more: a disk or a proxy may have damaged them on the way.
+
+    Args:
+        sites: The hosts, in the order in which to ask them.
+        attempt: Asks one of them.
+        retries: Decides on another round, and waits for it.
 
     Raises:
         LayersError: as the attempt does at the last of the sites, with what was wrong with the
             others; it is one to give up at only if all of them are.
     """
     failures: dict[SiteT, LayersError] = {}
-    resting = {site: trouble for site in sites if (trouble := site.trouble)}
-    awake = [site for site in sites if site not in resting]
-    for turn in (awake, list(resting)):
-        # A layer's URLs have no say in what the registry has.
-        final = [site for site, error in failures.items() if is_final(error)]
-        if turn is not awake and any(isinstance(site, Site) for site in final):
-            failures |= resting
-            break
-        for site in turn:
+    asked, lies = sites, 0
+    while True:
+        for site in _turns(asked, failures):
             try:
                 return await attempt(site)
             except (RegistryError, VerificationError, ManifestError) as error:
-                if len(sites) == 1:
-                    raise
-                site.note(error)
                 failures[site] = error
-                log.info("%s failed, and others are asked: %s", site.name, error)
+                if len(sites) > 1:
+                    site.note(error)
+                    log.info("%s failed, and others are asked: %s", site.name, error)
+        settled = _settled(failures)
+        hopeful = [
+            error
+            for site, error in failures.items()
+            # Where the others' word stands, a site that cannot be reached is not asked again.
+            if is_transient(error) and not (settled and site.trouble)
+        ]
+        if await retries.wait(hopeful):
+            failures, asked = {}, sites
+            continue
+        wrong = [
+            site
+            for site in asked
+            if isinstance(failures[site], VerificationError) and is_final(failures[site])
+        ]
+        lies += len(wrong)
+        if lies != 1 or not wrong or not all(map(is_final, failures.values())):
+            break
+        asked = wrong
+    if len(sites) == 1:
+        raise failures[sites[0]]
     *others, last = [failures[site] for site in sites]
     told = last._again()
     told.args = ("; before that, ".join([str(last), *map(str, others)]),)
     raise told from next((each for each in (last, *others) if not is_final(each)), last)
+
+
+def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
+    """The sites in the order in which to ask them. Those that are passed over go to ``failures``,
+    which the caller fills meanwhile."""
+    resting = {site: trouble for site in sites if (trouble := site.trouble)}
+    yield from [site for site in sites if site not in resting]
+    if _settled(failures):
+        failures |= resting
+    else:
+        yield from resting
+
+
+def _settled(failures: Mapping[SiteT, LayersError]) -> bool:
+    """Whether a host has said for good that there is nothing."""
+    # A layer's URLs have no say in what the registry has.
+    return any(isinstance(site, Site) and is_final(error) for site, error in failures.items())

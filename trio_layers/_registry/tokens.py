@@ -22,6 +22,7 @@ from .._sharing import Shared
 from .answers import give_up, read_error, readable
 from .credentials import Credentials
 from .discretion import without_login
+from .encoding import looks_like_json, read_fitting
 from .hosts import base_urls, parse_url
 from .http import URL, InvalidURL
 from .transport import Transport
@@ -208,7 +209,7 @@ class Tokens:
         async with asking as answer:
             if answer.status != 200:
                 raise await read_error(answer, what)
-            body = await answer.read(MAX_TOKEN_SIZE)
+            body = await read_fitting(answer, MAX_TOKEN_SIZE, looks_like_json)
         if len(body) <= INLINE_SIZE:
             token = _decode_token(body, began)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -36,6 +37,7 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    connection_failed,
     discreet,
     new_client,
     proxy_of,
@@ -436,6 +438,7 @@ class Transport:
                     f"{host} had not answered {patience:g} seconds after it was asked for "
                     f"{what}{through}",
                     host=host,
+                    transient=True,
                 )
             # In our own words: a URL that somebody else has made may hold a signature.
             log.debug("%s %s for %s: %d", method, host, what, response.status_code)
@@ -521,6 +524,7 @@ async def _read_body(
                     else f"nothing for {stall_limit:g} seconds"
                 ),
                 host=host,
+                transient=True,
             )
         behind = max(0.0, behind + trio.current_time() - began - len(chunk) / LEAST_RATE)
         yield chunk
@@ -534,7 +538,18 @@ def _failed(text: str, host: str, error: Exception) -> RegistryError:
     # What OpenSSL says reaches us without its words, which are further down.
     said = [str(error), *(str(each) for each in _causes(error) if isinstance(each, OSError))]
     reason = next(filter(None, map(readable, said)), type(error).__name__)
-    return RegistryError(f"{text}: {reason}", host=host)
+    return RegistryError(f"{text}: {reason}", host=host, transient=_may_pass(error))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another connection may do better than the one that failed so."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror):
+            return cause.errno == socket.EAI_AGAIN  # else the name is wrong
+        if isinstance(cause, ssl.SSLError):
+            # Closed in the midst of TLS; all else, such as a certificate, stays as it is.
+            return isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
+    return connection_failed(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
