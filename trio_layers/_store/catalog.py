@@ -39,6 +39,7 @@ __all__ = [
     "add_leases",
     "add_tree",
     "closed_error",
+    "complete_tables",
     "connect",
     "create_schema",
     "drop_image",
@@ -164,6 +165,7 @@ CREATE TRIGGER blob_goes AFTER DELETE ON blobs
 CREATE TABLE leases (
     holder TEXT NOT NULL,       -- the locked file in leases/
     digest TEXT NOT NULL,       -- of a blob, a chain ID or the ID of a tree
+    process TEXT,               -- the holder's; nothing where older software wrote the row
     PRIMARY KEY (holder, digest)
 ) WITHOUT ROWID;
 CREATE INDEX leases_by_digest ON leases (digest);
@@ -664,10 +666,13 @@ def drop_image(connection: sqlite3.Connection, manifest: Digest) -> bool:
     return connection.execute("DELETE FROM images WHERE manifest = ?", (manifest,)).rowcount > 0
 
 
-def add_leases(connection: sqlite3.Connection, holder: str, digests: Iterable[Digest]) -> None:
+def add_leases(
+    connection: sqlite3.Connection, holder: str, digests: Iterable[Digest], process: str
+) -> None:
+    """Give a holder leases; ``process``: see `Process.encode`."""
     connection.executemany(
-        "INSERT OR IGNORE INTO leases (holder, digest) VALUES (?, ?)",
-        [(holder, digest) for digest in digests],
+        "INSERT OR IGNORE INTO leases (holder, digest, process) VALUES (?, ?, ?)",
+        [(holder, digest, process) for digest in digests],
     )
 
 
@@ -684,6 +689,13 @@ def drop_leases(
     )
 
 
-def find_holders(connection: sqlite3.Connection) -> set[str]:
-    """Who has leases, alive or not."""
-    return {row[0] for row in connection.execute("SELECT DISTINCT holder FROM leases")}
+def find_holders(connection: sqlite3.Connection) -> dict[str, str | None]:
+    """Holders of leases, alive or not, and their processes."""
+    return dict(connection.execute("SELECT holder, max(process) FROM leases GROUP BY holder"))
+
+
+def complete_tables(connection: sqlite3.Connection) -> None:
+    """Add what older software of the same version did not have, and leaves alone."""
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(leases)")]
+    if "process" not in columns:
+        connection.execute("ALTER TABLE leases ADD COLUMN process TEXT")

@@ -26,7 +26,7 @@ from ..abc import ReportArrived
 from .build import describe
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
 from .commits import Commits, Job
-from .files import disk_errors, file_name
+from .files import disk_errors, file_name, lock_written
 from .growth import Growth
 from .leases import Lease
 from .scratch import HeldLock, Scratch, Watch, hold_lock
@@ -68,6 +68,8 @@ class Partial:
         with disk_errors(path.parent):
             self._file = io.FileIO(path, "wb" if fresh else "a+b")
         try:
+            # Besides the lock on its digest, whose file a program that cleans up may remove.
+            lock_written(self._file.fileno(), path)
             if not fresh:
                 self._hash_again()
         except BaseException:

@@ -96,7 +96,7 @@ async def open_store(
     try:
         async with (
             open_scratch(root, catalog) as scratch,
-            open_holds(catalog, scratch.holder) as holds,
+            open_holds(catalog, scratch.holder, scratch.process) as holds,
             open_commits(catalog, root) as commits,
         ):
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)

@@ -28,6 +28,7 @@ from .catalog import (
     VERSION,
     IndexRow,
     StoredImage,
+    complete_tables,
     connect,
     create_schema,
     is_open_here,
@@ -256,6 +257,7 @@ def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
             _check_flavour(root, connection)
             if version < VERSION:
                 _migrate(root, connection)
+            complete_tables(connection)
             _close_to_others(root)
         else:
             _make(root, connection)

@@ -34,25 +34,35 @@ Ts = TypeVarTuple("Ts")
 
 
 @asynccontextmanager
-async def open_holds(catalog: Catalog, holder: str) -> AsyncIterator[Holds]:
-    """Hold things in the store for the block, at the longest."""
-    holds = Holds(catalog, holder)
-    async with open_hidden_nursery() as nursery:
-        nursery.start_soon(holds.drop_in_background)
-        try:
-            yield holds
-        finally:
-            nursery.cancel_scope.cancel()
-    await holds.drop_all()
+async def open_holds(catalog: Catalog, holder: str, process: str) -> AsyncIterator[Holds]:
+    """Hold things in the store for the block, at the longest.
+
+    Args:
+        catalog: Takes the rows.
+        holder: The holder's name.
+        process: The holder's process; see `Process.encode`.
+    """
+    holds = Holds(catalog, holder, process)
+    try:
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(holds.drop_in_background)
+            try:
+                yield holds
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        # However the block ends: its process may live on, and others would take it for the holder.
+        await holds.drop_all()
 
 
 @final
 class Holds:
     """What a holder keeps in the store."""
 
-    def __init__(self, catalog: Catalog, holder: str) -> None:
+    def __init__(self, catalog: Catalog, holder: str, process: str) -> None:
         self._catalog = catalog
         self._holder = holder
+        self._process = process
         # How often each is in use; a row is there, or on its way.
         self._uses = Counter[Digest]()
         # Those that have a row. Some are not in use any more, and wait for the next to be written.
@@ -199,7 +209,7 @@ class Holds:
 
         def write(connection: sqlite3.Connection) -> T:
             drop_leases(connection, self._holder, idle)
-            add_leases(connection, self._holder, digests)
+            add_leases(connection, self._holder, digests, self._process)
             return job(connection, *args)
 
         try:

@@ -24,6 +24,8 @@ from typing import Final, Self, final
 
 import attrs
 
+from .processes import FIRST_PID_NAMESPACE, boot_id, pid_namespace
+
 __all__ = [
     "Mark",
     "Mount",
@@ -37,9 +39,6 @@ __all__ = [
 _MARK: Final = "mark"
 _TREE: Final = re.compile(rb"([^:,=]*)/trees/sha256/([0-9a-f]{64})(?![0-9a-f])")
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
-
-# PROC_PID_INIT_INO of the kernel's proc_ns.h: from there, all processes are to be seen.
-_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
 
 # Seconds that a mount is taken for live which cannot be looked for from here.
 _UNSEEN: Final = 24 * 3600
@@ -109,8 +108,8 @@ class Mark:
         return cls(
             source=f"trio-layers-{secrets.token_hex(8)}",
             trees=tuple(tree.name for tree in trees),
-            boot=_boot(),
-            processes=_pid_namespace(),
+            boot=boot_id(),
+            processes=pid_namespace(),
             made=time.time(),
         )
 
@@ -129,11 +128,11 @@ class Mark:
 
     def is_live(self, mounts: Sequence[Mount]) -> bool:
         """Whether the mount may still be there; ``mounts``: all there are to be seen."""
-        if self.boot != _boot():
+        if self.boot != boot_id():
             return False
         if any(mount.source == self.source.encode() for mount in mounts):
             return True
-        if self.processes == _pid_namespace() or _pid_namespace() == _FIRST_PID_NAMESPACE:
+        if self.processes == pid_namespace() or pid_namespace() == FIRST_PID_NAMESPACE:
             return False
         return time.time() - self.made < _UNSEEN
 
@@ -260,18 +259,3 @@ def _tasks() -> Iterator[str]:
 
 def _unescaped(field: bytes) -> bytes:
     return _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)
-
-
-def _boot() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
