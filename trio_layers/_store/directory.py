@@ -149,7 +149,8 @@ class StoreStatistics:
         layers: How many layers are referred to.
         references: How many references to them are not released.
         unpacking: How many layers are being unpacked.
-        waiting: How many wait for a worker to be unpacked in.
+        waiting: How many wait for a worker to be unpacked in, those among them that had to leave
+            theirs to others since their download is slow.
     """
 
     layers: int
@@ -238,13 +239,13 @@ class DirectoryStore:
 
     def statistics(self) -> StoreStatistics:
         """What goes on now."""
-        workers = {self._trees.threads, self._trees.builder.limiter}
-        now = [limiter.statistics() for limiter in workers]
+        builder = self._trees.builder
+        now = [limiter.statistics() for limiter in (self._trees.threads, builder.limiter)]
         return StoreStatistics(
             layers=len(self._references),
             references=sum(self._references.values()),
             unpacking=sum(each.borrowed_tokens for each in now),
-            waiting=sum(each.tasks_waiting for each in now),
+            waiting=sum(each.tasks_waiting for each in now) + builder.waiting,
         )
 
     # Layers.
