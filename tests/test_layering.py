@@ -41,6 +41,7 @@ LEVELS: dict[str, int] = {
     "_lifetime": 1,
     "_nursery": 1,
     "_blocks": 1,
+    "_output": 1,
     "_sharing": 1,
     "_util": 1,
     # The rooms.
@@ -93,7 +94,9 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "tomllib": frozenset({"_registry"}),
     "ssl": frozenset({"_registry", "testing"}),
 }
-FILES = frozenset({"_archives", "_logins", "_store", "_unpack", "_worker", "_workers", "testing"})
+FILES = frozenset(
+    {"_archives", "_logins", "_output", "_store", "_unpack", "_worker", "_workers", "testing"}
+)
 """Who may open files, and call `os` for more than the process's own circumstances."""
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}
