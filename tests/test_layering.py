@@ -101,7 +101,6 @@ FILES = frozenset(
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}
 )
-TERMINAL = frozenset({"_cli", "_commands", "_display"})
 
 
 def place_of(module: str) -> str:
@@ -154,7 +153,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
             found.append(f"{module}: imports {root}, which has no place in LIBRARIES")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id == "print" and here not in TERMINAL:
+            if node.func.id == "print":  # it would block trio's thread
                 found.append(f"{module}: prints")
             if node.func.id == "open" and here not in FILES:
                 found.append(f"{module}: opens a file")
@@ -223,7 +222,7 @@ def test_a_violation_is_found(module: str, source: str, violation: str) -> None:
         ("_registry.http", False, "import httpx"),
         ("_registry.client", False, "import trio\nfrom .._manifest import Manifest"),
         ("__init__", True, "from ._pull import X as X\nfrom . import abc as abc"),
-        ("_cli", False, "import argparse\nfrom ._pull import X\nprint(1)"),
+        ("_cli", False, "import argparse\nfrom ._pull import X"),
         ("testing.registry", False, "import httpx\nfrom .. import Digest\nopen('file')"),
         ("_digest", False, "import hashlib, attrs\nfrom ._errors import InvalidDigest"),
     ],
