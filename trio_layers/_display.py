@@ -29,6 +29,7 @@ from typing import (
 import attrs
 import trio
 
+from ._arguments import check_choice
 from ._blocks import opens_block
 from ._errors import DisplayClosed
 from ._lifetime import Lifetime
@@ -76,8 +77,7 @@ async def open_display(
         A sink for any number of pulls. It waits only while more is in the queue than can be
         written.
     """
-    if kind not in get_args(DisplayKind):
-        raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(get_args(DisplayKind))}")
+    check_choice("kind", kind, get_args(DisplayKind))
     lifetime = Lifetime(_closed)
     stream = stream or sys.stderr
     if kind == "none" or stream is None:  # Python has no stderr where the descriptor is closed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final, Literal, TypeAlias, final
+from typing import Final, Literal, TypeAlias, final, get_args
 
 import attrs
 import trio
 
+from ._arguments import check_choice, check_path, check_seconds, check_sink, check_whole
 from ._blocks import opens_block
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
@@ -95,6 +96,7 @@ async def open_store(
 
     Entering and leaving are checkpoints.
     """
+    check_path("path", path, "the path of a store's directory")
     async with open_workers(limits) as workers:
         opened = directory.open_store(path, unpacker=Unpacker(limits), builder=workers)
         async with opened as store:
@@ -149,8 +151,12 @@ async def open_puller(
         ValueError: for options that make no sense (see `open_download_manager`), as are limits
             for a store that was opened with its own.
     """
+    check_whole("max_concurrent_downloads", max_concurrent_downloads, least=0)
+    check_whole("max_download_attempts", max_download_attempts, least=1)
+    check_seconds("retry_tick", retry_tick)
     async with AsyncExitStack() as stack:
         if not isinstance(store, DirectoryStore):
+            check_path("store", store, "a directory's path, or the store that open_store opened")
             opened = open_store(store, limits=limits or Limits())
             store = await stack.enter_async_context(opened)
         elif limits is not None:
@@ -256,7 +262,10 @@ class Puller:
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
             StoreError: if the image is not in the store, and never to be pulled.
+            ValueError: for another policy.
         """
+        check_choice("policy", policy, get_args(PullPolicy))
+        check_sink(progress)
         reference, platform = _parsed(reference, platform)
         if policy != "always":
             async with self._open_stored(reference, platform) as image:
@@ -348,9 +357,9 @@ def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
 def _parsed(
     reference: str | Reference, platform: str | Platform | None
 ) -> tuple[Reference, Platform | None]:
-    if isinstance(reference, str):
+    if not isinstance(reference, Reference):
         reference = parse_reference(reference)
-    if isinstance(platform, str):
+    if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     return reference, platform
 

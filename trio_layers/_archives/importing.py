@@ -122,7 +122,7 @@ async def import_images(
     """
     if isinstance(reference, str):
         reference = parse_reference(reference)
-    if isinstance(platform, str):
+    if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     async with store.lease() as lease, store.batch() as batch:
         shelf = Shelf(store, batch, lease)
