@@ -8,6 +8,8 @@ import pytest
 import trio
 from engine.seeds import run
 
+from trio_layers._errors import ManagerClosed
+from trio_layers._lifetime import Lifetime
 from trio_layers._nursery import open_hidden_nursery
 
 
@@ -149,3 +151,23 @@ def test_signal_while_the_nursery_waits() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(main)
+
+
+@AS_THEY_ARE
+def test_interruption_in_a_call(error: BaseException) -> None:
+    """It comes alone out of the calls on objects with a block, too."""
+    lifetime = Lifetime(lambda: ManagerClosed("closed"))
+    kind = type(error)
+    beside = OSError("beside")
+
+    async def main() -> None:
+        try:
+            async with lifetime.use():
+                await nested(kind(), beside)
+        finally:
+            await lifetime.close()
+
+    with pytest.raises(kind) as caught:
+        run(main)
+    assert type(caught.value) is kind
+    assert caught.value.__context__ is beside

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar, final
 
 import trio
 
-from ._nursery import interruption_in
+from ._nursery import interruption_in, raise_alone
 
 __all__ = ["check_under_trio", "opens_block"]
 
@@ -66,7 +66,7 @@ class _Block(AbstractAsyncContextManager[T]):
             interruption = interruption_in(group)
             if interruption is None:
                 raise
-        raise interruption
+        raise_alone(interruption)
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(
@@ -81,7 +81,7 @@ class _Block(AbstractAsyncContextManager[T]):
             interruption = interruption_in(group)
             if interruption is None:
                 raise
-        raise interruption
+        raise_alone(interruption)
 
     # Hidden from type checkers, which find these uses by themselves.
     if not TYPE_CHECKING:

@@ -8,20 +8,23 @@ import os
 import queue
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final, final
 
 import trio
 
 from ._commands import COMMANDS, EXIT_FAILED, PROGRAM, complain, shown
 from ._errors import LayersError
 from ._nursery import open_hidden_nursery
+from ._output import Output
 from ._version import __version__
 
 __all__ = ["main"]
 
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+PATIENCE: Final = 1.0
+"""Seconds that a terminal has to take the rest of the log once the command is cancelled."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,33 +37,97 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; ``None``: the process's own.
     """
+    signals = _Signals()
     try:
         arguments = _parser().parse_args(argv)
-        with _logging(arguments.verbose):
-            code = trio.run(_until_signal, arguments)
+        with signals.restored():
+            code = trio.run(_until_signal, arguments, signals)
         stdout = sys.stdout
-        if stdout is not None:  # it may be closed from the start
+        if stdout is not None and not stdout.closed:  # it may be closed from the start
             stdout.flush()
         return code
     except BrokenPipeError:  # whoever read our result has left
-        try:
-            sys.stdout.close()  # otherwise the interpreter complains at its exit
-        except BrokenPipeError:
-            pass
-        return EXIT_FAILED
-    except (LayersError, OSError) as error:
-        complain(error)
-        return EXIT_FAILED
+        return _nobody_reads()
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return signals.code or EXIT_INTERRUPTED
     except BaseExceptionGroup as group:
-        if group.subgroup(KeyboardInterrupt) is not None:
-            return EXIT_INTERRUPTED  # the second Ctrl-C, with what it broke
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        return signals.code or EXIT_INTERRUPTED  # the second signal, with what it broke
+
+
+def _nobody_reads() -> int:
+    try:
+        sys.stdout.close()  # otherwise the interpreter complains at its exit
+    except BrokenPipeError:
+        pass
+    return EXIT_FAILED
+
+
+@final
+class _Signals:
+    """What signals do: the first cancels the command, the second interrupts its clean-up.
+
+    Attributes:
+        code: The exit code that the first one means; ``None`` before it.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Leave SIGTERM as it was."""
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            if self.code is not None:
+                signal.signal(signal.SIGTERM, before)
+
+    async def wait(self, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                self.code = 128 + number
+                break
+        interrupt = signal.getsignal(signal.SIGINT)
+        if callable(interrupt):  # trio's, unless SIGINT is ignored
+            signal.signal(signal.SIGTERM, lambda number, frame: interrupt(signal.SIGINT, frame))
+
+
+async def _until_signal(arguments: argparse.Namespace, signals: _Signals) -> int:
+    """Run the command; the first signal cancels it, so that everything is left in order."""
+    code = EXIT_FAILED
+
+    async def watch(task_status: trio.TaskStatus[None]) -> None:
+        await signals.wait(task_status)
+        nursery.cancel_scope.cancel()
+
+    async with open_hidden_nursery() as nursery:
+        await nursery.start(watch)
+        async with _logging(arguments.verbose):
+            code = await _run_command(arguments)
+        nursery.cancel_scope.cancel()
+    return code if signals.code is None else signals.code
+
+
+async def _run_command(arguments: argparse.Namespace) -> int:
+    """Run the command, and tell on stderr why it failed."""
+    run: Callable[[argparse.Namespace], Awaitable[int]] = arguments.run
+    try:
+        return await run(arguments)
+    except BrokenPipeError:  # whoever read our result has left
+        return _nobody_reads()
+    except (LayersError, OSError) as error:
+        errors: list[BaseException] = [error]
+    except BaseExceptionGroup as group:
         if group.split((LayersError, OSError))[1] is not None:
             raise
-        for leaf in _leaves(group):
-            complain(leaf)
-        return EXIT_FAILED
+        errors = list(_leaves(group))
+    for each in errors:
+        await complain(each)
+    return EXIT_FAILED
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
@@ -71,57 +138,76 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-async def _until_signal(arguments: argparse.Namespace) -> int:
-    """Run the command; the first signal cancels it, so that everything is left in order."""
-    run: Callable[[argparse.Namespace], Awaitable[int]] = arguments.run
-    code = EXIT_FAILED
-
-    async def watch(task_status: trio.TaskStatus[None]) -> None:
-        nonlocal code
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for number in signals:
-                code = 128 + number
-                break
-        nursery.cancel_scope.cancel()
-
-    async with open_hidden_nursery() as nursery:
-        await nursery.start(watch)
-        code = await run(arguments)
-        nursery.cancel_scope.cancel()
-    return code
-
-
 class _LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(shown, super().format(record).split("\n")))
 
 
-@contextmanager
-def _logging(verbose: bool) -> Iterator[None]:
-    """Show the library's log on stderr, by a thread: a slow terminal must not hold trio up."""
-    if not verbose:
+@final
+class _LogWriter(logging.Handler):
+    """Has a thread write records to stderr: a slow terminal must not hold trio up."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self.setFormatter(_LogFormatter("%(asctime)s %(name)s: %(message)s"))
+        self._output = output
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.put(self.format(record) + "\n")
+
+    def finish(self) -> None:
+        """Nothing more will come."""
+        self._lines.put(None)
+
+    def write(self) -> None:
+        """Write what comes, in a thread, until nothing more will."""
+        while (line := self._lines.get()) is not None:
+            try:
+                self._output.write(line)
+                self._output.flush()
+            except (OSError, ValueError):
+                pass  # a log that nobody reads
+
+
+@asynccontextmanager
+async def _logging(verbose: bool) -> AsyncIterator[None]:
+    """Show the library's log on stderr. Leaving waits until it is written."""
+    stderr = sys.stderr
+    if not verbose or stderr is None:
         yield
         return
-    # Those who want no log need not wait for what this imports.
-    from logging.handlers import QueueHandler, QueueListener
-
-    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    stderr = logging.StreamHandler()
-    stderr.setFormatter(_LogFormatter("%(asctime)s %(name)s: %(message)s"))
-    listener = QueueListener(lines, stderr)
-    handler = QueueHandler(lines)
+    output = Output(stderr)
+    handler = _LogWriter(output)
     logger = logging.getLogger("trio_layers")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-    listener.start()
+    # Once all is over or cancelled, a terminal that takes no more has a second.
+    shield = trio.CancelScope(shield=True)
+    written = trio.Event()
+
+    async def write() -> None:
+        with shield:
+            await output.in_thread(handler.write)
+        written.set()
+
     try:
-        yield
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(write)
+            try:
+                yield
+                handler.finish()
+                await written.wait()
+            except BaseException:
+                shield.deadline = trio.current_time() + PATIENCE
+                raise
+            finally:
+                handler.finish()
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
-        listener.stop()
+        output.leave()
 
 
 def _parser() -> argparse.ArgumentParser:

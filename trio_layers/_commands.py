@@ -11,7 +11,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Final, final
 
@@ -24,6 +24,7 @@ from ._display import DisplayKind, open_display
 from ._errors import LayersError, StoreError, text_of
 from ._logins.lookup import LoginFiles
 from ._nursery import open_hidden_nursery
+from ._output import write_all, write_text
 from ._platform import parse_platform
 from ._pull import Image, Puller, open_puller, open_store
 from ._reference import parse_reference
@@ -121,11 +122,11 @@ async def _pull(arguments: argparse.Namespace) -> int:
 
     for _, image in sorted(pulled.items()):
         if arguments.json:
-            print(_as_json(image))
+            await say(_as_json(image))
         else:
-            print(image.reference, image.platform, image.digest)
+            await say(image.reference, image.platform, image.digest)
     for reference, error in failures:
-        complain(error, reference)
+        await complain(error, reference)
     return EXIT_FAILED if failures else 0
 
 
@@ -195,7 +196,7 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
     if not report.complete:
         missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
         text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)
-        warn(f"not set, for lack of privilege: {text.replace('_', '-')}")
+        await warn(f"not set, for lack of privilege: {text.replace('_', '-')}")
     return 0
 
 
@@ -227,11 +228,13 @@ async def _mount(arguments: argparse.Namespace) -> int:
         image.rootfs.mount(arguments.target, writable=arguments.writable) as path,
     ):
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            if sys.stdout is not None:
-                # Not by print(): a path need not be text in the encoding of stdout.
-                await _Stdout().send_all(bytes(path) + b"\n")
-            async for _ in signals:
-                break
+            async with open_hidden_nursery() as nursery:
+                if sys.stdout is not None:
+                    # A path need not be text in the encoding of stdout.
+                    nursery.start_soon(_Stdout().send_all, bytes(path) + b"\n")
+                async for _ in signals:
+                    break
+                nursery.cancel_scope.cancel()
     return 0
 
 
@@ -277,9 +280,9 @@ async def _import(arguments: argparse.Namespace) -> int:
         )
     for image in images:
         if arguments.json:
-            print(_stored_as_json(image))
+            await say(_stored_as_json(image))
         else:
-            print(image.reference, image.platform, image.manifest.digest)
+            await say(image.reference, image.platform, image.manifest.digest)
     return 0
 
 
@@ -344,11 +347,12 @@ class _Stdin(trio.abc.ReceiveStream):
         if sys.stdin is None:  # its number may be some other file's by now
             raise OSError(errno.EBADF, "it is closed", "stdin")
         self._file = io.FileIO(sys.stdin.fileno(), "rb", closefd=False)
+        self._limiter = trio.CapacityLimiter(1)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         # Whoever writes it may never go on: then the thread is left behind.
         data = await trio.to_thread.run_sync(
-            self._file.read, max_bytes or _CHUNK, abandon_on_cancel=True
+            self._file.read, max_bytes or _CHUNK, abandon_on_cancel=True, limiter=self._limiter
         )
         if data is None:
             raise BlockingIOError(errno.EAGAIN, "it does not wait", "stdin")
@@ -366,24 +370,19 @@ class _Stdout(trio.abc.SendStream):
         if sys.stdout is None:  # its number may be some other file's by now
             raise OSError(errno.EBADF, "it is closed", "stdout")
         self._file = io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
+        self._limiter = trio.CapacityLimiter(1)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         # Whoever reads it may never go on: then the thread is left behind.
-        await trio.to_thread.run_sync(self._write, data, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(
+            write_all, self._file, data, abandon_on_cancel=True, limiter=self._limiter
+        )
 
     async def wait_send_all_might_not_block(self) -> None:
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
-
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:
-            written = self._file.write(rest)
-            if written is None:
-                raise BlockingIOError(errno.EAGAIN, "it does not wait", "stdout")
-            rest = rest[written:]
 
 
 def _as_json(image: Image) -> str:
@@ -429,10 +428,12 @@ async def _images(arguments: argparse.Namespace) -> int:
     async with open_store(arguments.store) as store:
         images = await store.images()
         usage = (await store.usage()).images if arguments.size else {}
+    lines = []
     for image in images:
         sizes = usage.get(image.manifest.digest)
         about = () if sizes is None else (sizes.size, sizes.exclusive)
-        print(image.reference, image.platform or "-", image.manifest.digest, *about)
+        lines.append(_line(image.reference, image.platform or "-", image.manifest.digest, *about))
+    await say_lines(lines)
     return 0
 
 
@@ -459,7 +460,7 @@ async def _rm(arguments: argparse.Namespace) -> int:
             except LayersError as error:
                 failures.append((name, error))
     for name, failure in failures:
-        complain(failure, name)
+        await complain(failure, name)
     return EXIT_FAILED if failures else 0
 
 
@@ -474,14 +475,14 @@ async def _gc(arguments: argparse.Namespace) -> int:
     counts = attrs.asdict(collected)
     mounted = counts.pop("mounted")
     if arguments.json:
-        print(json.dumps({**counts, "mounted": mounted} if mounted else counts))
+        await say(json.dumps({**counts, "mounted": mounted} if mounted else counts))
     else:
         size = counts.pop("size")
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
-        print(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+        await say(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
         for tree in collected.mounted:
             where = ", ".join(shown(target) for target in tree.targets) or "out of sight"
-            print(f"kept: tree {tree.id} is mounted: {where}")
+            await say(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
 
@@ -498,11 +499,10 @@ async def _check(arguments: argparse.Namespace) -> int:
     async with open_store(arguments.store) as store:
         report = await store.check(repair=arguments.repair)
     if arguments.json:
-        print(json.dumps(attrs.asdict(report)))
+        await say(json.dumps(attrs.asdict(report)))
     else:
-        for problem in report.problems:
-            print(shown(str(problem)))
-        print(
+        await say_lines([shown(str(problem)) for problem in report.problems])
+        await say(
             f"checked: {report.blobs} blobs, {report.trees} trees, {report.layers} layers, "
             f"{report.images} images; {len(report.problems)} problems"
             + (", repaired" if report.repaired else "")
@@ -517,7 +517,7 @@ def _digest_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def _digest(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
-        print((await client.resolve(arguments.reference)).digest)
+        await say((await client.resolve(arguments.reference)).digest)
     return 0
 
 
@@ -528,8 +528,8 @@ def _tags_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def _tags(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
-        for tag in await client.tags(arguments.repository):
-            print(tag)
+        tags = await client.tags(arguments.repository)
+    await say_lines(tags)
     return 0
 
 
@@ -540,10 +540,13 @@ def _referrers_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def _referrers(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
-        for each in await client.referrers(
-            arguments.reference, artifact_type=arguments.artifact_type
-        ):
-            print(each.digest, shown(each.artifact_type or each.media_type), each.size)
+        found = await client.referrers(arguments.reference, artifact_type=arguments.artifact_type)
+    await say_lines(
+        [
+            _line(each.digest, shown(each.artifact_type or each.media_type), each.size)
+            for each in found
+        ]
+    )
     return 0
 
 
@@ -584,19 +587,36 @@ def _number(least: int) -> Callable[[str], int]:
 # What is said.
 
 
-def complain(error: BaseException, about: str | None = None) -> None:
+async def say(*values: object) -> None:
+    """Write a line to stdout."""
+    await say_lines([_line(*values)])
+
+
+async def say_lines(lines: Sequence[str]) -> None:
+    """Write lines to stdout, whose reader may be slow, or gone, or never go on."""
+    if lines:
+        await write_text(sys.stdout, "\n".join(lines) + "\n")
+
+
+def _line(*values: object) -> str:
+    return " ".join(map(str, values))
+
+
+async def complain(error: BaseException, about: str | None = None) -> None:
     """One line on stderr, whatever the error's text holds: parts of it come from registries."""
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
         text = text_of(error)
-    warn(text, about)
+    await warn(text, about)
 
 
-def warn(text: str, about: str | None = None) -> None:
+async def warn(text: str, about: str | None = None) -> None:
     line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
-    if sys.stderr is not None:  # print() would take stdout instead
-        print(shown(line), file=sys.stderr)
+    try:
+        await write_text(sys.stderr, shown(line) + "\n")
+    except (OSError, ValueError):
+        pass  # nobody is left to be told
 
 
 def shown(text: str) -> str:

@@ -13,13 +13,28 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TextIO, TypeAlias, final
+from functools import partial
+from typing import (
+    TYPE_CHECKING,
+    Final,
+    Literal,
+    Protocol,
+    TextIO,
+    TypeAlias,
+    cast,
+    final,
+    get_args,
+)
 
 import attrs
 import trio
 
+from ._arguments import check_choice
 from ._blocks import opens_block
+from ._errors import DisplayClosed
+from ._lifetime import Lifetime
 from ._nursery import open_hidden_nursery
+from ._output import Output
 from ._progress import Progress, Status
 from .abc import ProgressSink
 
@@ -45,9 +60,10 @@ async def open_display(
 ) -> AsyncIterator[ProgressSink]:
     """Show the progress of the pulls in the block: open it around them and give each the sink.
 
-    Leaving the block waits until the last state is written; if the block has failed or is
-    cancelled, for at most a second. A stream that fails is left alone from then on and the
-    pulls go on: an image is worth more than its progress.
+    Leaving the block waits until the last state is written; once the block has failed or leaving
+    is cancelled, for at most a second more. A stream that fails is left alone from then on and
+    the pulls go on: an image is worth more than its progress. An event that comes after the block,
+    or is waiting when it is left, raises `DisplayClosed`.
 
     Args:
         kind: What it looks like. ``tty``: a line with a bar for each layer, redrawn in place;
@@ -61,27 +77,53 @@ async def open_display(
         A sink for any number of pulls. It waits only while more is in the queue than can be
         written.
     """
+    check_choice("kind", kind, get_args(DisplayKind))
+    lifetime = Lifetime(_closed)
     stream = stream or sys.stderr
     if kind == "none" or stream is None:  # Python has no stderr where the descriptor is closed
-        yield _ignore
+
+        async def ignore(progress: Progress) -> None:
+            async with lifetime.use():
+                await trio.lowlevel.checkpoint()
+
+        try:
+            yield ignore
+        finally:
+            await lifetime.close()
         return
-    screen = await trio.to_thread.run_sync(_screen, kind, stream)
     send, receive = trio.open_memory_channel[Progress](BACKLOG)
+
+    async def show(progress: Progress) -> None:
+        async with lifetime.use():
+            await send.send(progress)
+
+    output = Output(stream)
     # What has happened is still to be seen when the pulls were cancelled, the cursor above all.
     shield = trio.CancelScope(shield=True)
-    async with open_hidden_nursery() as nursery:
-        nursery.start_soon(_show_all, receive, screen, shield)
-        try:
-            yield send.send
-        except BaseException:
-            shield.deadline = trio.current_time() + PATIENCE
-            raise
-        finally:
-            send.close()
+    shown = trio.Event()
+    try:
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(_show_all, kind, output, receive, shield, shown)
+            try:
+                yield show
+                await _close(lifetime, send)
+                await shown.wait()
+            except BaseException:
+                shield.deadline = trio.current_time() + PATIENCE
+                raise
+            finally:
+                await _close(lifetime, send)
+    finally:
+        output.leave()
 
 
-async def _ignore(progress: Progress) -> None:
-    await trio.lowlevel.checkpoint()
+def _closed() -> DisplayClosed:
+    return DisplayClosed("the display was closed: open it around the pulls that report to it")
+
+
+async def _close(lifetime: Lifetime, send: trio.MemorySendChannel[Progress]) -> None:
+    await lifetime.close()
+    send.close()
 
 
 class _Screen(Protocol):
@@ -93,20 +135,29 @@ class _Screen(Protocol):
 
 
 async def _show_all(
-    receive: trio.MemoryReceiveChannel[Progress], screen: _Screen, shield: trio.CancelScope
+    kind: DisplayKind,
+    output: Output,
+    receive: trio.MemoryReceiveChannel[Progress],
+    shield: trio.CancelScope,
+    shown: trio.Event,
 ) -> None:
-    limiter = trio.CapacityLimiter(1)  # one of its own: unpacking may hold all the usual threads
+    screens: list[_Screen] = []
+
+    def open_screen() -> None:
+        screens.append(_screen(kind, output))
+
     with shield:
         try:
+            await output.in_thread(open_screen)
+            [screen] = screens
             while events := await _gather(receive):
-                await trio.to_thread.run_sync(
-                    screen.show, events, abandon_on_cancel=True, limiter=limiter
-                )
-            await trio.to_thread.run_sync(screen.close, abandon_on_cancel=True, limiter=limiter)
+                await output.in_thread(partial(screen.show, events))
+            await output.in_thread(screen.close)
         except (OSError, ValueError):  # ValueError: closed, or of too small a character set
             logger.debug("progress cannot be written any more", exc_info=True)
             async for _ in receive:
                 pass
+    shown.set()
 
 
 async def _gather(receive: trio.MemoryReceiveChannel[Progress]) -> list[Progress]:
@@ -134,7 +185,7 @@ async def _gather(receive: trio.MemoryReceiveChannel[Progress]) -> list[Progress
     return events
 
 
-def _screen(kind: DisplayKind, stream: TextIO) -> _Screen:
+def _screen(kind: DisplayKind, stream: Output) -> _Screen:
     if kind == "json":
         return _JsonLines(stream)
     if kind == "tty" or (
@@ -151,7 +202,7 @@ def _screen(kind: DisplayKind, stream: TextIO) -> _Screen:
 class _PlainLines:
     """As docker prints when its output is no terminal: no counts, no repetitions."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Output) -> None:
         self._stream = stream
         self._actions: dict[str, str] = {}
 
@@ -172,7 +223,7 @@ class _JsonLines:
     """As the pull endpoint of docker's API sends (moby ``pkg/streamformatter``): what is zero
     is left out of ``progressDetail``."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Output) -> None:
         self._stream = stream
 
     def show(self, events: Sequence[Progress]) -> None:
@@ -188,7 +239,7 @@ class _JsonLines:
         """Every line is written."""
 
 
-def _write(stream: TextIO, lines: Sequence[str]) -> None:
+def _write(stream: Output, lines: Sequence[str]) -> None:
     if lines:
         stream.write("".join(lines))
         stream.flush()
@@ -211,7 +262,7 @@ class _Row:
 class _Bars:
     """A line for each layer, drawn by rich."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Output) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -221,7 +272,11 @@ class _Bars:
 
         self._rows: dict[str, _Row] = {}
         self._console = Terminal(
-            file=stream, force_terminal=True, markup=False, emoji=False, highlight=False
+            file=cast(TextIO, stream),
+            force_terminal=True,
+            markup=False,
+            emoji=False,
+            highlight=False,
         )
         self._live = Live(
             console=self._console,

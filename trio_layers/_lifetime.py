@@ -16,6 +16,7 @@ import trio
 
 from ._blocks import opens_block
 from ._errors import LayersError
+from ._nursery import interruption_in, raise_alone
 
 __all__ = ["Lifetime", "clean_up_in_thread", "while_open"]
 
@@ -77,14 +78,22 @@ class Lifetime:
         Cancellation: a caller that is itself cancelled gets `trio.Cancelled`, not the error.
         """
         self.check()
+        interruption: BaseException | None = None
         with trio.CancelScope() as scope:
             self._calls[scope] = None
             try:
                 yield
+            except BaseExceptionGroup as group:
+                # Libraries, and trio's own connecting, have nurseries that callers do not know of.
+                interruption = interruption_in(group)
+                if interruption is None:
+                    raise
             finally:
                 del self._calls[scope]
                 if not self._open and not self._calls:
                     self._quiet.set()
+        if interruption is not None:
+            raise_alone(interruption)
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
             raise self._error() from None

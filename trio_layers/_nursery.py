@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import final
+from typing import NoReturn, final
 
 import trio
 
 from ._errors import text_of
 
-__all__ = ["interruption_in", "open_hidden_nursery"]
+__all__ = ["interruption_in", "open_hidden_nursery", "raise_alone"]
 
 
 def open_hidden_nursery() -> AbstractAsyncContextManager[trio.Nursery]:
@@ -60,16 +60,10 @@ class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
         if error is raised:
             del error
             return False
-        # Outside the handler, where the group would become the error's context. Python makes it
-        # what the body raised, as for trio's own nursery, which undoes it likewise.
-        context = error.__context__
         try:
-            raise error
+            raise_alone(error)
         finally:
-            value = sys.exc_info()[1]
-            assert value is not None
-            value.__context__ = context
-            del error, value, raised, context  # they hold this frame
+            del error, raised  # they hold this frame
 
 
 def _what_matters(
@@ -87,6 +81,22 @@ def _what_matters(
     elif len(errors) == 1 and (errors[0] is raised or isinstance(errors[0], Exception)):
         return errors[0]
     return interruption_in(group) or group
+
+
+def raise_alone(error: BaseException) -> NoReturn:
+    """Raise an error that a group held, with the context that it has.
+
+    Python would make the error that is being handled its context: the group, or what a body raised.
+    trio's nursery undoes that likewise.
+    """
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        value = sys.exc_info()[1]
+        assert value is not None
+        value.__context__ = context
+        del error, value, context  # they hold this frame
 
 
 def interruption_in(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import attrs
 
+from ._arguments import check_type
 from ._errors import PlatformError
 
 __all__ = ["DEFAULT_OS", "Platform", "choose", "host_platform", "order", "parse_platform"]
@@ -89,6 +90,7 @@ def parse_platform(specifier: str) -> Platform:
         PlatformError: if it is malformed, or a single word that names neither a known operating
             system nor a known architecture.
     """
+    check_type("platform", specifier, str, "a string such as 'linux/arm64', or a Platform")
     system, *rest = specifier.split("/")
     match = _OS_PART.match(system)
     if match is None or len(rest) > 2 or not all(map(_PART.match, rest)):

@@ -6,11 +6,12 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Final, Literal, TypeAlias, final
+from typing import Final, Literal, TypeAlias, final, get_args
 
 import attrs
 import trio
 
+from ._arguments import check_choice, check_path, check_seconds, check_sink, check_whole
 from ._blocks import opens_block
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
@@ -101,6 +102,7 @@ async def open_store(
 
     Entering and leaving are checkpoints.
     """
+    check_path("path", path, "the path of a store's directory")
     async with open_workers(limits) as workers:
         opened = directory.open_store(
             path, unpacker=Unpacker(limits), builder=workers, create=create
@@ -158,8 +160,12 @@ async def open_puller(
         ValueError: for options that make no sense (see `open_download_manager`), as are limits
             for a store that was opened with its own.
     """
+    check_whole("max_concurrent_downloads", max_concurrent_downloads, least=0)
+    check_whole("max_download_attempts", max_download_attempts, least=1)
+    check_seconds("retry_tick", retry_tick)
     async with AsyncExitStack() as stack:
         if not isinstance(store, DirectoryStore):
+            check_path("store", store, "a directory's path, or the store that open_store opened")
             opened = open_store(store, limits=limits or Limits())
             store = await stack.enter_async_context(opened)
         elif limits is not None:
@@ -295,7 +301,10 @@ class Puller:
             LayersError: as `resolve` and `DownloadManager.download` do.
             StoreError: if the image is not in the store, and never to be pulled.
             ManagerClosed: if the puller's block was left, before or meanwhile.
+            ValueError: for another policy.
         """
+        check_choice("policy", policy, get_args(PullPolicy))
+        check_sink(progress)
         reference, platform = _parsed(reference, platform)
         # Leaving the puller ends the entry in any task, but not the caller's block.
         async with self._lifetime.use(), AsyncExitStack() as entering:
@@ -408,9 +417,9 @@ def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
 def _parsed(
     reference: str | Reference, platform: str | Platform | None
 ) -> tuple[Reference, Platform | None]:
-    if isinstance(reference, str):
+    if not isinstance(reference, Reference):
         reference = parse_reference(reference)
-    if isinstance(platform, str):
+    if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     return reference, platform
 

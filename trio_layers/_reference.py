@@ -12,6 +12,7 @@ from typing import Final, NoReturn
 
 import attrs
 
+from ._arguments import check_type
 from ._digest import HEX_DIGITS, Digest
 from ._errors import InvalidReference
 
@@ -101,6 +102,7 @@ def parse_reference(text: str) -> Reference:
             ``hex-identifier`` (64 hex digits could be taken for an image ID),
             ``digest-unsupported``, ``digest-length``, ``digest-format``, ``invalid-format``.
     """
+    check_type("reference", text, str, "a string such as 'debian:12', or a Reference")
     if _HEX_IDENTIFIER.match(text):
         _refuse(text, "hex-identifier", "64 hex digits are an ID, not the name of a repository")
     domain, rest = _split_domain(text)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_layers import _display
 from trio_layers._display import open_display
+from trio_layers._errors import DisplayClosed
 from trio_layers._progress import Progress, Status
 
 PULL = [
@@ -289,3 +291,151 @@ async def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch)
         async with open_display("auto", stream=terminal.stream) as sink:
             await sink(Progress("a", Status.PULLING))
         assert terminal.text() == "a: Pulling fs layer\r\n"
+
+
+# A file that takes no more.
+
+
+class FullPipe:
+    """A pipe that nobody reads, and its writing end as a text stream."""
+
+    def __init__(self) -> None:
+        self.reader, writer = os.pipe()
+        self.stream = os.fdopen(writer, "w")
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, b"x" * 4096)
+        except BlockingIOError:
+            os.set_blocking(writer, True)
+
+    def read(self) -> bytes:
+        """All that there is now."""
+        data = os.read(self.reader, 1 << 20)
+        return data.lstrip(b"x")
+
+    def close(self) -> None:
+        os.close(self.reader)
+        self.stream.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[FullPipe]:
+    pipe = FullPipe()
+    yield pipe
+    pipe.close()
+
+
+async def cancel_when_blocked(scope: trio.CancelScope) -> None:
+    await wait_all_tasks_blocked(0.2)
+    scope.cancel()
+
+
+@pytest.mark.parametrize("kind", ["tty", "plain", "json"])
+async def test_leaving_that_is_cancelled_gives_a_stuck_stream_up(
+    kind: _display.DisplayKind, pipe: FullPipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block has ended well, and waits for its last words to be taken."""
+    monkeypatch.setattr(_display, "PATIENCE", 0.01)
+    with trio.fail_after(10), trio.CancelScope() as scope:
+        async with open_display(kind, stream=pipe.stream) as sink:
+            await sink(Progress("a", "first"))
+            trio.lowlevel.spawn_system_task(cancel_when_blocked, scope)
+    assert scope.cancelled_caught
+
+
+async def test_leaving_waits_for_a_slow_reader(pipe: FullPipe) -> None:
+    """As long as nobody cancels it: all is written then."""
+    left = trio.Event()
+
+    async def show() -> None:
+        async with open_display("plain", stream=pipe.stream) as sink:
+            for number in range(3):
+                await sink(Progress("a", str(number)))
+        left.set()
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(show)
+            await wait_all_tasks_blocked(0.2)
+            assert not left.is_set()
+            seen = pipe.read()
+            await left.wait()
+        pipe.stream.write("the stream is open\n")
+        pipe.stream.flush()
+        seen += pipe.read()
+    assert seen.splitlines() == [b"a: 0", b"a: 1", b"a: 2", b"the stream is open"]
+
+
+async def test_what_the_stream_holds_comes_first() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader) as lines:
+        stream.write("before\n")
+        async with open_display("plain", stream=stream) as sink:
+            await sink(Progress("ä", "a"))
+        stream.write("after\n")
+        stream.flush()
+        assert [lines.readline() for _ in range(3)] == ["before\n", "ä: a\n", "after\n"]
+
+
+def test_stuck_stream_does_not_hold_up_the_exit_of_the_program() -> None:
+    """Nor does Python die of a lock that a thread left behind holds."""
+    program = """
+import sys, trio, trio_layers
+
+async def main():
+    with trio.move_on_after(0.1) as scope:
+        async with trio_layers.open_display("plain") as sink:
+            for number in range(100_000):
+                await sink(trio_layers.Progress("a", str(number)))
+    assert scope.cancelled_caught
+
+trio.run(main)
+sys.exit(7)
+"""
+    reader, writer = os.pipe()
+    try:
+        done = subprocess.run([sys.executable, "-c", program], stderr=writer, timeout=20)
+    finally:
+        os.close(writer)
+        os.close(reader)
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("kind", ["plain", "none"])
+async def test_event_for_a_display_that_was_left(kind: _display.DisplayKind) -> None:
+    async with open_display(kind, stream=io.StringIO()) as sink:
+        pass
+    with pytest.raises(DisplayClosed, match="open it around the pulls"):
+        await sink(Progress("a", "too late"))
+
+
+async def test_event_that_waits_when_the_display_is_left(
+    pipe: FullPipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_display, "PATIENCE", 0.01)
+    errors = []
+
+    async def flood(sink) -> None:
+        with pytest.raises(DisplayClosed) as caught:
+            while True:
+                await sink(Progress("a", str(len(errors))))
+        errors.append(caught.value)
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(KeyError):
+                async with open_display("plain", stream=pipe.stream) as sink:
+                    for _ in range(2):
+                        nursery.start_soon(flood, sink)
+                    await wait_all_tasks_blocked()
+                    raise KeyError
+    assert len(errors) == 2
+    assert errors[0] is not errors[1]
+
+
+@pytest.mark.parametrize("kind", ["bars", "", None, "PLAIN"])
+async def test_unknown_kind(kind: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown: use one of auto, tty, plain, json, none"):
+        async with open_display(kind):
+            pass

@@ -85,7 +85,7 @@ async def export_images(
     if isinstance(references, str | Reference):
         references = [references]
     parsed = [_parsed(each) if isinstance(each, str) else each for each in references]
-    if isinstance(platform, str):
+    if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     if format not in ("oci-archive", "docker-archive", "oci"):
         raise ValueError(f"unknown format {format!r}: oci-archive, docker-archive or oci")

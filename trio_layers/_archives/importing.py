@@ -151,7 +151,7 @@ async def import_images(
     if isinstance(reference, str):
         reference = parse_reference(reference)
     prefix = None if digest is None else digest_prefix(digest)
-    if isinstance(platform, str):
+    if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     async with store._lifetime.use(), store.lease() as lease, store.batch() as batch:
         shelf = Shelf(store, batch, lease)

@@ -11,6 +11,7 @@ from typing import final
 
 import attrs
 
+from .._arguments import check_methods, check_sink
 from .._blocks import opens_block
 from .._digest import RootFS
 from .._lifetime import Lifetime
@@ -47,7 +48,9 @@ async def open_download_manager(
 
     Raises:
         ValueError: for less than 1 attempt, a negative limit, or a tick that is not positive.
+        TypeError: for what is no number or no store.
     """
+    check_methods("the store", store, ("get", "register", "release"), "LayerStore")
     slots = Slots(max_concurrent_downloads)
     retry = RetryPolicy(max_download_attempts, retry_tick)
     lifetime = Lifetime(manager_closed)
@@ -145,10 +148,15 @@ class DownloadManager:
                 pull, whose ``__cause__`` is the original.
             TransferError: likewise, for an original that is no `LayersError`.
             ManagerClosed: if the manager has been left.
+            TypeError: for a source without a method, or a sink that is no asynchronous function.
             Exception: what a source's ``diff_id``, the store's ``get`` or the progress sink
                 raised, as it is.
         """
-        pull = Pull(self._transfers, self._retry, tuple(sources), base, progress)
+        check_sink(progress)
+        sources = tuple(sources)
+        for source in sources:
+            check_methods("the source", source, ("diff_id", "download", "close"), "LayerSource")
+        pull = Pull(self._transfers, self._retry, sources, base, progress)
         self._pulls += 1
         try:
             async with self._lifetime.use():

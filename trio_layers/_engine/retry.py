@@ -9,6 +9,7 @@ from typing import TypeVar
 import attrs
 import trio
 
+from .._arguments import check_seconds, check_whole
 from .._errors import is_final, text_of
 from .._progress import retrying
 from .foreign import log
@@ -32,10 +33,8 @@ class RetryPolicy:
     tick: float
 
     def __attrs_post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"max_download_attempts must be at least 1, not {self.max_attempts}")
-        if not self.tick > 0:
-            raise ValueError(f"retry_tick must be more than 0 seconds, not {self.tick}")
+        check_whole("max_download_attempts", self.max_attempts, least=1)
+        check_seconds("retry_tick", self.tick)
 
     async def run(self, attempt_once: Callable[[], Awaitable[T]], transfer: Transfer) -> T:
         """Call ``attempt_once`` until it succeeds. The slot is kept meanwhile: it is the

@@ -8,6 +8,8 @@ from typing import Protocol, final
 
 import trio
 
+from .._arguments import check_whole
+
 __all__ = ["SlotHolder", "Slots"]
 
 
@@ -82,7 +84,6 @@ class Slots:
 
 
 def _tokens(limit: int) -> int | float:
+    check_whole("max_concurrent_downloads", limit, least=0)
     # Zero tokens would be legal for trio, and never serve anyone.
-    if limit < 0:
-        raise ValueError(f"max_concurrent_downloads must be at least 0, not {limit}")
     return limit or math.inf

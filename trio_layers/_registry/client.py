@@ -338,7 +338,7 @@ class RegistryClient:
             HostsError: if what is configured for it cannot be used.
         """
         reference = _parsed(reference)
-        if isinstance(platform, str):
+        if platform is not None and not isinstance(platform, Platform):
             platform = parse_platform(platform)
         try:
             return await self._resolve_image(
@@ -743,7 +743,7 @@ class RegistryClient:
 
 
 def _parsed(reference: Reference | str) -> Reference:
-    if isinstance(reference, str):
+    if not isinstance(reference, Reference):
         reference = parse_reference(reference)
     if reference.digest is not None:
         parse_digest(reference.digest)
