@@ -526,7 +526,8 @@ class RegistryClient:
                 there are, it is caused by `DoNotRetry`; if what was there before may be to blame,
                 another attempt may do better.
             RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
-                client's fault, except 408, 416 and 429. Also if nothing, or too little, came for
+                client's fault, except 408, 416 and 429, and those of hosts that the registry
+                redirected to. Also if nothing, or too little, came for
                 as long as the stall limit.
         """
         reference = _parsed(reference)
