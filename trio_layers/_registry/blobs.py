@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeAlias, final
 
 import attrs
+import trio
 
 from .._digest import Digest, Verifier
 from .._errors import RegistryError, VerificationError
@@ -20,7 +21,7 @@ from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
 from .answers import give_up
-from .encoding import ContentDecoder, NotEncoded, codings_of, named_encoding
+from .encoding import ContentDecoder, NotEncoded, coding_of, named_encoding, slices_of
 from .transport import Answer
 
 __all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open"]
@@ -80,6 +81,7 @@ class BlobChunks:
         self._size = size
         self._verifier = Verifier(digest)
         self._decoder = self._make_decoder()
+        self._slices: Iterator[bytes] = iter(())
         self._decoded: Iterator[bytes] = iter(())
         self._ended = False
 
@@ -104,23 +106,27 @@ class BlobChunks:
 
     def _make_decoder(self) -> ContentDecoder | None:
         """A decoder, if the body is encoded: it is not as long as the blob."""
-        codings = codings_of(self._answer)
+        coding = coding_of(self._answer)
         length = self._answer.headers.get("Content-Length")
-        if not codings or self._size is None or length == str(self._size):
+        if coding is None or self._size is None or length == str(self._size):
             return None
-        return ContentDecoder(codings, self._size)
+        return ContentDecoder(coding, self._size)
 
     async def _next(self) -> bytes:
         if self._decoder is None:
             return await anext(self._answer.chunks)
         try:
             while (piece := next(self._decoded, None)) is None:
-                if self._ended:
+                if (part := next(self._slices, None)) is not None:
+                    await trio.lowlevel.checkpoint()
+                    self._decoded = self._decoder.feed(part)
+                elif self._ended:
                     raise StopAsyncIteration
-                chunk = await anext(self._answer.chunks, None)
-                self._ended = chunk is None
-                decoder = self._decoder
-                self._decoded = decoder.finish() if chunk is None else decoder.feed(chunk)
+                elif (chunk := await anext(self._answer.chunks, None)) is not None:
+                    self._slices = slices_of(chunk)
+                else:
+                    self._ended = True
+                    self._decoded = self._decoder.finish()
         except NotEncoded as error:
             raise self._wrong() from error
         return piece
@@ -241,7 +247,12 @@ class BlobFetch:
         sink, size = self.sink, self.descriptor.size
         decoder = self._make_decoder(answer, end)
         async for chunk in answer.chunks:
-            await self._take((chunk,) if decoder is None else decoder.feed(chunk), end, resumed)
+            if decoder is None:
+                await self._take((chunk,), end, resumed)
+                continue
+            for part in slices_of(chunk):
+                await self._take(decoder.feed(part), end, resumed)
+                await trio.lowlevel.checkpoint()
         if decoder is not None:
             await self._take(decoder.finish(), end, resumed)
         if sink.offset < end:
@@ -273,11 +284,11 @@ class BlobFetch:
 
     def _make_decoder(self, answer: Answer, end: int) -> ContentDecoder | None:
         """A decoder, if the body has to be decoded; it ends at ``end`` in the blob."""
-        codings, size = codings_of(answer), end - self.sink.offset
+        coding, size = coding_of(answer), end - self.sink.offset
         length = answer.headers.get("Content-Length", "")
-        if codings and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):
-            return ContentDecoder(codings, size)
-        self._as_is = self._as_is or bool(codings)
+        if coding and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):
+            return ContentDecoder(coding, size)
+        self._as_is = self._as_is or bool(coding)
         return None
 
     async def _wrong(self, resumed: bool) -> VerificationError:

@@ -50,7 +50,7 @@ from .answers import RateLimit, give_up
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
-from .encoding import codings_of, looks_like_json, named_encoding, read_fitting
+from .encoding import coding_of, looks_like_json, named_encoding, read_fitting
 from .http import AsyncClient
 from .lists import Pages, decode_tags
 from .retries import Announce, Retries, is_transient
@@ -508,7 +508,8 @@ class RegistryClient:
                 there are, it is caused by `DoNotRetry`; if what was there before may be to blame,
                 another attempt may do better.
             RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
-                client's fault, except 408, 416 and 429. Also if nothing, or too little, came for
+                client's fault, except 408, 416 and 429, and those of hosts that the registry
+                redirected to. Also if nothing, or too little, came for
                 as long as the stall limit.
         """
         reference = _parsed(reference)
@@ -768,7 +769,7 @@ def _descriptor_of(answer: Answer) -> Descriptor | None:
         digest = parse_digest(answer.headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:  # also one of another algorithm
         return None
-    if codings_of(answer):  # then it is the size of the encoded body
+    if coding_of(answer) is not None:  # then it is the size of the encoded body
         return None
     if not answer.media_type or answer.media_type.startswith("text/") or not _SIZE.fullmatch(size):
         return None
