@@ -16,6 +16,7 @@ import attrs
 
 from .._digest import Digest, Verifier
 from .._errors import RegistryError, VerificationError
+from .._lifetime import Lifetime
 from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
@@ -71,9 +72,13 @@ class BlobChunks:
         VerificationError: in place of the end, if it is not that of the digest; at once if there
             is more than its size.
         RegistryError: if the connection breaks, or nothing comes for as long as the stall limit.
+        ClientClosed: if the client's block was left.
     """
 
-    def __init__(self, answer: Answer, digest: Digest, size: int | None) -> None:
+    def __init__(
+        self, answer: Answer, digest: Digest, size: int | None, lifetime: Lifetime
+    ) -> None:
+        self._lifetime = lifetime
         self._answer = answer
         self._digest = digest
         self._size = size
@@ -86,13 +91,14 @@ class BlobChunks:
         return self
 
     async def __anext__(self) -> bytes:
-        try:
-            chunk = await anext(self._answer.chunks)
-        except StopAsyncIteration:
+        # What ends an iteration cannot pass through a context manager.
+        async with self._lifetime.use():
+            chunk = await _next_or_none(self._answer.chunks)
+        if chunk is None:
             wrong_size = self._size is not None and self._verifier.size != self._size
             if wrong_size or self._verifier.digest != self._digest:
-                raise self._wrong() from None
-            raise
+                raise self._wrong()
+            raise StopAsyncIteration
         self._verifier.update(chunk)
         if self._size is not None and self._verifier.size > self._size:
             raise self._wrong()
@@ -104,6 +110,12 @@ class BlobChunks:
             "differs",
             digest=self._digest,
         )
+
+
+async def _next_or_none(chunks: AsyncIterator[bytes]) -> bytes | None:
+    async for chunk in chunks:
+        return chunk
+    return None
 
 
 @final

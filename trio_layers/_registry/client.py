@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
+from typing import Concatenate, Final, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 from urllib.parse import urlencode
 
 import attrs
@@ -20,6 +21,7 @@ import trio
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
+    ClientClosed,
     HostsError,
     InvalidDigest,
     ManifestError,
@@ -27,6 +29,7 @@ from .._errors import (
     RegistryError,
     VerificationError,
 )
+from .._lifetime import Lifetime
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -43,7 +46,7 @@ from .._manifest import (
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
-from .answers import RateLimit, is_final
+from .answers import RateLimit, give_up, is_final
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
@@ -59,6 +62,7 @@ DEFAULT_MAX_CONNECTIONS: Final = 20
 # Larger documents are decoded in a thread: 64 KiB of JSON take about a millisecond.
 INLINE_SIZE: Final = 64 * 1024
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -201,7 +205,28 @@ async def open_registry_client(
             tls_verify=tls_verify,
             hosts_dir=directory,
         )
-        yield RegistryClient(connections, sites)
+        registry = RegistryClient(connections, sites)
+        try:
+            yield registry
+        finally:
+            await registry._lifetime.close()
+
+
+def _closed() -> ClientClosed:
+    return give_up(ClientClosed("the registry client is closed: its block was left"))
+
+
+def _while_open(
+    method: Callable[Concatenate[RegistryClient, P], Awaitable[T]],
+) -> Callable[Concatenate[RegistryClient, P], Coroutine[None, None, T]]:
+    """Have a method end with `ClientClosed` when the client's block is left."""
+
+    @wraps(method)
+    async def call(self: RegistryClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._lifetime.use():
+            return await method(self, *args, **kwargs)
+
+    return call
 
 
 @final
@@ -215,9 +240,13 @@ class RegistryClient:
 
     All of it may be used by any number of tasks at once. A call that is cancelled leaves
     nothing behind but what a sink was given.
+
+    Leaving the block of `open_registry_client` ends each call under way with `ClientClosed`, in
+    whichever task it runs, and waits for that. A later call raises it at once.
     """
 
     def __init__(self, connections: Connections, sites: Sites) -> None:
+        self._lifetime = Lifetime(_closed)
         self._connections = connections
         self._sites = sites
 
@@ -239,6 +268,7 @@ class RegistryClient:
         does, as ``registry-1.docker.io``."""
         return self._sites.rate_limits
 
+    @_while_open
     async def resolve(self, reference: Reference | str) -> Descriptor:
         """Ask which manifest or index a reference stands for now.
 
@@ -279,6 +309,7 @@ class RegistryClient:
 
         return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
 
+    @_while_open
     async def resolve_image(
         self,
         reference: Reference | str,
@@ -353,6 +384,7 @@ class RegistryClient:
             check_platform(str(reference), config.platform, wanted)
         return ResolvedImage(reference, descriptor, document, data, config, index, index_bytes)
 
+    @_while_open
     async def get_manifest(self, reference: Reference | str) -> tuple[Descriptor, bytes]:
         """Fetch the document that a reference stands for, as it was served, of whatever kind:
         an index, an image's manifest or an artifact's.
@@ -377,6 +409,7 @@ class RegistryClient:
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
+    @_while_open
     async def get_blob(
         self,
         reference: Reference | str,
@@ -436,9 +469,11 @@ class RegistryClient:
                     site.ask(reference, f"blobs/{digest}", what, {})
                 )
 
-            answer = await ask_in_turn(await self._sites_of(reference, blob), attempt)
-            yield BlobChunks(answer, digest, size)
+            async with self._lifetime.use():
+                answer = await ask_in_turn(await self._sites_of(reference, blob), attempt)
+            yield BlobChunks(answer, digest, size, self._lifetime)
 
+    @_while_open
     async def fetch_blob(
         self,
         reference: Reference | str,
@@ -501,6 +536,7 @@ class RegistryClient:
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
         await ask_in_turn(await self._sites_of(reference, descriptor), attempt)
 
+    @_while_open
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
         """List a repository's tags, in the registry's order, which should be the alphabet's and
         often is not.
@@ -533,6 +569,7 @@ class RegistryClient:
 
         return await ask_in_turn(await self._sites.find(reference, "pull", "resolve"), attempt)
 
+    @_while_open
     async def referrers(
         self, reference: Reference | str, *, artifact_type: str | None = None
     ) -> tuple[Descriptor, ...]:
