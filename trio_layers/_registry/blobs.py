@@ -17,6 +17,7 @@ import trio
 
 from .._digest import Digest, Verifier
 from .._errors import RegistryError, VerificationError
+from .._lifetime import Lifetime
 from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
@@ -73,9 +74,13 @@ class BlobChunks:
         VerificationError: in place of the end, if it is not that of the digest; at once if there
             is more than its size.
         RegistryError: if the connection breaks, or nothing comes for as long as the stall limit.
+        ClientClosed: if the client's block was left.
     """
 
-    def __init__(self, answer: Answer, digest: Digest, size: int | None) -> None:
+    def __init__(
+        self, answer: Answer, digest: Digest, size: int | None, lifetime: Lifetime
+    ) -> None:
+        self._lifetime = lifetime
         self._answer = answer
         self._digest = digest
         self._size = size
@@ -92,13 +97,14 @@ class BlobChunks:
         return self
 
     async def __anext__(self) -> bytes:
-        try:
+        # The end of an iteration cannot pass through a context manager.
+        async with self._lifetime.use():
             chunk = await self._next()
-        except StopAsyncIteration:
+        if chunk is None:
             wrong_size = self._size is not None and self._verifier.size != self._size
             if wrong_size or self._verifier.digest != self._digest:
-                raise self._wrong() from None
-            raise
+                raise self._wrong()
+            raise StopAsyncIteration
         self._verifier.update(chunk)
         if self._size is not None and self._verifier.size > self._size:
             raise self._wrong()
@@ -112,17 +118,17 @@ class BlobChunks:
             return None
         return ContentDecoder(coding, self._size)
 
-    async def _next(self) -> bytes:
+    async def _next(self) -> bytes | None:
         if self._decoder is None:
-            return await anext(self._answer.chunks)
+            return await _next_or_none(self._answer.chunks)
         try:
             while (piece := next(self._decoded, None)) is None:
                 if (part := next(self._slices, None)) is not None:
                     await trio.lowlevel.checkpoint()
                     self._decoded = self._decoder.feed(part)
                 elif self._ended:
-                    raise StopAsyncIteration
-                elif (chunk := await anext(self._answer.chunks, None)) is not None:
+                    return None
+                elif (chunk := await _next_or_none(self._answer.chunks)) is not None:
                     self._slices = slices_of(chunk)
                 else:
                     self._ended = True
@@ -137,6 +143,12 @@ class BlobChunks:
             f"differs{named_encoding(self._answer)}",
             digest=self._digest,
         )
+
+
+async def _next_or_none(chunks: AsyncIterator[bytes]) -> bytes | None:
+    async for chunk in chunks:
+        return chunk
+    return None
 
 
 @final

@@ -22,6 +22,7 @@ from .._blocks import opens_block
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
+    ClientClosed,
     HostsError,
     InvalidDigest,
     ManifestError,
@@ -30,6 +31,7 @@ from .._errors import (
     VerificationError,
     is_final,
 )
+from .._lifetime import Lifetime, while_open
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -212,7 +214,15 @@ async def open_registry_client(
             tls_verify=tls_verify,
             hosts_dir=directory,
         )
-        yield RegistryClient(connections, sites, retry_tick)
+        registry = RegistryClient(connections, sites, retry_tick)
+        try:
+            yield registry
+        finally:
+            await registry._lifetime.close()
+
+
+def _closed() -> ClientClosed:
+    return give_up(ClientClosed("the registry client is closed: its block was left"))
 
 
 @final
@@ -227,9 +237,13 @@ class RegistryClient:
 
     All of it may be used by any number of tasks at once. A call that is cancelled leaves
     nothing behind but what a sink was given.
+
+    Leaving the block of `open_registry_client` ends each call under way with `ClientClosed`, in
+    whichever task it runs, and waits for that. A later call raises it at once.
     """
 
     def __init__(self, connections: Connections, sites: Sites, retry_tick: float) -> None:
+        self._lifetime = Lifetime(_closed)
         self._connections = connections
         self._sites = sites
         self._retry_tick = retry_tick
@@ -252,6 +266,7 @@ class RegistryClient:
         does, as ``registry-1.docker.io``."""
         return self._sites.rate_limits
 
+    @while_open
     async def resolve(self, reference: Reference | str) -> Descriptor:
         """Ask which manifest or index a reference stands for now.
 
@@ -298,6 +313,7 @@ class RegistryClient:
     def _retries(self, announce: Announce | None = None) -> Retries:
         return Retries(announce, tick=self._retry_tick)
 
+    @while_open
     async def resolve_image(
         self,
         reference: Reference | str,
@@ -387,6 +403,7 @@ class RegistryClient:
             check_platform(str(reference), config.platform, wanted)
         return ResolvedImage(reference, descriptor, document, data, config, index, index_bytes)
 
+    @while_open
     async def get_manifest(self, reference: Reference | str) -> tuple[Descriptor, bytes]:
         """Fetch the document that a reference stands for, as it was served, of whatever kind:
         an index, an image's manifest or an artifact's.
@@ -411,6 +428,7 @@ class RegistryClient:
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
+    @while_open
     async def get_blob(
         self,
         reference: Reference | str,
@@ -470,10 +488,12 @@ class RegistryClient:
                     site.ask(reference, f"blobs/{digest}", what, _BLOBS)
                 )
 
-            sites = await self._sites_of(reference, blob)
-            answer = await ask_in_turn(sites, attempt, self._retries())
-            yield BlobChunks(answer, digest, size)
+            async with self._lifetime.use():
+                sites = await self._sites_of(reference, blob)
+                answer = await ask_in_turn(sites, attempt, self._retries())
+            yield BlobChunks(answer, digest, size, self._lifetime)
 
+    @while_open
     async def fetch_blob(
         self,
         reference: Reference | str,
@@ -544,6 +564,7 @@ class RegistryClient:
         retries = Retries(tick=self._retry_tick, only_if_asked=True)
         await ask_in_turn(sites, attempt, retries)
 
+    @while_open
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
         """List a repository's tags, in the registry's order, which should be the alphabet's and
         often is not.
@@ -587,6 +608,7 @@ class RegistryClient:
         sites = await self._sites.find(reference, "pull", "resolve")
         return await ask_in_turn(sites, attempt, retries)
 
+    @while_open
     async def referrers(
         self, reference: Reference | str, *, artifact_type: str | None = None
     ) -> tuple[Descriptor, ...]:

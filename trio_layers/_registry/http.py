@@ -60,6 +60,7 @@ __all__ = [
     "Response",
     "StreamError",
     "Timeout",
+    "close_connection",
     "connection_failed",
     "create_ssl_context",
     "discreet",
@@ -151,6 +152,14 @@ async def send(client: AsyncClient, request: Request) -> Response:
             # Each round ends a connection that was kept.
             if not (way.kept and request.method in _SENT_TWICE and _closed_unanswered(error)):
                 raise
+
+
+async def close_connection(response: Response) -> None:
+    """Close the connection of an answer whose client is closed: httpcore's pool has forgotten one
+    that was being made when it was closed."""
+    stream = response.extensions.get("network_stream")
+    if isinstance(stream, httpcore.AsyncNetworkStream):
+        await stream.aclose()
 
 
 async def _send_once(client: AsyncClient, request: Request, way: _Way) -> Response:
