@@ -479,6 +479,25 @@ async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockCloc
         assert len(signed) == MAX_ATTEMPTS
 
 
+async def test_a_registry_that_redirects_to_another(autojump_clock: MockClock) -> None:
+    """It is a registry that says what it does not have, and no storage: that is final."""
+    network = Network(
+        **{
+            HOST: lambda request: httpx.Response(
+                307, headers={"Location": f"{STORAGE}{request.url.path}"}
+            ),
+            STORAGE: FakeRegistry(),
+        }
+    )
+    async with (
+        network.client() as http,
+        open_registry_client(client=http) as client,
+    ):
+        with pytest.raises(NotFound, match="MANIFEST_UNKNOWN"):
+            await client.get_manifest(APP)
+    assert len(network.requests) == 2
+
+
 async def test_a_token_server_that_redirects(autojump_clock: MockClock) -> None:
     """A login that is refused there is refused: nothing was signed."""
     there = f"{TOKENS}/token"
@@ -495,7 +514,7 @@ async def test_a_token_server_that_redirects(autojump_clock: MockClock) -> None:
     ):
         with pytest.raises(AuthenticationError):
             await client.get_manifest(APP)
-    assert network.asked.count(f"{there}?scope=repository%3Ateam%2Fapp%3Apull") <= 1
+    assert network.asked.count(there) == 1
 
 
 # Wrong bytes.
