@@ -21,7 +21,6 @@ from trio_layers.testing import (
     Redirect,
     Registry,
     Reply,
-    Stall,
     TokenAuth,
     build_image,
     open_registry,
@@ -68,9 +67,7 @@ async def pull(store: Path, reference: str, sink: Events | None = None, **option
         Reply(503),
         Reply(429, headers={"Retry-After": "0"}),
         Drop(),
-        Cut(10),
         Cut(10, reset=True),
-        Stall(0),
     ],
     ids=repr,
 )

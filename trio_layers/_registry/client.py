@@ -53,7 +53,7 @@ from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
 from .encoding import coding_of, looks_like_json, named_encoding, read_fitting
-from .http import AsyncClient
+from .http import AsyncClient, never_connected
 from .lists import Pages, decode_tags
 from .retries import Announce, Retries, is_transient
 from .sites import Site, Sites, ask_in_turn
@@ -303,6 +303,8 @@ class RegistryClient:
                 if found is not None and reference.digest in (None, found.digest):
                     return found, None
             except RegistryError as error:
+                if never_connected(error.__cause__):
+                    raise
                 # Some refuse HEAD alone, with any status; if not, GET will say so.
                 log.debug("HEAD is refused, and GET tried: %s", error)
             return await _fetch_manifest(site, reference)

@@ -28,6 +28,8 @@ from httpx import (
     URL,
     AsyncByteStream,
     AsyncClient,
+    ConnectError,
+    ConnectTimeout,
     Headers,
     HTTPError,
     InvalidURL,
@@ -64,6 +66,7 @@ __all__ = [
     "connection_failed",
     "create_ssl_context",
     "discreet",
+    "never_connected",
     "new_client",
     "proxy_of",
     "read_more_at_once",
@@ -222,6 +225,11 @@ def connection_failed(error: Exception) -> bool:
         status = str(error)[:3]
         return not status.isdecimal() or status in ("408", "429") or status >= "500"
     return isinstance(error, NetworkError | TimeoutException)
+
+
+def never_connected(error: BaseException | None) -> bool:
+    """Whether a request failed before there was a connection to send it on."""
+    return isinstance(error, ConnectError | ConnectTimeout)
 
 
 def _take_lost(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionInterface]:
