@@ -47,7 +47,7 @@ from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, give_up, is_final
-from .blobs import BlobChunks, BlobFetch
+from .blobs import BlobChunks, BlobFetch, write_embedded
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
 from .http import AsyncClient
@@ -484,7 +484,8 @@ class RegistryClient:
         """Bring a blob into a sink, which may have some of it already; returns when all of it
         is there and verified. One attempt: what it raises says whether another is worth it.
 
-        It continues where the sink ends, by Range. A server that sends the whole blob instead
+        A blob that its descriptor holds (see `Descriptor.data`) needs no request. Any other
+        continues where the sink ends, by Range. A server that sends the whole blob instead
         is taken at that; one that cannot continue there, or says that it continues elsewhere,
         is asked for the whole. Never is more read than the descriptor's size, but for a chunk.
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
@@ -534,6 +535,9 @@ class RegistryClient:
                 await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
+        if descriptor.data is not None:
+            await write_embedded(descriptor.data, descriptor, sink, progress)
+            return
         await ask_in_turn(await self._sites_of(reference, descriptor), attempt)
 
     @_while_open
@@ -695,6 +699,8 @@ class RegistryClient:
         there = await known(digest)
         if there is not None and len(there) == size and digest_of(there, digest) == digest:
             return there
+        if descriptor.data is not None:
+            return descriptor.data
         path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
         headers = {"Accept": descriptor.media_type}
