@@ -112,7 +112,8 @@ async def test_no_other_blob_is_asked_for_elsewhere(media_type: str) -> None:
     network = Network(**{FIRST: sends(), HOST: lacks})
     with pytest.raises(NotFound):
         await fetch(network, foreign(FIRST, media_type=media_type))
-    assert [request.url.host for request in network.requests] == ["registry.example"]
+    # The registry alone, and there its root, since there are credentials to show.
+    assert {request.url.host for request in network.requests} == {"registry.example"}
 
 
 async def test_the_registry_may_have_it_all_the_same() -> None:

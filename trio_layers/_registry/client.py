@@ -345,6 +345,8 @@ class RegistryClient:
             InvalidDigest: if the reference's digest is not a SHA-256 one.
             InvalidReference: if it does not follow the grammar, or its domain cannot be a host.
             HostsError: if what is configured for it cannot be used.
+            NetworkSettingError: if a proxy or certificates of the environment cannot be used.
+            ClientClosed: if the client's block is left, or was.
         """
         reference = _parsed(reference)
         if isinstance(platform, str):
