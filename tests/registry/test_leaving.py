@@ -50,6 +50,10 @@ CALLS: dict[str, Callable[[RegistryClient, str], Awaitable[object]]] = {
 }
 
 
+SHORT = frozenset({"resolve", "get_blob", "open_blob_and_leave_early"})
+"""Calls that are left at each of their steps."""
+
+
 class World:
     """A registry that wants a token, in memory, and one that redirects there."""
 
@@ -114,7 +118,8 @@ async def test_at_every_step(name: str) -> None:
     async with world.network.client() as http:
         reached = True
         while reached:
-            step += 1
+            # Odd and even ones are the two ends of a step; those of long calls are sampled.
+            step += 1 if name in SHORT else 3
             reached, [ended] = await leave_at(step, CALLS[name], "r.example/team/app", client=http)
             outcomes.add(ended)
     assert outcomes == {"done", "closed"}
@@ -127,7 +132,7 @@ def built() -> BuiltImage:
     return build_image([[File("f", b"x" * 3000)]])
 
 
-@pytest.mark.parametrize("name", ["resolve_image", "blob", "tags"])
+@pytest.mark.parametrize("name", ["resolve_image", "blob"])
 async def test_at_every_step_over_sockets(name: str, built: BuiltImage) -> None:
     """With our own httpx client, which is closed then: its error is never seen."""
     blob = built.layers[0].descriptor

@@ -25,7 +25,7 @@ from .answers import give_up
 from .encoding import ContentDecoder, NotEncoded, coding_of, named_encoding, slices_of
 from .transport import Answer
 
-__all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open"]
+__all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open", "write_embedded"]
 
 MAX_TAGS: Final = 1000
 # Bytes. Ranges that are shorter, and are not the end, are given a few times only in an attempt: it
@@ -149,6 +149,18 @@ async def _next_or_none(chunks: AsyncIterator[bytes]) -> bytes | None:
     async for chunk in chunks:
         return chunk
     return None
+
+
+async def write_embedded(
+    data: bytes, descriptor: Descriptor, sink: BlobSink, progress: ReportProgress
+) -> None:
+    """Bring a blob that its descriptor holds, and that is verified, into a sink."""
+    if sink.offset > 0:
+        await sink.restart()
+    await sink.write(data)
+    progress(Status.DOWNLOADING, sink.offset, descriptor.size)
+    progress(Status.VERIFYING)
+    progress(Status.DOWNLOAD_COMPLETE)
 
 
 @final

@@ -49,7 +49,7 @@ from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, give_up
-from .blobs import BlobChunks, BlobFetch
+from .blobs import BlobChunks, BlobFetch, write_embedded
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
 from .encoding import coding_of, looks_like_json, named_encoding, read_fitting
@@ -354,6 +354,8 @@ class RegistryClient:
             InvalidDigest: if the reference's digest is not a SHA-256 one.
             InvalidReference: if it does not follow the grammar, or its domain cannot be a host.
             HostsError: if what is configured for it cannot be used.
+            NetworkSettingError: if a proxy or certificates of the environment cannot be used.
+            ClientClosed: if the client's block is left, or was.
         """
         reference = _parsed(reference)
         if platform is not None and not isinstance(platform, Platform):
@@ -506,7 +508,8 @@ class RegistryClient:
         """Bring a blob into a sink, which may have some of it already; returns when all of it
         is there and verified. One attempt: what it raises says whether another is worth it.
 
-        It continues where the sink ends, by Range. A server that sends the whole blob instead
+        A blob that its descriptor holds (see `Descriptor.data`) needs no request. Any other
+        continues where the sink ends, by Range. A server that sends the whole blob instead
         is taken at that; one that cannot continue there, or says that it continues elsewhere,
         is asked for the whole. Never is more read than the descriptor's size, but for a chunk.
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
@@ -562,6 +565,9 @@ class RegistryClient:
             await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
+        if descriptor.data is not None:
+            await write_embedded(descriptor.data, descriptor, sink, progress)
+            return
         sites = await self._sites_of(reference, descriptor)
         retries = Retries(tick=self._retry_tick, only_if_asked=True)
         await ask_in_turn(sites, attempt, retries)
@@ -757,6 +763,8 @@ class RegistryClient:
             there = None
         if there is not None and await _decode(digest_of, there, digest) == digest:
             return there
+        if descriptor.data is not None:
+            return descriptor.data
         path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
 
