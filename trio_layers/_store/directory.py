@@ -647,6 +647,7 @@ class DirectoryStore:
         connection: sqlite3.Connection,
     ) -> None:
         known: set[Digest] = set()
+        put: set[Digest] = set()
         for image in images:
             for blob in (image.manifest, image.config, image.index):
                 if blob is None or blob.digest in known:
@@ -662,7 +663,9 @@ class DirectoryStore:
                         f"{image.reference} lacks the layer {image.chain_id}: store it first"
                     )
                 known.add(image.chain_id)
-            put_image(connection, image, layers[image.manifest.digest])
+            is_new = image.manifest.digest not in put
+            put_image(connection, image, layers[image.manifest.digest] if is_new else ())
+            put.add(image.manifest.digest)
         self._write_index(connection)
 
     def _is_index_right(self, connection: sqlite3.Connection) -> bool:
