@@ -263,7 +263,8 @@ class Puller:
         """
         reference, platform = _parsed(reference, platform)
         if policy != "always":
-            async with self._open_stored(reference, platform) as image:
+            whole = policy == "missing"  # else an error tells of the damage
+            async with self._open_stored(reference, platform, whole=whole) as image:
                 if image is not None:
                     yield image
                     return
@@ -305,9 +306,10 @@ class Puller:
 
     @asynccontextmanager
     async def _open_stored(
-        self, reference: Reference, platform: Platform | None
+        self, reference: Reference, platform: Platform | None, *, whole: bool
     ) -> AsyncIterator[Image | None]:
-        """An image of the store, kept there for the block; ``None`` if there is none."""
+        """An image of the store, kept there for the block; ``None`` if there is none, or it is
+        to be ``whole`` and damage was found in it."""
         stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
             yield None
@@ -317,6 +319,9 @@ class Puller:
         async with self._store.lease(*held):
             if await self._store.image(stored.reference, stored.platform) != stored:
                 # Removed, or replaced, before it was held.
+                yield None
+                return
+            if whole and not await self._store.looks_whole(stored):
                 yield None
                 return
             manifest_bytes = await self._store.read_blob(stored.manifest.digest)

@@ -33,6 +33,7 @@ from .catalog import (
 )
 from .collect import Collector
 from .content import Content
+from .damage import forget_damage
 from .files import file_name, replace_file
 from .layout import OCI_LAYOUT, index_document
 from .leases import Holds
@@ -236,14 +237,15 @@ class Checker:
             raise StoreError(f"it is {size} bytes long, and should be {blob.size}")
         if f"sha256:{hashed.hexdigest()}" != blob.digest:
             raise StoreError("its content has changed")
+        forget_damage(path)
 
     def _look_at_tree(self, tree: StoredTree) -> None:
-        summary = self._unpacker.verify(
-            self._trees.path(tree.id), check_cancelled=trio.from_thread.check_cancelled
-        )
+        path = self._trees.path(tree.id)
+        summary = self._unpacker.verify(path, check_cancelled=trio.from_thread.check_cancelled)
         listed = (summary.diff_id, summary.size, summary.entries, tuple(summary.assumed))
         if listed != (tree.diff_id, tree.size, tree.entries, tree.assumed):
             raise StoreError("its list and its row in the catalog do not agree")
+        forget_damage(path)
 
     def _look_at_image(self, image: _ImageItem) -> None:
         document = self._read(image.manifest.digest)

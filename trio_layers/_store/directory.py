@@ -40,6 +40,7 @@ from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
+from .damage import is_noted
 from .files import replace_file
 from .layout import index_document, locate, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
@@ -201,6 +202,8 @@ class DirectoryStore:
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
+        # Layers that were found, and looked damaged then.
+        self._damaged: set[ChainID] = set()
         self._surveys = Surveys()
 
     def __repr__(self) -> str:
@@ -237,7 +240,8 @@ class DirectoryStore:
         except BaseException:
             self._holds.let_go([chain_id])
             raise
-        if layer is None:
+        if layer is None or chain_id in self._damaged:
+            # What is damaged is to come anew.
             self._holds.let_go([chain_id])
             return None
         return self._refer(layer)
@@ -356,6 +360,11 @@ class DirectoryStore:
         stored = await self._content.find(digest)
         return None if stored is None else self._content.path(digest)
 
+    async def whole_blob(self, digest: Digest) -> Path | None:
+        """Like `blob`; ``None`` also for one that is damaged at a glance, and is to come anew."""
+        whole = await self._catalog.read(self._content.has_whole, digest)
+        return self._content.path(digest) if whole else None
+
     def ingest(self, descriptor: Descriptor) -> AbstractAsyncContextManager[Ingest]:
         """Take a blob in, in the block, and commit it there.
 
@@ -456,7 +465,7 @@ class DirectoryStore:
         if platform is not None:
             parse_platform(platform)
         image = StoredImage(reference, platform, manifest, config, chain_id, index)
-        if await self._catalog.read(find_image, reference, None) == image:
+        if await self._catalog.read(self._is_put, image):
             return
         document = documents.get(manifest.digest)
         if document is None:
@@ -477,6 +486,15 @@ class DirectoryStore:
             platform: The platform it was put under; ``None``: the one put last.
         """
         return await self._catalog.read(find_image, reference, platform)
+
+    async def looks_whole(self, image: StoredImage) -> bool:
+        """Whether an image's documents are what their digests say, and its layers are not damaged
+        as far as a glance tells, or somebody has found."""
+        documents = (image.manifest, image.config, image.index)
+        for each in documents:
+            if each is not None and await self.find_document(each.digest) is None:
+                return False
+        return await self._catalog.read(self._is_stack_whole, image.chain_id)
 
     async def images(self, reference: str | None = None) -> list[StoredImage]:
         """All images, by reference; of one reference's platforms, the one put last first.
@@ -560,6 +578,13 @@ class DirectoryStore:
         self._write_index(connection)
         return found
 
+    def _is_put(self, connection: sqlite3.Connection, image: StoredImage) -> bool:
+        """Whether a reference stands for the image, whose documents are not damaged."""
+        documents = (image.manifest, image.config, image.index)
+        return find_image(connection, image.reference, None) == image and all(
+            self._content.has_whole(connection, each.digest) for each in documents if each
+        )
+
     def _put_image(
         self,
         image: StoredImage,
@@ -609,14 +634,33 @@ class DirectoryStore:
                 break
             rows.append(row)
             self._holds.note_found(row.chain_id)
+            if self._is_row_whole(connection, row):
+                self._damaged.discard(row.chain_id)
+            else:
+                self._damaged.add(row.chain_id)
             above = row.parent
             if above is not None:
                 below = self._sure(above)
         return rows, below
 
+    def _is_stack_whole(self, connection: sqlite3.Connection, chain_id: ChainID | None) -> bool:
+        while chain_id is not None:
+            row = find_layer(connection, chain_id)
+            if row is None or not self._is_row_whole(connection, row):
+                return False
+            chain_id = row.parent
+        return True
+
+    def _is_row_whole(self, connection: sqlite3.Connection, row: StoredLayer) -> bool:
+        return self._content.has_whole(connection, row.blob) and self._trees.is_whole(row)
+
     def _sure(self, chain_id: ChainID) -> DirectoryLayer | None:
         """A layer that we have an object of, and that has not been removed since."""
-        return self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
+        layer = self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
+        if layer is None or chain_id in self._damaged:
+            return None
+        known = is_noted(layer.tree) or is_noted(self._content.path(layer.blob))
+        return None if known else layer
 
     def _layer(self, rows: list[StoredLayer], below: DirectoryLayer | None) -> DirectoryLayer:
         """The layer that the first of ``rows`` is of; the last is the one on ``below``."""
@@ -639,6 +683,7 @@ class DirectoryStore:
     def _refer_new(self, row: StoredLayer, below: DirectoryLayer | None) -> DirectoryLayer:
         """A reference to a layer that is held already."""
         self._holds.note_found(row.chain_id)
+        self._damaged.discard(row.chain_id)
         return self._refer(self._object(row, below))
 
     def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
