@@ -75,6 +75,7 @@ async def open_store(
     *,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
     create: bool = True,
+    read_only: bool = False,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -87,6 +88,10 @@ async def open_store(
         limits: How much a layer may hold that is unpacked in the block. Layers that are there
             stay, whatever they hold.
         create: Whether a store is made where there is none.
+        read_only: Whether nothing is written: for a store on a read-only file system, or as root
+            for another user's. It is read as it is when it is opened. Leases keep nothing then:
+            what others remove and collect meanwhile is gone. What would write raises
+            `StoreReadOnly`.
 
     Raises:
         StoreNotFound: if there is no store, and none is to be made.
@@ -99,7 +104,7 @@ async def open_store(
     """
     async with open_workers(limits) as workers:
         opened = directory.open_store(
-            path, unpacker=Unpacker(limits), builder=workers, create=create
+            path, unpacker=Unpacker(limits), builder=workers, create=create, read_only=read_only
         )
         async with opened as store:
             yield store

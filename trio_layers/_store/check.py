@@ -6,6 +6,7 @@ be damaged is held and looked at once more, and counts only if it has a row then
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -17,7 +18,7 @@ import attrs
 import trio
 
 from .._digest import ChainID, Digest, extend_chain
-from .._errors import LayersError, StoreError, text_of
+from .._errors import LayersError, StoreError, StoreReadOnly, text_of
 from .._manifest import Descriptor, Manifest, decode_config, decode_manifest
 from .._nursery import open_hidden_nursery
 from .catalog import (
@@ -170,7 +171,8 @@ class Checker:
             *await self._look_at_all(images),
         ]
         # In a transaction: others replace the file in theirs.
-        text = await self._catalog.note(self._look_at_index)
+        run = self._catalog.read if self._holds.read_only else self._catalog.note
+        text = await run(self._look_at_index)
         if text is not None:
             problems.append(Problem("index", "", text))
         if repair and problems:
@@ -270,7 +272,8 @@ class Checker:
 
     def _look_at_index(self, connection: sqlite3.Connection) -> str | None:
         if find_layout(connection) is None:
-            self._write_index(connection)  # to be done anyway
+            with contextlib.suppress(StoreReadOnly):
+                self._write_index(connection)  # to be done anyway
         expected = {
             "index.json": index_document(find_whole_images(connection)),
             "oci-layout": OCI_LAYOUT,

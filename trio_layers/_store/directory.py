@@ -42,7 +42,7 @@ from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
 from .damage import is_noted
 from .files import replace_file
-from .layout import index_document, locate, open_directory
+from .layout import index_document, locate, open_directory, open_to_read
 from .leases import Holds, Lease, open_holds, open_lease
 from .merged import MergedTree, Surveys
 from .rootfs import RootfsView
@@ -64,6 +64,7 @@ async def open_store(
     unpacker: Unpacker,
     builder: Builder | None = None,
     create: bool = True,
+    read_only: bool = False,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -72,6 +73,7 @@ async def open_store(
         unpacker: Makes trees of layers.
         builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
         create: Whether a store is made where there is none.
+        read_only: Whether nothing is written, and the store is read as it is now.
 
     Raises:
         StoreNotFound: if there is no store, and none is to be made.
@@ -83,17 +85,19 @@ async def open_store(
     Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
     where the block fails or is cancelled, the next who opens the store does.
     """
+    create = create and not read_only
     root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
-    connection = await trio.to_thread.run_sync(partial(open_directory, root, create=create))
+    opening = open_to_read if read_only else partial(open_directory, create=create)
+    connection = await trio.to_thread.run_sync(opening, root)
     try:
         catalog = Catalog(connection, root)
         async with (
-            open_scratch(root, catalog) as scratch,
-            open_holds(catalog, scratch.holder, scratch.process) as holds,
+            open_scratch(root, catalog, read_only=read_only) as scratch,
+            open_holds(catalog, scratch.holder, scratch.process, read_only=read_only) as holds,
             open_commits(catalog, root) as commits,
         ):
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
-            if not await catalog.read(store._is_index_right):
+            if not (read_only or await catalog.read(store._is_index_right)):
                 await catalog.write(store._write_index)
             yield store
     finally:
