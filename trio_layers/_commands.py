@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Final, final
 
 import attrs
@@ -21,7 +22,14 @@ import trio
 from ._archives.exporting import export_images
 from ._archives.importing import import_images
 from ._display import DisplayKind, open_display
-from ._errors import LayersError, StoreError, text_of
+from ._errors import (
+    LayersError,
+    StoreError,
+    StoreNotFound,
+    StoreReadOnly,
+    UnsupportedStore,
+    text_of,
+)
 from ._logins.lookup import LoginFiles
 from ._nursery import open_hidden_nursery
 from ._output import write_all, write_text
@@ -31,6 +39,7 @@ from ._reference import parse_reference
 from ._registry.client import RegistryClient, open_registry_client
 from ._registry.credentials import Credentials
 from ._store.catalog import StoredImage
+from ._store.directory import DirectoryStore
 from .abc import ProgressSink
 
 __all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain", "shown"]
@@ -130,9 +139,11 @@ async def _pull(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if failures else 0
 
 
-def _open_puller(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Puller]:
+def _open_puller(
+    arguments: argparse.Namespace, store: DirectoryStore | None = None
+) -> AbstractAsyncContextManager[Puller]:
     return open_puller(
-        arguments.store,
+        store or arguments.store,
         credentials=arguments.creds or LoginFiles(arguments.authfile),
         plain_http=arguments.plain_http,
         tls_verify=not arguments.no_tls_verify,
@@ -152,10 +163,43 @@ def _open_display(arguments: argparse.Namespace) -> AbstractAsyncContextManager[
 
 
 @asynccontextmanager
+async def _open_to_read(arguments: argparse.Namespace) -> AsyncIterator[DirectoryStore]:
+    """A store that is there: with leases, or as it is where it cannot be written."""
+    async with AsyncExitStack() as stack:
+        try:
+            store = await stack.enter_async_context(open_store(arguments.store, create=False))
+        except (StoreReadOnly, UnsupportedStore) as error:
+            store = await _enter_to_read(stack, arguments, error)
+        yield store
+
+
+async def _enter_to_read(
+    stack: AsyncExitStack, arguments: argparse.Namespace, error: LayersError
+) -> DirectoryStore:
+    """Open the store without writing; ``error`` says why it cannot be opened otherwise."""
+    try:
+        return await stack.enter_async_context(open_store(arguments.store, read_only=True))
+    except StoreNotFound:
+        raise
+    except LayersError:
+        raise error from None
+
+
+@asynccontextmanager
 async def _open_image(arguments: argparse.Namespace) -> AsyncIterator[Image]:
     """The image a command is about, pulled if the store does not have it."""
+    named = arguments.store != getattr(arguments, "default_store", arguments.store)
+    if named and not await trio.Path(arguments.store).is_dir():
+        raise StoreNotFound(
+            f"there is no directory {arguments.store} for a store: pull an image into it, or name "
+            "another one"
+        )
     async with AsyncExitStack() as stack:
-        puller = await stack.enter_async_context(_open_puller(arguments))
+        try:
+            puller = await stack.enter_async_context(_open_puller(arguments))
+        except (StoreReadOnly, UnsupportedStore) as error:
+            store = await _enter_to_read(stack, arguments, error)
+            puller = await stack.enter_async_context(_open_puller(arguments, store))
         async with _open_display(arguments) as progress:
             pull = puller.pull(
                 arguments.reference,
@@ -314,7 +358,7 @@ async def _export(arguments: argparse.Namespace) -> int:
         if arguments.format == "oci":
             raise LayersError("an OCI layout is a directory: write an oci-archive to stdout")
         target = _tar_on_stdout()
-    async with open_store(arguments.store) as store:
+    async with _open_to_read(arguments) as store:
         await export_images(
             store,
             arguments.references,
@@ -425,7 +469,7 @@ def _images_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _images(arguments: argparse.Namespace) -> int:
-    async with open_store(arguments.store) as store:
+    async with _open_to_read(arguments) as store:
         images = await store.images()
         usage = (await store.usage()).images if arguments.size else {}
     lines = []
@@ -450,7 +494,7 @@ def _rm_arguments(parser: argparse.ArgumentParser) -> None:
 async def _rm(arguments: argparse.Namespace) -> int:
     platform = arguments.platform and str(parse_platform(arguments.platform))
     failures: list[tuple[str, Exception]] = []
-    async with open_store(arguments.store) as store:
+    async with open_store(arguments.store, create=False) as store:
         for name in arguments.references:
             try:
                 digest = name.startswith("sha256:")
@@ -470,7 +514,7 @@ def _gc_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _gc(arguments: argparse.Namespace) -> int:
-    async with open_store(arguments.store) as store:
+    async with open_store(arguments.store, create=False) as store:
         collected = await store.collect(dry_run=arguments.dry_run)
     counts = attrs.asdict(collected)
     mounted = counts.pop("mounted")
@@ -496,7 +540,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _check(arguments: argparse.Namespace) -> int:
-    async with open_store(arguments.store) as store:
+    repair = partial(open_store, arguments.store, create=False)
+    async with repair() if arguments.repair else _open_to_read(arguments) as store:
         report = await store.check(repair=arguments.repair)
     if arguments.json:
         await say(json.dumps(attrs.asdict(report)))

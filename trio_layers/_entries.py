@@ -449,8 +449,8 @@ def parse_entries(lines: Iterable[bytes]) -> tuple[list[Entry], Summary]:
         return _parse(iter(lines))
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise StoreError(
-            f"a tree's list of entries is damaged ({type(error).__name__}: {error}); "
-            "remove the layer and pull it again"
+            f"a tree's list of entries is damaged ({type(error).__name__}: {error}): "
+            "pull its image again, and it comes anew"
         ) from error
 
 

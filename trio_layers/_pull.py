@@ -80,6 +80,7 @@ async def open_store(
     *,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
     create: bool = True,
+    read_only: bool = False,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -92,6 +93,10 @@ async def open_store(
         limits: How much a layer may hold that is unpacked in the block. Layers that are there
             stay, whatever they hold.
         create: Whether a store is made where there is none.
+        read_only: Whether nothing is written: for a store on a read-only file system, or as root
+            for another user's. It is read as it is when it is opened. Leases keep nothing then:
+            what others remove and collect meanwhile is gone. What would write raises
+            `StoreReadOnly`.
 
     Raises:
         StoreNotFound: if there is no store, and none is to be made.
@@ -105,7 +110,7 @@ async def open_store(
     check_path("path", path, "the path of a store's directory")
     async with open_workers(limits) as workers:
         opened = directory.open_store(
-            path, unpacker=Unpacker(limits), builder=workers, create=create
+            path, unpacker=Unpacker(limits), builder=workers, create=create, read_only=read_only
         )
         async with opened as store:
             yield store
@@ -323,7 +328,8 @@ class Puller:
     ) -> Image:
         """Get an image into the store. It stays there until the stack is left."""
         if policy != "always":
-            image = await self._find_stored(stack, reference, platform)
+            whole = policy == "missing"  # else an error tells of the damage
+            image = await self._find_stored(stack, reference, platform, whole=whole)
             if image is not None:
                 return image
         if policy == "never":
@@ -368,9 +374,15 @@ class Puller:
         ]
 
     async def _find_stored(
-        self, stack: AsyncExitStack, reference: Reference, platform: Platform | None
+        self,
+        stack: AsyncExitStack,
+        reference: Reference,
+        platform: Platform | None,
+        *,
+        whole: bool,
     ) -> Image | None:
-        """An image of the store, kept there until the stack is left; ``None`` if there is none."""
+        """An image of the store, kept there until the stack is left; ``None`` if there is none, or
+        it is to be ``whole`` and damage was found in it."""
         stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
             return None
@@ -380,6 +392,8 @@ class Puller:
             await lease.enter_async_context(self._store.lease(*held))
             if await self._store.image(stored.reference, stored.platform) != stored:
                 return None  # removed, or replaced, before it was held
+            if whole and not await self._store.looks_whole(stored):
+                return None
             manifest_bytes = await self._store.read_blob(stored.manifest.digest)
             config_bytes = await self._store.read_blob(stored.config.digest)
             manifest = await trio.to_thread.run_sync(

@@ -158,7 +158,7 @@ class Shelf:
 
     async def _find(self, digest: Digest) -> Path | None:
         await self.lease.hold(digest)
-        return await self.store.blob(digest)
+        return await self.store.whole_blob(digest)
 
 
 async def open_source(

@@ -20,8 +20,9 @@ import attrs
 
 from .._compression import Decompressor
 from .._digest import Digest, Verifier
-from .._errors import DecompressionError, ExportError, StoreError, UnpackError
+from .._errors import DecompressionError, ExportError, UnpackError
 from .._paths import open_empty_directory, open_parent
+from .._store.damage import damaged
 from .._store.errors import store_error
 from .._unpack.directories import Directories, join, split
 from .._unpack.pax import END_OF_ARCHIVE, header, padding
@@ -203,11 +204,13 @@ def _read(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
                 break
             yield piece
     except (DecompressionError, UnpackError) as error:
-        raise StoreError(f"{blob.path} is damaged: {error}") from error
+        raise damaged(blob.path, str(error)) from error
+    except FileNotFoundError as error:
+        raise damaged(blob.path, "it is not there") from error
     except OSError as error:
         raise store_error(error, blob.path) from error
     if (verifier.size, verifier.digest) != (blob.size, blob.digest):
-        raise StoreError(f"{blob.path} is damaged: remove its image, and pull it again")
+        raise damaged(blob.path, "its content has changed")
 
 
 def _bytes(path: Path) -> Iterator[bytes]:

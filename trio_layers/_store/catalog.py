@@ -9,10 +9,12 @@ none may be replaced by anyone, in a transaction of his own.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple, final
@@ -21,7 +23,7 @@ import attrs
 import trio
 
 from .._digest import ChainID, DiffID, Digest
-from .._errors import StoreBusy, StoreClosed
+from .._errors import StoreBusy, StoreClosed, StoreError
 from .._manifest import Descriptor
 from .files import disk_errors
 
@@ -41,6 +43,7 @@ __all__ = [
     "closed_error",
     "complete_tables",
     "connect",
+    "copy_to_memory",
     "create_schema",
     "drop_image",
     "drop_leases",
@@ -73,6 +76,9 @@ VERSION: Final = 2
 """Of the schema, and of the store's layout: SQLite's ``user_version``, at byte 60.
 
 1: the first. 2: images list their blobs, and a holder has one lease on a digest."""
+
+# How often the file is copied that others write meanwhile.
+_COPIES: Final = 10
 
 _SCHEMA: Final = """
 CREATE TABLE flavour (
@@ -439,6 +445,66 @@ def _noted(
             connection.execute("PRAGMA synchronous = FULL")
 
     return run
+
+
+def copy_to_memory(path: Path) -> sqlite3.Connection:
+    """Copy the catalog file, with what is in its log, to be read; nothing beside it is written.
+
+    Raises:
+        StoreError: if others write it all the time.
+    """
+    memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    try:
+        if not _back_up(path, memory):
+            with tempfile.TemporaryDirectory() as directory:
+                _copy_files(path, Path(directory))
+                with closing(sqlite3.connect(Path(directory) / path.name)) as copy:
+                    copy.backup(memory)
+        memory.execute("PRAGMA query_only = ON")
+        memory.execute("PRAGMA trusted_schema = OFF")
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _back_up(path: Path, memory: sqlite3.Connection) -> bool:
+    """Copy a catalog that somebody has open, under SQLite's locks; whether that could be done."""
+    open_here = is_open_here(path)
+    log = path.with_name(path.name + "-wal")
+    if not open_here and not (log.exists() and path.with_name(path.name + "-shm").exists()):
+        return False
+    try:
+        uri = f"{path.as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=10)) as source:
+            source.backup(memory)
+    except sqlite3.OperationalError:
+        if open_here:
+            raise
+        return False  # a crash left them, and recovery would write
+    return True
+
+
+def _copy_files(path: Path, directory: Path) -> None:
+    files = (path, path.with_name(path.name + "-wal"))
+    for _ in range(_COPIES):
+        before = [_version_of(file) for file in files]
+        for file in files:
+            with suppress(FileNotFoundError):
+                shutil.copyfile(file, directory / file.name, follow_symlinks=False)
+        if before == [_version_of(file) for file in files]:
+            return
+        for file in files:
+            (directory / file.name).unlink(missing_ok=True)
+    raise StoreError(f"{path} is written all the time: try again")
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager

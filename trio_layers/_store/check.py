@@ -6,6 +6,7 @@ be damaged is held and looked at once more, and counts only if it has a row then
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -17,7 +18,7 @@ import attrs
 import trio
 
 from .._digest import ChainID, Digest, extend_chain
-from .._errors import LayersError, StoreError, text_of
+from .._errors import LayersError, StoreError, StoreReadOnly, text_of
 from .._manifest import Descriptor, Manifest, decode_config, decode_manifest
 from .._nursery import open_hidden_nursery
 from .catalog import (
@@ -33,6 +34,7 @@ from .catalog import (
 )
 from .collect import Collector
 from .content import Content
+from .damage import forget_damage
 from .files import file_name, replace_file
 from .layout import OCI_LAYOUT, index_document
 from .leases import Holds
@@ -169,7 +171,8 @@ class Checker:
             *await self._look_at_all(images),
         ]
         # In a transaction: others replace the file in theirs.
-        text = await self._catalog.note(self._look_at_index)
+        run = self._catalog.read if self._holds.read_only else self._catalog.note
+        text = await run(self._look_at_index)
         if text is not None:
             problems.append(Problem("index", "", text))
         if repair and problems:
@@ -236,14 +239,15 @@ class Checker:
             raise StoreError(f"it is {size} bytes long, and should be {blob.size}")
         if f"sha256:{hashed.hexdigest()}" != blob.digest:
             raise StoreError("its content has changed")
+        forget_damage(path)
 
     def _look_at_tree(self, tree: StoredTree) -> None:
-        summary = self._unpacker.verify(
-            self._trees.path(tree.id), check_cancelled=trio.from_thread.check_cancelled
-        )
+        path = self._trees.path(tree.id)
+        summary = self._unpacker.verify(path, check_cancelled=trio.from_thread.check_cancelled)
         listed = (summary.diff_id, summary.size, summary.entries, tuple(summary.assumed))
         if listed != (tree.diff_id, tree.size, tree.entries, tree.assumed):
             raise StoreError("its list and its row in the catalog do not agree")
+        forget_damage(path)
 
     def _look_at_image(self, image: _ImageItem) -> None:
         document = self._read(image.manifest.digest)
@@ -268,7 +272,8 @@ class Checker:
 
     def _look_at_index(self, connection: sqlite3.Connection) -> str | None:
         if find_layout(connection) is None:
-            self._write_index(connection)  # to be done anyway
+            with contextlib.suppress(StoreReadOnly):
+                self._write_index(connection)  # to be done anyway
         expected = {
             "index.json": index_document(find_whole_images(connection)),
             "oci-layout": OCI_LAYOUT,

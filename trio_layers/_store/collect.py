@@ -22,6 +22,7 @@ import trio
 
 from .._digest import Digest
 from .catalog import Catalog
+from .damage import forget_damage
 from .files import disk_errors, disk_usage, file_name, remove_directory, try_lock, unlock
 from .mounts import find_used_trees
 from .scratch import Scratch
@@ -177,6 +178,7 @@ class Collector:
             path = self._scratch.new("garbage")
             with contextlib.suppress(FileNotFoundError):
                 os.rename(place / name, path)
+                forget_damage(place / name)  # another may come to this place
                 taken.append(path)
         return taken
 

@@ -26,6 +26,7 @@ from ..abc import ReportArrived
 from .build import describe
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
 from .commits import Commits, Job
+from .damage import damaged, forget_damage, is_whole_blob, note_damage
 from .files import disk_errors, file_name, lock_written
 from .growth import Growth
 from .leases import Lease
@@ -504,6 +505,11 @@ class Content:
     async def find(self, digest: Digest) -> StoredBlob | None:
         return await self._catalog.read(find_blob, digest)
 
+    def has_whole(self, connection: sqlite3.Connection, digest: Digest) -> bool:
+        """Whether a blob is there and, at a glance, not damaged; a job for the catalog."""
+        blob = find_blob(connection, digest)
+        return blob is not None and is_whole_blob(self.path(digest), blob.size)
+
     def lock(self, digest: Digest) -> AbstractAsyncContextManager[HeldLock]:
         """Hold the lock on a blob: while it arrives, and while it is unpacked."""
         return hold_lock(self._scratch.lock(digest))
@@ -562,7 +568,7 @@ class Content:
             raise
 
     async def put(self, descriptor: Descriptor, data: bytes) -> None:
-        if await self.find(descriptor.digest) is not None:
+        if await self._catalog.read(self.has_whole, descriptor.digest):
             # As a pull of what is there finds it: nothing to write, and nothing to sync.
             await trio.to_thread.run_sync(_verify_whole, descriptor, data)
             return
@@ -607,10 +613,15 @@ class Content:
         blob = find_blob(connection, digest)
         if blob is None or blob.size > limit:
             return None
+        path = self.path(digest)
         try:
-            return self.path(digest).read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
             return None  # removed since, or lost: whoever asks has another source
+        if digest_of(data) != digest:
+            note_damage(path)
+            return None
+        return data
 
     async def read(self, digest: Digest, *, limit: int) -> bytes:
         blob = await self.stored(digest)
@@ -633,6 +644,17 @@ class Content:
         for stream in tuple(self._streams):
             stream.close()
 
+    async def expect_whole(self, digest: Digest, error: Exception) -> None:
+        """Look whether a blob that could not be unpacked is what was verified when it came.
+
+        Raises:
+            VerificationError: if it is not; ``error`` is its cause.
+        """
+        try:
+            await trio.to_thread.run_sync(_check_whole, self.path(digest), digest)
+        except StoreError as damage:
+            raise VerificationError(f"blob {digest}: {damage}", digest=digest) from error
+
     async def stored(self, digest: Digest) -> StoredBlob:
         blob = await self.find(digest)
         if blob is None:
@@ -643,27 +665,33 @@ class Content:
         blob = find_blob(connection, descriptor.digest)
         if blob is None:
             try:
+                forget_damage(self.path(descriptor.digest))
                 os.rename(self.path(descriptor.digest), self._scratch.partial(descriptor.digest))
             except FileNotFoundError:
                 pass
         elif blob.size != descriptor.size:
             raise _wrong(descriptor, blob.digest, blob.size)
+        elif not is_whole_blob(self.path(blob.digest), blob.size):
+            return None  # it comes anew
         return blob
 
     def place(self, connection: sqlite3.Connection, *, path: Path, descriptor: Descriptor) -> None:
         """A job for `Commits`: give the blob at ``path`` its place, and its row."""
-        if find_blob(connection, descriptor.digest) is not None:
+        target = self.path(descriptor.digest)
+        stored = find_blob(connection, descriptor.digest) is not None
+        if stored and is_whole_blob(target, descriptor.size):
             # Not there if a commit before this one renamed it, and another wrote the row.
             path.unlink(missing_ok=True)
             return
-        target = self.path(descriptor.digest)
         try:
             os.rename(path, target)
         except FileNotFoundError:
             # A commit before this one could rename it, and then not write its row.
             if not target.exists():
                 raise
-        add_blob(connection, descriptor.digest, descriptor.size)
+        forget_damage(target)
+        if not stored:
+            add_blob(connection, descriptor.digest, descriptor.size)
 
 
 # Blocking, for worker threads.
@@ -714,16 +742,31 @@ def _make_directory(path: Path) -> None:
 
 
 def _read_whole(path: Path, blob: StoredBlob) -> bytes:
-    with disk_errors(path), open(path, "rb") as file:
+    with disk_errors(path), _opened(path) as file:
         # One byte more would show that the file has grown.
-        data = file.read(blob.size + 1)
+        data = file.read(blob.size + 1) or b""
     if digest_of(data) != blob.digest:
-        raise VerificationError(
-            f"{path} is damaged: remove its image, and pull it again", digest=blob.digest
-        )
+        raise VerificationError(str(damaged(path, "its content has changed")), digest=blob.digest)
     return data
+
+
+def _check_whole(path: Path, digest: Digest) -> None:
+    hashed = hashlib.sha256()
+    with disk_errors(path), _opened(path) as file:
+        while data := file.read(_BATCH):
+            trio.from_thread.check_cancelled()
+            hashed.update(data)
+    if f"sha256:{hashed.hexdigest()}" != digest:
+        raise damaged(path, "its content has changed")
 
 
 def _open(path: Path) -> io.FileIO:
     with disk_errors(path):
+        return _opened(path)
+
+
+def _opened(path: Path) -> io.FileIO:
+    try:
         return open(path, "rb", buffering=0)
+    except FileNotFoundError as error:
+        raise damaged(path, "it is not there") from error

@@ -44,8 +44,9 @@ from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
+from .damage import is_noted
 from .files import replace_file
-from .layout import encode_index, locate, open_directory
+from .layout import encode_index, locate, open_directory, open_to_read
 from .leases import Holds, Lease, open_holds, open_lease
 from .merged import MergedTree, Surveys, TreeStack
 from .rootfs import RootfsView
@@ -70,6 +71,7 @@ async def open_store(
     unpacker: Unpacker,
     builder: Builder | None = None,
     create: bool = True,
+    read_only: bool = False,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -78,6 +80,7 @@ async def open_store(
         unpacker: Makes trees of layers.
         builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
         create: Whether a store is made where there is none.
+        read_only: Whether nothing is written, and the store is read as it is now.
 
     Raises:
         StoreNotFound: if there is no store, and none is to be made.
@@ -89,18 +92,19 @@ async def open_store(
     Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
     where the block fails or is cancelled, the next who opens the store does.
     """
+    create = create and not read_only
     root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
-    opening = partial(trio.to_thread.run_sync, partial(open_directory, root, create=create))
-    connection = await while_busy(opening)
+    opening = open_to_read if read_only else partial(open_directory, create=create)
+    connection = await while_busy(partial(trio.to_thread.run_sync, opening, root))
     catalog = Catalog(connection, root)
     try:
         async with (
-            open_scratch(root, catalog) as scratch,
-            open_holds(catalog, scratch.holder, scratch.process) as holds,
+            open_scratch(root, catalog, read_only=read_only) as scratch,
+            open_holds(catalog, scratch.holder, scratch.process, read_only=read_only) as holds,
             open_commits(catalog, root) as commits,
         ):
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
-            if not await catalog.read(store._is_index_right):
+            if not (read_only or await catalog.read(store._is_index_right)):
                 await catalog.write(store._write_index)
             try:
                 yield store
@@ -218,6 +222,8 @@ class DirectoryStore:
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
+        # Layers that were found, and looked damaged then.
+        self._damaged: set[ChainID] = set()
         self._surveys = Surveys()
 
     def __repr__(self) -> str:
@@ -260,7 +266,8 @@ class DirectoryStore:
         except BaseException:
             self._holds.let_go([chain_id])
             raise
-        if layer is None:
+        if layer is None or chain_id in self._damaged:
+            # What is damaged is to come anew.
             self._holds.let_go([chain_id])
             return None
         return self._refer(layer)
@@ -395,6 +402,11 @@ class DirectoryStore:
         stored = await self._content.find(digest)
         return None if stored is None else self._content.path(digest)
 
+    async def whole_blob(self, digest: Digest) -> Path | None:
+        """Like `blob`; ``None`` also for one that is damaged at a glance, and is to come anew."""
+        whole = await self._catalog.read(self._content.has_whole, digest)
+        return self._content.path(digest) if whole else None
+
     def ingest(self, descriptor: Descriptor) -> AbstractAsyncContextManager[Ingest]:
         """Take a blob in, in the block, and commit it there.
 
@@ -500,7 +512,7 @@ class DirectoryStore:
         if platform is not None:
             parse_platform(platform)
         image = StoredImage(reference, platform, manifest, config, chain_id, index)
-        if await self._catalog.read(find_image, reference, None) == image:
+        if await self._catalog.read(self._is_put, image):
             return
         document = documents.get(manifest.digest)
         if document is None:
@@ -542,6 +554,16 @@ class DirectoryStore:
             platform: The platform it was put under; ``None``: the one put last.
         """
         return await self._catalog.read(find_image, reference, platform)
+
+    @while_open
+    async def looks_whole(self, image: StoredImage) -> bool:
+        """Whether an image's documents are what their digests say, and its layers are not damaged
+        as far as a glance tells, or somebody has found."""
+        documents = (image.manifest, image.config, image.index)
+        for each in documents:
+            if each is not None and await self.find_document(each.digest) is None:
+                return False
+        return await self._catalog.read(self._is_stack_whole, image.chain_id)
 
     @while_open
     async def images(self, reference: str | None = None) -> list[StoredImage]:
@@ -630,6 +652,13 @@ class DirectoryStore:
         self._write_index(connection)
         return found
 
+    def _is_put(self, connection: sqlite3.Connection, image: StoredImage) -> bool:
+        """Whether a reference stands for the image, whose documents are not damaged."""
+        documents = (image.manifest, image.config, image.index)
+        return find_image(connection, image.reference, None) == image and all(
+            self._content.has_whole(connection, each.digest) for each in documents if each
+        )
+
     def _put_image(
         self,
         image: StoredImage,
@@ -702,14 +731,33 @@ class DirectoryStore:
                 break
             rows.append((row, self._trees.path(row.tree)))
             self._holds.note_found(row.chain_id)
+            if self._is_row_whole(connection, row):
+                self._damaged.discard(row.chain_id)
+            else:
+                self._damaged.add(row.chain_id)
             above = row.parent
             if above is not None:
                 below = self._sure(above)
         return rows, below
 
+    def _is_stack_whole(self, connection: sqlite3.Connection, chain_id: ChainID | None) -> bool:
+        while chain_id is not None:
+            row = find_layer(connection, chain_id)
+            if row is None or not self._is_row_whole(connection, row):
+                return False
+            chain_id = row.parent
+        return True
+
+    def _is_row_whole(self, connection: sqlite3.Connection, row: StoredLayer) -> bool:
+        return self._content.has_whole(connection, row.blob) and self._trees.is_whole(row)
+
     def _sure(self, chain_id: ChainID) -> DirectoryLayer | None:
         """A layer that we have an object of, and that has not been removed since."""
-        return self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
+        layer = self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
+        if layer is None or chain_id in self._damaged:
+            return None
+        known = is_noted(layer.tree) or is_noted(self._content.path(layer.blob))
+        return None if known else layer
 
     def _object(
         self, row: StoredLayer, tree: Path, parent: DirectoryLayer | None
@@ -728,6 +776,7 @@ class DirectoryStore:
     def _refer_new(self, row: StoredLayer, below: DirectoryLayer | None) -> DirectoryLayer:
         """A reference to a layer that is held already."""
         self._holds.note_found(row.chain_id)
+        self._damaged.discard(row.chain_id)
         return self._refer(self._object(row, self._trees.path(row.tree), below))
 
     def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:

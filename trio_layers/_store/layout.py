@@ -30,6 +30,7 @@ from .catalog import (
     StoredImage,
     complete_tables,
     connect,
+    copy_to_memory,
     create_schema,
     is_open_here,
     migrate,
@@ -178,6 +179,39 @@ def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
             )
         with lock_directory(root):
             return _open_locked(root, create=create)
+
+
+def open_to_read(root: Path) -> sqlite3.Connection:
+    """Open the store in ``root`` without writing anything; a copy of its catalog, in memory.
+
+    The store may be on a read-only file system, or another user's, if this one may read it.
+
+    Raises:
+        StoreNotFound: if there is no store.
+        UnsupportedStore: if it is not a store, or one of another version.
+        StoreError: for what the disk does.
+    """
+    with disk_errors(root):
+        if not _recognise(root):
+            raise StoreNotFound(_NO_STORE.format(root))
+        for name in _DIRECTORIES:
+            if stat.S_ISLNK(os.lstat(root / name).st_mode):
+                raise UnsupportedStore(f"{root} is no store: {name} in it is a link")
+        connection = copy_to_memory(root / _CATALOG)
+        try:
+            version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+            _check_version(root, version)
+            if not version:
+                raise StoreNotFound(_NO_STORE.format(root))
+            if version < VERSION:
+                raise UnsupportedStore(
+                    f"the store {root} is of an older version, and cannot be brought to this one "
+                    "while it is only read: open it once to be written"
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 def index_document(images: Iterable[StoredImage]) -> bytes:

@@ -34,15 +34,18 @@ Ts = TypeVarTuple("Ts")
 
 
 @asynccontextmanager
-async def open_holds(catalog: Catalog, holder: str, process: str) -> AsyncIterator[Holds]:
+async def open_holds(
+    catalog: Catalog, holder: str, process: str, *, read_only: bool = False
+) -> AsyncIterator[Holds]:
     """Hold things in the store for the block, at the longest.
 
     Args:
         catalog: Takes the rows.
         holder: The holder's name.
         process: The holder's process; see `Process.encode`.
+        read_only: Whether no rows can be written, so that nothing is held for certain.
     """
-    holds = Holds(catalog, holder, process)
+    holds = Holds(catalog, holder, process, read_only=read_only)
     try:
         async with open_hidden_nursery() as nursery:
             nursery.start_soon(holds.drop_in_background)
@@ -59,7 +62,10 @@ async def open_holds(catalog: Catalog, holder: str, process: str) -> AsyncIterat
 class Holds:
     """What a holder keeps in the store."""
 
-    def __init__(self, catalog: Catalog, holder: str, process: str) -> None:
+    def __init__(
+        self, catalog: Catalog, holder: str, process: str, *, read_only: bool = False
+    ) -> None:
+        self.read_only: bool = read_only
         self._catalog = catalog
         self._holder = holder
         self._process = process
@@ -176,6 +182,8 @@ class Holds:
         if self._written or self._idle:
             self._written.clear()
             self._idle.clear()
+            if self.read_only:
+                return
             with _logged(), suppress(StoreBusy):
                 await self._catalog.note_now(drop_leases, self._holder)
 
@@ -213,7 +221,10 @@ class Holds:
             return job(connection, *args)
 
         try:
-            result = await note(write)
+            if self.read_only:
+                result = await self._catalog.read(job, *args)
+            else:
+                result = await note(write)
         except BaseException:
             self._idle |= idle
             raise

@@ -19,6 +19,7 @@ import attrs
 
 from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
 from .._errors import StoreError
+from .damage import damaged, note_damage
 
 __all__ = ["MergedTree", "Surveys", "TreeStack", "path_error"]
 
@@ -219,6 +220,22 @@ class MergedTree:
         found = {path: stack.find(path) for path in paths}
         return {path: None if node is None else node.entry for path, node in found.items()}
 
+    def open_listed(self, path: bytes) -> int:
+        """Like `open`, for a file that is known to be in the list.
+
+        Raises:
+            StoreError: if it cannot be opened.
+            OSError: if too many files are open.
+        """
+        try:
+            return self.open(path)
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
+            node = self._loaded().find(path)
+            assert node is not None
+            raise damaged_file(self.trees[node.tree], path, error.strerror) from error
+
     def links(self, path: bytes) -> tuple[bytes, ...]:
         """All names, sorted, of the file that is there."""
         stack = self._loaded()
@@ -231,34 +248,28 @@ class MergedTree:
         """A descriptor to read the file that is there; its taker closes it.
 
         Raises:
-            OSError: if there is no regular file, or it cannot be opened, with the path in it.
+            OSError: if the image has no regular file there, or the file cannot be opened; the
+                path is in it.
+            StoreError: if the file is gone, or has another size than its list says.
         """
         node = self._loaded().find(path)
         if node is None:
             raise path_error(errno.ENOENT, path)
         if node.entry.type != "file":
             raise path_error(errno.EISDIR if node.entry.type == "dir" else errno.EINVAL, path)
-        *parents, name = path.split(b"/")
+        tree = self.trees[node.tree]
         try:
-            here = os.open(self.trees[node.tree] / "fs", _DIRECTORY)
-            for part in parents:
-                try:
-                    inner = os.open(part, _DIRECTORY, dir_fd=here)
-                finally:
-                    os.close(here)
-                here = inner
-            try:
-                return os.open(name, _FILE, dir_fd=here)
-            finally:
-                os.close(here)
+            descriptor = _open_below(tree, path)
         except OSError as error:
             if error.errno in _GONE:
-                shown = path.decode("utf-8", "backslashreplace")[:256]
-                raise StoreError(
-                    f"{shown!r} cannot be read from the store ({error.strerror}): its layer was "
-                    "removed or changed; pull the image again"
-                ) from error
+                raise damaged_file(tree, path, error.strerror) from error
+            if error.errno not in _EXHAUSTED:
+                note_damage(tree)
             raise path_error(error.errno or errno.EIO, path) from error
+        if os.fstat(descriptor).st_size != node.entry.size:
+            os.close(descriptor)
+            raise damaged_file(tree, path, "its size is wrong")
+        return descriptor
 
     def walk(self) -> list[Entry]:
         """All there is, sorted by path (bytes); the root is first."""
@@ -330,10 +341,7 @@ class _Stack:
             above, _, name = entry.path.rpartition(b"/")
             parent = self.find(above)
             if parent is None or parent.entry.type != "dir":
-                raise StoreError(
-                    f"{tree}: its list of entries is damaged (one is in a directory "
-                    "that is not listed); remove the layer and pull it again"
-                )
+                raise damaged(tree, "its list of entries has one in a directory that is not listed")
             known = parent.children.get(name)
         children = None
         if entry.type == "dir" and known is not None and known.entry.type == "dir":
@@ -446,18 +454,41 @@ class _Directories:
         return found
 
 
+def _open_below(tree: Path, path: bytes) -> int:
+    """A descriptor to read a file of a tree; no link is followed."""
+    *parents, name = path.split(b"/")
+    here = os.open(tree, _DIRECTORY)
+    for part in (b"fs", *parents):
+        try:
+            inner = os.open(part, _DIRECTORY, dir_fd=here)
+        finally:
+            os.close(here)
+        here = inner
+    try:
+        return os.open(name, _FILE, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def damaged_file(tree: Path, path: bytes, reason: str | None) -> StoreError:
+    """Note that a tree is damaged, and return an error that names the file."""
+    name = path.decode("utf-8", "backslashreplace")[:256]
+    return damaged(tree, f"{name!r} cannot be read from the store: {reason}")
+
+
 @contextmanager
 def _list_of(tree: Path) -> Iterator[BinaryIO]:
     try:
         with open(tree / "entries", "rb") as file:
             yield file
     except OSError as error:
-        advice = "remove the layer and pull it again"
-        if error.errno in _EXHAUSTED:
-            advice = "try again"
-        raise StoreError(
-            f"{tree}: its list of entries cannot be read ({error.strerror}); {advice}"
-        ) from error
+        reason = f"its list of entries cannot be read ({error.strerror})"
+        if error.errno not in _EXHAUSTED:
+            raise damaged(tree, reason) from error
+        raise StoreError(f"{tree}: {reason}; try again") from error
+    except StoreError as error:
+        # What the list says; text_of() would quote its advice.
+        raise damaged(tree, str(error).partition(": pull")[0]) from error
 
 
 def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:

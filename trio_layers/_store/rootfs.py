@@ -288,7 +288,7 @@ class RootfsView:
             # About what was asked for: the root's own path says nothing.
             number = errno.EISDIR if entry.type == "dir" else errno.EINVAL
             raise path_error(number, _encoded(path))
-        return open(self._tree.open(entry.path), "rb")
+        return open(self._tree.open_listed(entry.path), "rb")
 
     def _read(self, path: str | bytes) -> bytes:
         chunks: list[bytes] = []

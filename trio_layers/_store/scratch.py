@@ -31,7 +31,7 @@ import attrs
 import trio
 
 from .._digest import Digest
-from .._errors import StoreError
+from .._errors import StoreError, StoreReadOnly
 from .._lifetime import clean_up_in_thread
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog, drop_leases, find_holders
@@ -150,12 +150,18 @@ async def hold_lock(
 
 
 @asynccontextmanager
-async def open_scratch(root: Path, catalog: Catalog) -> AsyncIterator[Scratch]:
-    """Become a holder for the block, and sweep away what dead ones left.
+async def open_scratch(
+    root: Path, catalog: Catalog, *, read_only: bool = False
+) -> AsyncIterator[Scratch]:
+    """Become a holder for the block, and sweep away what dead ones left; if it is ``read_only``,
+    do nothing, and refuse all that would write.
 
     What was discarded in the block is removed in it and, if it ends well, before this ends; else
     by the next to open the store.
     """
+    if read_only:
+        yield Scratch(root, read_only=True)
+        return
     scratch = Scratch(root)
     async with hold_lock(root / "leases" / scratch.holder, text=scratch.process):
         _OPEN_HERE.add(scratch.holder)
@@ -175,7 +181,8 @@ async def open_scratch(root: Path, catalog: Catalog) -> AsyncIterator[Scratch]:
 class Scratch:
     """A holder's names in ``ingest/``, and the removal of what is not wanted any more."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        self._read_only = read_only
         self._ingest = root / "ingest"
         self._leases = root / "leases"
         self._numbers = itertools.count()
@@ -193,15 +200,25 @@ class Scratch:
         Args:
             kind: Its suffix: letters.
         """
+        self._expect_writable()
         return self._ingest / f"{self.holder}-{next(self._numbers)}.{kind}"
 
     def partial(self, digest: Digest) -> Path:
         """Where a blob arrives."""
+        self._expect_writable()
         return self._ingest / f"{file_name(digest)}.partial"
 
     def lock(self, digest: Digest) -> Path:
         """The lock file that is held while a blob arrives or is unpacked."""
+        self._expect_writable()
         return self._ingest / f"{file_name(digest)}.lock"
+
+    def _expect_writable(self) -> None:
+        if self._read_only:
+            raise StoreReadOnly(
+                f"the store {self._ingest.parent} was opened to be read only: "
+                "open it as its user, where it can be written"
+            )
 
     def discard(self, path: Path) -> bool:
         """Move a file or directory out of the way, for the next sweep. Blocking, in any thread.
@@ -260,6 +277,7 @@ class Scratch:
         Raises:
             StoreError: for what the disk does.
         """
+        self._expect_writable()
         async with self._sweeping:
             with disk_errors(self._ingest):
                 await self._sweep_after_the_dead(catalog)

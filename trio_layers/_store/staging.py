@@ -20,6 +20,7 @@ from typing import Final, TypeAlias, final
 import trio
 
 from .._digest import ChainID, Digest
+from .._errors import DecompressionError, UnpackError, VerificationError
 from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
@@ -238,6 +239,10 @@ class DirectoryStage:
                         unpacked = await staging.trees.builder.follow(arrival)
                 except (StartedOver, Recalled, WorkerLost):
                     continue
+                except (DecompressionError, UnpackError, VerificationError) as error:
+                    if self._sink.committed:
+                        await staging.content.expect_whole(digest, error)
+                    raise
                 if not unpacked.needs_lower:
                     self._tree = stored_tree(unpacked, unpacked.diff_id)
                 job = partial(self._place, target=target, unpacked=unpacked)

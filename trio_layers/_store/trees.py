@@ -22,7 +22,7 @@ import trio
 from .._compression import Decompressor
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
 from .._entries import Summary
-from .._errors import DecompressionError, UnpackError, text_of
+from .._errors import DecompressionError, UnpackError, VerificationError, text_of
 from .._manifest import Descriptor
 from .build import Arrival, Source, Unpack, Unpacked, build, describe
 from .catalog import (
@@ -39,6 +39,7 @@ from .catalog import (
 )
 from .commits import Commits
 from .content import Content, Partial
+from .damage import forget_damage, is_whole_tree
 from .files import disk_errors, file_name
 from .leases import Holds
 from .lending import Lending, follow_in_thread
@@ -267,7 +268,7 @@ class Trees:
         if blob.diff_id is None:
             return None
         chain = extend_chain(base.chain_id, blob.diff_id)
-        layer = await self._holds.hold_with(chain, find_layer, chain)
+        layer = await self._holds.hold_with(chain, self._find_whole_layer, chain)
         if layer is not None:
             return layer
         self._holds.let_go([chain])
@@ -280,7 +281,21 @@ class Trees:
         """The tree that a blob was unpacked to, for layers to share."""
         if blob.diff_id is None:
             return None
-        return await self._catalog.read(find_tree, blob.diff_id)
+        return await self._catalog.read(self._find_whole, blob.diff_id)
+
+    def is_whole(self, layer: StoredLayer) -> bool:
+        """Whether, at a glance, a layer's tree is not damaged. Blocks."""
+        return is_whole_tree(self.path(layer.tree))
+
+    def _find_whole(self, connection: sqlite3.Connection, id: Digest) -> StoredTree | None:
+        tree = find_tree(connection, id)
+        return tree if tree is not None and is_whole_tree(self.path(id)) else None
+
+    def _find_whole_layer(
+        self, connection: sqlite3.Connection, chain_id: ChainID
+    ) -> StoredLayer | None:
+        layer = find_layer(connection, chain_id)
+        return layer if layer is not None and self.is_whole(layer) else None
 
     async def put_on(self, base: Base, tree: StoredTree | None, blob: Digest) -> StoredLayer:
         """Make the layer visible, and hold it, whose tree is this one, where that fits. Else, and
@@ -303,12 +318,15 @@ class Trees:
     ) -> None:
         """A job for `Commits`: give the tree at ``target`` its place unless it has one, and its
         row. It is what ``blob`` unpacks to."""
-        if find_tree(connection, tree.id) is None:
-            place = self.path(tree.id)
-            # Without a row it is what a crash left just before it was written.
+        place = self.path(tree.id)
+        stored = find_tree(connection, tree.id) is not None
+        if not (stored and is_whole_tree(place)):
+            # It is damaged, or without a row: a crash left it just before that was written.
             self._scratch.discard(place)
             os.rename(target, place)
-            add_tree(connection, tree)
+            forget_damage(place)
+            if not stored:
+                add_tree(connection, tree)
         set_diff_id(connection, blob, tree.diff_id)
 
     async def _from_stream(
@@ -339,13 +357,17 @@ class Trees:
         blob = await self._content.stored(digest)
         since = self._commits.failures
         async with self._scratch.name("tree") as target:
-            async with await self._content.open(digest) as stream:
-                unpacked, _ = await self._unpack(
-                    _Reader(stream),
-                    target,
-                    lower=base.lower,
-                    expected=describe(digest, blob.size),
-                )
+            try:
+                async with await self._content.open(digest) as stream:
+                    unpacked, _ = await self._unpack(
+                        _Reader(stream),
+                        target,
+                        lower=base.lower,
+                        expected=describe(digest, blob.size),
+                    )
+            except (DecompressionError, UnpackError, VerificationError) as error:
+                await self._content.expect_whole(digest, error)
+                raise
             tree = stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
             async with self._holds.holding(tree.id):
                 job = partial(self.add_tree, target=target, tree=tree, blob=digest)

@@ -55,5 +55,6 @@ def damaged(path: bytes, reason: str | None) -> StoreError:
     """An error that says what is wrong with a path in the store."""
     name = path.decode("utf-8", "backslashreplace")[:256]
     return StoreError(
-        f"{name!r} cannot be read from the store ({reason}); remove the image and pull it again"
+        f"{name!r} cannot be read from the store ({reason}): pull its image again, and what is "
+        "damaged comes anew"
     )

@@ -46,8 +46,8 @@ def _readable(path: bytes, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.
         return call(*args, **kwargs)
     except OSError as error:
         raise StoreError(
-            f"{shown(path)}: cannot be read from the layers below ({error.strerror}); "
-            "remove them and pull again"
+            f"{shown(path)}: cannot be read from the layers below ({error.strerror}): check the "
+            "store, with repair, and pull again"
         ) from error
 
 
