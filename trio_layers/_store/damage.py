@@ -2,9 +2,8 @@
 
 A note is with what it is about, and goes with it: an attribute of a blob's file, an empty file in a
 tree's directory. Where the file system keeps no attributes, this process remembers. A blob or tree
-that has one, or that is not as its row says
-at a glance, is treated as if it had to come anew, and what comes is put in its place. Blocking: for
-worker threads.
+that has one, or that is not as its row says at a glance, is treated as if it had to come anew, and
+what comes is put in its place. Blocking: for worker threads.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def note_damage(path: Path) -> None:
     written."""
     _NOTED.add(path)
     with contextlib.suppress(OSError):
-        if os.lstat(path.parent).st_uid != os.geteuid():
-            return  # root reads another user's store
+        if not _is_ours(path):
+            return
         if path.parent.parent.name == "blobs":
             os.setxattr(path, _ATTRIBUTE, b"", follow_symlinks=False)
         else:
@@ -51,6 +50,8 @@ def forget_damage(path: Path) -> None:
     """Drop the note: what is there is new, or was verified."""
     _NOTED.discard(path)
     with contextlib.suppress(OSError):
+        if not _is_ours(path):
+            return
         if path.parent.parent.name == "blobs":
             os.removexattr(path, _ATTRIBUTE, follow_symlinks=False)
         else:
@@ -87,6 +88,11 @@ def is_whole_tree(path: Path) -> bool:
         return False
     whole = stat.S_ISDIR(files.st_mode) and stat.S_ISREG(entries.st_mode) and entries.st_size > 0
     return whole and not _is_noted(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the store is not another user's, which root only reads."""
+    return os.lstat(path.parent).st_uid == os.geteuid()
 
 
 def _is_noted(path: Path) -> bool:
