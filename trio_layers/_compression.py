@@ -25,7 +25,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["MAX_WINDOW", "PIECE", "Decompressor", "crc32", "recognise"]
+__all__ = ["MAX_MEMBERS", "MAX_WINDOW", "PIECE", "Decompressor", "crc32", "recognise"]
 
 PIECE: Final = 256 * 1024
 """The most bytes that come out at once."""
@@ -35,6 +35,12 @@ _BEGINNING: Final = 10
 
 MAX_WINDOW: Final = 128 * 1024 * 1024
 """How many bytes of its output a codec may want to look back on, if nothing else is said."""
+
+MAX_MEMBERS: Final = 10_000
+"""How many members there may be beyond one for each `_CONTENT` bytes, if nothing else is said."""
+
+# What a member holds at least where there is one for each file: the block of a tar header.
+_CONTENT: Final = 512
 
 # What xz needs besides: its manual's table, "DecMem" less the dictionary, with room to spare.
 _XZ_BESIDES: Final = 16 * 1024 * 1024
@@ -152,6 +158,8 @@ class Decompressor:
 
     Args:
         max_window: The most bytes of memory for that window; zstd's is a power of two.
+        max_members: The most members, frames or streams, beyond one for each 512 plain bytes:
+            each takes a codec of its own, which takes long to make.
 
     Attributes:
         opened: Whether the beginning is behind us: 10 bytes or the end of the input were seen
@@ -160,10 +168,12 @@ class Decompressor:
         compression: ``gzip``, ``zstd``, ``bzip2``, ``xz``; ``None`` for none, or not yet known.
     """
 
-    def __init__(self, *, max_window: int = MAX_WINDOW) -> None:
+    def __init__(self, *, max_window: int = MAX_WINDOW, max_members: int = MAX_MEMBERS) -> None:
         self.opened = False
         self.compression: str | None = None
         self._max_window = max_window
+        self._max_members = max_members
+        self._plain = 0
         self._recognised = False
         self._codec: _Codec | None = None
         self._members = 0
@@ -181,7 +191,8 @@ class Decompressor:
         Raises:
             DecompressionError: if the input's beginning is not valid.
             UnpackError: if it is damaged later.
-            LimitExceeded: if it asks for more than ``max_window``, wherever it does.
+            LimitExceeded: if it asks for more than ``max_window``, or has more members than
+                ``max_members``, wherever it does.
         """
         return self._run(data, end=False)
 
@@ -249,8 +260,11 @@ class Decompressor:
                 return start
             start = end
             self.opened = True
-        self._codec = _CODECS[self.compression](self._max_window)
         self._members += 1
+        if self._members > self._max_members + self._plain // _CONTENT:
+            text = f"more members or frames than the limit max_members, {self._max_members}, allows"
+            raise LimitExceeded(self._where(f"{text} beyond one for each {_CONTENT} bytes in them"))
+        self._codec = _CODECS[self.compression](self._max_window)
         self._step = _BEGINNING
         return start
 
@@ -268,6 +282,7 @@ class Decompressor:
                     raise LimitExceeded(self._where(text)) from error
                 raise self._error(text) from error
             if plain:
+                self._plain += len(plain)
                 yield plain
             if codec.eof or codec.needs_input:
                 return

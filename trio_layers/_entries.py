@@ -25,7 +25,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from json.encoder import encode_basestring_ascii
-from typing import Final, Literal, Protocol, Required, TypedDict, cast
+from typing import Final, Literal, NotRequired, Protocol, Required, TypedDict, cast
 
 import attrs
 
@@ -111,7 +111,9 @@ class Summary:
             the end of one says that it has to be there. Empty for a tree that was unpacked on
             top of its parent.
         needs_lower: The tree is not whole without what is below it.
-        incomplete: Something in the list could not be set in ``fs`` for lack of privilege.
+        incomplete: Something in the list could not be set in ``fs`` for lack of privilege, or since
+            Linux does not have such an attribute.
+        foreign_only: It is for such attributes alone that it is incomplete.
     """
 
     diff_id: DiffID
@@ -120,6 +122,7 @@ class Summary:
     assumed: tuple[bytes, ...] = ()
     needs_lower: bool = False
     incomplete: bool = False
+    foreign_only: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -186,6 +189,7 @@ class _End(TypedDict):
     assumed: list[str]
     needs_lower: bool
     incomplete: bool
+    foreign_only: NotRequired[bool]
 
 
 def _text(path: bytes) -> str:
@@ -267,19 +271,18 @@ def removal_line(path: bytes) -> bytes:
 
 def summary_line(summary: Summary) -> bytes:
     """The last line."""
-    return _line(
-        {
-            "end": {
-                "format": ENTRIES_FORMAT,
-                "diff_id": summary.diff_id,
-                "size": summary.size,
-                "entries": summary.entries,
-                "assumed": [_text(path) for path in summary.assumed],
-                "needs_lower": summary.needs_lower,
-                "incomplete": summary.incomplete,
-            }
-        }
-    )
+    end: _End = {
+        "format": ENTRIES_FORMAT,
+        "diff_id": summary.diff_id,
+        "size": summary.size,
+        "entries": summary.entries,
+        "assumed": [_text(path) for path in summary.assumed],
+        "needs_lower": summary.needs_lower,
+        "incomplete": summary.incomplete,
+    }
+    if summary.foreign_only:
+        end["foreign_only"] = True
+    return _line({"end": end})
 
 
 def _entry(path: bytes, line: _Line) -> Entry:
@@ -474,4 +477,5 @@ def _summary(end: _End) -> Summary:
         assumed=tuple(_bytes(path) for path in end["assumed"]),
         needs_lower=end["needs_lower"],
         incomplete=end["incomplete"],
+        foreign_only=end.get("foreign_only", False),
     )

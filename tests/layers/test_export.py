@@ -34,6 +34,7 @@ from trio_layers._unpack.export import export
 from trio_layers._unpack.limits import Limits
 from trio_layers._unpack.pax import header
 from trio_layers._unpack.tar import Member, TarReader
+from trio_layers._unpack.verify import verify
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 
@@ -679,3 +680,39 @@ def test_headers(change: dict) -> None:
     assert os.fsencode(info.linkname) == member.linkname
     assert (info.size, info.uid, info.gid) == (member.size, member.uid, member.gid)
     assert info.mtime == member.mtime_ns / 10**9
+
+
+FOREIGN = ["com.apple.provenance", "osx.x", "user", "user.", "x" * 300, "security"]
+
+
+def test_attributes_that_linux_does_not_have(tmp_path: Path) -> None:
+    """macOS writes them: they are listed, and in tars that are exported, and set nowhere. A check
+    of the tree is as strict as of any other."""
+    pax = {f"SCHILY.xattr.{name}": "v" for name in FOREIGN}
+    data = tar_of(
+        {"name": "d", "type": "dir", "pax": pax},
+        {"name": "d/f", "text": "f", "pax": {**pax, "SCHILY.xattr.user.a": "a"}},
+        {"name": "d/l", "type": "symlink", "linkname": "f", "pax": pax},
+        {"name": "d/h", "type": "hardlink", "linkname": "d/f", "pax": pax},
+    )
+    unpack_blob(data, tmp_path / "t")
+    entries, summary = listed(tmp_path / "t")
+    assert summary.foreign_only
+    wanted = dict.fromkeys(FOREIGN, b"v")
+    assert [dict(entry.xattrs) for entry in entries] == [
+        *({}, wanted),
+        *({**wanted, "user.a": b"a"},) * 2,
+        wanted,
+    ]
+    assert os.listxattr(tmp_path / "t/fs/d/f") == ["user.a"]
+    tree = MergedTree([tmp_path / "t"])
+    report = export(tree, tmp_path / "exported", check_cancelled=lambda: None)
+    assert report == ExportReport(entries=5, xattrs=3 * len(FOREIGN))
+    assert os.listxattr(tmp_path / "exported/d/f") == ["user.a"]
+    exported = b"".join(archive(tree, check_cancelled=lambda: None))
+    found = {member.name: member.xattrs for member in TarReader(Plain(exported), Limits())}
+    assert found[b"d/f"] == {**wanted, "user.a": b"a"}
+    verify(tmp_path / "t", check_cancelled=lambda: None)
+    os.chmod(tmp_path / "t/fs/d/f", 0o4755)
+    with pytest.raises(StoreError, match="has another mode"):
+        verify(tmp_path / "t", check_cancelled=lambda: None)

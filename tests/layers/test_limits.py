@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import itertools
 import lzma
 import os
@@ -213,3 +214,89 @@ def test_window(form: str, tmp_path: Path) -> None:
 def test_a_limit_is_not_negative(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must not be negative"):
         Limits(**{name: -1})
+
+
+DEEP = "/".join("d" * 100)
+DEEP_FILE = {"name": f"{DEEP}/f"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "count"),
+    [
+        ([{"name": f"{DEEP}/f"}], 101),
+        ([{"name": f"{DEEP}/f", "type": "dir"}], 101),
+        ([{"name": f"{DEEP}/.wh.f"}], 101),
+        ([{"name": f"{DEEP}/.wh..wh..opq"}], 101),
+        ([{"name": "a"}, {"name": f"{DEEP}/f", "type": "hardlink", "linkname": "a"}], 102),
+        ([{"name": "a/b", "type": "dir"}, {"name": "a/b/c"}, {"name": "a/d"}], 4),
+        # What is removed has been made all the same.
+        ([DEEP_FILE, {"name": "d"}, {"name": "d", "type": "dir"}, DEEP_FILE], 203),
+    ],
+    ids=range(7),
+)
+def test_implied_directories_are_entries(entries: list[dict], count: int, tmp_path: Path) -> None:
+    """However few entries imply them."""
+    data = archive(*entries)
+    assert unpacked([data], tmp_path / "fits", max_entries=count).entries == len(entries)
+    with pytest.raises(LimitExceeded, match=rf"'(d|a)/.*max_entries, {count - 1}, allows"):
+        unpacked([data], tmp_path / "does not", max_entries=count - 1)
+
+
+def test_names_from_below_are_entries(tmp_path: Path) -> None:
+    """One hard link to a file below brings all the names it has there."""
+    names = [{"name": f"n{n}", "type": "hardlink", "linkname": "n"} for n in range(20)]
+    unpacked([archive({"name": "n"}, *names)], tmp_path / "below")
+    data = archive({"name": "other", "type": "hardlink", "linkname": "n"})
+    for limit in (21, 20):
+        (tmp_path / f"{limit}").mkdir()
+        below = MergedTree([tmp_path / "below"])
+        read = io.BytesIO(data).read
+        limits = Limits(max_entries=limit)
+        if limit == 21:
+            unpack(read, tmp_path / f"{limit}", lower=below, limits=limits)
+            continue
+        with pytest.raises(LimitExceeded, match="max_entries, 20"):
+            unpack(read, tmp_path / f"{limit}", lower=below, limits=limits)
+
+
+SKIPPABLE = bytes.fromhex("532a4d1800000000")
+EMPTY: dict[str, bytes] = {
+    "gzip": gzip.compress(b"", mtime=0),
+    "gzip stored": gzip.compress(b"", 0, mtime=0),
+    "gzip tiny": gzip.compress(b"\0", mtime=0),
+    "bzip2": bz2.compress(b""),
+    "xz": lzma.compress(b""),
+    "zstd": zstd.compress(b""),
+    "zstd skippable": SKIPPABLE,
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+@pytest.mark.parametrize("where", ["before", "between", "behind"])
+def test_members_of_nothing(kind: str, where: str, tmp_path: Path) -> None:
+    """Megabytes of them are stopped soon: each takes a codec of its own."""
+    compress = COMPRESS[kind.split()[0]]
+    data = archive({"name": "a", "text": "a" * 100})
+    whole = compress(data[:600]), compress(data[600:])
+    empty = EMPTY[kind]
+    if where == "before":
+        pieces = itertools.chain([empty * 10, *whole])
+        bomb: Iterable[bytes] = itertools.repeat(empty * 1000)
+    elif where == "between":
+        pieces = itertools.chain([whole[0], empty * 10 if "tiny" not in kind else b"", whole[1]])
+        bomb = itertools.chain([whole[0]], itertools.repeat(empty * 1000))
+    else:
+        pieces = itertools.chain([*whole, empty * 10])
+        bomb = itertools.chain(whole, itertools.repeat(empty * 1000))
+    if not (kind == "gzip tiny" and where == "before"):
+        unpacked(pieces, tmp_path / "fits", max_members=12)
+    with pytest.raises(LimitExceeded, match=r"data, near byte .* max_members, 2000, allows"):
+        unpacked(bomb, tmp_path / "does not", max_members=2000)
+
+
+@pytest.mark.parametrize("form", ["gzip", "zstd"])
+def test_a_member_for_each_file(form: str, tmp_path: Path) -> None:
+    """As in eStargz and zstd:chunked: they are never too many."""
+    data = archive(*({"name": f"{n}"} for n in range(300)))
+    blocks = [COMPRESS[form](data[at : at + 512]) for at in range(0, len(data), 512)]
+    assert unpacked(blocks, tmp_path / "tree", max_members=1).entries == 300

@@ -74,6 +74,45 @@ def test_times(text: str, nanoseconds: int) -> None:
     assert only({"name": "a", "pax": {"mtime": text}}).mtime_ns == nanoseconds
 
 
+ZEROS = "0" * 30
+
+
+def test_zeros_and_a_plus_before_a_number() -> None:
+    """As Go reads them: the value counts, in all records that hold a number."""
+    for before in (ZEROS, "+", "+" + ZEROS):
+        pax = {"uid": before + "1000", "gid": before + "7", "mtime": before + "15.5"}
+        member = only({"name": "a", "text": "abc", "pax": {**pax, "size": before + "3"}})
+        assert (member.uid, member.gid, member.mtime_ns) == (1000, 7, 15_500_000_000)
+        assert member.size == 3
+    assert only({"name": "a", "pax": {"mtime": f"-{ZEROS}1.5"}}).mtime_ns == -1_500_000_000
+    assert only({"name": "a", "pax": {"uid": "-0"}}).uid == 0
+
+
+def test_zeros_in_the_numbers_of_a_sparse_map() -> None:
+    records = [
+        ["GNU.sparse.size", f"{ZEROS}9"],
+        ["GNU.sparse.realsize", "+9"],
+        ["GNU.sparse.numblocks", f"+{ZEROS}1"],
+        ["GNU.sparse.map", f"{ZEROS}3,+2"],
+    ]
+    ((_, content),) = members(archive({"name": "s", "text": "ab", "pax": records}))
+    assert content == b"\0\0\0ab\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "value", ["++1", "+-1", "+", "-", " 1", "1 ", "1_0", "0x1", f"{ZEROS}9223372036854775808"]
+)
+@pytest.mark.parametrize("key", ["uid", "size", "mtime"])
+def test_what_is_no_number_stays_none(key: str, value: str) -> None:
+    """And one that is too large stays out of range."""
+    if key == "mtime" and value.endswith("808"):
+        # No file system has such a time, for which moby takes that of the epoch.
+        assert only({"name": "a", "pax": {key: value}}).mtime_ns == 0
+        return
+    with pytest.raises(UnpackError, match=r"not a (number|time)"):
+        members(archive({"name": "a", "pax": {key: value}}))
+
+
 def test_base_256() -> None:
     """GNU's way of writing numbers, negative ones too."""
     member = only({"name": "a", "format": "gnu", "uid": 2**31, "mtime": -5})

@@ -61,7 +61,11 @@ FAMILIES: dict[str, tuple[bytes, type[LayersError], str]] = {
         "'f': a hard link to 'none', which is not there",
     ),
     "name": (tar({"name": "n" * 256}), UnpackError, "'nnn.*File name too long"),
-    "attribute": (tar({"name": "f", "pax": {"SCHILY.xattr.k": "v"}}), UnpackError, "'k' of 'f'"),
+    "attribute": (
+        tar({"name": "f", "pax": {f"SCHILY.xattr.user.{'k' * 300}": "v"}}),
+        UnpackError,
+        "'user.k+' of 'f'",
+    ),
     "bytes": (tar({"name": "f", "size": 1 << 30}), LimitExceeded, "'f': .*max_unpacked_bytes"),
     "ratio": (gzip.compress(tar() + bytes(1 << 20)), LimitExceeded, "max_ratio"),
     "entries": (tar(*[{"name": f"{n}"} for n in range(9)]), LimitExceeded, "'8': .*max_entries, 8"),

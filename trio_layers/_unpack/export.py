@@ -23,6 +23,7 @@ from .._errors import ExportError
 from .._paths import open_empty_directory
 from .contents import Source, damaged, reading
 from .directories import Directories, split
+from .members import is_settable
 
 __all__ = ["export"]
 
@@ -312,6 +313,9 @@ class _Writer:
                 self._missing["set_ids"] += 1
                 mode &= ~_SET_IDS
         for attribute, value in entry.xattrs.items():
+            if not is_settable(attribute):
+                self._missing["xattrs"] += 1
+                continue
             try:
                 # As bytes: the locale's encoding is not the layer's.
                 os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)

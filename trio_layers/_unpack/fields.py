@@ -37,7 +37,10 @@ MAX: Final = 2**63 - 1
 XATTR: Final = b"SCHILY.xattr."
 """What the key of a record begins with that holds an extended attribute (from star)."""
 
-_TIME: Final = re.compile(rb"(-?)([0-9]{1,19})(?:\.([0-9]*))?\Z")
+# As Go's strconv.ParseInt reads them, also for the seconds of a time: zeros before a number, and a
+# plus, count for nothing.
+_DECIMAL: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})\Z")
+_TIME: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})(?:\.([0-9]*))?\Z")
 _TEXTS: Final = frozenset({b"path", b"linkpath", b"uname", b"gname", b"GNU.sparse.name"})
 _MAP: Final = b"GNU.sparse.map"
 _PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
@@ -127,11 +130,11 @@ def checksum_is_right(header: bytes) -> bool:
 
 def decimal(value: bytes, name: bytes, what: str) -> int:
     """A number in a record."""
-    digits = value[1:] if value[:1] == b"-" else value
-    if digits.isdigit() and len(digits) <= 19:
-        result = int(value)
-        if -MAX <= result <= MAX:
-            return result
+    match = _DECIMAL.match(value)
+    if match is not None:
+        result = int(match[2])
+        if result <= MAX:
+            return -result if match[1] == b"-" else result
     raise damaged(name, f"its {what} is not a number, or out of range: {value[:64]!r}")
 
 
@@ -144,7 +147,7 @@ def pax_time(value: bytes, name: bytes) -> int:
     nanoseconds = int(seconds) * 10**9
     if fraction:
         nanoseconds += int(fraction[:9].ljust(9, b"0"))
-    return -nanoseconds if sign else nanoseconds
+    return -nanoseconds if sign == b"-" else nanoseconds
 
 
 def records(body: bytes, name: bytes) -> dict[bytes, bytes]:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import attrs
 
-from .._compression import MAX_WINDOW
+from .._compression import MAX_MEMBERS, MAX_WINDOW
 from .._errors import LimitExceeded
 from .fields import shown
 
@@ -37,7 +37,12 @@ class Limits:
             costs nothing.
         max_ratio_from: The bytes of tar and holes that are never too many for their blob.
             16 GiB, so that an image may have a disk that is still empty.
-        max_entries: Entries in the tar. 10 million.
+        max_entries: Entries in the tar, and what they bring with them: directories that no entry
+            describes, and the other names of a file in the layers below that is linked to. 10
+            million.
+        max_members: Compressed members (gzip), frames (zstd) or streams (bzip2, xz) in the blob,
+            beyond one for each 512 bytes of tar. 10,000: formats that have one for each file have
+            no more, and one of no content takes as long as hundreds of kilobytes of it.
         max_path: Bytes in a path, links on the way resolved or not. 4,095, which is all that a
             Linux system call takes (``PATH_MAX`` without the NUL).
         max_depth: Components in such a path. 512: several times what build tools make, and few
@@ -56,6 +61,7 @@ class Limits:
     max_ratio: int = attrs.field(default=10_000, validator=_not_negative)
     max_ratio_from: int = attrs.field(default=1 << 34, validator=_not_negative)
     max_entries: int = attrs.field(default=10_000_000, validator=_not_negative)
+    max_members: int = attrs.field(default=MAX_MEMBERS, validator=_not_negative)
     max_path: int = attrs.field(default=4095, validator=_not_negative)
     max_depth: int = attrs.field(default=512, validator=_not_negative)
     max_header: int = attrs.field(default=1 << 20, validator=_not_negative)

@@ -11,8 +11,9 @@ from .._errors import UnpackError
 from .fields import shown
 from .tar import Member
 
-__all__ = ["entry_of", "parts_of", "xattrs_of"]
+__all__ = ["entry_of", "is_settable", "parts_of", "xattrs_of"]
 
+_NAMESPACES: Final = frozenset({"user", "trusted", "security", "system"})
 # overlayfs reads these from its layers; a layer must not speak to it.
 _PRIVATE: Final = ("trusted.overlay.", "user.overlay.")
 
@@ -30,6 +31,16 @@ def parts_of(name: bytes) -> list[bytes]:
     if b"\0" in name:
         raise UnpackError(f"the path {shown(name)} holds a NUL")
     return parts
+
+
+def is_settable(attribute: str) -> bool:
+    """Whether Linux has such an extended attribute (xattr(7), "Extended attribute namespaces").
+
+    Archives made elsewhere have others, such as ``com.apple.provenance``: these are listed and
+    exported to tars, and set nowhere.
+    """
+    namespace, dot, name = attribute.partition(".")
+    return namespace in _NAMESPACES and bool(dot and name)
 
 
 def xattrs_of(member: Member) -> Mapping[str, bytes]:

@@ -20,6 +20,7 @@ from .._compression import crc32
 from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .fields import shown
+from .members import is_settable
 from .powers import OVERRIDE, Powers
 from .tar import Content
 
@@ -44,7 +45,6 @@ _ITS_FAULT: Final = frozenset(
         errno.ENOTDIR,
     }
 )
-_NAMESPACES: Final = ("user.", "trusted.", "security.", "system.")
 _ACLS: Final = (ACCESS_ACL, DEFAULT_ACL)
 
 
@@ -109,6 +109,7 @@ class Nodes:
 
     Attributes:
         incomplete: Whether something could not be made or set as it should be.
+        foreign_only: Whether that is for attributes alone that Linux does not have.
     """
 
     def __init__(self, powers: Powers) -> None:
@@ -120,6 +121,7 @@ class Nodes:
         self._modes = powers.modes and not powers.limited
         self._limited = powers.limited
         self.incomplete = False
+        self.foreign_only = False
 
     def create(self, parent: int, name: bytes, mode: int) -> int:
         """A descriptor of a new, empty file, for `file`, which is to have ``mode``.
@@ -220,7 +222,7 @@ class Nodes:
             kind = _DEVICES[entry.type]
             device = os.makedev(*entry.dev) if entry.dev else 0
         if not able:
-            self.incomplete = True
+            self._lacks()
             kind, device = stat.S_IFREG, 0
         os.mknod(name, kind | 0o600, device, dir_fd=parent)
         if entry.type != "whiteout":
@@ -233,21 +235,27 @@ class Nodes:
     def opaque(self, descriptor: int) -> None:
         """Mark an open directory as one that hides what is below it."""
         if self._powers.overlay is None:
-            self.incomplete = True
+            self._lacks()
         else:
             os.setxattr(descriptor, self._powers.overlay + "opaque", b"y")
 
     def attribute(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
-        """Set one extended attribute of what is open, or of what its handle leads to."""
+        """Set one extended attribute of what is open, or of what its handle leads to.
+
+        One that Linux does not have is left to the list of entries.
+        """
+        if not is_settable(attribute):
+            if not self.incomplete:
+                self.incomplete = self.foreign_only = True
+            return
         try:
             # As bytes: the locale's encoding is not the layer's.
             os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
         except OSError as error:
-            known = attribute.startswith(_NAMESPACES)
             # An ACL may name IDs that a user namespace does not have.
             unmapped = error.errno == errno.EINVAL and attribute in _ACLS and self._powers.limited
-            if unmapped or (known and error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP)):
-                self.incomplete = True
+            if unmapped or error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
+                self._lacks()
                 return
             what = f"the attribute {attribute[:256]!r} of {shown(path)}"
             if error.errno in _FULL:
@@ -262,6 +270,10 @@ class Nodes:
             if error.errno in (errno.EIO, errno.EROFS):
                 raise named(error, path) from error
             raise UnpackError(f"cannot set {what}: {error.strerror}") from error
+
+    def _lacks(self) -> None:
+        """Note that something could not be made or set."""
+        self.incomplete, self.foreign_only = True, False
 
     def _own(self, descriptor: int, subject: int | str, about: Metadata, *, fresh: bool) -> bool:
         """Give it to whom the entry says; whether it is theirs now."""
@@ -343,7 +355,7 @@ class Nodes:
         for attribute, value in xattrs.items():
             if limited and attribute == OVERRIDE:
                 # A layer must not speak in our place.
-                self.incomplete = True
+                self._lacks()
                 continue
             self.attribute(subject, attribute, value, path)
         if there != stat.S_IFLNK:
@@ -361,12 +373,12 @@ class Nodes:
                 if not os.fstat(descriptor).st_mode & stat.S_ISGID:
                     # Dropped without an error: with a strange group it takes CAP_FSETID.
                     mode &= ~stat.S_ISGID
-                    self.incomplete = True
+                    self._lacks()
         if not limited:
             return
         right = owned and (there == stat.S_IFLNK or mode == about.mode) and kind in _REAL_TYPES
         if not right:
-            self.incomplete = True
+            self._lacks()
         if kind is not None and self._powers.override:
             self._override(subject, None if right else _override(about, kind), fresh=fresh)
 

@@ -54,10 +54,11 @@ def pax_map(
 ) -> SparseMap:
     """The map that is in records or, in format 1.0, at the beginning of the data, which ``read``
     gives or raises."""
-    sizes = {pax[key] for key in (b"GNU.sparse.size", b"GNU.sparse.realsize") if key in pax}
+    keys = (b"GNU.sparse.size", b"GNU.sparse.realsize")
+    sizes = {decimal(pax[key], name, "size") for key in keys if key in pax}
     if len(sizes) != 1:
         raise damaged(name, "a sparse file of no size, or of two")
-    size = decimal(sizes.pop(), name, "size")
+    size = sizes.pop()
     version = (pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor"))
     if version == (b"1", b"0"):
         return _map_in_data(name, read, max_bytes), size

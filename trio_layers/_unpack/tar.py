@@ -358,7 +358,8 @@ class TarReader:
             if size in (0, _FULL):
                 size = decimal(given, self.name, "size")
             elif size != decimal(given, self.name, "size"):
-                raise damaged(self.name, f"its size is {size}, and {given.decode()} in a record")
+                text = given[:64].decode()
+                raise damaged(self.name, f"its size is {size}, and {text} in a record")
         if size < 0:
             raise damaged(self.name, "its size is negative")
         return size

@@ -76,6 +76,8 @@ class TreeWriter:
         self._nodes = Nodes(powers)
         self._check_path = limits.check_path
         self._may_borrow = limits.max_unpacked_bytes
+        self._max_entries = limits.max_entries
+        self._counted = 0
         self._log = log
         self._check = check
         below = None if lower is None else lower.lookup(b"")
@@ -88,9 +90,27 @@ class TreeWriter:
         return tuple(self._state.assumed)
 
     @property
+    def foreign_only(self) -> bool:
+        """Whether these are attributes alone that Linux does not have."""
+        return self._nodes.foreign_only
+
+    @property
     def incomplete(self) -> bool:
         """Whether the list has something that the tree does not."""
         return self._nodes.incomplete
+
+    def count(self, path: bytes) -> None:
+        """Count one more entry, or a directory or name that an entry brings with it.
+
+        Raises:
+            LimitExceeded: if there are more than the limit allows.
+        """
+        self._counted += 1
+        if self._counted > self._max_entries:
+            raise LimitExceeded(
+                f"{shown(path)}: more entries, with the directories that they imply, than the "
+                f"limit max_entries, {self._max_entries}, allows"
+            )
 
     def add(self, member: Member, data: Iterator[Content]) -> None:
         """Take one member; ``data`` is its content, taken for files only.
@@ -207,6 +227,7 @@ class TreeWriter:
             missing.append(path)
             path = split(path)[0]
         for path in reversed(missing):
+            self.count(path)
             below = self._state.below(path)
             if below is not None and below.type == "dir":
                 self._directory(below)
@@ -350,6 +371,7 @@ class TreeWriter:
             self._check()
             if other == target or not self._state.shows(other):
                 continue
+            self.count(other)
             self._ensure(split(other)[0])
             self._join(target, other)
             self._log(link_line(attrs.evolve(entry, path=other), target))

@@ -14,6 +14,7 @@ from .._entries import Entry, Summary, parse_entries
 from .._errors import StoreError
 from .directories import Directories, join, split
 from .fields import shown
+from .members import is_settable
 from .nodes import attributes_of
 from .powers import OVERRIDE
 
@@ -69,7 +70,7 @@ class _Comparison:
         self, root: int, entries: list[Entry], summary: Summary, check: Callable[[], None]
     ) -> None:
         self._entries = entries
-        self._limited = summary.incomplete
+        self._limited = summary.incomplete and not summary.foreign_only
         self._check = check
         self._directories = Directories(root)
         self._children: dict[bytes, set[bytes]] = {}
@@ -165,6 +166,8 @@ class _Comparison:
             handle = f"/proc/self/fd/{descriptor}"
             there = attributes_of(handle)
             for attribute, value in entry.xattrs.items():
+                if not is_settable(attribute):
+                    continue
                 if attribute not in there:
                     if not self._limited:
                         raise _differs(entry.path, f"lacks the attribute {attribute!r}")

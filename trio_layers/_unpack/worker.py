@@ -46,7 +46,9 @@ class Unpacked:
         assumed: What must be so below for the tree to fit (see `holds`). Empty if the layer was
             unpacked on top of its parent.
         needs_lower: The tree is not whole: the layer must be unpacked on top of its parent.
-        incomplete: Something could not be set for lack of privilege; the list of entries has it.
+        incomplete: Something could not be set for lack of privilege, or since Linux does not have
+            such an attribute; the list of entries has it.
+        foreign_only: It is for such attributes alone that it is incomplete.
     """
 
     diff_id: DiffID
@@ -55,6 +57,7 @@ class Unpacked:
     assumed: tuple[bytes, ...]
     needs_lower: bool
     incomplete: bool
+    foreign_only: bool = False
 
 
 def _never() -> None:
@@ -127,11 +130,7 @@ def _unpack(
             source.check()
             source.entry = member.name
             entries += 1
-            if entries > limits.max_entries:
-                raise LimitExceeded(
-                    f"{shown(member.name)}: more entries than the limit max_entries, "
-                    f"{limits.max_entries}, allows"
-                )
+            tree.count(member.name)
             if member.size:
                 source.expect(reader.left, reader.holes)
             tree.add(member, reader.data())
@@ -146,6 +145,7 @@ def _unpack(
         assumed=tree.assumed,
         needs_lower=tree.needs_lower,
         incomplete=tree.incomplete,
+        foreign_only=tree.foreign_only,
     )
     log(summary_line(Summary(**attrs.asdict(unpacked, recurse=False))))
     return unpacked
@@ -305,7 +305,8 @@ class Inflated:
 
     def _inflate(self) -> Iterator[tuple[bytes, int]]:
         """Pieces, and how many bytes of the blob they and those before them took."""
-        decompressor = Decompressor(max_window=self._limits.max_window)
+        limits = self._limits
+        decompressor = Decompressor(max_window=limits.max_window, max_members=limits.max_members)
         compressed = 0
         while data := self._read(_SLICE):
             # Not all input gives output.
