@@ -28,6 +28,7 @@ LEVELS: dict[str, int] = {
     "_errors": 0,
     "_digest": 0,
     "_as_go": 0,
+    "_json": 0,
     "_reference": 0,
     "_platform": 0,
     "_manifest": 0,
@@ -36,6 +37,7 @@ LEVELS: dict[str, int] = {
     "_entries": 0,
     "_choice": 0,
     "_arguments": 0,
+    "_paths": 0,
     # The base: what the rooms agree on.
     "abc": 1,
     "_progress": 1,
@@ -96,7 +98,17 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "ssl": frozenset({"_registry", "testing"}),
 }
 FILES = frozenset(
-    {"_archives", "_logins", "_output", "_store", "_unpack", "_worker", "_workers", "testing"}
+    {
+        "_archives",
+        "_logins",
+        "_output",
+        "_paths",
+        "_store",
+        "_unpack",
+        "_worker",
+        "_workers",
+        "testing",
+    }
 )
 """Who may open files, and call `os` for more than the process's own circumstances."""
 HARMLESS_OS = frozenset(

@@ -36,14 +36,17 @@ from ._errors import LimitExceeded as LimitExceeded
 from ._errors import ManagerClosed as ManagerClosed
 from ._errors import ManifestError as ManifestError
 from ._errors import MountError as MountError
+from ._errors import NetworkSettingError as NetworkSettingError
 from ._errors import NotFound as NotFound
 from ._errors import PlatformError as PlatformError
 from ._errors import RateLimited as RateLimited
 from ._errors import RegistrationError as RegistrationError
 from ._errors import RegistryError as RegistryError
+from ._errors import StoreBusy as StoreBusy
 from ._errors import StoreClosed as StoreClosed
 from ._errors import StoreError as StoreError
 from ._errors import StoreFull as StoreFull
+from ._errors import StoreNotFound as StoreNotFound
 from ._errors import StoreReadOnly as StoreReadOnly
 from ._errors import TransferCancelled as TransferCancelled
 from ._errors import TransferError as TransferError
@@ -79,6 +82,7 @@ from ._store.catalog import StoredImage as StoredImage
 from ._store.check import CheckReport as CheckReport
 from ._store.check import Problem as Problem
 from ._store.collect import Collected as Collected
+from ._store.collect import MountedTree as MountedTree
 from ._store.directory import DirectoryStore as DirectoryStore
 from ._store.memory import MemoryLayer as MemoryLayer
 from ._store.memory import MemoryStore as MemoryStore

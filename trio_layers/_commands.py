@@ -177,6 +177,11 @@ def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination", metavar="DEST", help="a directory, empty or new; -: a tar to stdout"
     )
+    parser.add_argument(
+        "--root-metadata",
+        action="store_true",
+        help="give DEST owner, mode, time and attributes of the image's root",
+    )
 
 
 async def _rootfs(arguments: argparse.Namespace) -> int:
@@ -185,7 +190,9 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
         if stdout is not None:
             await image.rootfs.export_tar(stdout)
             return 0
-        report = await image.rootfs.export(arguments.destination)
+        report = await image.rootfs.export(
+            arguments.destination, root_metadata=arguments.root_metadata
+        )
     if not report.complete:
         missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
         text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)
@@ -239,12 +246,24 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REF",
         help="what to call the image; of several, the one that is called so already",
     )
+    add(
+        "--digest",
+        metavar="DIGEST",
+        help="import the image with this digest (of its manifest, index or config), or prefix",
+    )
+    add(
+        "--all",
+        action="store_true",
+        help="import images without names, too, as localhost/unnamed@DIGEST",
+    )
     _platform_argument(parser)
     add("--json", action="store_true", help="print a JSON object for each image")
     _progress_arguments(parser)
 
 
 async def _import(arguments: argparse.Namespace) -> int:
+    if arguments.all and (arguments.reference or arguments.digest):
+        raise LayersError("--all imports every image: leave out --reference and --digest")
     source = _archive_on_stdin() if arguments.source == "-" else arguments.source
     async with (
         open_store(arguments.store) as store,
@@ -254,6 +273,8 @@ async def _import(arguments: argparse.Namespace) -> int:
             store,
             source,
             reference=arguments.reference,
+            digest=arguments.digest,
+            all=arguments.all,
             platform=arguments.platform,
             progress=progress,
         )
@@ -267,7 +288,12 @@ async def _import(arguments: argparse.Namespace) -> int:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("references", metavar="REF", nargs="+", help="an image in the store")
+    add(
+        "references",
+        metavar="REF",
+        nargs="+",
+        help="the name of an image in the store, or its digest (sha256:…): then all its names",
+    )
     add(
         "destination",
         metavar="DEST",
@@ -447,12 +473,16 @@ async def _gc(arguments: argparse.Namespace) -> int:
     async with open_store(arguments.store) as store:
         collected = await store.collect(dry_run=arguments.dry_run)
     counts = attrs.asdict(collected)
+    mounted = counts.pop("mounted")
     if arguments.json:
-        await say(json.dumps(counts))
+        await say(json.dumps({**counts, "mounted": mounted} if mounted else counts))
     else:
         size = counts.pop("size")
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
         await say(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+        for tree in collected.mounted:
+            where = ", ".join(shown(target) for target in tree.targets) or "out of sight"
+            await say(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
 

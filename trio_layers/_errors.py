@@ -7,6 +7,7 @@ are copied for each pull that waits for them (see `LayersError._again`), so a cl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self, TypeVar
 
 _E = TypeVar("_E", bound="LayersError")
@@ -28,14 +29,17 @@ __all__ = [
     "ManagerClosed",
     "ManifestError",
     "MountError",
+    "NetworkSettingError",
     "NotFound",
     "PlatformError",
     "RateLimited",
     "RegistrationError",
     "RegistryError",
+    "StoreBusy",
     "StoreClosed",
     "StoreError",
     "StoreFull",
+    "StoreNotFound",
     "StoreReadOnly",
     "TransferCancelled",
     "TransferError",
@@ -43,6 +47,7 @@ __all__ = [
     "UnsupportedStore",
     "VerificationError",
     "WorkerError",
+    "is_final",
     "text_of",
 ]
 
@@ -125,12 +130,17 @@ class RegistryError(LayersError):
     Attributes:
         host: The host (and port) that was asked.
         status: The HTTP status it answered with, ``None`` if there was no answer.
+        transient: Whether the same request may succeed a moment later: the connection failed, or
+            the server was busy.
     """
 
-    def __init__(self, message: str, *, host: str, status: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, host: str, status: int | None = None, transient: bool = False
+    ) -> None:
         super().__init__(message)
         self.host = host
         self.status = status
+        self.transient = transient
 
 
 class AuthenticationError(RegistryError):
@@ -150,6 +160,18 @@ class CredentialsError(DoNotRetry):
         self.source = source
 
 
+class NetworkSettingError(DoNotRetry):
+    """An environment variable names a proxy or certificates that cannot be used. Mend or unset it.
+
+    Attributes:
+        variable: Its name, such as ``HTTPS_PROXY`` or ``SSL_CERT_FILE``.
+    """
+
+    def __init__(self, variable: str, problem: str, advice: str) -> None:
+        super().__init__(f"the environment variable {variable}={problem}; {advice}")
+        self.variable = variable
+
+
 class NotFound(RegistryError):
     """The registry does not have it, or does not tell this user that it does."""
 
@@ -164,7 +186,7 @@ class RateLimited(RegistryError):
     def __init__(
         self, message: str, *, host: str, status: int | None = None, retry_after: float | None
     ) -> None:
-        super().__init__(message, host=host, status=status)
+        super().__init__(message, host=host, status=status, transient=True)
         self.retry_after = retry_after
 
 
@@ -270,6 +292,10 @@ class StoreError(DoNotRetry):
     """
 
 
+class StoreBusy(StoreError):
+    """Another process held the store's catalog for too long. Try again."""
+
+
 class StoreClosed(StoreError):
     """The store's block was left, during the call or before it."""
 
@@ -285,6 +311,11 @@ class StoreReadOnly(StoreError):
 class MountError(StoreError):
     """The layers cannot be mounted here, or not so many of them. Exporting them is no matter of
     the kernel."""
+
+
+class StoreNotFound(StoreError):
+    """A directory has no store in it, and none was to be made. Pull or import an image first, or
+    name another directory."""
 
 
 class UnsupportedStore(StoreError):
@@ -312,6 +343,27 @@ class ExportError(LayersError):
     def __init__(self, path: str, reason: str | None) -> None:
         super().__init__(f"cannot export to {path}: {reason}")
         self.path = path
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error is, holds, or was caused by, a `DoNotRetry`."""
+    return any(isinstance(each, DoNotRetry) for each in _all_behind(error))
+
+
+def _all_behind(error: BaseException) -> Iterator[BaseException]:
+    todo, seen = [error], {id(error)}
+    while todo:
+        this = todo.pop()
+        yield this
+        # An exception may be false: a class of others may have a length.
+        cause = this.__cause__
+        behind = [this.__context__ if cause is None and not this.__suppress_context__ else cause]
+        if isinstance(this, BaseExceptionGroup):
+            behind += this.exceptions
+        for other in behind:
+            if other is not None and id(other) not in seen:
+                seen.add(id(other))
+                todo.append(other)
 
 
 def text_of(error: BaseException) -> str:

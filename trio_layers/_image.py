@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
 
 import attrs
+import trio
 
 from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain, parse_digest
 from ._errors import InvalidDigest, ManifestError, VerificationError
@@ -19,7 +21,13 @@ __all__ = [
     "check_storable",
     "choose_stored",
     "layers_of",
+    "off_the_loop",
 ]
+
+T = TypeVar("T")
+
+# Work on so many layers takes about a millisecond, and as long as to go to a thread and back.
+_FEW: Final = 256
 
 
 @attrs.frozen
@@ -47,6 +55,14 @@ def layers_of(
         chain = extend_chain(chain, diff_id)
         layers.append(ImageLayer(descriptor, diff_id, chain))
     return tuple(layers)
+
+
+async def off_the_loop(layers: int, work: Callable[[], T]) -> T:
+    """Do some work on an image's layers: in a thread if they are many. A checkpoint."""
+    if layers > _FEW:
+        return await trio.to_thread.run_sync(work)
+    await trio.lowlevel.checkpoint()
+    return work()
 
 
 def check_storable(digests: Iterable[Digest]) -> None:

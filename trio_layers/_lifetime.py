@@ -7,8 +7,10 @@ end. Only then does the block close its resources, so no call ever meets a close
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import final
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
 
 import trio
 
@@ -16,7 +18,24 @@ from ._blocks import opens_block
 from ._errors import LayersError
 from ._nursery import interruption_in, raise_alone
 
-__all__ = ["Lifetime"]
+__all__ = ["Lifetime", "clean_up_in_thread", "while_open"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+Close: TypeAlias = Callable[[], Awaitable[object]]
+
+
+async def clean_up_in_thread(step: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Run a blocking step of a clean-up in a worker thread. It is not cancelled.
+
+    No limiter holds it back: abandoned threads may have all tokens of trio's default one, and
+    a cancelled task would wait for them.
+    """
+    with trio.CancelScope(shield=True):
+        result = await trio.to_thread.run_sync(step, *args, limiter=trio.CapacityLimiter(1))
+    return result
 
 
 @final
@@ -32,6 +51,7 @@ class Lifetime:
         self._error = error
         self._open = True
         self._calls: dict[trio.CancelScope, None] = {}
+        self._owned: dict[object, Close] = {}
         self._quiet = trio.Event()
 
     def __repr__(self) -> str:
@@ -78,8 +98,27 @@ class Lifetime:
             await trio.lowlevel.checkpoint_if_cancelled()
             raise self._error() from None
 
+    @contextmanager
+    def own(self, close: Close) -> Iterator[None]:
+        """Have `close` call this one, too, unless the block in here ends before.
+
+        For a resource of a caller's block, such as a lock: leaving the object's block frees it
+        although the caller's block goes on.
+
+        Args:
+            close: Frees the resource. It runs when no call is under way any more, must not
+                raise, and must bear to be called twice.
+        """
+        key = object()
+        self._owned[key] = close
+        try:
+            yield
+        finally:
+            self._owned.pop(key, None)
+
     async def close(self) -> None:
-        """Take no more calls, cancel those under way, and wait until they have ended.
+        """Take no more calls, cancel those under way, wait until they have ended, and free what
+        the object owns.
 
         The wait is shielded, and has no deadline: the calls use the resources that the block
         closes next. Every step of a call is cancellable or short.
@@ -90,3 +129,30 @@ class Lifetime:
         if self._calls:
             with trio.CancelScope(shield=True):
                 await self._quiet.wait()
+        with trio.CancelScope(shield=True):
+            # The oldest first: it may hold others, and frees them in its own way.
+            while self._owned:
+                key = next(iter(self._owned))
+                close = self._owned.pop(key)
+                await close()
+
+
+class _HasLifetime(Protocol):
+    @property
+    def _lifetime(self) -> Lifetime: ...
+
+
+S = TypeVar("S", bound=_HasLifetime)
+
+
+def while_open(
+    method: Callable[Concatenate[S, P], Awaitable[T]],
+) -> Callable[Concatenate[S, P], Coroutine[object, object, T]]:
+    """Run each call of an async method inside `Lifetime.use` of its object's ``_lifetime``."""
+
+    @functools.wraps(method)
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._lifetime.use():
+            return await method(self, *args, **kwargs)
+
+    return call

@@ -7,9 +7,8 @@ readers could take for two different things is refused (CVE-2021-41190).
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Final, NoReturn
 
@@ -18,7 +17,8 @@ import attrs
 from ._as_go import decode_base64, without_surrogates
 from ._digest import DiffID, Digest, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
-from ._platform import Platform
+from ._json import AmbiguousJSON, check_names, fold_names, parse_json
+from ._platform import DEFAULT_OS, Platform, host_platform
 
 __all__ = [
     "INDEX_TYPES",
@@ -32,6 +32,7 @@ __all__ = [
     "check_layer_count",
     "decode_config",
     "decode_manifest",
+    "is_artifact",
 ]
 
 MAX_DOCUMENT_SIZE: Final = 4 * 1024 * 1024
@@ -72,10 +73,39 @@ def _layer_types(oci: str, docker: str) -> frozenset[str]:
 
 _FOREIGN_TYPES: Final = _layer_types("nondistributable.", "foreign.")
 _LAYER_TYPES: Final = _layer_types("", "") | _FOREIGN_TYPES
+_LAYER_PREFIXES: Final = (
+    "application/vnd.oci.image.layer.",
+    "application/vnd.docker.image.rootfs.",
+)
 _IN_TOTO: Final = "application/vnd.in-toto"
 
 # What says of a document what it is, and where its parts are.
-_DECISIVE: Final = ("schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers")
+_DECISIVE: Final = fold_names(
+    "schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers"
+)
+_POINTER: Final = fold_names("mediaType", "digest", "size")
+_ROOTFS: Final = fold_names("rootfs")
+_DIFF_IDS: Final = fold_names("type", "diff_ids")
+
+# What else is read of each object. Other spellings of these are common, and harmless alone.
+_MORE_OF_DOCUMENT: Final = fold_names("annotations", "artifactType", "subject")
+_MORE_OF_POINTER: Final = fold_names("urls", "annotations", "platform", "artifactType", "data")
+_PLATFORM: Final = ("os", "architecture", "variant", "os.version", "os.features")
+_MORE_OF_PLATFORM: Final = fold_names(*_PLATFORM)
+_MORE_OF_CONFIG: Final = fold_names(*_PLATFORM, "created", "author", "history", "config")
+_MORE_OF_RUN: Final = fold_names(
+    "Env",
+    "Entrypoint",
+    "Cmd",
+    "WorkingDir",
+    "User",
+    "Labels",
+    "ExposedPorts",
+    "Volumes",
+    "StopSignal",
+    "ArgsEscaped",
+)
+_NONE: Final[Mapping[str, str]] = {}
 
 _TIME: Final = re.compile(
     r"(?P<year>\d{4})(?P<rest>-\d\d-\d\dT\d\d:\d\d:\d\d)"
@@ -198,12 +228,16 @@ class ImageConfig:
     raw: bytes = attrs.field(default=b"", repr=False)
 
 
-def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
+def decode_manifest(
+    data: bytes, media_type: str, *, null_is_empty: bool = False
+) -> Manifest | Index:
     """Decode a manifest or an index.
 
     Args:
         data: The document as it was served.
         media_type: What it was served as, without parameters: this decides what it is.
+        null_is_empty: Whether ``layers`` and ``manifests`` may be missing or null and count as
+            empty then, as in Go's decoders. The specification requires arrays.
 
     Raises:
         ManifestError: if it is of another type, larger than `MAX_DOCUMENT_SIZE`, not valid, or
@@ -220,7 +254,7 @@ def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
         )
     kind = "manifest" if media_type in MANIFEST_TYPES else "index"
     document = _decode(data, kind)
-    _check_spelling(document, _DECISIVE, kind)
+    _check_names(document, kind, _DECISIVE, _MORE_OF_DOCUMENT)
     version = document.get("schemaVersion")
     if type(version) is not int or version != 2:
         _refuse(f"{kind}: schemaVersion is {_show(version)}, not 2")
@@ -236,11 +270,11 @@ def decode_manifest(data: bytes, media_type: str) -> Manifest | Index:
     artifact_type = _text(document.get("artifactType"), f"{kind}: artifactType") or None
     _optional_object(document.get("subject"), f"{kind}: subject")
     if kind == "index":
-        return Index(media_type, _descriptors(document, "manifests"), annotations)
+        return Index(media_type, _descriptors(document, "manifests", null_is_empty), annotations)
     return Manifest(
         media_type,
         _descriptor(document.get("config"), "config"),
-        _descriptors(document, "layers"),
+        _descriptors(document, "layers", null_is_empty),
         artifact_type,
         annotations,
     )
@@ -267,6 +301,20 @@ def check_image(manifest: Manifest) -> None:
             _refuse(f"layer {layer.digest} has an unsupported type, {_show(layer.media_type)}")
 
 
+def is_artifact(manifest: Manifest) -> bool:
+    """Tell artifacts, signatures and attestations from images.
+
+    An image with layers of an unsupported kind is an image still. `check_image` refuses both.
+    """
+    if manifest.config.media_type not in _CONFIG_TYPES:
+        return True
+    if manifest.artifact_type is not None and manifest.artifact_type not in _CONFIG_TYPES:
+        return True
+    # A signature of cosign's has the config of an image.
+    types = [layer.media_type for layer in manifest.layers]
+    return bool(types) and not any(each.startswith(_LAYER_PREFIXES) for each in types)
+
+
 def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
     """Check that manifest and config speak of the same layers, as far as numbers tell.
 
@@ -278,28 +326,32 @@ def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
         _refuse(f"the manifest has {layers} layers, but the image config has {diff_ids} diff IDs")
 
 
-def decode_config(data: bytes) -> ImageConfig:
+def decode_config(data: bytes, platform: Platform | None = None) -> ImageConfig:
     """Decode an image config.
+
+    Args:
+        data: The document as it was served.
+        platform: Completes a config without operating system or architecture, which pack and ko
+            write: the platform in the entry of an index. ``None``: the host's.
 
     Raises:
         ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
     """
     document = _decode(data, "image config")
-    _check_spelling(document, ("rootfs",), "image config")
+    _check_names(document, "image config", _ROOTFS, _MORE_OF_CONFIG)
     rootfs = _object(document.get("rootfs"), "image config: rootfs")
-    _check_spelling(rootfs, ("type", "diff_ids"), "image config: rootfs")
+    _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
     if rootfs.get("type") != "layers":
         _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
-    diff_ids = _list(rootfs.get("diff_ids"), "image config: rootfs.diff_ids")
-    platform = _platform(document, "image config")
-    for member in ("os", "architecture"):
-        if not document.get(member):
-            _refuse(f"image config: {member} is missing")
+    # Docker leaves out an empty list (moby image/rootfs.go), and Go writes one that is nil as null.
+    value = rootfs.get("diff_ids")
+    diff_ids = [] if value is None else _list(value, "image config: rootfs.diff_ids")
     _check_history(document)
     run = _optional_object(document.get("config"), "image config: config")
+    _check_names(run, "image config: config", _NONE, _MORE_OF_RUN)
     _check_flag(run.get("ArgsEscaped"), "image config: ArgsEscaped")
     return ImageConfig(
-        platform,
+        _complete(_platform(document, "image config"), platform),
         tuple(DiffID(_digest(each, "image config: rootfs.diff_ids")) for each in diff_ids),
         _time(document.get("created"), "image config: created"),
         env=_texts(run.get("Env"), "image config: Env"),
@@ -315,16 +367,21 @@ def decode_config(data: bytes) -> ImageConfig:
     )
 
 
-def _descriptors(document: Mapping[str, object], member: str) -> tuple[Descriptor, ...]:
+def _descriptors(
+    document: Mapping[str, object], member: str, null_is_empty: bool
+) -> tuple[Descriptor, ...]:
+    values = document.get(member)
+    if values is None and null_is_empty:
+        return ()
     return tuple(
         _descriptor(value, f"{member}[{index}]")
-        for index, value in enumerate(_list(document.get(member), member))
+        for index, value in enumerate(_list(values, member))
     )
 
 
 def _descriptor(value: object, where: str) -> Descriptor:
     members = _object(value, where)
-    _check_spelling(members, ("mediaType", "digest", "size"), where)
+    _check_names(members, where, _POINTER, _MORE_OF_POINTER)
     media_type = _text(members.get("mediaType"), f"{where}.mediaType")
     if not media_type:
         _refuse(f"{where}.mediaType is missing")
@@ -347,6 +404,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
 
 def _platform(value: object, where: str) -> Platform:
     members = _object(value, where)
+    _check_names(members, where, _NONE, _MORE_OF_PLATFORM)
     platform = Platform(
         _text(members.get("os"), f"{where}.os"),
         _text(members.get("architecture"), f"{where}.architecture"),
@@ -360,18 +418,32 @@ def _platform(value: object, where: str) -> Platform:
     return platform
 
 
+def _complete(platform: Platform, default: Platform | None) -> Platform:
+    """Fill in the members that a config leaves empty."""
+    if platform.os and platform.architecture:
+        return platform
+    if default is None or not default.architecture:
+        default = host_platform()
+    if platform.architecture:
+        return attrs.evolve(platform, os=default.os or DEFAULT_OS)
+    return attrs.evolve(
+        platform,
+        os=platform.os or default.os or DEFAULT_OS,
+        architecture=default.architecture,
+        variant=platform.variant or default.variant,
+    )
+
+
 def _decode(data: bytes, kind: str) -> Mapping[str, object]:
     if len(data) > MAX_DOCUMENT_SIZE:
         _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
-        value: object = json.loads(data.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except AmbiguousJSON as error:
+        raise ManifestError(f"{kind}: ambiguous, since {error}") from error
+    except ValueError as error:
         raise ManifestError(f"{kind}: not JSON ({error})") from error
     return _object(value, kind)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _object(value: object, where: str) -> Mapping[str, object]:
@@ -430,6 +502,8 @@ def _check_history(document: Mapping[str, object]) -> None:
     _text(document.get("author"), "image config: author")
     history = document.get("history")
     for index, value in enumerate([] if history is None else _list(history, "history")):
+        if value == {}:
+            continue  # a million of these fit into a document
         where = f"image config: history[{index}]"
         entry = _optional_object(value, where)
         _time(entry.get("created"), f"{where}.created")
@@ -451,12 +525,17 @@ def _check_base64(value: object, where: str) -> None:
         _refuse(f"{where} is not base64")
 
 
-def _check_spelling(document: Mapping[str, object], names: Iterable[str], where: str) -> None:
-    """Go's readers take a name in any case for a member's, and others do not."""
-    for name in document:
-        for known in names:
-            if name != known and name.casefold() == known.casefold():
-                _refuse(f"{where}: ambiguous, since some readers take {_show(name)} for {known!r}")
+def _check_names(
+    members: Mapping[str, object],
+    where: str,
+    exact: Mapping[str, str],
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """`check_names`, of an object of an image's documents."""
+    try:
+        check_names(members, exact, others)
+    except AmbiguousJSON as error:
+        raise ManifestError(f"{where}: ambiguous, since {error}") from error
 
 
 def _texts(value: object, where: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import attrs
 from ._arguments import check_type
 from ._errors import PlatformError
 
-__all__ = ["Platform", "choose", "host_platform", "order", "parse_platform"]
+__all__ = ["DEFAULT_OS", "Platform", "choose", "host_platform", "order", "parse_platform"]
 
 # Layers are unpacked for Linux, wherever this runs.
 DEFAULT_OS: Final = "linux"

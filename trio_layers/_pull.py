@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Final, Literal, TypeAlias, final, get_args
 
 import attrs
@@ -14,7 +15,7 @@ from ._arguments import check_choice, check_path, check_seconds, check_sink, che
 from ._blocks import opens_block
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
-from ._errors import StoreError
+from ._errors import ManagerClosed, StoreError
 from ._image import (
     ImageLayer,
     ImageSource,
@@ -22,10 +23,12 @@ from ._image import (
     check_storable,
     choose_stored,
     layers_of,
+    off_the_loop,
 )
+from ._lifetime import Lifetime, while_open
 from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
-from ._progress import Status
+from ._progress import Progress, Status
 from ._reference import Reference, parse_reference
 from ._registry.answers import RateLimit
 from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
@@ -76,6 +79,7 @@ async def open_store(
     path: str | os.PathLike[str],
     *,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
+    create: bool = True,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -87,8 +91,10 @@ async def open_store(
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         limits: How much a layer may hold that is unpacked in the block. Layers that are there
             stay, whatever they hold.
+        create: Whether a store is made where there is none.
 
     Raises:
+        StoreNotFound: if there is no store, and none is to be made.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
             user. Nothing in it is changed.
         StoreReadOnly: if it cannot be written.
@@ -98,7 +104,9 @@ async def open_store(
     """
     check_path("path", path, "the path of a store's directory")
     async with open_workers(limits) as workers:
-        opened = directory.open_store(path, unpacker=Unpacker(limits), builder=workers)
+        opened = directory.open_store(
+            path, unpacker=Unpacker(limits), builder=workers, create=create
+        )
         async with opened as store:
             yield store
 
@@ -141,7 +149,8 @@ async def open_puller(
         max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
             90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.
-        retry_tick: Seconds between two steps of the countdown to another attempt.
+        retry_tick: Seconds between two steps of the countdown to another attempt at a layer;
+            those between attempts at other requests scale with it.
         limits: How much a layer may hold; ``None``: the defaults, or those of an open store.
 
     Raises:
@@ -169,6 +178,7 @@ async def open_puller(
                 tls_verify=tls_verify,
                 hosts_dir=hosts_dir,
                 stall_limit=stall_limit,
+                retry_tick=retry_tick,
                 # Some more, so that downloads never hold up those who ask for a manifest.
                 max_connections=(max_concurrent_downloads or UNLIMITED_DOWNLOADS) + 10,
             )
@@ -181,7 +191,9 @@ async def open_puller(
                 retry_tick=retry_tick,
             )
         )
-        yield Puller(store, registry, manager)
+        lifetime = Lifetime(lambda: ManagerClosed("the puller was closed"))
+        stack.push_async_callback(lifetime.close)
+        yield Puller(store, registry, manager, lifetime)
 
 
 @final
@@ -189,8 +201,13 @@ class Puller:
     """Pulls images into a store. It comes from `open_puller`."""
 
     def __init__(
-        self, store: DirectoryStore, registry: RegistryClient, manager: DownloadManager
+        self,
+        store: DirectoryStore,
+        registry: RegistryClient,
+        manager: DownloadManager,
+        lifetime: Lifetime,
     ) -> None:
+        self._lifetime = lifetime
         self._store = store
         self._registry = registry
         self._manager = manager
@@ -208,6 +225,7 @@ class Puller:
         ``registry-1.docker.io``."""
         return self._registry.rate_limits
 
+    @while_open
     async def resolve(
         self, reference: str | Reference, *, platform: str | Platform | None = None
     ) -> ResolvedImage:
@@ -224,15 +242,33 @@ class Puller:
             HostsError: if what ``hosts_dir`` has for the registry cannot be used.
             RegistryError: if it cannot be had; its subclasses say why.
             VerificationError: if what came is not what was asked for.
+            ManagerClosed: if the puller's block was left, before or meanwhile.
         """
-        reference, platform = _parsed(reference, platform)
-        return await self._registry.resolve_image(
+        return await self._resolve(*_parsed(reference, platform), None)
+
+    async def _resolve(
+        self, reference: Reference, platform: Platform | None, progress: ProgressSink | None
+    ) -> ResolvedImage:
+        announced = False
+
+        async def announce(action: str) -> None:
+            nonlocal announced
+            assert progress is not None
+            announced = True
+            await progress(Progress(str(reference), action))
+
+        resolved = await self._registry.resolve_image(
             reference,
             platform=platform,
             known=self._store.find_document,
             # Docker Hub does not count those.
             head_first=bool(await self._store.images(str(reference))),
+            announce=None if progress is None else announce,
         )
+        if announced:
+            # Else the countdown would be the last word on a terminal.
+            await announce(Status.DOWNLOAD_COMPLETE)
+        return resolved
 
     @opens_block
     async def pull(
@@ -257,91 +293,115 @@ class Puller:
                 an image that the store has under this reference, for this platform, is taken
                 as it is, and with ``"never"`` there is no other: both do without a network then.
             progress: Takes the pull's events; see `DownloadManager.download`. There are none for
-                an image that is taken from the store.
+                an image that is taken from the store. Further attempts at a manifest, a config or
+                a token show as ``Retrying in 2 seconds`` and the like, by the reference's ID, in
+                full: ``docker.io/library/debian:12``.
 
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
             StoreError: if the image is not in the store, and never to be pulled.
             ValueError: for another policy.
+            ManagerClosed: if the puller's block was left, before or meanwhile.
         """
         check_choice("policy", policy, get_args(PullPolicy))
         check_sink(progress)
         reference, platform = _parsed(reference, platform)
+        # Leaving the puller ends the entry in any task, but not the caller's block.
+        async with self._lifetime.use(), AsyncExitStack() as entering:
+            image = await self._enter(entering, reference, platform, policy, progress)
+            stack = entering.pop_all()
+        async with stack:
+            yield image
+
+    async def _enter(
+        self,
+        stack: AsyncExitStack,
+        reference: Reference,
+        platform: Platform | None,
+        policy: PullPolicy,
+        progress: ProgressSink | None,
+    ) -> Image:
+        """Get an image into the store. It stays there until the stack is left."""
         if policy != "always":
-            async with self._open_stored(reference, platform) as image:
-                if image is not None:
-                    yield image
-                    return
+            image = await self._find_stored(stack, reference, platform)
+            if image is not None:
+                return image
         if policy == "never":
             what = f" for {platform}" if platform else ""
             raise StoreError(f"{reference}{what} is not in the store: pull it")
-        resolved = await self.resolve(reference, platform=platform)
-        layers = layers_of(resolved.layers, resolved.diff_ids)
-        digests = tuple(_digests_of(resolved, layers))
-        check_storable([*digests, *resolved.diff_ids])
-        async with self._store.lease(*digests):
-            sources = [
-                _RegistryLayer(self._store, self._registry, resolved.reference, layer)
-                for layer in layers
-            ]
-            # One look-up for all layers, where they are there.
-            top = await self._store.find(layers[-1].chain_id) if layers else None
-            async with self._manager.download(sources, progress=progress) as rootfs:
-                del top
-                check_diff_ids(layers, rootfs)
-                chain = rootfs.chain_id
-                await self._store.put_image(
-                    str(resolved.reference),
-                    manifest=resolved.descriptor,
-                    config=resolved.manifest.config,
-                    platform=str(resolved.config.platform),
-                    chain_id=chain,
-                    index=resolved.index,
-                    documents=_documents_of(resolved),
-                )
-                yield Image(
-                    reference=str(resolved.reference),
-                    digest=resolved.descriptor.digest,
-                    platform=resolved.config.platform,
-                    config=resolved.config,
-                    layers=layers,
-                    rootfs=await self._store.rootfs(chain),
-                )
+        resolved = await self._resolve(reference, platform, progress)
+        count = len(resolved.layers)
+        sources = await off_the_loop(count, partial(self._sources_of, resolved))
+        layers = tuple(source.layer for source in sources)
+        digests = await off_the_loop(count, partial(_storable_digests, resolved, layers))
+        await stack.enter_async_context(self._store.lease(*digests))
+        # One look-up for all layers, where they are there.
+        top = await self._store.find(layers[-1].chain_id) if layers else None
+        download = self._manager.download(sources, progress=progress)
+        rootfs = await stack.enter_async_context(download)
+        del top
+        check_diff_ids(layers, rootfs)
+        # Not that of ``rootfs``, which would be hashed once more.
+        chain = layers[-1].chain_id if layers else None
+        await self._store.put_image(
+            str(resolved.reference),
+            manifest=resolved.descriptor,
+            config=resolved.manifest.config,
+            platform=str(resolved.config.platform),
+            chain_id=chain,
+            index=resolved.index,
+            documents=_documents_of(resolved),
+        )
+        return Image(
+            reference=str(resolved.reference),
+            digest=resolved.descriptor.digest,
+            platform=resolved.config.platform,
+            config=resolved.config,
+            layers=layers,
+            rootfs=await self._store.rootfs(chain),
+        )
 
-    @asynccontextmanager
-    async def _open_stored(
-        self, reference: Reference, platform: Platform | None
-    ) -> AsyncIterator[Image | None]:
-        """An image of the store, kept there for the block; ``None`` if there is none."""
+    def _sources_of(self, resolved: ResolvedImage) -> list[_RegistryLayer]:
+        return [
+            _RegistryLayer(self._store, self._registry, resolved.reference, layer)
+            for layer in layers_of(resolved.layers, resolved.diff_ids)
+        ]
+
+    async def _find_stored(
+        self, stack: AsyncExitStack, reference: Reference, platform: Platform | None
+    ) -> Image | None:
+        """An image of the store, kept there until the stack is left; ``None`` if there is none."""
         stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
-            yield None
-            return
+            return None
         index = None if stored.index is None else stored.index.digest
         held = (stored.manifest.digest, stored.config.digest, index, stored.chain_id)
-        async with self._store.lease(*held):
+        async with AsyncExitStack() as lease:
+            await lease.enter_async_context(self._store.lease(*held))
             if await self._store.image(stored.reference, stored.platform) != stored:
-                # Removed, or replaced, before it was held.
-                yield None
-                return
+                return None  # removed, or replaced, before it was held
             manifest_bytes = await self._store.read_blob(stored.manifest.digest)
             config_bytes = await self._store.read_blob(stored.config.digest)
             manifest = await trio.to_thread.run_sync(
                 decode_manifest, manifest_bytes, stored.manifest.media_type
             )
-            config = await trio.to_thread.run_sync(decode_config, config_bytes)
+            listed = None if stored.platform is None else parse_platform(stored.platform)
+            config = await trio.to_thread.run_sync(decode_config, config_bytes, listed)
             assert isinstance(manifest, Manifest)
             if stored.chain_id is None and manifest.layers:
-                yield None  # its layers were never unpacked
-                return
-            yield Image(
-                reference=str(reference),
-                digest=stored.manifest.digest,
-                platform=config.platform,
-                config=config,
-                layers=layers_of(manifest.layers, config.diff_ids),
-                rootfs=await self._store.rootfs(stored.chain_id),
-            )
+                return None  # its layers were never unpacked
+            stacked = partial(layers_of, manifest.layers, config.diff_ids)
+            layers = await off_the_loop(len(manifest.layers), stacked)
+            rootfs = await self._store.rootfs(stored.chain_id)
+            stack.push_async_exit(lease.pop_all())
+        return Image(
+            reference=str(reference),
+            digest=stored.manifest.digest,
+            platform=config.platform,
+            config=config,
+            layers=layers,
+            rootfs=rootfs,
+        )
 
 
 def _documents_of(resolved: ResolvedImage) -> dict[Digest, bytes]:
@@ -364,8 +424,18 @@ def _parsed(
     return reference, platform
 
 
+def _storable_digests(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> list[Digest]:
+    """All that an image consists of: what its lease has to hold from the first byte on.
+
+    Raises:
+        ManifestError: as `check_storable` does.
+    """
+    digests = list(_digests_of(resolved, layers))
+    check_storable([*digests, *resolved.diff_ids])
+    return digests
+
+
 def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iterator[Digest]:
-    """All that an image consists of: what its lease has to hold from the first byte on."""
     yield resolved.descriptor.digest
     yield resolved.manifest.config.digest
     if resolved.index is not None:
@@ -388,6 +458,7 @@ class _RegistryLayer(ImageSource):
         layer: ImageLayer,
     ) -> None:
         super().__init__(layer)
+        self.layer = layer
         self._store = store
         self._registry = registry
         self._reference = reference

@@ -23,11 +23,13 @@ from archives.world import (
     small_image,
     tar_of,
 )
+from layers.swapping import plant_link, swapped
 from store.world import Stream, visible
 
 from trio_layers import (
     DirectoryStore,
     ExportError,
+    InvalidDigest,
     InvalidReference,
     PlatformError,
     StoredImage,
@@ -187,6 +189,75 @@ async def test_one_of_several_platforms(tmp_path: Path) -> None:
             await export_images(store, NAME, Sink(), platform="linux/s390x")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+async def test_by_digest(tmp_path: Path, format: str) -> None:
+    """Of the manifest, or of the config: all names of the image, and no other image's."""
+    image, other = IMAGES["plain"], small_image("another")
+    async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as target:
+        for name in ("a:1", "b:1"):
+            await put(store, image, name)
+        await put(store, other, "c:1")
+        [unnamed] = await import_images(
+            store, Stream(tar_of(oci_image(small_image("unnamed"), ""))), all=True
+        )
+        for number, digest in enumerate((image.digest, image.config_descriptor.digest)):
+            path = tmp_path / f"target{number}"
+            await export_images(store, [digest, "a:1", digest], path, format=format)
+            images = await import_images(target, path)
+            assert [each.reference.rpartition("/")[2] for each in images] == ["a:1", "b:1"]
+            assert {each.config.digest for each in images} == {image.config_descriptor.digest}
+        for number, name in enumerate((unnamed.manifest.digest, unnamed.reference)):
+            path = tmp_path / f"unnamed{number}"
+            await export_images(store, name, path, format=format)
+            [again] = await import_images(target, path, all=True)
+            assert again.config == unnamed.config
+            assert again.reference == f"localhost/unnamed@{again.manifest.digest}"
+        with pytest.raises(StoreError, match=f"{IMAGES['docker'].digest} is not in the store"):
+            await export_images(store, IMAGES["docker"].digest, tmp_path / "none", format=format)
+        with pytest.raises(StoreError, match=r"for linux/arm64 is not in the store"):
+            await export_images(
+                store, image.digest, tmp_path / "none", format=format, platform="linux/arm64"
+            )
+        with pytest.raises(InvalidDigest):
+            await export_images(store, "sha256:abc", tmp_path / "none", format=format)
+        assert not (tmp_path / "none").exists()
+
+
+async def test_names_that_clash(tmp_path: Path) -> None:
+    """A docker-archive has no place for digests and platforms; an OCI layout has."""
+    amd, arm = (small_image(p, platform=f"linux/{p}") for p in ("amd64", "arm64"))
+    pinned = [f"r.io/x:1@{image.digest}" for image in (amd, arm)]
+    async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as other:
+        for image, name in zip((amd, arm), pinned, strict=True):
+            await put(store, image, name)
+            await put(store, image, "both:1")
+        for names in (pinned, [amd.digest, arm.digest]):
+            with pytest.raises(ExportError, match="would stand for two images") as caught:
+                await export_images(store, names, tmp_path / "target", format="docker-archive")
+            assert amd.digest in str(caught.value)
+            assert arm.digest in str(caught.value)
+            assert not (tmp_path / "target").exists()
+        # Two names that become one tag of one image are fine.
+        await put(store, amd, "r.io/x:1")
+        sink = Sink()
+        await export_images(store, [pinned[0], "r.io/x:1"], sink, format="docker-archive")
+        [image] = await import_images(other, Stream(bytes(sink.data)))
+        assert image.reference == "r.io/x:1"
+        for format in ("oci-archive", "oci"):
+            await export_images(store, [*pinned, amd.digest], tmp_path / format, format=format)
+            for name, built in zip(pinned, (amd, arm), strict=True):
+                [image] = await import_images(other, tmp_path / format, reference=name)
+                assert (image.reference, image.manifest.digest) == (name, built.digest)
+            await export_images(
+                store, [amd.digest, arm.digest], tmp_path / f"all-{format}", format=format
+            )
+            for built, platform in ((amd, "linux/amd64"), (arm, "linux/arm64")):
+                [image] = await import_images(
+                    other, tmp_path / f"all-{format}", reference="both:1", platform=platform
+                )
+                assert image.manifest.digest == built.digest
+
+
 async def test_a_layer_that_came_from_another_blob(tmp_path: Path) -> None:
     """It was not downloaded again, so the image's own blob is not there; the layer is."""
     first, second = small_image(compression="gzip"), small_image(compression="zstd")
@@ -275,6 +346,34 @@ async def test_what_appears_meanwhile_is_not_replaced(
             await export_images(store, NAME, target, format=format)
     assert target.read_bytes() == b"mine"
     assert sorted(os.listdir(tmp_path)) == ["store", "target"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be another user")
+@pytest.mark.parametrize("format", ["oci-archive", "oci"])
+@pytest.mark.parametrize("owner", [0, 1234])
+async def test_another_user_exchanges_the_directory_for_a_link(
+    tmp_path: Path, format: str, owner: int
+) -> None:
+    """The archive is in that user's directory, or nowhere."""
+    real, link, victim = plant_link(tmp_path, owner=owner)
+    done = refused = 0
+    async with opened(tmp_path / "store") as store:
+        await put(store, IMAGES["nothing"])
+        with swapped(real, link):
+            for number in range(3000):
+                if min(done, refused) > 20:
+                    break
+                try:
+                    await export_images(store, NAME, real / f"{number}", format=format)
+                except ExportError:
+                    refused += 1
+                else:
+                    done += 1
+                assert os.listdir(victim) == []
+    there = {name for path in (real, link) for name in os.listdir(path)}
+    assert len(there) == done
+    assert done
+    assert refused
 
 
 @pytest.mark.parametrize("format", FORMATS)

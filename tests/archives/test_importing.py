@@ -9,6 +9,7 @@ import lzma
 import tarfile
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from archives.world import (
@@ -28,6 +29,7 @@ from archives.world import (
     ref_name,
     small_image,
     tar_of,
+    write_layout,
 )
 from store.world import Stream, visible
 
@@ -42,14 +44,17 @@ from trio_layers import (
     RegistrationError,
     Status,
     StoredImage,
+    StoreError,
     UnpackError,
     VerificationError,
     import_images,
+    open_store,
 )
-from trio_layers._archives import importing, reading
+from trio_layers._archives import candidates, importing, reading
 from trio_layers._compression import zstd
 from trio_layers._digest import digest_of
 from trio_layers._manifest import decode_manifest
+from trio_layers._store import directory, layout
 from trio_layers.testing import build_image, build_index, sample_image
 
 IMAGE = small_image()
@@ -61,13 +66,6 @@ AMD_AND_ARM = build_index([small_image("amd"), ARM])
 
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
-    return path
-
-
-def write_layout(path: Path, members: Members) -> Path:
-    for name, data in members.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
     return path
 
 
@@ -555,7 +553,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "another config": (
         {**DOCKER, CONFIG: OTHER.config},
         VerificationError,
-        f"'{CONFIG}' is damaged.*{OTHER.config_descriptor.digest}",
+        f"'0/layer.tar' is {IMAGE.diff_ids[0]}, but the image's config says {OTHER.diff_ids[0]}",
     ),
     "no layer": (changed(DOCKER, **{"1/layer.tar": None}), ArchiveError, "lacks '1/layer.tar'"),
     "another layer": (
@@ -688,20 +686,151 @@ async def test_what_is_no_file(tmp_path: Path) -> None:
 async def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive may not grow without end, in bytes or in members."""
     data = gzip.compress(tar_of({**DOCKER, "zeros": bytes(10 << 20)}))
-    async with opened(tmp_path) as store:
+    limits = Limits(max_ratio=100, max_ratio_from=1 << 20)
+    async with open_store(tmp_path, limits=limits) as store:
         monkeypatch.setattr(reading, "MAX_MEMBERS", 5)
         with pytest.raises(ArchiveError, match="more than 5 members"):
             await import_images(store, Stream(data))
         monkeypatch.undo()
-        monkeypatch.setattr(
-            reading, "Limits", lambda: Limits(max_ratio=100, max_ratio_from=1 << 20)
-        )
         with pytest.raises(ArchiveError, match=r"'zeros'.*limit max_ratio"):
             await import_images(store, Stream(data))
         monkeypatch.setattr(importing, "MAX_LAYERS", 1)
         with pytest.raises(ArchiveError, match="more than 1 layers"):
             await import_images(store, Stream(tar_of(DOCKER)))
         assert visible(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["stored", "compressed", "sparse"])
+async def test_limits_of_the_store_hold_for_all_members(tmp_path: Path, kind: str) -> None:
+    """Any member may be a layer, until the lists of images have come: it may not be larger."""
+    big = tmp_path / "unused.bin"
+    with big.open("wb") as file:
+        file.truncate(8 << 20)
+    members = write_layout(tmp_path / "members", DOCKER)
+    sparse = ["--sparse"] if kind == "sparse" else []
+    command = ["tar", "--create", *sparse, f"--directory={tmp_path}", "unused.bin"]
+    done = await trio.run_process(
+        [*command, f"--directory={members}", *DOCKER], capture_stdout=True
+    )
+    data = gzip.compress(done.stdout) if kind == "compressed" else done.stdout
+    async with open_store(tmp_path / "store", limits=Limits(max_unpacked_bytes=5 << 20)) as store:
+        for source in (Stream(data), write(tmp_path / "archive", data)):
+            with pytest.raises(ArchiveError, match=r"'unused.bin'.*max_unpacked_bytes is 5242880"):
+                await import_images(store, source)
+            assert not leftovers(tmp_path / "store")
+        # Documents have a limit of their own.
+        small = tar_of({**DOCKER, "unused": bytes(4 << 20)})
+        [image] = await import_images(store, Stream(small))
+        assert image.reference == NAME
+
+
+async def test_directories_are_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of an archive may hold millions of members that nothing is kept of."""
+    monkeypatch.setattr(reading, "MAX_MEMBERS", 10)
+    directories = {f"{n}/": link(f"{n}/", "", tarfile.DIRTYPE) for n in range(11)}
+    async with opened(tmp_path) as store:
+        with pytest.raises(ArchiveError, match="more than 10 members"):
+            await import_images(store, Stream(tar_of({**directories, **DOCKER})))
+
+
+# Thousands of names.
+
+
+def many_names(count: int) -> dict[str, Members]:
+    names = [f"docker.io/library/name{number}:1" for number in range(count)]
+    entries = [entry_of(IMAGE, **ref_name(name)) for name in names]
+    one = docker_members(IMAGE, *names)
+    [entry] = json.loads(one["manifest.json"])
+    several = as_json([{**entry, "RepoTags": [name]} for name in names])
+    return {
+        "tags of one entry": one,
+        "an entry for each": {**one, "manifest.json": several},
+        "entries of an index": oci_members(entries, IMAGE),
+        "both": {**one, **oci_members(entries, IMAGE)},
+    }
+
+
+@pytest.mark.parametrize("kind", many_names(1))
+async def test_names_are_put_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One transaction and one ``index.json`` for all; statements grow as names do."""
+    written: list[Path] = []
+    replace = directory.replace_file
+
+    def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
+        written.append(path)
+        replace(path, data, temporary=temporary)
+
+    statements: list[str] = []
+    async with opened(tmp_path) as store:
+        monkeypatch.setattr(directory, "replace_file", replace_file)
+        await import_images(store, Stream(tar_of(OCI)), reference="first:1")
+        store._catalog._connection.set_trace_callback(statements.append)
+        counts = []
+        for count in (100, 200):
+            statements.clear()
+            written.clear()
+            images = await import_images(store, Stream(tar_of(many_names(count)[kind])))
+            assert len(images) == count
+            assert len(written) == 1
+            counts.append(sum(not each.startswith("--") for each in statements))
+        store._catalog._connection.set_trace_callback(None)
+        assert counts[1] - counts[0] < 100 * 6
+        assert len(await store.images()) == 201
+        assert not (await store.check()).problems
+
+
+async def test_a_name_costs_later_ones_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an image with thousands of names ``index.json`` is worked out once, not for each."""
+    encoded: list[object] = []
+    encode = layout._encode_entry
+
+    def encode_entry(*args: object) -> str:
+        encoded.append(args)
+        return encode(*args)
+
+    async with opened(tmp_path) as store:
+        data = tar_of(many_names(1000)["tags of one entry"])
+        images = await import_images(store, Stream(data))
+        monkeypatch.setattr(layout, "_encode_entry", encode_entry)
+        await import_images(store, Stream(tar_of(oci_image(OTHER))))
+        assert len(encoded) == 2
+        assert len(json.loads((tmp_path / "index.json").read_bytes())["manifests"]) == 1001
+        [again] = await import_images(store, tmp_path, reference=images[500].reference)
+        assert again == images[500]
+
+
+async def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "MAX_NAMES", 5)
+    async with opened(tmp_path) as store:
+        for members in many_names(6).values():
+            with pytest.raises(ArchiveError, match="more than 5 names"):
+                await import_images(store, Stream(tar_of(members)))
+        monkeypatch.setattr(candidates, "MAX_LISTED", 3)
+        nested = oci_members([entry_of(AMD_AND_ARM)], AMD_AND_ARM)
+        with pytest.raises(ArchiveError, match="more than 3 entries in indexes"):
+            await import_images(store, Stream(tar_of(nested)), all=True)
+        assert await store.images() == []
+
+
+async def test_all_names_or_none(tmp_path: Path) -> None:
+    """A failure between two leaves neither."""
+    async with opened(tmp_path) as store:
+        [image] = await import_images(store, Stream(tar_of(OCI)))
+        await store.remove(NAME)
+        lacking = attrs.evolve(image, reference="b:1", config=OTHER.config_descriptor)
+        for wrong in (lacking, attrs.evolve(image, chain_id="sha256:" + "0" * 64)):
+            with pytest.raises(StoreError, match="lacks the"):
+                await store.put_images([image, wrong])
+            assert await store.images() == []
+        with pytest.raises(PlatformError):
+            await store.put_images([image, attrs.evolve(image, platform="no/such/one/at/all")])
+        await store.put_images([image, attrs.evolve(image, reference="c:1")])
+        assert len(await store.images()) == 2
+        await store.put_images([])
 
 
 async def test_a_layer_that_is_none(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def unpacked(image: str, work: Path) -> dict[str, Node]:
 
 
 async def exported(store: DirectoryStore, image: StoredImage, path: Path) -> dict[str, Node]:
-    await (await store.rootfs(image.chain_id)).export(path)
+    await (await store.rootfs(image.chain_id)).export(path, root_metadata=True)
     return describe(path)
 
 

@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import trio
 
-from trio_layers import DirectoryStore, Entry, StoredImage, open_store
+from trio_layers import Descriptor, DirectoryStore, Entry, StoredImage, open_store
+from trio_layers._digest import digest_of
 from trio_layers.testing import Built, BuiltImage, File, build_image
 
 NAME = "docker.io/library/demo:1"
@@ -26,6 +28,22 @@ def small_image(text: str = "hello", **options: object) -> BuiltImage:
     """Two layers, of a few bytes."""
     layers = [[File("etc/motd", data=text.encode())], [File("srv/more", data=b"more")]]
     return build_image(layers, **{"compression": "none", **options})
+
+
+def with_config(image: BuiltImage, **changes: object) -> BuiltImage:
+    """The image with other members in its config."""
+    config = as_json({**json.loads(image.config), **changes})
+    described = Descriptor(image.config_descriptor.media_type, digest_of(config), len(config))
+    document = json.loads(image.manifest)
+    document["config"] = {**document["config"], "digest": described.digest, "size": len(config)}
+    manifest = as_json(document)
+    return attrs.evolve(
+        image,
+        config=config,
+        config_descriptor=described,
+        manifest=manifest,
+        descriptor=Descriptor(image.descriptor.media_type, digest_of(manifest), len(manifest)),
+    )
 
 
 def tar_of(members: Mapping[str, bytes | tarfile.TarInfo] | Sequence[tuple[str, bytes]]) -> bytes:
@@ -107,6 +125,13 @@ def oci_members(entries: Sequence[dict[str, object]], *images: Built) -> Members
 
 def oci_image(image: Built, name: str = NAME) -> Members:
     return oci_members([entry_of(image, **ref_name(name))], image)
+
+
+def write_layout(path: Path, members: Members) -> Path:
+    for name, data in members.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
 
 
 async def files(store: DirectoryStore, image: StoredImage) -> list[Entry]:

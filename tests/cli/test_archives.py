@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import trio
-from archives.world import NAME, docker_members, oci_image, small_image, tar_of
+from archives.world import (
+    NAME,
+    docker_members,
+    entry_of,
+    oci_image,
+    oci_members,
+    small_image,
+    tar_of,
+)
 
 from trio_layers import _cli
 
@@ -78,6 +86,44 @@ async def test_by_stdout_and_stdin(tmp_path: Path) -> None:
     with (tmp_path / "file").open("rb") as file:
         again = await run("import", "-", "-q", store=other, stdin=file)
     assert again.stdout == done.stdout
+
+
+def test_images_without_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By digest, or all of them; the name that they get does for the other commands."""
+    other = small_image("other")
+    members = oci_members([entry_of(IMAGE), entry_of(other)], IMAGE, other)
+    archive = write(tmp_path / "archive", tar_of(members))
+    name, first = (f"localhost/unnamed@{image.digest}" for image in (other, IMAGE))
+
+    def run(command: str, *arguments: object, store: str = "store") -> tuple[int, list[str], str]:
+        code = _cli.main([command, *map(str, arguments), "--store", str(tmp_path / store)])
+        shown = capfd.readouterr()
+        return code, shown.out.splitlines(), shown.err
+
+    code, out, err = run("import", archive, "-q")
+    assert (code, out) == (1, [])
+    assert "without a name" in err
+    assert IMAGE.digest in err
+    assert run("import", archive, "-q", "--digest", other.digest[:19]) == (
+        0,
+        [f"{name} linux/amd64 {other.digest}"],
+        "",
+    )
+    code, out, _ = run("import", archive, "-q", "--digest", other.digest, "--reference", "demo:1")
+    assert out == [f"{NAME} linux/amd64 {other.digest}"]
+    code, out, _ = run("import", archive, "-q", "--all")
+    assert [line.split()[0] for line in out] == [first, name]
+    assert {line.split()[0] for line in run("images")[1]} == {NAME, first, name}
+    assert run("cat", name, "/etc/motd", "-q") == (0, ["other"], "")
+    assert run("rootfs", name, tmp_path / "rootfs", "-q")[0] == 0
+    assert (tmp_path / "rootfs/etc/motd").read_bytes() == b"other"
+    assert run("export", other.digest, tmp_path / "target") == (0, [], "")
+    code, out, _ = run("import", tmp_path / "target", "-q", store="third")
+    assert {line.split()[0] for line in out} == {NAME, name}
+    assert run("rm", first) == (0, [], "")
+    code, out, err = run("import", archive, "--all", "--digest", other.digest)
+    assert (code, out) == (1, [])
+    assert "leave out --reference and --digest" in err
 
 
 async def test_no_terminal(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pull.mounting import unmount_below
 from trio_layers import ExportReport, _cli, _commands, open_puller
 from trio_layers.testing import (
     BuiltImage,
+    Directory,
     File,
     Stall,
     Symlink,
@@ -129,6 +130,19 @@ async def test_rootfs_into_a_directory(tmp_path: Path) -> None:
         [line] = done.stderr.decode().splitlines()
         assert line.startswith(f"trio-layers: cannot export to {target}: it is not empty")
         assert (target / "usr/lib/os-release").read_bytes() == release
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_rootfs_changes_the_directory_only_if_told(told: bool, tmp_path: Path) -> None:
+    target = tmp_path / "private"
+    target.mkdir(0o700)
+    image = build_image([[Directory("./", mode=0o777, uid=3, gid=4), File("f")]])
+    async with pulled(tmp_path / "store", image) as reference:
+        flags = ["--root-metadata"] if told else []
+        done = await run("rootfs", *flags, reference, target, store=tmp_path / "store")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (target.stat().st_mode & 0o7777) == (0o777 if told else 0o700)
+    assert target.stat().st_uid == (3 if told and os.geteuid() == 0 else os.geteuid())
 
 
 async def test_rootfs_to_stdout(tmp_path: Path) -> None:
@@ -347,8 +361,8 @@ class FakePuller:
         assert (reference, policy) == ("demo", "missing")
         yield SimpleNamespace(rootfs=self)
 
-    async def export(self, directory: str) -> ExportReport:
-        assert directory == "out"
+    async def export(self, directory: str, *, root_metadata: bool) -> ExportReport:
+        assert (directory, root_metadata) == ("out", False)
         return ExportReport(entries=5, owners=4, set_ids=1)
 
 

@@ -6,10 +6,33 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+import trio
 from cli.test_pull import SAMPLE, run
+from pull.mounting import fill
 from store.test_check import cut
 
+from trio_layers import open_store
 from trio_layers.testing import open_registry
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+async def test_gc_says_which_trees_are_mounted(tmp_path: Path) -> None:
+    store, target = tmp_path / "store", tmp_path / "target"
+    target.mkdir()
+    async with open_store(store) as opened:
+        await fill(opened)
+    tree = sorted((store / "trees" / "sha256").iterdir())[0]
+    await trio.run_process(["mount", "--bind", tree / "fs", target])
+    try:
+        report = json.loads((await run("gc", "--dry-run", "--json", store=store)).stdout)
+        assert report["mounted"] == [{"id": f"sha256:{tree.name}", "targets": [str(target)]}]
+        done = await run("gc", store=store)
+        line = f"kept: tree sha256:{tree.name} is mounted: {target}"
+        assert done.stdout.decode().splitlines()[1:] == [line]
+    finally:
+        await trio.run_process(["umount", target])
+    assert [path.name for path in (store / "trees" / "sha256").iterdir()] == [tree.name]
 
 
 async def test_what_is_removed_is_freed_by_gc(tmp_path: Path) -> None:

@@ -406,7 +406,6 @@ def test_manager_left_while_a_pull_waits() -> None:
     run(main)
     assert len(errors) == 3
     assert len({id(error) for error in errors}) == 3
-    assert errors[0].__cause__ is not None
 
 
 def test_what_fails_while_the_manager_is_left_does_not_come_out_of_it() -> None:

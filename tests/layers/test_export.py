@@ -21,6 +21,7 @@ from cases.layers import maketar
 from layers.plain import Plain
 from layers.plain import archive as tar_of
 from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
+from layers.swapping import plant_link, swapped
 from layers.test_cases import CASES, without_times
 from pull.mounting import unmount
 
@@ -70,7 +71,7 @@ def never() -> None:
 
 
 def exported(view: MergedTree, target: Path) -> ExportReport:
-    return export(view, target, check_cancelled=never)
+    return export(view, target, root_metadata=True, check_cancelled=never)
 
 
 def packed(view: MergedTree) -> bytes:
@@ -310,8 +311,109 @@ def test_no_parent(view: MergedTree, tmp_path: Path) -> None:
         exported(view, tmp_path / "a/b")
 
 
+ACL = bytes.fromhex(
+    "0200000001000700ffffffff02000700e803000004000700ffffffff10000700ffffffff20000700ffffffff"
+)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777, 0o2775])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_target_keeps_its_own_metadata(
+    mode: int, fails: bool, view: MergedTree, tmp_path: Path
+) -> None:
+    """The image's root has another owner, mode and time; all below it is as the layers say."""
+    target = tmp_path / "private"
+    target.mkdir()
+    os.chown(target, 12, 34)
+    for name in ("system.posix_acl_access", "system.posix_acl_default"):
+        if mode == 0o2775:
+            os.setxattr(target, name, ACL)
+    os.setxattr(target, "user.mine", b"mine")
+    target.chmod(mode)
+    os.utime(target, ns=(5, 7))
+    before = on_disk(target)
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if fails and calls == len(view.walk()):
+            raise Stopped
+
+    if fails:
+        with pytest.raises(Stopped):
+            export(view, target, check_cancelled=check)
+        assert on_disk(target) == before
+    else:
+        export(view, target, check_cancelled=check)
+        root, *rest = on_disk(target)
+        assert [root] == before
+        assert rest == view.walk()[1:]
+
+
+def test_a_new_target_is_closed_to_others(view: MergedTree, tmp_path: Path) -> None:
+    """The tree may have set-id files of strangers in it."""
+    umask = os.umask(0)
+    try:
+        export(view, tmp_path / "new", check_cancelled=never)
+    finally:
+        os.umask(umask)
+    root, *rest = on_disk(tmp_path / "new")
+    assert (root.mode, root.uid, root.gid) == (0o700, os.geteuid(), os.getegid())
+    assert rest == view.walk()[1:]
+
+
 class Stopped(BaseException):
     pass
+
+
+@pytest.mark.parametrize("planted_by", [0, 1234])
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_another_user_exchanges_the_target_for_a_link(
+    planted_by: int, below: str, tmp_path: Path
+) -> None:
+    """The export goes into that user's directory, or fails; never to where the link leads."""
+    view = MergedTree(unpack_stack([tar_of({"name": "evil", "text": "x"})], tmp_path))
+    real, link, victim = plant_link(tmp_path, below=below, owner=planted_by)
+    done = refused = 0
+    with swapped(real, link):
+        for _ in range(10_000):
+            if min(done, refused) > 50:
+                break
+            try:
+                export(view, real / below, check_cancelled=never)
+            except ExportError:
+                refused += 1
+            else:
+                done += 1
+            assert os.listdir(victim / below) == []
+            for path in (real, link):
+                (path / below / "evil").unlink(missing_ok=True)
+    assert done
+    assert refused
+
+
+def test_links_that_are_followed(view: MergedTree, tmp_path: Path) -> None:
+    """One's own are, as long as no other user can exchange them."""
+    there, shared = tmp_path / "there", tmp_path / "shared"
+    there.mkdir()
+    shared.mkdir()
+    shared.chmod(0o1777)
+    for link in (tmp_path / "link", shared / "link"):
+        link.symlink_to(tmp_path)
+        export(view, link / "there", check_cancelled=never)
+        shutil.rmtree(there)
+        export(view, link / "there", check_cancelled=never)
+        shutil.rmtree(there)
+        there.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(ExportError, match="'link' on the way is a link that another user may"):
+        export(view, shared / "link" / "there", check_cancelled=never)
+    shared.chmod(0o1777)
+    os.chown(shared / "link", 1234, 1234, follow_symlinks=False)
+    with pytest.raises(ExportError, match="'link' on the way is a link that another user may"):
+        export(view, shared / "link" / "there", check_cancelled=never)
+    assert os.listdir(there) == []
 
 
 def test_stopped_anywhere(view: MergedTree, tmp_path: Path) -> None:
@@ -428,7 +530,7 @@ def test_no_more_files_for_the_target(
     really = os.open
 
     def refuse(path: object, *arguments: int, **options: int) -> int:
-        if path == tmp_path / "out":
+        if path == "out":
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return really(path, *arguments, **options)
 
@@ -466,14 +568,14 @@ checks = 0
 def check():
     global checks
     checks += 1
-report = export(view, base / "out", check_cancelled=check)
+report = export(view, base / "out", root_metadata=True, check_cancelled=check)
 def stop():
     global checks
     checks -= 1
     if not checks:
         raise KeyboardInterrupt
 try:
-    export(view, base / "stopped", check_cancelled=stop)
+    export(view, base / "stopped", root_metadata=True, check_cancelled=stop)
 except KeyboardInterrupt:
     # All directories but the root have their modes already.
     assert not (base / "stopped").exists()

@@ -28,6 +28,7 @@ from trio_layers._entries import (
     summary_line,
 )
 from trio_layers._errors import ExportError, StoreError
+from trio_layers._lifetime import Lifetime
 from trio_layers._store.merged import MergedTree
 from trio_layers._store.rootfs import RootfsView
 from trio_layers._unpack.limits import Limits
@@ -103,7 +104,7 @@ def no_scratch(kind: str) -> AbstractAsyncContextManager[Path]:
 
 def view_of(trees: list[Path]) -> RootfsView:
     tree = MergedTree(trees, check_cancelled=trio.from_thread.check_cancelled)
-    return RootfsView(tree, Unpacker(Limits()), no_scratch)
+    return RootfsView(tree, Unpacker(Limits()), no_scratch, Lifetime(StoreError))
 
 
 async def test_read_bytes(view: RootfsView) -> None:
@@ -211,9 +212,9 @@ async def test_nothing_on_the_disk_is_followed(view: RootfsView, tmp_path: Path)
     file = view._tree.trees[1] / "fs/usr/lib/os-release"
     file.unlink()
     file.symlink_to(tmp_path / "secret")
-    with pytest.raises(OSError, match="usr/lib/os-release"):
+    with pytest.raises(StoreError, match="usr/lib/os-release"):
         await view.read_bytes("/etc/os-release")
-    with pytest.raises(OSError, match="usr/lib/os-release"):
+    with pytest.raises(StoreError, match="usr/lib/os-release"):
         async with view.open("/etc/os-release"):
             raise AssertionError
 
@@ -233,7 +234,12 @@ async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> No
             trio.from_thread.run_sync(scope.cancel)
         trio.from_thread.check_cancelled()
 
-    view = RootfsView(MergedTree(trees, check_cancelled=check), Unpacker(Limits()), no_scratch)
+    view = RootfsView(
+        MergedTree(trees, check_cancelled=check),
+        Unpacker(Limits()),
+        no_scratch,
+        Lifetime(StoreError),
+    )
     argument = {
         "walk": (),
         "export": (tmp_path / "out",),
@@ -251,10 +257,13 @@ async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> No
 
 
 async def test_export(view: RootfsView, tmp_path: Path) -> None:
-    report = await view.export(tmp_path / "out")
+    report = await view.export(tmp_path / "out", root_metadata=True)
     entries = await view.walk()
     assert report.entries == len(entries)
     assert on_disk(tmp_path / "out") == entries
+    await view.export(tmp_path / "closed")
+    assert on_disk(tmp_path / "closed")[1:] == entries[1:]
+    assert on_disk(tmp_path / "closed")[0].mode == 0o700
     with pytest.raises(ExportError, match="not empty"):
         await view.export(str(tmp_path / "out"))
 
@@ -344,7 +353,7 @@ def test_open_does_not_follow_what_is_on_the_disk(tmp_path: Path) -> None:
     (tree / "fs/d/f").unlink()
     (tree / "fs/d").rmdir()
     (tree / "fs/d").symlink_to(secret)
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(StoreError, match="'d/f' cannot be read"):
         merged.open(b"d/f")
 
 

@@ -18,9 +18,11 @@ import pytest
 import trio
 from layers.plain import archive
 from layers.stack import on_disk
+from layers.swapping import plant_link, swapped
 from pull.mounting import fill, mounts_below, unmount_below
 
-from trio_layers import MountError, RootfsView, open_store
+from trio_layers import MountError, RootfsView, StoreClosed, StoreError, open_store
+from trio_layers._lifetime import Lifetime
 from trio_layers._store import mount
 from trio_layers._store.mount import open_mount
 from trio_layers._unpack.worker import unpack
@@ -88,7 +90,13 @@ class Stack:
     def mount(
         self, target: Path | str | None = None, *, writable: bool = False
     ) -> AbstractAsyncContextManager[Path]:
-        return open_mount(self.trees, target, scratch=self._name, writable=writable)
+        return open_mount(
+            self.trees,
+            target,
+            scratch=self._name,
+            lifetime=Lifetime(lambda: StoreClosed("closed")),
+            writable=writable,
+        )
 
 
 @asynccontextmanager
@@ -397,7 +405,8 @@ from trio_layers import open_store
 async def main():
     async with open_store(sys.argv[1]) as store:
         view = await store.rootfs(await fill(store))
-        async with view.mount(writable=True) as path:
+        target = sys.argv[2] if sys.argv[2:] else None
+        async with view.mount(target, writable=True) as path:
             (path / "keep" / "b").write_text("written")
             print(path, flush=True)
             await trio.sleep_forever()
@@ -406,8 +415,8 @@ trio.run(main)
 """
 
 
-def mount_and_be_killed(store: Path) -> Path:
-    command = [sys.executable, "-c", CHILD, str(store)]
+def mount_and_be_killed(store: Path, *target: Path) -> Path:
+    command = [sys.executable, "-c", CHILD, str(store), *map(str, target)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
@@ -427,6 +436,134 @@ async def test_killed_while_mounted(tmp_path: Path) -> None:
     assert not mounts_below(tmp_path)
     assert not list((tmp_path / "store" / "ingest").iterdir())
     assert inodes(tmp_path / "store" / "trees") == before
+
+
+async def test_a_mount_outlives_its_process_with_its_trees(tmp_path: Path, way: str) -> None:
+    """A target stays mounted when its process is killed. So nothing of it is deleted, until it is
+    unmounted; nor while a copy of the mount is in another place."""
+    target, copy, store = tmp_path / "target", tmp_path / "copy", tmp_path / "store"
+    target.mkdir()
+    copy.mkdir()
+    await trio.to_thread.run_sync(mount_and_be_killed, store, target)
+    before = on_disk(target)
+    await trio.run_process(["mount", "--bind", target / "keep", copy])
+    for points in ([copy, target], [copy]):
+        async with open_store(store) as opened:
+            expected = tuple(map(str, points))
+            for dry_run in (True, False):
+                collected = await opened.collect(dry_run=dry_run)
+                assert {tree.targets for tree in collected.mounted} == {expected}
+                assert collected.trees == (1 if points[1:] and len(collected.mounted) == 3 else 0)
+        assert (copy / "b").read_text() == "written"
+        if points[1:]:
+            assert on_disk(target) == before
+            await trio.run_process(["umount", target])
+    await trio.run_process(["umount", copy])
+    async with open_store(store) as opened:
+        collected = await opened.collect()
+        assert collected.mounted == ()
+        assert collected.trees
+        assert not list((store / "trees" / "sha256").iterdir())
+        assert [path.suffix for path in (store / "ingest").iterdir()] == []
+
+
+async def test_a_copy_in_another_namespace(tmp_path: Path, way: str) -> None:
+    """A container was started with the mount: it keeps it when the block is left."""
+    store = tmp_path / "store"
+    async with open_view(store) as view:
+        async with view.mount(writable=True) as path:
+            (path / "new").write_text("new")
+            child = subprocess.Popen(  # noqa: ASYNC220
+                ["unshare", "--mount", "sh", "-c", f"cd {path}; echo; read x; cat new keep/b"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            assert child.stdout is not None
+            await trio.to_thread.run_sync(child.stdout.readline)
+        assert not mounts_below(tmp_path)
+    async with open_store(store) as opened:
+        collected = await opened.collect()
+        assert {tree.targets for tree in collected.mounted} == {(str(path),)}
+        output, _ = await trio.to_thread.run_sync(child.communicate, b"\n")
+        assert output == b"newb"
+        assert (await opened.collect()).mounted == ()
+    assert not list((store / "ingest").iterdir())
+
+
+async def test_a_mount_needs_no_lease(tmp_path: Path) -> None:
+    """Another process removes the image and collects, while its files are mounted."""
+    async with open_store(tmp_path / "store") as store:
+        layer = await fill(store)
+        view = await store.rootfs(layer)
+        entries = await view.walk()
+    async with open_store(tmp_path / "store") as store:
+        view = await store.rootfs(layer)
+        async with view.mount() as path, open_store(tmp_path / "store") as other:
+            assert (await other.collect()).layers
+            assert on_disk(path) == entries
+        async with open_store(tmp_path / "store") as other:
+            await other.collect()
+        with pytest.raises(StoreError, match="was removed from the store: pull an image that has"):
+            async with view.mount():
+                pass
+
+
+async def test_a_tree_that_somebody_else_mounts(tmp_path: Path) -> None:
+    """As a layer of an overlay that other software makes, by its path."""
+    target = tmp_path / "target"
+    target.mkdir()
+    async with open_store(tmp_path / "store") as store:
+        await fill(store)
+        trees = sorted((tmp_path / "store" / "trees" / "sha256").iterdir())
+        lower = ":".join(str(tree / "fs") for tree in trees[:2])
+        command = ["mount", "-t", "overlay", "-o", f"lowerdir={lower}", "theirs", str(target)]
+        await trio.run_process(command)
+        try:
+            async with open_store(tmp_path / "store") as other:
+                await store._holds.drop_all()
+                collected = await other.collect()
+            assert [tree.id for tree in collected.mounted] == [
+                f"sha256:{t.name}" for t in trees[:2]
+            ]
+            assert {tree.targets for tree in collected.mounted} == {(str(target),)}
+            assert sorted((tmp_path / "store" / "trees" / "sha256").iterdir()) == trees[:2]
+        finally:
+            await trio.run_process(["umount", target])
+
+
+async def test_another_user_exchanges_the_target_for_another_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only mount(2) is allowed: the mount that is taken away in the end is ours."""
+
+    def missing(*args: object) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(mount, "_mount_by_layer", missing)
+    real, link, victim = plant_link(tmp_path)
+    stack = Stack(tmp_path, 1)
+    done = refused = 0
+    other = real.with_name("other")
+    other.mkdir()
+    await trio.run_process(["mount", "-t", "tmpfs", "victim", victim])
+    await trio.run_process(["mount", "--bind", victim, other])
+    try:
+        for second in (link, other):
+            with swapped(real, second):
+                for _ in range(2000):
+                    if min(done, refused) > 10:
+                        break
+                    try:
+                        async with stack.mount(real):
+                            done += 1
+                    except MountError:
+                        refused += 1
+                    assert victim.is_mount()
+        assert done
+        assert refused
+        assert mounts_below(tmp_path) == [str(victim), str(other)]
+    finally:
+        unmount_below(tmp_path)
 
 
 async def test_live_mount_survives_the_sweep(tmp_path: Path) -> None:

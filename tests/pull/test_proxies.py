@@ -16,8 +16,15 @@ import trio
 import trustme
 from _tools.canaries import Canaries
 from _tools.proxy import Proxy, run_proxy
+from _tools.socks import run_socks_proxy
 
-from trio_layers import Credentials, RegistryError, open_puller
+from trio_layers import (
+    Credentials,
+    NetworkSettingError,
+    RegistryError,
+    open_puller,
+    open_registry_client,
+)
 from trio_layers.testing import BasicAuth, BuiltImage, File, Registry, build_image, open_registry
 
 LOGIN = "someone:canary-pr0xy"
@@ -51,6 +58,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @attrs.frozen
@@ -77,6 +86,14 @@ class World:
         ):
             assert await image.rootfs.read_bytes("big") == BIG
         self.check()
+
+    async def fail_again(self) -> RegistryError:
+        """Ask for the image's digest, which needs a request in any case."""
+        with pytest.raises(RegistryError) as caught:
+            async with open_puller(self.directory / "store", credentials=CREDENTIALS) as puller:
+                await puller.resolve(self.reference)
+        self.check(caught.value)
+        return caught.value
 
     async def fail(self, **options) -> RegistryError:
         with pytest.raises(RegistryError) as caught:
@@ -150,7 +167,7 @@ async def test_a_proxy_for_plain_http(world: World, monkeypatch: pytest.MonkeyPa
     assert len(world.proxy.asked) == len([each for each in world.registry.requests if each.status])
 
 
-@pytest.mark.parametrize("names", ["registry.test", ".test", "other.test, registry.test", "*"])
+@pytest.mark.parametrize("names", ["registry.test", "*.test", "other.test, registry.test", "*"])
 async def test_no_proxy(names: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is in NO_PROXY is asked directly; another one is not."""
     monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
@@ -274,3 +291,133 @@ async def test_certificates_of_hosts_toml(
         await world.pull(**options, client=client if given else None)
         assert other.heads == []
     assert set(world.proxy.asked) == {f"CONNECT {world.host}"}
+
+
+# SOCKS.
+
+
+@pytest.mark.parametrize("login", [None, "someone:canary-5ocks"])
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "all_proxy"])
+async def test_a_socks_proxy(
+    variable: str, login: str | None, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets names, not addresses: only the proxy may know them."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
+    async with run_socks_proxy(login=login) as proxy:
+        if login is not None:
+            world.canaries.add(login)
+        monkeypatch.setenv(variable, proxy.url)
+        await world.pull()
+        assert set(proxy.asked) == {world.host}
+    error = await world.fail_again()
+    assert f"through the proxy {proxy.host}: " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"login": "someone:canary-5ocks"}, "got NO ACCEPTABLE METHODS"),
+        ({"refuses": 5}, "Connection refused"),
+        ({"garbage": b""}, "did not answer as it should"),
+        ({"garbage": b"HTTP/1.1 400 Bad Request\r\n\r\n"}, "did not answer as it should"),
+        ({"garbage": b"\x05"}, "did not answer as it should"),
+        ({"garbage": b"\x05\x00\x05"}, "did not answer as it should"),
+    ],
+)
+async def test_a_socks_proxy_that_refuses(
+    options: dict, message: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_socks_proxy(**options) as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"socks5h://{proxy.host}")
+        error = await world.fail()
+    assert f"through the proxy {proxy.host}: " in str(error)
+    assert message in str(error)
+
+
+async def test_a_socks_proxy_without_the_extra(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the extra, and nothing is asked without the proxy."""
+    monkeypatch.setattr("trio_layers._registry.proxies.find_spec", lambda name: None)
+    monkeypatch.setenv("ALL_PROXY", f"socks5://{LOGIN}@127.0.0.1:1080")
+    with pytest.raises(NetworkSettingError) as caught:
+        await world.pull()
+    world.canaries.check(caught.value)
+    assert "ALL_PROXY='socks5://…@127.0.0.1:1080' cannot be used" in str(caught.value)
+    assert "install trio-layers[socks]" in str(caught.value)
+    assert world.registry.requests == []
+
+
+# Settings that cannot be used.
+
+
+BROKEN = [
+    ("ALL_PROXY", "socks4://someone:canary-pr0xy@127.0.0.1:1080"),
+    ("HTTPS_PROXY", "http://"),
+    ("https_proxy", "http://someone:canary-pr0xy@proxy.test:port"),
+    ("HTTPS_PROXY", "someone:canary-pr0xy"),
+    ("SSL_CERT_FILE", "/nowhere/certificates"),
+    ("SSL_CERT_FILE", "/dev/null"),
+    ("SSL_CERT_FILE", "/"),
+    ("SSL_CERT_DIR", "/nowhere/certificates"),
+    ("SSL_CERT_DIR", "/etc/passwd:/nowhere"),
+    ("SSLKEYLOGFILE", "/nowhere/keys"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value"), BROKEN)
+async def test_a_setting_that_cannot_be_used(
+    variable: str, value: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops neither what needs no request nor what this machine has, and nothing is asked in
+    spite of it. The error names it."""
+    monkeypatch.setenv(variable, value)
+    async with open_puller(world.directory / "store", credentials=CREDENTIALS) as puller:
+        assert await puller.store.images() == []
+    with pytest.raises(NetworkSettingError) as caught:
+        await world.pull()
+    assert caught.value.variable == variable
+    assert f"{variable}='" in str(caught.value)
+    assert value.rpartition("@")[2].partition(":")[0] in str(caught.value)
+    world.canaries.check(caught.value)
+    assert world.registry.requests == world.proxy.heads == []
+
+
+@pytest.mark.parametrize(("variable", "value"), BROKEN)
+async def test_a_setting_that_cannot_be_used_and_this_machine(
+    variable: str, value: str, built: BuiltImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    async with open_registry() as registry:
+        registry.add(built, "team/app:1")
+        async with (
+            open_puller(tmp_path / "store") as puller,
+            puller.pull(f"{registry.host}/team/app:1") as image,
+        ):
+            assert await image.rootfs.read_bytes("small") == b"small"
+
+
+async def test_certificates_that_cannot_be_used_and_tls_on_this_machine(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates are needed here: the error names the variable, and nothing goes without TLS."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    async with open_registry(ssl_context=context) as registry, open_registry_client() as client:
+        with pytest.raises(NetworkSettingError, match="SSL_CERT_FILE"):
+            await client.get_manifest(f"{registry.host}/team/app:1")
+        assert registry.requests == []
+
+
+async def test_settings_count_when_a_request_needs_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mended while the puller is open is good."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(world.directory / "late.pem"))
+    monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
+    async with open_puller(world.directory / "store", credentials=CREDENTIALS) as puller:
+        with pytest.raises(NetworkSettingError):
+            await puller.resolve(world.reference)
+        (world.directory / "late.pem").write_bytes(world.ca.read_bytes())
+        await puller.resolve(world.reference)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from archives.world import small_image, with_config
 
 import trio_layers
 from trio_layers import Progress, open_puller, open_store
+from trio_layers._platform import host_platform
 from trio_layers.testing import (
     BasicAuth,
     Corrupt,
@@ -606,3 +608,28 @@ class TestBadInput:
             with pytest.raises(trio_layers.RateLimited) as caught:
                 await pull(stored.path, reference)
             assert caught.value.retry_after == 700
+
+
+async def test_configs_that_leave_things_out(tmp_path: Path) -> None:
+    """No platform: that of the index's entry, or the host's. No diff IDs: no layers."""
+    host = str(host_platform())
+    amd, arm = (
+        with_config(small_image(platform=platform), os="", architecture="")
+        for platform in ("linux/amd64", "linux/arm64")
+    )
+    index = build_index([amd, arm])
+    nothing = [
+        with_config(build_image([]), rootfs=rootfs)
+        for rootfs in ({"type": "layers"}, {"type": "layers", "diff_ids": None})
+    ]
+    async with open_registry() as registry:
+        image = await pull(tmp_path, registry.add(amd, "amd:1"))
+        assert str(image.platform) == host
+        reference = registry.add(index, "both:1")
+        for platform in ("linux/amd64", "linux/arm64"):
+            for policy in ("always", "never"):
+                image = await pull(tmp_path, reference, platform=platform, policy=policy)
+                assert str(image.platform) == str(image.config.platform) == platform
+        for number, built in enumerate(nothing):
+            image = await pull(tmp_path, registry.add(built, f"nothing:{number}"))
+            assert image.layers == ()

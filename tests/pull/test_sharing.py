@@ -185,7 +185,10 @@ async def test_one_process_is_killed_and_the_other_takes_over(tmp_path: Path, li
             # What is written to the disk, a megabyte or more at a time, is not asked for again.
             start = A.descriptor.size - requests[1][1]
             assert STALL - MIB < start <= STALL
-            assert requests == [("", STALL), (f"bytes={start}-", A.descriptor.size - start)]
+            assert requests == [
+                ("", STALL),
+                (f"bytes={start}-{A.descriptor.size - 1}", A.descriptor.size - start),
+            ]
             each_word_in_its_order(events, A)
 
 
@@ -222,6 +225,9 @@ async def test_one_is_cancelled_and_the_other_takes_over(tmp_path: Path, limit: 
             assert scope.cancelled_caught
             requests = asked(registry, AB)
             rest = A.descriptor.size - STALL
-            assert requests[A.descriptor.digest] == [("", STALL), (f"bytes={STALL}-", rest)]
+            assert requests[A.descriptor.digest] == [
+                ("", STALL),
+                (f"bytes={STALL}-{A.descriptor.size - 1}", rest),
+            ]
             assert requests[B.descriptor.digest] == [("", B.descriptor.size)]
     each_word_in_its_order(events, A)

@@ -11,7 +11,7 @@ import httpx
 import trio
 
 from trio_layers._digest import Digest, Verifier
-from trio_layers._errors import DoNotRetry
+from trio_layers._errors import is_final as is_final
 from trio_layers._manifest import Descriptor
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -26,14 +26,6 @@ def digest_of(data: bytes) -> Digest:
 
 def describe(data: bytes, media_type: str = OCI_LAYER) -> Descriptor:
     return Descriptor(media_type, digest_of(data), len(data))
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether `DoNotRetry` is in the chain of causes."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, DoNotRetry):
-        cause = cause.__cause__
-    return cause is not None
 
 
 class Body(httpx.AsyncByteStream):

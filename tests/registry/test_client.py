@@ -27,8 +27,8 @@ from trio_layers._errors import (
     AuthenticationError,
     InvalidDigest,
     InvalidReference,
-    LayersError,
     ManifestError,
+    NetworkSettingError,
     NotFound,
     PlatformError,
     RateLimited,
@@ -47,7 +47,10 @@ ARM = Platform("linux", "arm64")
 async def resolve(
     network: Network, text: str = str(APP), platform: Platform | None = None, **options: bool
 ) -> ResolvedImage:
-    async with network.client() as http, open_registry_client(client=http, **options) as client:
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, retry_tick=0.001, **options) as client,
+    ):
         return await client.resolve_image(parse_reference(text), platform=platform)
 
 
@@ -285,7 +288,10 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
     attempt would end with again is caused by `DoNotRetry`."""
     error = {"errors": [{"code": "SOME_CODE", "message": "some\x1b[31m message"}]}
     network = Network(**{HOST: lambda request: httpx.Response(status, json=error)})
-    async with network.client() as http, open_registry_client(client=http) as client:
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, retry_tick=0.001) as client,
+    ):
         with pytest.raises(RegistryError) as caught:
             await client.resolve_image(APP)
         blob = describe(b"blob")
@@ -404,25 +410,6 @@ async def test_contradictory_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("NO_PROXY", "fd00::/8"),
-        ("ALL_PROXY", "other://proxy.example"),
-        ("SSL_CERT_FILE", "/nowhere/certificates"),
-    ],
-)
-async def test_an_environment_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
-    """The error says where to look."""
-    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example")
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(LayersError, match=f"{variable}.* cannot be used: "):
-        async with open_registry_client():
-            pass  # pragma: no cover
-
-
-@pytest.mark.parametrize(
     "url",
     [
         "http://someone:canary-pr0xy/x@proxy.example:3128",
@@ -437,9 +424,9 @@ async def test_the_password_of_a_proxy_whose_url_is_wrong(
     so. It is not shown."""
     canaries = Canaries(caplog, "someone:canary-pr0xy")
     monkeypatch.setenv("HTTPS_PROXY", url)
-    with pytest.raises(LayersError, match=r"HTTPS_PROXY.* cannot be used: ") as caught:
-        async with open_registry_client():
-            pass  # pragma: no cover
+    async with open_registry_client() as client:
+        with pytest.raises(NetworkSettingError, match=r"HTTPS_PROXY=.* cannot be used: ") as caught:
+            await client.get_manifest("registry.example/app")
     canaries.check(caught.value)
 
 
@@ -457,14 +444,14 @@ async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: 
         port = listener.socket.getsockname()[1]
         for name in ("HTTP_PROXY", "HTTPS_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
-        async with open_registry_client() as client:
+        async with open_registry_client(retry_tick=0.001) as client:
             for name in (f"{host}:1", "registry.example"):
                 with pytest.raises(RegistryError):
                     await client.resolve_image(parse_reference(f"{name}/app"))
         nursery.cancel_scope.cancel()
-    assert [request.partition("\r\n")[0] for request in asked] == [
+    assert {request.partition("\r\n")[0] for request in asked} == {
         "CONNECT registry.example:443 HTTP/1.1"
-    ]
+    }
 
 
 async def test_own_client() -> None:

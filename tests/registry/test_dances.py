@@ -95,8 +95,8 @@ def user() -> Credentials:
 
 
 DANCES = {
-    "no challenge": Dance(lambda sent, n: "", (1, 0), (1, 0), user),
-    "unknown": Dance(lambda sent, n: "Negotiate", (1, 0), (1, 0), user),
+    "no challenge": Dance(lambda sent, n: "", (2, 0), (1, 0), user),
+    "unknown": Dance(lambda sent, n: "Negotiate", (2, 0), (1, 0), user),
     "basic": Dance(lambda sent, n: BASIC, (1, 0), (1, 0)),
     "basic, with a password": Dance(lambda sent, n: BASIC, (2, 0), (1, 0), user),
     "basic, with another one each time": Dance(

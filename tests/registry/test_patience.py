@@ -8,8 +8,8 @@ import trio
 from trio.testing import MockClock
 
 from trio_layers import RateLimit, RateLimited
+from trio_layers._errors import is_final
 from trio_layers._reference import parse_reference
-from trio_layers._registry.answers import is_final
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers.testing import Registry, Reply, sample_image
 

@@ -84,16 +84,14 @@ async def test_the_digest_of_a_tag_costs_a_head_request() -> None:
         with pytest.raises(NotFound, match="answered 404 for the manifest of"):
             await client.resolve("registry.test/team/app:2")
     asked = [(each.method, each.path.rpartition("/")[2]) for each in registry.requests]
-    assert asked == [("HEAD", "1"), ("HEAD", image.digest), ("HEAD", "2")]
+    assert asked == [("HEAD", "1"), ("HEAD", image.digest), ("HEAD", "2"), ("GET", "2")]
     assert all(each.ended for each in registry.requests)
 
 
 @pytest.mark.parametrize(
     ("status", "headers"),
     [
-        (405, {}),
-        (501, {}),
-        (400, {}),
+        *[(status, {}) for status in (400, 401, 403, 404, 405, 406, 410, 429, 500, 501, 503)],
         (200, {"Content-Type": OCI_MANIFEST, "Content-Length": "7"}),
         (200, {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": "sha512:" + 128 * "0"}),
         (200, {"Content-Type": OCI_MANIFEST, "Docker-Content-Digest": describe(b"").digest}),
@@ -202,6 +200,17 @@ async def tags_of(network: Network) -> tuple[str, ...]:
         "<list?last=b>;rel=next",
         "<https://elsewhere.test/v2/other/tags/list?last=b>",
         '</first?last=x>; rel="first", <?last=b>; title="a, b"; REL="last next"',
+        '/v2/team/app/tags/list?last=b&n=2; rel="next"',
+        "https://elsewhere.test/v2/team/app/tags/list?last=b ; rel=next",
+        '/first?last=x; rel="prev", /next?last=b;rel=next',
+        '/first?last=x;rel=prev,<?last=b>;rel="next"',
+        "?last=b",
+        '"?last=b"; rel="next"',
+        "<?last=b>; rel='next'",
+        '<?last=b> ; title="a; rel=prev" ;rel = "next"',
+        ', <?last=x>; rel="first" , , <?last=b>; rel="next" ,',
+        '<?last=x>; rel="prev"; rel="next", <?last=b>; rel="next"',
+        "<?last=b#there>; rel=next",
     ],
 )
 async def test_only_the_query_of_a_link_counts(link: str) -> None:
@@ -210,16 +219,95 @@ async def test_only_the_query_of_a_link_counts(link: str) -> None:
     assert await tags_of(network) == ("a", "b", "c")
 
 
+async def test_several_link_fields() -> None:
+    """The next page may be in any of them."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if "last" in str(request.url):
+            return httpx.Response(200, json={"tags": ["b"]})
+        links = [("Link", '<?last=x>; rel="prev"'), ("link", '<?last=a>; rel="next"')]
+        return httpx.Response(200, json={"tags": ["a"]}, headers=links)
+
+    assert await tags_of(Network(**{HOST: handler})) == ("a", "b")
+
+
 async def test_a_link_is_no_way_to_write_a_url() -> None:
-    assert next_query("<?last=\x1b[0m a>") == "last=%1B%5B0m%20a"
-    assert next_query("<?last=%2B+b>") == "last=%2B+b"
-    assert next_query('<?last=a>; rel="prev"') is None
-    assert next_query("nonsense") is None
+    assert next_query(["<?last=\x1b[0m a>"], "list") == "last=%1B%5B0m%20a"
+    assert next_query(["<?last=%2B+b>"], "list") == "last=%2B+b"
+    assert next_query(['<?last=a>; rel="prev"'], "list") is None
+    assert next_query([" , "], "list") is None
+    assert next_query([], "list") is None
 
 
-@pytest.mark.parametrize("tags", [None, []])
-async def test_no_tags(tags: object) -> None:
-    assert await tags_of(tags_server({"": ({"name": "team/app", "tags": tags}, None)})) == ()
+@pytest.mark.parametrize(
+    "link",
+    [
+        "nonsense",
+        '</v2/team/app/tags/list/page2>; rel="next"',
+        '<?last=b; rel="next"',
+        '?last=b>; rel="next"',
+        '; rel="next"',
+        '<?last=b> rel="next"',
+    ],
+)
+async def test_a_link_that_cannot_be_read(link: str) -> None:
+    """Without the pages that follow, the list would look complete."""
+    network = tags_server({"": ({"tags": ["a", "b"]}, link), "b": ({"tags": ["c"]}, None)})
+    with pytest.raises(RegistryError, match="a link to the next page that cannot be read"):
+        await tags_of(network)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "</v2/team/app/tags/list?last=b&n=2>; rel=next",
+        "<?n=5&last=b>",
+        "?last=%62; rel=next",
+        "<?last=c>; rel=next",
+        "<>; rel=next",
+    ],
+)
+async def test_a_last_page_that_links_to_itself(link: str) -> None:
+    """All tags are there, each once."""
+    pages = {
+        "": ({"tags": ["a", "b"]}, "<?last=b&n=2>; rel=next"),
+        "b": ({"tags": ["c"]}, link),
+        "c": ({"tags": ["c"]}, link),
+    }
+    assert await tags_of(tags_server(pages)) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("link", ["</v2/team/app/tags/list>; rel=next", "<?n=1000>", "<?n=50>"])
+async def test_an_only_page_that_links_to_itself(link: str) -> None:
+    assert await tags_of(tags_server({"": ({"tags": ["a", "b"]}, link)})) == ("a", "b")
+
+
+@pytest.mark.parametrize("status", [400, 422])
+async def test_a_registry_that_does_not_take_the_number(status: int) -> None:
+    """It is asked again without one, and its own pages are followed."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        query = parse_qs(request.url.query.decode())
+        if int(query.get("n", ["1"])[0]) > 100:
+            return httpx.Response(status, json={"errors": [{"code": "PAGINATION_NUMBER_INVALID"}]})
+        if "last" in query:
+            return httpx.Response(200, json={"tags": ["b"]})
+        return httpx.Response(200, json={"tags": ["a"]}, headers={"Link": "<?last=a&n=100>"})
+
+    network = Network(**{HOST: handler})
+    assert await tags_of(network) == ("a", "b")
+    assert [str(each.url.query, "ascii") for each in network.requests] == [
+        "n=1000",
+        "",
+        "last=a&n=100",
+    ]
+    with pytest.raises(RegistryError, match="answered 400"):
+        await tags_of(Network(**{HOST: lambda request: httpx.Response(400)}))
+
+
+@pytest.mark.parametrize("body", [{"tags": None}, {"tags": []}, {"name": "team/app"}, {}])
+async def test_no_tags(body: object) -> None:
+    assert await tags_of(tags_server({"": (body, None)})) == ()
 
 
 async def test_what_is_no_tag_is_left_out() -> None:
@@ -227,7 +315,18 @@ async def test_what_is_no_tag_is_left_out() -> None:
     assert await tags_of(tags_server({"": ({"tags": strange}, None)})) == ("ok",)
 
 
-@pytest.mark.parametrize("body", [[], {}, {"tags": "a"}, {"tags": {}}, "<html>"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        [],
+        None,
+        {"tags": "a"},
+        {"tags": {}},
+        {"tags": False},
+        {"errors": [{"code": "UNKNOWN"}]},
+        "<html>",
+    ],
+)
 async def test_what_is_no_list(body: object) -> None:
     with pytest.raises(RegistryError, match=r"registry\.example sent something else than a list"):
         await tags_of(tags_server({"": (body, None)}))
@@ -342,14 +441,17 @@ async def test_who_has_the_api(status: int, media_type: str, listed: bool) -> No
     network = Network(**{HOST: handler})
     async with network.client() as http, open_registry_client(client=http) as client:
         found = await client.referrers(f"{APP}@{image.digest}")
-    wanted = [of_api, of_api] if listed else [of_tag]
+    wanted = [of_api] if listed else [of_tag]
     assert [each.digest for each in found] == [each.digest for each in wanted]
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
 async def test_a_failure_is_no_empty_list(status: int) -> None:
     network = Network(**{HOST: lambda _: httpx.Response(status)})
-    async with network.client() as http, open_registry_client(client=http) as client:
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, retry_tick=0.001) as client,
+    ):
         with pytest.raises(RegistryError, match=f"registry.example answered {status} for the ref"):
             await client.referrers(f"{APP}@{describe(b'').digest}")
 

@@ -238,8 +238,9 @@ def test_config_members() -> None:
     [
         (config(rootfs={"type": "other", "diff_ids": []}), "rootfs.type is 'other'"),
         (config(rootfs={"type": "layers", "diff_ids": ["x"]}), "invalid digest 'x'"),
-        (config(os=""), "os is missing"),
-        (config(architecture=None), "architecture is missing"),
+        (config(os=1), "image config.os is 1, not a string"),
+        (config(rootfs={"type": "layers", "diff_ids": ""}), "diff_ids is '', not an array"),
+        (config(rootfs={"type": "layers", "diff_ids": 0}), "diff_ids is 0, not an array"),
         (config(os="linux\x1b[2J"), "image config: the platform 'linux.x1b.* cannot be shown"),
         (config(variant="\u202e"), "cannot be shown"),
         (config(config={"Env": "A=b"}), "Env is 'A=b', not an array"),
@@ -250,6 +251,36 @@ def test_invalid_configs(data: bytes, message: str) -> None:
     """The error says which member is wrong."""
     with pytest.raises(ManifestError, match=message):
         decode_config(data)
+
+
+@pytest.mark.parametrize(
+    ("members", "listed", "expected"),
+    [
+        ({"architecture": ""}, Platform("linux", "s390x"), Platform("linux", "s390x")),
+        ({"os": None}, Platform("linux", "arm64"), Platform("linux", "arm64")),
+        ({"os": "", "architecture": None}, Platform("a", "arm", "v6"), Platform("a", "arm", "v6")),
+        (
+            {"os": "windows", "architecture": ""},
+            Platform("linux", "arm"),
+            Platform("windows", "arm"),
+        ),
+        ({"architecture": "arm", "os": ""}, None, Platform("linux", "arm")),
+        ({"architecture": ""}, None, host_platform()),
+        ({"architecture": "", "os": ""}, Platform("linux", ""), host_platform()),
+        ({"architecture": ""}, Platform("", ""), host_platform()),
+    ],
+)
+def test_a_config_that_does_not_say_what_it_is_for(
+    members: dict[str, object], listed: Platform | None, expected: Platform
+) -> None:
+    """An index may say so; else it is for the host."""
+    assert decode_config(config(**members), listed).platform == expected
+
+
+@pytest.mark.parametrize("rootfs", [{"type": "layers"}, {"type": "layers", "diff_ids": None}])
+def test_a_config_without_diff_ids_has_no_layers(rootfs: dict[str, object]) -> None:
+    """Docker leaves an empty list out, and Go writes null for one that was never made."""
+    assert decode_config(config(rootfs=rootfs)).diff_ids == ()
 
 
 def test_layer_counts_differ() -> None:

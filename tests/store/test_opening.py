@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from layers.swapping import plant_link
 from store.world import (
     Stream,
     arriving,
@@ -316,6 +317,17 @@ async def test_the_path_may_be_relative_and_a_link(
     monkeypatch.chdir(tmp_path)
     async with opened(Path("link")) as store:
         assert store.path == tmp_path / "real"
+
+
+@as_root
+async def test_no_store_is_made_beyond_a_link_of_another_user(tmp_path: Path) -> None:
+    real, link, victim = plant_link(tmp_path, owner=0)
+    async with opened(real / "store"):
+        pass
+    with pytest.raises(UnsupportedStore, match="'link' on the way is a link that another user"):
+        async with opened(link / "store"):
+            pytest.fail("entered")
+    assert os.listdir(victim) == []
 
 
 async def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:

@@ -16,7 +16,16 @@ import attrs
 
 from .._digest import Digest
 from .._errors import ArchiveError, InvalidReference
-from .._manifest import MANIFEST_TYPES, MAX_DOCUMENT_SIZE, Descriptor
+from .._json import AmbiguousJSON, check_names, fold_names, parse_json
+from .._manifest import (
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    MAX_DOCUMENT_SIZE,
+    Descriptor,
+    Index,
+    Manifest,
+    decode_manifest,
+)
 from .._reference import Reference, parse_reference
 
 __all__ = [
@@ -26,13 +35,18 @@ __all__ = [
     "INDEX",
     "LAYER_TYPES",
     "LAYOUT",
+    "VERSION",
     "DockerImage",
     "blob_path",
     "check_layout",
     "claimed_digest",
     "decode_docker",
+    "decode_document",
+    "decode_index",
     "encode_docker",
     "encode_manifest",
+    "is_dir_transport",
+    "is_id",
     "key_of",
     "link_target",
     "name_of",
@@ -41,6 +55,7 @@ __all__ = [
 
 LAYOUT: Final = "oci-layout"
 INDEX: Final = "index.json"
+VERSION: Final = "version"
 DOCKER: Final = "manifest.json"
 BLOBS: Final = "blobs/sha256/"
 
@@ -52,7 +67,9 @@ LAYER_TYPES: Final = {
 }
 """By their compression."""
 
+_DOCKER_NAMES: Final = fold_names("Config", "RepoTags", "Layers")
 _BLOB: Final = re.compile(r"blobs/sha256/([0-9a-f]{64})\Z")
+_ID: Final = re.compile(r"@?sha256:[0-9a-f]{64}\Z")
 _CONFIG: Final = re.compile(r"(?:.*/)?(?:sha256:)?([0-9a-f]{64})(?:\.json)?\Z")
 
 
@@ -93,8 +110,10 @@ def blob_path(digest: Digest) -> str:
 
 
 def claimed_digest(key: str, *, config: bool = False) -> Digest | None:
-    """The digest that a member has by its name, if it has one; ``config``: by that of a docker
-    image's config."""
+    """The digest in the name of a blob, or in that of a config in a docker-archive (``config``).
+
+    Only the blobs of a layout have to match theirs: a docker-archive's paths are mere paths.
+    """
     match = (_CONFIG if config else _BLOB).match(key)
     return None if match is None else Digest(f"sha256:{match[1]}")
 
@@ -107,12 +126,17 @@ def name_of(descriptor: Descriptor) -> Reference | str:
     name = annotations.get("org.opencontainers.image.ref.name", "")
     for text in (full, name):
         # Without one of these it could be a tag.
-        if re.search("[/:@]", text):
+        if re.search("[/:@]", text) and not is_id(text):
             try:
                 return parse_reference(text)
             except InvalidReference:
                 pass
     return name or full
+
+
+def is_id(text: str) -> bool:
+    """Whether a name is but a digest: the reference grammar has that for a repository and a tag."""
+    return _ID.match(text) is not None
 
 
 def check_layout(data: bytes) -> None:
@@ -143,6 +167,32 @@ def decode_docker(data: bytes) -> tuple[DockerImage, ...]:
         )
         for image in _objects(_decode(data, DOCKER))
     )
+
+
+def decode_index(data: bytes) -> Index:
+    """Decode ``index.json``. Docker 25.0 writes an empty list as null (moby issue 47210).
+
+    Raises:
+        ManifestError: if it is not valid.
+    """
+    index = decode_document(data, INDEX_TYPES[0])
+    assert isinstance(index, Index)
+    return index
+
+
+def decode_document(data: bytes, media_type: str) -> Manifest | Index:
+    """Decode a manifest or an index of a layout. A list that is missing or null counts as empty.
+
+    Raises:
+        ManifestError: if it is not valid.
+    """
+    return decode_manifest(data, media_type, null_is_empty=True)
+
+
+def is_dir_transport(version: bytes | None) -> bool:
+    """Whether a file ``version`` is that of a directory of skopeo's ``dir:`` transport
+    (containers/image, ``docs/containers-transports.5.md``)."""
+    return version is not None and version.startswith(b"Directory Transport Version")
 
 
 def encode_docker(images: Iterable[DockerImage]) -> bytes:
@@ -189,15 +239,23 @@ def _decode(data: bytes, what: str) -> object:
     if len(data) > MAX_DOCUMENT_SIZE:
         raise ArchiveError(f"{what}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
-        value: object = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except AmbiguousJSON as error:
+        raise ArchiveError(f"{what}: ambiguous, since {error}") from error
+    except ValueError as error:
         raise ArchiveError(f"{what}: not JSON ({error})") from error
-    return value
 
 
 def _objects(value: object) -> list[dict[str, object]]:
+    if value is None:
+        return []
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise ArchiveError(f"{DOCKER}: not an array of objects")
+    for members in value:
+        try:
+            check_names(members, _DOCKER_NAMES)
+        except AmbiguousJSON as error:
+            raise ArchiveError(f"{DOCKER}: ambiguous, since {error}") from error
     return value
 
 

@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 import attrs
 import trio
 
-from .._digest import Digest
-from .._errors import StoreError
+from .._digest import Digest, parse_digest
+from .._errors import ExportError, StoreError
 from .._image import choose_stored
 from .._manifest import Manifest, decode_config, decode_manifest
 from .._platform import Platform, parse_platform
@@ -60,7 +60,8 @@ async def export_images(
 
     Args:
         store: Where from.
-        references: Which images.
+        references: Which images: by their names, or by the digests of their manifests or configs
+            (``sha256:…``), each of which stands for all names that its image has in the store.
         target: Where to. A file must not be there yet, and is there when it is whole. A directory
             must be empty or not there. A stream gets the archive at its own pace; closing it is
             the caller's, and cancelled or failed, part of the archive has been sent.
@@ -75,13 +76,15 @@ async def export_images(
         PlatformError: if ``platform`` is none.
         StoreError: if an image is not in the store, or lacks one of its blobs: a layer that was
             there already, from other bytes, is not pulled again. Also if a blob is damaged.
-        ExportError: if the target is there already, or cannot be written.
+        ExportError: if the target is there already, or cannot be written, or if two images would
+            have one name in a docker-archive, which has no place for digests and platforms.
+        InvalidDigest: if a digest is none.
         ValueError: for a stream as an OCI layout, and for no references.
         Exception: what the stream raises.
     """
     if isinstance(references, str | Reference):
         references = [references]
-    parsed = [parse_reference(each) if isinstance(each, str) else each for each in references]
+    parsed = [_parsed(each) if isinstance(each, str) else each for each in references]
     if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     if format not in ("oci-archive", "docker-archive", "oci"):
@@ -90,10 +93,9 @@ async def export_images(
         raise ValueError("an OCI layout is a directory: to a stream write an oci-archive")
     if not parsed:
         raise ValueError("there is nothing to export: name an image")
-    async with store.lease() as lease:
+    async with store._lifetime.use(), store.lease() as lease:
         images = []
-        for reference in dict.fromkeys(parsed):
-            image = await _stored(store, reference, platform)
+        for image in await _stored(store, parsed, platform):
             index = None if image.index is None else image.index.digest
             await lease.hold(image.manifest.digest, image.config.digest, index, image.chain_id)
             data = await store.read_blob(image.manifest.digest)
@@ -102,8 +104,9 @@ async def export_images(
             )
             assert isinstance(manifest, Manifest)
             await lease.hold(*(layer.digest for layer in manifest.layers))
-            images.append(_Exported(reference, image, manifest))
+            images.append(_Exported(parse_reference(image.reference), image, manifest))
         if format == "docker-archive":
+            _check_tags(images, target)
             entries = await _docker_entries(store, images)
         else:
             entries = await _oci_entries(store, images, for_docker=format == "oci-archive")
@@ -117,14 +120,49 @@ class _Exported:
     manifest: Manifest
 
 
+def _parsed(text: str) -> Reference | Digest:
+    return parse_digest(text) if text.startswith("sha256:") else parse_reference(text)
+
+
 async def _stored(
-    store: DirectoryStore, reference: Reference, platform: Platform | None
-) -> StoredImage:
-    image = choose_stored(await store.images(str(reference)), platform)
-    if image is None:
-        what = f" for {platform}" if platform else ""
-        raise StoreError(f"{reference}{what} is not in the store: pull it")
-    return image
+    store: DirectoryStore, names: Iterable[Reference | Digest], platform: Platform | None
+) -> list[StoredImage]:
+    """The images that are meant, each under each of its names once."""
+    found: dict[tuple[str, str | None], StoredImage] = {}
+    for name in dict.fromkeys(names):
+        if isinstance(name, Reference):
+            image = choose_stored(await store.images(str(name)), platform)
+            images = [] if image is None else [image]
+        else:
+            images = [
+                each
+                for each in await store.images()
+                if name in (each.manifest.digest, each.config.digest)
+                and (platform is None or choose_stored([each], platform) is not None)
+            ]
+        if not images:
+            what = f" for {platform}" if platform else ""
+            raise StoreError(f"{name}{what} is not in the store: pull it")
+        for each in images:
+            found.setdefault((each.reference, each.platform), each)
+    return list(found.values())
+
+
+def _check_tags(images: Iterable[_Exported], target: object) -> None:
+    """Check that no tag of a docker-archive would stand for two images."""
+    holders: dict[str, StoredImage] = {}
+    for exported in images:
+        for tag in _tags(exported.reference):
+            image = exported.image
+            other = holders.setdefault(tag, image)
+            if other.config.digest != image.config.digest:
+                name = os.fspath(target) if isinstance(target, str | os.PathLike) else "the stream"
+                raise ExportError(
+                    name,
+                    f"{tag} would stand for two images, {other.reference} ({other.platform}, "
+                    f"{other.manifest.digest}) and {image.reference} ({image.platform}, "
+                    f"{image.manifest.digest}): export them one by one, or as an oci-archive",
+                )
 
 
 async def _oci_entries(
@@ -191,12 +229,19 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
 
 def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
     """The ``manifest.json`` of images: their names, where their configs and their layers are. One
-    that has several names has them all at one place."""
-    described: dict[str, DockerImage] = {}
+    that has several names has them all at one place, and of two with one name the first has it."""
+    tags: dict[str, dict[str, None]] = {}
+    paths: dict[str, tuple[str, ...]] = {}
+    holders: dict[str, str] = {}
     for reference, config, layers in images:
-        before = described[config].tags if config in described else ()
-        described[config] = DockerImage(config, before + _tags(reference), tuple(layers))
-    return encode_docker(described.values())
+        paths[config] = tuple(layers)
+        mine = tags.setdefault(config, {})
+        for tag in _tags(reference):
+            if holders.setdefault(tag, config) == config:
+                mine[tag] = None
+    return encode_docker(
+        DockerImage(config, tuple(tags[config]), layers) for config, layers in paths.items()
+    )
 
 
 async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLayer]:

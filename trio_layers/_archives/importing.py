@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Final, TypeVar, TypeVarTuple, final
+from functools import partial
+from typing import Final, final
 
 import attrs
 import trio
@@ -15,12 +16,19 @@ from .._digest import DiffID, Digest, digest_of
 from .._engine.download import open_download_manager
 from .._errors import (
     ArchiveError,
-    InvalidReference,
     ManifestError,
+    PlatformError,
     StoreError,
     VerificationError,
 )
-from .._image import ImageLayer, ImageSource, check_diff_ids, check_storable, layers_of
+from .._image import (
+    ImageLayer,
+    ImageSource,
+    check_diff_ids,
+    check_storable,
+    layers_of,
+    off_the_loop,
+)
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -38,20 +46,19 @@ from .._reference import Reference, parse_reference
 from .._store.catalog import StoredImage
 from .._store.directory import DirectoryStore
 from .._store.layout import INDEX_ANNOTATION
+from .._unpack.limits import Limits
+from .._unpack.unpacker import Unpacker
 from ..abc import BlobSink, ProgressSink, ReportProgress
+from .candidates import Candidate, decode, digest_prefix, list_images, select
 from .documents import (
     CONFIG_TYPE,
     DOCKER,
-    INDEX,
     LAYER_TYPES,
-    LAYOUT,
     DockerImage,
     blob_path,
-    check_layout,
     claimed_digest,
-    decode_docker,
+    decode_document,
     encode_manifest,
-    name_of,
     shown,
 )
 from .reading import Shelf, Source, open_source
@@ -62,8 +69,13 @@ MAX_LAYERS: Final = 100_000
 """Of all images of a source. They take memory, and an archive can name one blob any number of
 times."""
 
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
+NAMELESS: Final = "localhost/unnamed"
+"""The repository in the reference of an image that has no name: its digest follows."""
+
+_SHOWN: Final = 20
+
+# The errors of a description that cannot be used, so that another one of the image is tried.
+_USELESS: Final = (ArchiveError, ManifestError, PlatformError, VerificationError)
 
 
 async def import_images(
@@ -71,6 +83,8 @@ async def import_images(
     source: str | os.PathLike[str] | trio.abc.ReceiveStream,
     *,
     reference: str | Reference | None = None,
+    digest: str | None = None,
+    all: bool = False,
     platform: str | Platform | None = None,
     progress: ProgressSink | None = None,
 ) -> list[StoredImage]:
@@ -79,7 +93,9 @@ async def import_images(
     It takes what ``docker save``, podman, skopeo, buildah, containerd and `export_images` write:
     docker-archives, OCI archives, and OCI layouts in directories. What it is shows in what is in
     it, not in its name. An archive may be compressed, by gzip, zstd, bzip2 or xz. Where one is
-    both, as Docker 25 writes them, it is taken as an OCI layout.
+    both, as Docker 25 writes them, the images of both lists are taken. Entries with the same
+    config are one image: it gets the names of both, and the layout's manifest if that is whole.
+    Signatures, attestations and other artifacts beside images are passed over.
 
     Whatever the source says is verified: blobs by their names, layers by the diff IDs in the
     image's config. What an OCI layout has keeps its digests. A docker-archive has no manifests:
@@ -88,7 +104,9 @@ async def import_images(
     is usual, not at all.
 
     Images get the names they have in the source. Bare tags, as ``skopeo copy … oci:DIR:TAG``
-    writes them, are no names.
+    writes them, are no names. An image without a name is stored as
+    ``localhost/unnamed@sha256:…``, with the digest of its manifest or index, if it is chosen by
+    its digest alone, or if all are imported.
 
     Args:
         store: Where to.
@@ -96,7 +114,12 @@ async def import_images(
             caller's. It is never held in memory as a whole.
         reference: What the image is to be called, whatever it is called in the source. If there
             are several, only that one is taken that has this name, or else the tag of it. With a
-            digest, that must be the digest of its manifest or index.
+            digest, the image that has it is taken: its manifest, its index, or its config, in
+            whose place the reference gets the manifest's. A digest alone is one for ``digest``.
+        digest: Chooses one image by the digest of its manifest, index or config (Docker's image
+            ID), or by the beginning of that; ``sha256:`` may be left out. It keeps its names
+            unless there is a ``reference``.
+        all: Whether images without names are imported, too.
         platform: Which of an index's images; ``None``: the host's, or what there is if there is
             no index. Others are not imported.
         progress: Takes the events of unpacking; see `DownloadManager.download`.
@@ -105,8 +128,7 @@ async def import_images(
         What was put into the store, in the order of the source, each name by itself.
 
     If this is cancelled or fails no image is put, and nothing of it is visible in the store but
-    whole layers and blobs, which are removed when nobody needs them. A failure between two
-    images that are put, such as a full disk, leaves the first.
+    whole layers and blobs, which are removed when nobody needs them.
 
     Raises:
         ArchiveError: if it is no archive or layout, is damaged, or lacks something; if it has an
@@ -116,22 +138,41 @@ async def import_images(
         PlatformError: if there is no image for the platform.
         RegistrationError: if a layer cannot be unpacked; its ``reason`` says why.
         InvalidReference: if ``reference`` does not follow the grammar.
+        InvalidDigest: if ``digest`` is neither a digest nor the beginning of one.
+        ValueError: if all images are wanted, and one by its name or digest.
         StoreError: for what the store's disk does.
         OSError: if the source cannot be read.
         Exception: what the stream or ``progress`` raises.
     """
+    if all and (reference is not None or digest is not None):
+        raise ValueError("all images are wanted: leave out the reference and the digest of one")
+    if isinstance(reference, str) and digest is None and reference.startswith("sha256:"):
+        reference, digest = None, reference
     if isinstance(reference, str):
         reference = parse_reference(reference)
+    prefix = None if digest is None else digest_prefix(digest)
     if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
-    async with store.lease() as lease, store.batch() as batch:
+    async with store._lifetime.use(), store.lease() as lease, store.batch() as batch:
         shelf = Shelf(store, batch, lease)
-        opened = await open_source(source, shelf)
+        unpacker = store.unpacker
+        limits = unpacker.limits if isinstance(unpacker, Unpacker) else Limits()
+        opened = await open_source(source, shelf, limits)
+
         images: list[_Image] = []
+        finder = _Finder(opened, shelf, platform)
         layers = 0
         try:
-            for candidate, names in _select(opened.name, await _candidates(opened), reference):
-                images.append(await _find(opened, shelf, candidate, names, platform))
+            chosen = await select(
+                opened.name,
+                await list_images(opened),
+                reference=reference,
+                prefix=prefix,
+                everything=all,
+                manifest_digest=finder.manifest_digest,
+            )
+            for candidate, names in chosen:
+                images.append(await finder.find(candidate, names))
                 layers += len(images[-1].layers)
                 if layers > MAX_LAYERS:
                     raise ArchiveError(f"{opened.name} has more than {MAX_LAYERS} layers")
@@ -144,51 +185,26 @@ async def import_images(
 
 
 async def _put(
-    store: DirectoryStore, images: Iterable[_Image], progress: ProgressSink | None
+    store: DirectoryStore, images: Sequence[_Image], progress: ProgressSink | None
 ) -> list[StoredImage]:
     """Unpack the layers, which are in the store, then give the images their names."""
-    put: list[StoredImage] = []
     async with AsyncExitStack() as stack:
         manager = await stack.enter_async_context(open_download_manager(store))
-        for image in images:
-            sources = [_StoredLayer(store, layer) for layer in image.layers]
+        for layers in dict.fromkeys(image.layers for image in images):
+            make = partial(_StoredLayer, store)
+            sources = await off_the_loop(
+                len(layers), partial(list[_StoredLayer], map(make, layers))
+            )
             download = manager.download(sources, progress=progress)
             rootfs = await stack.enter_async_context(download)
-            check_diff_ids(image.layers, rootfs)
-        for image in images:
-            for name in image.names:
-                stored = image.stored_as(name)
-                await store.put_image(
-                    stored.reference,
-                    manifest=stored.manifest,
-                    config=stored.config,
-                    platform=stored.platform,
-                    chain_id=stored.chain_id,
-                    index=stored.index,
-                )
-                put.append(stored)
+            check_diff_ids(layers, rootfs)
+        put = await trio.to_thread.run_sync(_named, images)
+        await store.put_images(put)
     return put
 
 
-@attrs.frozen
-class _Candidate:
-    """One image of a source, or one for each of some platforms.
-
-    Attributes:
-        names: Its full names.
-        tag: What else it is called: a bare tag, as a rule.
-        roots: In a layout, the entries that lead to it.
-        docker: In a docker-archive, what that says of it.
-    """
-
-    names: tuple[Reference, ...]
-    tag: str = ""
-    roots: tuple[Descriptor, ...] = ()
-    docker: DockerImage | None = None
-
-    def __str__(self) -> str:
-        """Its names, for messages."""
-        return ", ".join(map(str, self.names)) or (f"the tag {shown(self.tag)}" * bool(self.tag))
+def _named(images: Sequence[_Image]) -> list[StoredImage]:
+    return [image.stored_as(name) for image in images for name in image.names]
 
 
 @attrs.frozen
@@ -226,181 +242,215 @@ class _Image:
 # What is in the source.
 
 
-async def _candidates(source: Source) -> tuple[_Candidate, ...]:
-    """The images of a source."""
-    layout, index, docker = [await source.read(path) for path in (LAYOUT, INDEX, DOCKER)]
-    if layout is None or index is None:
-        if docker is not None:
-            return tuple(
-                _Candidate(_parsed(image.tags), docker=image)
-                for image in await _decode(source, decode_docker, docker)
-            )
-        there = ", ".join(map(shown, await source.names()))
-        raise ArchiveError(
-            f"{source.name} is neither an OCI layout, with {LAYOUT} and {INDEX}, nor a "
-            f"docker-archive, with {DOCKER}: it has {there or 'nothing'}"
-        )
-    await _decode(source, check_layout, layout)
-    entries = await _decode(source, decode_manifest, index, INDEX_TYPES[0])
-    assert isinstance(entries, Index)
-    # Entries of one name are one image, for several platforms.
-    groups: dict[Reference | str, list[Descriptor]] = {}
-    for entry in entries.images:
-        groups.setdefault(name_of(entry), []).append(entry)
-    tags = await _docker_tags(source, docker)
-    candidates = []
-    for name, roots in groups.items():
-        if isinstance(name, Reference):
-            candidates.append(_Candidate((name,), roots=tuple(roots)))
-        elif len({root.platform for root in roots}) == len(roots) and not tags:
-            candidates.append(_Candidate((), name, tuple(roots)))
-        else:
-            # Nothing says that they are one image.
-            for root in roots:
-                names = await _names_by_config(source, root, tags)
-                candidates.append(_Candidate(names, str(name), (root,)))
-    return tuple(candidates)
+@final
+class _Finder:
+    """Finds images of a source for a platform: all parts of them, put into the batch."""
 
+    def __init__(self, source: Source, shelf: Shelf, platform: Platform | None) -> None:
+        self._source = source
+        self._shelf = shelf
+        self._platform = platform
+        # A manifest may be reached from any number of indexes.
+        self._found: dict[tuple[Descriptor, Platform | None], _Image] = {}
 
-async def _docker_tags(source: Source, docker: bytes | None) -> dict[Digest, tuple[str, ...]]:
-    """What a ``manifest.json`` beside a layout calls its images, by their configs."""
-    if docker is None:
-        return {}
-    tags: dict[Digest, tuple[str, ...]] = {}
-    for image in await _decode(source, decode_docker, docker):
-        config = claimed_digest(image.config)
-        if config is not None:
-            tags[config] = tags.get(config, ()) + image.tags
-    return tags
-
-
-async def _names_by_config(
-    source: Source, root: Descriptor, tags: dict[Digest, tuple[str, ...]]
-) -> tuple[Reference, ...]:
-    if not tags or root.media_type not in MANIFEST_TYPES:
-        return ()
-    data = await _document(source, root)
-    manifest = await _decode(source, decode_manifest, data, root.media_type)
-    assert isinstance(manifest, Manifest)
-    return _parsed(tags.get(manifest.config.digest, ()))
-
-
-def _parsed(tags: Iterable[str]) -> tuple[Reference, ...]:
-    names = []
-    for tag in tags:
+    async def find(self, candidate: Candidate, names: tuple[Reference, ...]) -> _Image:
+        """The image of a candidate, under these names."""
+        called = str(names[0] if names else candidate)
+        if not candidate.contents.manifests and candidate.docker:
+            image = await self._find_in_docker(candidate, called, self._platform)
+            return await self._named(image, names)
         try:
-            names.append(parse_reference(tag))
-        except InvalidReference:
-            pass
-    return tuple(dict.fromkeys(names))
+            image = await self._find_oci(candidate.roots, called)
+        except _USELESS as error:
+            # One image of an index is for this platform, as the others are for theirs.
+            is_index = len(candidate.roots) > 1 or bool(candidate.contents.indexes)
+            wanted = self._platform or (host_platform() if is_index else None)
+            try:
+                image = await self._find_in_docker(candidate, called, wanted)
+            except _USELESS:
+                raise error from None
+        return await self._named(image, names)
 
+    async def _named(self, image: _Image, names: tuple[Reference, ...]) -> _Image:
+        names = await trio.to_thread.run_sync(_promised, self._source, image, names)
+        return attrs.evolve(image, names=names)
 
-def _select(
-    source: str, candidates: Sequence[_Candidate], reference: Reference | None
-) -> list[tuple[_Candidate, tuple[Reference, ...]]]:
-    """Which images are wanted, and what they are to be called."""
-    if not candidates:
-        raise ArchiveError(f"{source} has no image")
-    if reference is None:
-        for candidate in candidates:
-            if not candidate.names:
-                what = f"an image with {candidate}, but" if candidate.tag else "an image"
-                raise ArchiveError(
-                    f"{source} has {what} without a name: say what it is to be called (reference)"
-                )
-        names = [name for candidate in candidates for name in candidate.names]
-        if len(set(names)) < len(names):
-            raise ArchiveError(f"{source} has two images of one name: say which one (reference)")
-        return [(candidate, candidate.names) for candidate in candidates]
-    meant: Sequence[_Candidate] = candidates
-    if len(meant) > 1:
-        meant = [each for each in candidates if reference in each.names]
-        meant = meant or [each for each in candidates if each.tag and each.tag == reference.tag]
-    if len(meant) != 1:
-        there = "; ".join(str(each) for each in candidates[:20] if str(each))
-        raise ArchiveError(
-            f"{source} has {len(candidates)} images, and {len(meant) or 'none'} of them is "
-            f"{reference}: name one of these: {there or 'they have no names'}"
+    async def manifest_digest(self, candidate: Candidate) -> Digest | None:
+        """The digest of the manifest that an image of a docker-archive gets, if it is whole."""
+        try:
+            image = await self._find_in_docker(candidate, str(candidate), None)
+        except _USELESS:
+            return None
+        return image.manifest.digest
+
+    # By index.json.
+
+    async def _find_oci(self, roots: Sequence[Descriptor], called: str) -> _Image:
+        """By the rules of `RegistryClient.resolve`."""
+        source = self._source
+        name = f"{source.name}: {called}"
+        wanted = self._platform or host_platform()
+        index: Descriptor | None = None
+        several = len(roots) > 1
+        if several:
+            among = Index(INDEX_TYPES[0], tuple(roots))
+            descriptor = await _choose(source, name, among, wanted)
+        else:
+            [descriptor] = roots
+        root = descriptor
+        for _ in range(MAX_INDEX_DEPTH):
+            if descriptor.media_type not in INDEX_TYPES:
+                break
+            if index is None:
+                index = descriptor
+            data = await _document(source, descriptor)
+            document = await decode(source, decode_document, data, descriptor.media_type)
+            assert isinstance(document, Index)
+            descriptor = await _choose(source, name, document, wanted)
+        if descriptor.media_type in INDEX_TYPES:
+            raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
+        chosen = several or index is not None
+        said = descriptor.platform if chosen else None
+        image = await self._find_manifest(descriptor, said)
+        if said is None and (chosen or self._platform is not None):
+            check_platform(name, image.platform, wanted)
+        if index is None:
+            index = await _index_of(source, root)
+        if index is not None:
+            await self._take(index)
+        return attrs.evolve(image, index=None if index is None else _plain(index))
+
+    async def _find_manifest(self, descriptor: Descriptor, said: Platform | None) -> _Image:
+        """The image of a manifest, for the platform that the entry of an index says it has."""
+        key = (_plain(descriptor), said)
+        if key in self._found:
+            return self._found[key]
+        source = self._source
+        data = await _document(source, descriptor)
+        document = await decode(source, decode_document, data, descriptor.media_type)
+        assert isinstance(document, Manifest)
+        check_image(document)
+        config_bytes = await _document(source, document.config)
+        config = await decode(source, decode_config, config_bytes, said)
+        check_layer_count(document, config)
+        digests = [*(layer.digest for layer in document.layers), *config.diff_ids]
+        await off_the_loop(len(digests), partial(check_storable, digests))
+        for part in {(layer.digest, layer.size): layer for layer in document.layers}.values():
+            await self._take(part)
+        await self._take(document.config)
+        manifest = _plain(descriptor)
+        if document.layers or await _is_strict(data, descriptor.media_type):
+            await self._take(descriptor)
+        else:
+            # A list of layers that is null, as Go may write it, is not one by the specification.
+            data = encode_manifest(document.config, ())
+            manifest = Descriptor(MANIFEST_TYPES[0], digest_of(data), len(data))
+            await self._shelf.keep(manifest.digest, data)
+        image = self._found[key] = _Image(
+            (),
+            manifest,
+            _plain(document.config),
+            config.platform,
+            await _stacked(document.layers, config.diff_ids),
         )
-    return [(meant[0], (reference,))]
+        return image
+
+    async def _take(self, descriptor: Descriptor) -> None:
+        item = await self._source.take(blob_path(descriptor.digest))
+        if item is None:
+            raise _missing(self._source, descriptor)
+        _check(self._source, descriptor, item.digest, item.size)
+
+    # By manifest.json.
+
+    async def _find_in_docker(
+        self, candidate: Candidate, called: str, platform: Platform | None
+    ) -> _Image:
+        """The first of its descriptions that is whole."""
+        failure: Exception | None = None
+        for image in candidate.docker:
+            try:
+                return await self._find_docker(image, called, platform)
+            except _USELESS as error:
+                failure = failure or error
+        raise failure or ArchiveError(f"{self._source.name} lacks {called}")
+
+    async def _find_docker(
+        self, image: DockerImage, called: str, platform: Platform | None
+    ) -> _Image:
+        source = self._source
+        data = await source.read(image.config)
+        if data is None:
+            raise ArchiveError(f"{source.name} lacks {shown(image.config)}, the config of {called}")
+        config = await decode(source, decode_config, data)
+        if platform is not None:
+            check_platform(f"{source.name}: {called}", config.platform, platform)
+        if len(image.layers) != len(config.diff_ids):
+            raise ManifestError(
+                f"{DOCKER} has {len(image.layers)} layers of {called}, but the image config has "
+                f"{len(config.diff_ids)} diff IDs"
+            )
+        pairs = zip(image.layers, config.diff_ids, strict=True)
+        layers = [await _docker_layer(source, path, diff_id) for path, diff_id in pairs]
+        digest = await trio.to_thread.run_sync(digest_of, data)
+        config_descriptor = Descriptor(CONFIG_TYPE, digest, len(data))
+        manifest = encode_manifest(config_descriptor, layers)
+        descriptor = Descriptor(MANIFEST_TYPES[0], digest_of(manifest), len(manifest))
+        await self._shelf.keep(digest, data)
+        await self._shelf.keep(descriptor.digest, manifest)
+        return _Image(
+            (),
+            descriptor,
+            config_descriptor,
+            config.platform,
+            await _stacked(layers, config.diff_ids),
+        )
 
 
-async def _find(
-    source: Source,
-    shelf: Shelf,
-    candidate: _Candidate,
-    names: tuple[Reference, ...],
-    platform: Platform | None,
-) -> _Image:
-    """The image, all of whose parts the store or the batch has."""
-    if candidate.docker is not None:
-        image = await _find_docker(source, shelf, candidate.docker, names, platform)
-    else:
-        image = await _find_oci(source, candidate.roots, names, platform)
-    digests = {image.manifest.digest, None if image.index is None else image.index.digest}
+def _promised(source: Source, image: _Image, names: tuple[Reference, ...]) -> tuple[Reference, ...]:
+    """The names of an image, whose digests must be its own; without any: one by its digest."""
+    digest = image.manifest.digest if image.index is None else image.index.digest
+    if not names:
+        return (attrs.evolve(parse_reference(NAMELESS), tag=None, digest=digest),)
+    promised = []
     for name in names:
-        if name.digest is not None and name.digest not in digests:
+        if name.digest == image.config.digest:
+            name = attrs.evolve(name, digest=image.manifest.digest)
+        if name.digest not in (None, image.manifest.digest, digest):
             raise VerificationError(
                 f"{source.name}: {name} is called by another digest than that of its manifest, "
                 f"{image.manifest.digest}",
                 digest=name.digest,
             )
-    return image
+        promised.append(name)
+    return tuple(dict.fromkeys(promised))
 
 
-async def _find_oci(
-    source: Source,
-    roots: Sequence[Descriptor],
-    names: tuple[Reference, ...],
-    platform: Platform | None,
-) -> _Image:
-    """By the rules of `RegistryClient.resolve`."""
-    called = f"{source.name}: {', '.join(map(str, names))}"
-    wanted = platform or host_platform()
-    index: Descriptor | None = None
-    several = len(roots) > 1
-    if several:
-        descriptor = choose_image(called, Index(INDEX_TYPES[0], tuple(roots)), wanted)
-    else:
-        [descriptor] = roots
-    data = await _document(source, descriptor)
-    document = await _decode(source, decode_manifest, data, descriptor.media_type)
-    root = descriptor
-    for _ in range(MAX_INDEX_DEPTH):
-        if not isinstance(document, Index):
-            break
-        if index is None:
-            index = descriptor
-        descriptor = choose_image(called, document, wanted)
-        data = await _document(source, descriptor)
-        document = await _decode(source, decode_manifest, data, descriptor.media_type)
-    if isinstance(document, Index):
-        raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
-    check_image(document)
-    config = await _decode(source, decode_config, await _document(source, document.config))
-    check_layer_count(document, config)
-    check_storable([*(layer.digest for layer in document.layers), *config.diff_ids])
-    chosen = several or index is not None
-    said = chosen and descriptor.platform is not None
-    if not said and (chosen or platform is not None):
-        check_platform(called, config.platform, wanted)
-    if index is None:
-        index = await _index_of(source, root)
-    for part in (index, descriptor, document.config, *document.layers):
-        if part is None:
-            continue
-        item = await source.take(blob_path(part.digest))
-        if item is None:
-            raise _missing(source, part)
-        _check(source, part, item.digest, item.size)
-    return _Image(
-        names,
-        _plain(descriptor),
-        _plain(document.config),
-        config.platform,
-        layers_of(document.layers, config.diff_ids),
-        None if index is None else _plain(index),
+async def _choose(source: Source, name: str, index: Index, wanted: Platform) -> Descriptor:
+    """The entry for a platform, which is there: archives leave out what is for others."""
+    descriptor = choose_image(name, index, wanted)
+    if await source.read(blob_path(descriptor.digest)) is not None:
+        return descriptor
+    there = {
+        str(each.platform): None
+        for each in index.images
+        if each.platform is not None and await source.read(blob_path(each.digest)) is not None
+    }
+    if not there:
+        raise _missing(source, descriptor)
+    raise PlatformError(
+        f"{name} has an entry for {descriptor.platform or wanted}, but lacks that image, "
+        f"{descriptor.digest}: the source has {', '.join(list(there)[:_SHOWN])}"
     )
+
+
+async def _is_strict(data: bytes, media_type: str) -> bool:
+    """Whether a manifest is one by the specification, too."""
+    try:
+        await trio.to_thread.run_sync(decode_manifest, data, media_type)
+    except ManifestError:
+        return False
+    return True
 
 
 async def _index_of(source: Source, root: Descriptor) -> Descriptor | None:
@@ -413,52 +463,17 @@ async def _index_of(source: Source, root: Descriptor) -> Descriptor | None:
         return None
     for media_type in INDEX_TYPES:
         try:
-            index = await _decode(source, decode_manifest, data, media_type)
+            index = await decode(source, decode_document, data, media_type)
         except ManifestError:
             continue
         return Descriptor(index.media_type, Digest(digest), len(data))
     return None
 
 
-async def _find_docker(
-    source: Source,
-    shelf: Shelf,
-    image: DockerImage,
-    names: tuple[Reference, ...],
-    platform: Platform | None,
-) -> _Image:
-    data = await source.read(image.config)
-    if data is None:
-        raise ArchiveError(f"{source.name} lacks {shown(image.config)}, the config of {names[0]}")
-    digest = digest_of(data)
-    claimed = claimed_digest(image.config, config=True)
-    if claimed not in (None, digest):
-        raise VerificationError(
-            f"{source.name}: {shown(image.config)} is damaged: what it holds is {digest}",
-            digest=claimed,
-        )
-    config = await _decode(source, decode_config, data)
-    if platform is not None:
-        check_platform(f"{source.name}: {names[0]}", config.platform, platform)
-    if len(image.layers) != len(config.diff_ids):
-        raise ManifestError(
-            f"{DOCKER} has {len(image.layers)} layers of {names[0]}, but the image config has "
-            f"{len(config.diff_ids)} diff IDs"
-        )
-    pairs = zip(image.layers, config.diff_ids, strict=True)
-    layers = [await _docker_layer(source, path, diff_id) for path, diff_id in pairs]
-    config_descriptor = Descriptor(CONFIG_TYPE, digest, len(data))
-    manifest = encode_manifest(config_descriptor, layers)
-    descriptor = Descriptor(MANIFEST_TYPES[0], digest_of(manifest), len(manifest))
-    await source.take(image.config)
-    await shelf.keep(descriptor.digest, manifest)
-    return _Image(
-        names,
-        descriptor,
-        config_descriptor,
-        config.platform,
-        layers_of(layers, config.diff_ids),
-    )
+async def _stacked(
+    descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
+) -> tuple[ImageLayer, ...]:
+    return await off_the_loop(len(descriptors), partial(layers_of, descriptors, diff_ids))
 
 
 async def _docker_layer(source: Source, path: str, diff_id: DiffID) -> Descriptor:
@@ -519,13 +534,6 @@ def _check(source: Source, descriptor: Descriptor, digest: Digest, size: int) ->
 def _plain(descriptor: Descriptor) -> Descriptor:
     """What of a descriptor is a matter of the blob alone."""
     return Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
-
-
-async def _decode(source: Source, decode: Callable[[bytes, *Ts], T], data: bytes, *args: *Ts) -> T:
-    try:
-        return await trio.to_thread.run_sync(decode, data, *args)
-    except ArchiveError as error:
-        raise ArchiveError(f"{source.name}: {error}") from error
 
 
 @final

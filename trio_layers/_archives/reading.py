@@ -19,13 +19,28 @@ import trio
 
 from .._compression import recognise
 from .._digest import Digest, digest_of
-from .._errors import ArchiveError, DecompressionError, UnpackError, VerificationError
+from .._errors import (
+    ArchiveError,
+    DecompressionError,
+    LimitExceeded,
+    UnpackError,
+    VerificationError,
+)
 from .._manifest import MAX_DOCUMENT_SIZE
 from .._store.directory import Batch, DirectoryStore, Lease
 from .._unpack.limits import Limits
 from .._unpack.tar import Content, Member, TarReader
 from .._unpack.worker import Inflated
-from .documents import claimed_digest, key_of, link_target, shown
+from .documents import (
+    DOCKER,
+    INDEX,
+    LAYOUT,
+    VERSION,
+    claimed_digest,
+    key_of,
+    link_target,
+    shown,
+)
 
 __all__ = ["Archive", "Item", "LayoutDirectory", "Shelf", "Source", "open_source"]
 
@@ -37,6 +52,7 @@ MAX_PATH: Final = 1024
 """More, or longer, than any tool writes; together they bound what names take of memory."""
 
 _MAX_LINKS: Final = 40  # as in Linux
+_DOCUMENTS: Final = frozenset({LAYOUT, INDEX, DOCKER, VERSION})
 _HEAD: Final = 10
 _PIECE: Final = 256 * 1024
 _ZEROS: Final = bytes(_PIECE)
@@ -82,6 +98,10 @@ class Source(Protocol):
         Raises:
             ArchiveError: if it is larger than a document may be.
         """
+        ...
+
+    async def digest(self, path: str) -> Digest | None:
+        """What a document hashes to; ``None`` if there is none."""
         ...
 
     async def take(self, path: str) -> Item | None:
@@ -142,9 +162,14 @@ class Shelf:
 
 
 async def open_source(
-    source: str | os.PathLike[str] | trio.abc.ReceiveStream, shelf: Shelf
+    source: str | os.PathLike[str] | trio.abc.ReceiveStream, shelf: Shelf, limits: Limits
 ) -> Source:
     """Read an archive, or find a layout.
+
+    Args:
+        source: A path or a stream.
+        shelf: Takes the blobs.
+        limits: Of the store's layers: any member of an archive may turn out to be one.
 
     Raises:
         ArchiveError: if it is neither, or damaged.
@@ -161,11 +186,13 @@ async def open_source(
         def read(size: int) -> bytes:
             return bytes(trio.from_thread.run(stream.receive_some, size))
 
-        return await trio.to_thread.run_sync(Archive, "the stream", read, shelf, limiter=limiter)
-    return await trio.to_thread.run_sync(_open_path, Path(source), shelf, limiter=limiter)
+        return await trio.to_thread.run_sync(
+            Archive, "the stream", read, shelf, limits, limiter=limiter
+        )
+    return await trio.to_thread.run_sync(_open_path, Path(source), shelf, limits, limiter=limiter)
 
 
-def _open_path(path: Path, shelf: Shelf) -> Source:
+def _open_path(path: Path, shelf: Shelf, limits: Limits) -> Source:
     if path.is_dir():
         return LayoutDirectory(path, shelf)
     with _open_file(path) as file:
@@ -174,7 +201,7 @@ def _open_path(path: Path, shelf: Shelf) -> Source:
             trio.from_thread.check_cancelled()
             return file.read(size)
 
-        return Archive(os.fspath(path), read, shelf)
+        return Archive(os.fspath(path), read, shelf, limits)
 
 
 def _open_file(path: Path) -> io.FileIO:
@@ -190,24 +217,42 @@ def _open_file(path: Path) -> io.FileIO:
 class Archive:
     """An archive that has been read. Making one blocks, in a worker thread."""
 
-    def __init__(self, name: str, read: Callable[[int], bytes], shelf: Shelf) -> None:
+    def __init__(
+        self, name: str, read: Callable[[int], bytes], shelf: Shelf, limits: Limits
+    ) -> None:
         self.name = name
         self._shelf = shelf
         self._items: dict[str, _Found] = {}
         self._held = 0
-        # For its other limits: the same as for layers.
-        limits = Limits()
-        source = Inflated(read, limits, trio.from_thread.check_cancelled)
+        # An archive holds several layers, and its paths are none of a layer's.
+        whole = Limits(
+            max_ratio=limits.max_ratio,
+            max_ratio_from=limits.max_ratio_from,
+            max_window=limits.max_window,
+        )
+        source = Inflated(read, whole, trio.from_thread.check_cancelled)
+        members = 0
         try:
-            reader = TarReader(source, limits)
+            reader = TarReader(source, whole)
             for member in reader:
+                members += 1
+                if members > MAX_MEMBERS:
+                    raise ArchiveError(f"{name} has more than {MAX_MEMBERS} members")
                 source.entry = member.name
+                # A document has a limit of its own, and no layer is refused here that is as small.
+                if member.size > max(limits.max_unpacked_bytes, MAX_DOCUMENT_SIZE):
+                    raise LimitExceeded(
+                        f"{shown(os.fsdecode(member.name))}: a file of {member.size} bytes; "
+                        f"the limit max_unpacked_bytes is {limits.max_unpacked_bytes}"
+                    )
                 if member.size:
                     source.expect(reader.left, reader.holes)
                 self._add(member, reader.data())
             # The rest is nothing, but whoever writes it wants to be rid of it, and a checksum may
             # stand in it.
             source.drain()
+        except LimitExceeded as error:
+            raise ArchiveError(f"{name} exceeds a limit of the store: {error}") from error
         except (DecompressionError, UnpackError) as error:
             raise ArchiveError(f"{name} is no image archive, or damaged: {error}") from error
         if not self._items:
@@ -228,6 +273,11 @@ class Archive:
         if item.digest in self._shelf.batch:
             return await trio.to_thread.run_sync(self._shelf.batch.read, item.digest)
         return await self._shelf.store.read_blob(item.digest)
+
+    async def digest(self, path: str) -> Digest | None:
+        await trio.lowlevel.checkpoint()
+        item = self._find(path)
+        return None if item is None else item.digest
 
     async def take(self, path: str) -> Item | None:
         item = self._find(path)
@@ -267,8 +317,6 @@ class Archive:
         # Of two with one name some readers take the first, and others the last.
         if self._items.setdefault(key, found) != found:
             raise ArchiveError(f"{self.name} has {shown(key)} twice")
-        if len(self._items) > MAX_MEMBERS:
-            raise ArchiveError(f"{self.name} has more than {MAX_MEMBERS} members")
 
     def _file(self, key: str, size: int, data: Iterator[Content]) -> Item:
         claimed = claimed_digest(key)
@@ -277,10 +325,6 @@ class Archive:
             item = known or self._shelf.add(data)
         else:
             item = self._small(b"".join(_plain(data)))
-        if claimed is not None and claimed != item.digest:
-            raise VerificationError(
-                f"{self.name}: {key} is damaged: what it holds is {item.digest}", digest=claimed
-            )
         return item
 
     def _small(self, data: bytes) -> Item:
@@ -303,6 +347,13 @@ class LayoutDirectory:
     async def read(self, path: str) -> bytes | None:
         return await trio.to_thread.run_sync(self._read, path)
 
+    async def digest(self, path: str) -> Digest | None:
+        def read() -> Digest | None:
+            data = self._read(path)
+            return None if data is None else digest_of(data)
+
+        return await trio.to_thread.run_sync(read)
+
     async def take(self, path: str) -> Item | None:
         return await trio.to_thread.run_sync(self._take, path)
 
@@ -310,6 +361,8 @@ class LayoutDirectory:
         return await trio.to_thread.run_sync(lambda: sorted(os.listdir(self._path))[:10])
 
     def _read(self, path: str) -> bytes | None:
+        if path not in _DOCUMENTS and claimed_digest(path) is None:
+            return None  # a path of a docker-archive, which may lead anywhere
         try:
             with _open_file(self._path / path) as file:
                 # One byte more shows that there is more.
@@ -324,7 +377,8 @@ class LayoutDirectory:
 
     def _take(self, path: str) -> Item | None:
         claimed = claimed_digest(path)
-        assert claimed is not None
+        if claimed is None:
+            return None
         known = self._shelf.find(claimed)
         if known is not None:
             return known

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,7 +21,9 @@ import attrs
 from .._compression import Decompressor
 from .._digest import Digest, Verifier
 from .._errors import DecompressionError, ExportError, StoreError, UnpackError
+from .._paths import open_empty_directory, open_parent
 from .._store.errors import store_error
+from .._unpack.directories import Directories, join, split
 from .._unpack.pax import END_OF_ARCHIVE, header, padding
 from .._unpack.tar import BLOCK, Member, MemberType
 
@@ -84,23 +87,26 @@ def write_file(target: Path, pieces: Iterable[bytes]) -> None:
     Raises:
         ExportError: if it is there already, or cannot be written.
     """
-    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}")
-    with _writing(target):
-        if os.path.lexists(target):
-            raise FileExistsError(0, "it is there already: remove it, or choose another name")
-        descriptor = os.open(temporary, _NEW, 0o666)
-    try:
-        with open(descriptor, "wb", buffering=0) as file:
-            for piece in pieces:
-                with _writing(target):
-                    _write(file.fileno(), piece)
-            with _writing(target):
-                os.fsync(file.fileno())
+    with contextlib.ExitStack() as stack:
         with _writing(target):
-            _rename(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            parent, name = open_parent(target)
+            stack.callback(os.close, parent)
+            if _is_there(name, parent):
+                raise FileExistsError(0, "it is there already: remove it, or choose another name")
+            temporary = f".{name[:64]}.{secrets.token_hex(8)}"
+            descriptor = os.open(temporary, _NEW, 0o666, dir_fd=parent)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                for piece in pieces:
+                    with _writing(target):
+                        _write(file.fileno(), piece)
+                with _writing(target):
+                    os.fsync(file.fileno())
+            with _writing(target):
+                _rename(temporary, name, parent)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
 
 
 def write_directory(
@@ -112,50 +118,61 @@ def write_directory(
         ExportError: if the directory is not empty, or cannot take them.
         StoreError: if a blob is damaged, or cannot be read.
     """
-    made: list[Path] = []
-    with _writing(target):
+    with contextlib.ExitStack() as stack:
+        with _writing(target):
+            root, remove = open_empty_directory(stack, target, mode=0o777)
+        directories = Directories(root)
+        stack.callback(directories.close)
+        made: dict[bytes, bool] = {}  # and whether it is a directory
         try:
-            os.mkdir(target)
-            made.append(target)
-        except FileExistsError:
-            if os.listdir(target):
-                raise FileExistsError(
-                    0, "it is not empty: name a directory that is, or a new one"
-                ) from None
+            for path, content in entries:
+                check_cancelled()
+                *parents, _ = itertools.accumulate(os.fsencode(path).split(b"/"), join)
+                with _writing(target):
+                    for parent in parents:
+                        if parent not in made:
+                            above, name = split(parent)
+                            os.mkdir(name, dir_fd=directories.open(above))
+                            made[parent] = True
+                    above, name = split(os.fsencode(path))
+                    descriptor = os.open(name, _NEW, 0o666, dir_fd=directories.open(above))
+                made[os.fsencode(path)] = False
+                try:
+                    for piece in _contents(content, check_cancelled):
+                        with _writing(target):
+                            _write(descriptor, piece)
+                finally:
+                    os.close(descriptor)
+        except BaseException:
+            for each, is_directory in reversed(made.items()):
+                with contextlib.suppress(OSError):
+                    above, name = split(each)
+                    undo = os.rmdir if is_directory else os.unlink
+                    undo(name, dir_fd=directories.open(above))
+            if remove is not None:
+                with contextlib.suppress(OSError):
+                    remove()
+            raise
+
+
+def _is_there(name: str, parent: int) -> bool:
     try:
-        for path, content in entries:
-            check_cancelled()
-            file = target / path
-            with _writing(target):
-                for parent in reversed(file.parents[: path.count("/")]):
-                    if not parent.exists():
-                        os.mkdir(parent)
-                        made.append(parent)
-                descriptor = os.open(file, _NEW, 0o666)
-            made.append(file)
-            try:
-                for piece in _contents(content, check_cancelled):
-                    with _writing(target):
-                        _write(descriptor, piece)
-            finally:
-                os.close(descriptor)
-    except BaseException:
-        for each in reversed(made):
-            with contextlib.suppress(OSError):
-                (os.rmdir if each.is_dir() else os.unlink)(each)
-        raise
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def _rename(path: Path, target: Path) -> None:
+def _rename(old: str, new: str, parent: int) -> None:
     """Unlike `os.rename`, do not replace what has appeared meanwhile."""
     try:
-        os.link(path, target, follow_symlinks=False)
+        os.link(old, new, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if os.path.lexists(target):
+        if _is_there(new, parent):
             raise FileExistsError(0, "it is there already") from None
-        os.rename(path, target)
+        os.rename(old, new, src_dir_fd=parent, dst_dir_fd=parent)
 
 
 @contextlib.contextmanager

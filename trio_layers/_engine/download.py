@@ -14,12 +14,13 @@ import attrs
 from .._arguments import check_methods, check_sink
 from .._blocks import opens_block
 from .._digest import RootFS
+from .._lifetime import Lifetime
 from .._nursery import open_hidden_nursery
 from ..abc import LayerSource, LayerStore, ProgressSink
 from .pull import Pull
 from .retry import RetryPolicy
 from .slots import Slots
-from .transfer import Transfers
+from .transfer import Transfers, manager_closed
 
 __all__ = ["DownloadManager", "DownloadStatistics", "open_download_manager"]
 
@@ -35,8 +36,8 @@ async def open_download_manager(
     """Open a manager, in whose block layers are downloaded into ``store``.
 
     The manager's nursery is where the downloads run that pulls share. Leaving the block cancels
-    what still runs, and waits until it has stopped; pulls that waited for it get
-    `ManagerClosed`. What the block raises comes out as it is.
+    what still runs, pulls in other tasks among it, and waits until it has stopped; those pulls
+    raise `ManagerClosed`. What the block raises comes out as it is.
 
     Args:
         store: Where layers go.
@@ -52,12 +53,17 @@ async def open_download_manager(
     check_methods("the store", store, ("get", "register", "release"), "LayerStore")
     slots = Slots(max_concurrent_downloads)
     retry = RetryPolicy(max_download_attempts, retry_tick)
-    async with open_hidden_nursery() as nursery:
-        transfers = Transfers(nursery, store, slots)
-        try:
-            yield DownloadManager(transfers, retry)
-        finally:
-            transfers.close()
+    lifetime = Lifetime(manager_closed)
+    try:
+        async with open_hidden_nursery() as nursery:
+            transfers = Transfers(nursery, store, slots)
+            try:
+                yield DownloadManager(transfers, retry, lifetime)
+            finally:
+                transfers.close()
+    finally:
+        # The end of the transfers has ended most pulls. One may be in a sink, or ask the store.
+        await lifetime.close()
 
 
 @attrs.frozen
@@ -82,7 +88,8 @@ class DownloadManager:
     """Downloads layers into a store, sharing what several pulls want. It comes from
     `open_download_manager`."""
 
-    def __init__(self, transfers: Transfers, retry: RetryPolicy) -> None:
+    def __init__(self, transfers: Transfers, retry: RetryPolicy, lifetime: Lifetime) -> None:
+        self._lifetime = lifetime
         self._transfers = transfers
         self._retry = retry
         self._pulls = 0
@@ -152,9 +159,11 @@ class DownloadManager:
         pull = Pull(self._transfers, self._retry, sources, base, progress)
         self._pulls += 1
         try:
-            rootfs = await pull.run()
+            async with self._lifetime.use():
+                rootfs = await pull.run()
         finally:
             self._pulls -= 1
+            pull.close_unused()
         try:
             yield rootfs
         finally:

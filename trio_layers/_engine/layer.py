@@ -11,7 +11,13 @@ import attrs
 import trio
 
 from .._digest import ChainID
-from .._errors import DecompressionError, RegistrationError, TransferCancelled, text_of
+from .._errors import (
+    DecompressionError,
+    RegistrationError,
+    StoreClosed,
+    TransferCancelled,
+    text_of,
+)
 from .._nursery import open_hidden_nursery
 from .._progress import Status
 from ..abc import (
@@ -159,6 +165,8 @@ class LayerJob:
             below = self.parent.layer.chain_id
         try:
             transfer.layer = await register(below)
+        except StoreClosed:
+            raise
         except Exception as error:
             if transfer.scope.cancel_called:
                 raise TransferCancelled(REGISTRATION_CANCELLED) from error
@@ -167,7 +175,9 @@ class LayerJob:
             self.source.registered(transfer.layer.diff_id)
 
 
-def _registration_error(error: Exception) -> RegistrationError:
+def _registration_error(error: Exception) -> RegistrationError | StoreClosed:
+    if isinstance(error, StoreClosed):
+        return error  # Nothing is wrong with the layer.
     if isinstance(error, DecompressionError):
         problem = "could not get decompression stream"
     else:

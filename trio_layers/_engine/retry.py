@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import attrs
 import trio
 
 from .._arguments import check_seconds, check_whole
-from .._errors import DoNotRetry, text_of
+from .._errors import is_final, text_of
 from .._progress import retrying
 from .foreign import log
 from .transfer import CONTEXT_CANCELED, Transfer
 
-__all__ = ["RetryPolicy", "is_final"]
+__all__ = ["RetryPolicy"]
 
 T = TypeVar("T")
 
@@ -71,24 +71,3 @@ class RetryPolicy:
                 transfer.report(retrying(ticks_left))
                 await trio.sleep(self.tick)
             attempt += 1
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether an error is, holds, or was caused by, a `DoNotRetry`."""
-    return any(isinstance(each, DoNotRetry) for each in _all_behind(error))
-
-
-def _all_behind(error: BaseException) -> Iterator[BaseException]:
-    todo, seen = [error], {id(error)}
-    while todo:
-        this = todo.pop()
-        yield this
-        # An exception may be false: a class of others may have a length.
-        cause = this.__cause__
-        behind = [this.__context__ if cause is None and not this.__suppress_context__ else cause]
-        if isinstance(this, BaseExceptionGroup):
-            behind += this.exceptions
-        for other in behind:
-            if other is not None and id(other) not in seen:
-                seen.add(id(other))
-                todo.append(other)

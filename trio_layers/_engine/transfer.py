@@ -35,7 +35,7 @@ from ..abc import Layer, LayerStore, ProgressSink
 from .foreign import ForeignCalls, log, run_all, tell
 from .slots import Slots
 
-__all__ = ["Transfer", "Transfers", "Watcher", "Work"]
+__all__ = ["Transfer", "Transfers", "Watcher", "Work", "manager_closed"]
 
 CONTEXT_CANCELED: Final = "context canceled"
 
@@ -49,6 +49,11 @@ class Watcher(Protocol):
     def transfer_ended(self, transfer: Transfer) -> None:
         """Told once, in the step in which the transfer ends. Must not fail."""
         ...
+
+
+def manager_closed() -> ManagerClosed:
+    """The error of a call on a manager whose block was left."""
+    return ManagerClosed("the download manager was closed")
 
 
 @final
@@ -112,16 +117,21 @@ class Transfer:
 
         The caller runs the foreign calls that this leaves to make, when its own change is complete.
         """
-        self._watchers.pop(watcher, None)
-        if self._watchers:
-            return
-        if self.done.is_set():
-            self._release()
-        elif not self.scope.cancel_called:
-            self.scope.cancel()
-            if not self.slot.is_set():
-                self._table.slots.give_back(self)
-            self._let_go_of_others()
+        # Not recursive: a transfer that is cancelled lets go of its parent, and so on down.
+        todo: list[tuple[Transfer, Watcher]] = [(self, watcher)]
+        while todo:
+            transfer, leaving = todo.pop()
+            transfer._watchers.pop(leaving, None)
+            if transfer._watchers:
+                continue
+            if transfer.done.is_set():
+                transfer._release()
+            elif not transfer.scope.cancel_called:
+                transfer.scope.cancel()
+                if not transfer.slot.is_set():
+                    transfer._table.slots.give_back(transfer)
+                others, transfer._builds_on = transfer._builds_on, ()
+                todo.extend((other, transfer) for other in reversed(others))
 
     def transfer_ended(self, transfer: Transfer) -> None:
         """As a watcher of others it waits for their `done` in its task."""
@@ -180,7 +190,7 @@ class Transfer:
     @trio.lowlevel.enable_ki_protection
     async def _run(self, work: Work) -> None:
         # This stands if the cancellation comes from outside, which only the manager's end does.
-        outcome: Exception | None = ManagerClosed("the download manager was closed")
+        outcome: Exception | None = manager_closed()
         try:
             with self.scope:
                 outcome = await work(self)
@@ -282,7 +292,7 @@ class Transfers:
             ManagerClosed: if the manager has been left.
         """
         if self._nursery is None:
-            raise ManagerClosed("the download manager was closed")
+            raise manager_closed()
         transfer = Transfer(self, key, builds_on, close)
         self._running[key] = transfer
         if not needs_slot:

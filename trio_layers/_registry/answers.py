@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import re
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -16,6 +15,7 @@ from .._errors import (
     RateLimited,
     RegistryError,
 )
+from .._json import parse_json
 
 if TYPE_CHECKING:
     from .transport import Answer
@@ -24,7 +24,6 @@ __all__ = [
     "PATIENCE",
     "RateLimit",
     "give_up",
-    "is_final",
     "rate_limit",
     "read_error",
     "readable",
@@ -77,16 +76,18 @@ def _quota(field: str) -> tuple[int | None, int | None]:
     return int(match[1]), None if match[2] is None else int(match[2])
 
 
-async def read_error(answer: Answer, what: str) -> RegistryError:
+async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> RegistryError:
     """The error that stands for an answer; the caller raises it.
 
     Its text has the first error of the body, which registries write as the distribution
     specification's "Error Codes" have it, but nothing that they were sent. A client error is one
-    to give up at, unless it asks for patience.
+    to give up at, unless it asks for patience, or comes from a host that the registry redirected
+    to: the next redirect has another URL, whose signature has not expired.
 
     Args:
         answer: What is no success, with its body unread.
         what: What was asked for, in words.
+        sent_there: Whether the registry redirected to this host.
 
     Raises:
         RegistryError: if the connection breaks meanwhile.
@@ -94,37 +95,32 @@ async def read_error(answer: Answer, what: str) -> RegistryError:
     said = answer.readable(_first_error(await answer.read(MAX_ERROR_SIZE)))
     host, status = answer.host, answer.status
     text = f"{host} answered {status} for {what}{said and ': '}{said}"
+    # 408 is the server's own timeout; 416 without a range is a confused cache.
+    final = 400 <= status < 500 and status not in (408, 416, 429) and not sent_there
+    error = RegistryError(text, host=host, status=status)
     match status:
         case 401 | 403:
-            text += " (it may want a login, or other credentials)"
-            return give_up(AuthenticationError(text, host=host, status=status))
+            if not sent_there:
+                text += " (it may want a login, or other credentials)"
+            error = AuthenticationError(text, host=host, status=status)
         case 404:
-            return give_up(NotFound(text, host=host, status=status))
+            error = NotFound(text, host=host, status=status)
         case 429 | 503:
             retry_after = _retry_after(answer)
             if retry_after is not None:
                 text += f" (it asks to wait for {retry_after:g} seconds)"
             if status == 429 or retry_after is not None:
-                limited = RateLimited(text, host=host, status=status, retry_after=retry_after)
+                error = RateLimited(text, host=host, status=status, retry_after=retry_after)
                 # To ask all the same would only make it worse.
-                return give_up(limited) if (retry_after or 0) > PATIENCE else limited
-    error = RegistryError(text, host=host, status=status)
-    # 408 is the server's own timeout; 416 without a range is a confused cache.
-    return give_up(error) if 400 <= status < 500 and status not in (408, 416) else error
+                final = (retry_after or 0) > PATIENCE
+    error.transient = status in (408, 429) or status >= 500 or (sent_there and status >= 400)
+    return give_up(error) if final else error
 
 
 def give_up(error: ErrorT) -> ErrorT:
     """Mark an error as one that another attempt would end with again."""
     error.__cause__ = DoNotRetry(str(error))
     return error
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether it was given up, see `give_up`."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, DoNotRetry):
-        cause = cause.__cause__
-    return cause is not None
 
 
 def readable(text: str) -> str:
@@ -137,8 +133,8 @@ def readable(text: str) -> str:
 
 def _first_error(body: bytes) -> str:
     try:
-        document: object = json.loads(body[:MAX_ERROR_SIZE])
-    except (ValueError, RecursionError):
+        document = parse_json(body[:MAX_ERROR_SIZE])
+    except ValueError:
         return ""  # a page of some proxy
     errors = document.get("errors") if isinstance(document, dict) else None
     first = errors[0] if isinstance(errors, list) and errors else None

@@ -9,8 +9,8 @@ read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Final, final
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Final, TypeAlias, final
 
 import attrs
 import trio
@@ -19,16 +19,19 @@ from .._errors import AuthenticationError, CredentialsError
 from .._reference import Reference
 from .._sharing import Shared
 from .credentials import Credentials, CredentialsFor
+from .hosts import domain_of, origin_of
+from .http import URL
 from .tokens import FIT_FOR_A_HEADER, Grant, Tokens
 from .transport import Answer, Transport
 
-__all__ = ["Access", "Authenticator", "Challenge", "parse_challenges"]
+__all__ = ["Access", "Authenticator", "Challenge", "RedirectedAccess", "parse_challenges"]
 
 # Characters. Real ones are a few hundred long; this many are parsed within 100 ms.
 MAX_FIELD_SIZE: Final = 16 * 1024
 # Of one request, whatever it was asked for each time. Tasks that renew for one another would have
 # no end, or one each.
 MAX_REFUSALS: Final = 3
+MAX_REPOSITORIES: Final = 1000
 
 
 @attrs.frozen
@@ -110,6 +113,8 @@ class _Repository:
     """What is known of a repository: what its registry asks, and who asks it."""
 
     challenge: Challenge | None = None
+    # An anonymous request has succeeded: a 404 means what it says.
+    is_public: bool = False
     login: Shared[Credentials] = attrs.field(factory=Shared[Credentials])
 
 
@@ -128,8 +133,18 @@ class Authenticator:
     def access(self, reference: Reference) -> Access:
         """Begin a request for something of the reference's repository."""
         key = reference.domain, reference.path
-        known = self._repositories.setdefault(key, _Repository())
+        known = self._repositories.get(key)
+        if known is None:
+            if len(self._repositories) >= MAX_REPOSITORIES:
+                # A challenge that is forgotten costs one request more.
+                del self._repositories[next(iter(self._repositories))]
+            known = self._repositories[key] = _Repository()
         return Access(self, reference, known)
+
+    def knows(self, reference: Reference) -> bool:
+        """Whether the reference's repository has asked for a login."""
+        known = self._repositories.get((reference.domain, reference.path))
+        return known is not None and known.challenge is not None
 
     async def login(
         self, reference: Reference, known: _Repository, refused: Credentials | None = None
@@ -174,6 +189,7 @@ class Access:
         self._sent: str | None = None
         self._refusals = 0
         self._renewed = False
+        self._asked_root = False
 
     async def authorization(self) -> str | None:
         """What to send; ``None``: nothing, as far as is known.
@@ -210,9 +226,8 @@ class Access:
             await trio.lowlevel.checkpoint()
             return False
         challenges = parse_challenges(answer.headers.get_list("WWW-Authenticate"))
-        bearer = (each for each in challenges if each.scheme == "bearer")
-        challenge = next((each for each in bearer if "realm" in each.parameters), None)
-        if challenge is not None:
+        challenge = _usable(challenges)
+        if challenge is not None and challenge.scheme == "bearer":
             self._known.challenge = challenge
             scheme, _, sent = (self._sent or "").partition(" ")
             if scheme != "Bearer":
@@ -223,7 +238,6 @@ class Access:
             self._authenticator.tokens.drop(self._grant(challenge), sent)
             await trio.lowlevel.checkpoint()
             return self._refusals == 1
-        challenge = next((each for each in challenges if each.scheme == "basic"), None)
         if challenge is None:
             await trio.lowlevel.checkpoint()
             return False
@@ -233,6 +247,50 @@ class Access:
         if value is None or value != self._sent:
             return value is not None
         return await self._renew() and self._credentials.basic() is not None
+
+    def granted(self) -> None:
+        """Learn from a success."""
+        if self._sent is None:
+            self._known.is_public = True
+
+    async def hidden(self, answer: Answer, ask_root: AskRoot) -> bool:
+        """Learn from a refusal without a challenge; whether asking again may help.
+
+        Some registries challenge at ``/v2/`` alone, and hide from the anonymous which repositories
+        there are. They are asked there only if there are credentials to show.
+
+        Args:
+            answer: The refusal: a 401, 403 or 404. It may be closed.
+            ask_root: Gives the challenges of ``/v2/``.
+
+        Raises:
+            CredentialsError: as for `authorization`.
+        """
+        known = self._known
+        anonymous = self._sent is None and not self._asked_root
+        if not anonymous or (answer.status == 404 and known.is_public):
+            await trio.lowlevel.checkpoint()
+            return False
+        self._asked_root = True
+        self._credentials = await self._authenticator.login(self._reference, known)
+        if not self._credentials:
+            return False
+        here = _usable(parse_challenges(answer.headers.get_list("WWW-Authenticate")))
+        challenge = known.challenge or here or _usable(await ask_root())
+        if challenge is None or (challenge.scheme == "basic" and not self._credentials.basic()):
+            return False
+        if known.challenge is None:
+            if here is None:
+                # The scope at /v2/ is none of this repository's; GitHub's is an example.
+                parameters = {**challenge.parameters, "scope": ""}
+                challenge = attrs.evolve(challenge, parameters=parameters)
+            known.challenge = challenge
+        return True
+
+    def failed(self) -> None:
+        """Forget a challenge of ``/v2/`` whose answer was refused: the anonymous may see more."""
+        if self._asked_root:
+            self._known.challenge = None
 
     async def _token(self, challenge: Challenge) -> str:
         registry_token = self._credentials.registry_token
@@ -273,6 +331,78 @@ class Access:
             parameters.get("scope") or f"repository:{self._reference.path}:pull",
             self._credentials,
         )
+
+
+@final
+class RedirectedAccess:
+    """Answers the challenges of hosts to which one request is redirected.
+
+    Each host gets its own login, or an anonymous token: never the login of the registry that
+    redirects there, which has chosen the host.
+
+    Args:
+        authenticator: That of the hosts. It has credentials by name only.
+        reference: The repository that the registry was asked for.
+        url: The URL of the registry that was asked, whose origin has an `Access` of its own.
+    """
+
+    def __init__(self, authenticator: Authenticator, reference: Reference, url: URL) -> None:
+        self._authenticator = authenticator
+        self._reference = reference
+        self._origin = origin_of(url)
+        self._accesses: dict[tuple[str, str], Access] = {}
+        self._refusals = 0
+
+    async def authorization(self, url: URL) -> str | None:
+        """The Authorization field for a redirect's target; ``None``: none, as far as is known.
+
+        Raises:
+            LayersError: as for `Access.authorization`.
+        """
+        there = self._there(url)
+        if origin_of(url) == self._origin or not self._authenticator.knows(there):
+            await trio.lowlevel.checkpoint()
+            return None
+        return await self._access(there).authorization()
+
+    async def refused(self, answer: Answer) -> bool:
+        """Learn from a 401 of a redirect's target; whether asking again may help.
+
+        Raises:
+            CredentialsError: as for `Access.authorization`.
+        """
+        self._refusals += 1
+        url = answer.url
+        if url is None or origin_of(url) == self._origin or self._refusals > MAX_REFUSALS:
+            await trio.lowlevel.checkpoint()
+            return False
+        return await self._access(self._there(url)).refused(answer)
+
+    def _access(self, there: Reference) -> Access:
+        key = there.domain, there.path
+        if key not in self._accesses:
+            self._accesses[key] = self._authenticator.access(there)
+        return self._accesses[key]
+
+    def _there(self, url: URL) -> Reference:
+        match = _REPOSITORY.match(url.path)
+        path = self._reference.path if match is None else match[1]
+        domain = domain_of(url.netloc.decode("ascii", "replace"))
+        return attrs.evolve(self._reference, domain=domain, path=path)
+
+
+AskRoot: TypeAlias = Callable[[], Awaitable[Sequence[Challenge]]]
+
+# Of a URL of the distribution protocol.
+_REPOSITORY = re.compile(r"(?:/.*)?/v2/([^?#]{1,255})/(?:manifests|blobs|tags|referrers)/")
+
+
+def _usable(challenges: Iterable[Challenge]) -> Challenge | None:
+    """The challenge to answer: Bearer before Basic."""
+    challenges = list(challenges)
+    bearer = (each for each in challenges if each.scheme == "bearer" and "realm" in each.parameters)
+    basic = (each for each in challenges if each.scheme == "basic")
+    return next(bearer, None) or next(basic, None)
 
 
 _NOBODY: Final = Credentials()

@@ -8,7 +8,7 @@ started over at once.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeAlias, final
 
@@ -20,6 +20,7 @@ from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
 from .answers import give_up
+from .encoding import ContentDecoder, NotEncoded, codings_of, named_encoding
 from .transport import Answer
 
 __all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open"]
@@ -78,6 +79,9 @@ class BlobChunks:
         self._digest = digest
         self._size = size
         self._verifier = Verifier(digest)
+        self._decoder = self._make_decoder()
+        self._decoded: Iterator[bytes] = iter(())
+        self._ended = False
 
     def __repr__(self) -> str:
         return f"<BlobChunks: {self._verifier.size} bytes of {self._digest}>"
@@ -87,7 +91,7 @@ class BlobChunks:
 
     async def __anext__(self) -> bytes:
         try:
-            chunk = await anext(self._answer.chunks)
+            chunk = await self._next()
         except StopAsyncIteration:
             wrong_size = self._size is not None and self._verifier.size != self._size
             if wrong_size or self._verifier.digest != self._digest:
@@ -98,10 +102,33 @@ class BlobChunks:
             raise self._wrong()
         return chunk
 
+    def _make_decoder(self) -> ContentDecoder | None:
+        """A decoder, if the body is encoded: it is not as long as the blob."""
+        codings = codings_of(self._answer)
+        length = self._answer.headers.get("Content-Length")
+        if not codings or self._size is None or length == str(self._size):
+            return None
+        return ContentDecoder(codings, self._size)
+
+    async def _next(self) -> bytes:
+        if self._decoder is None:
+            return await anext(self._answer.chunks)
+        try:
+            while (piece := next(self._decoded, None)) is None:
+                if self._ended:
+                    raise StopAsyncIteration
+                chunk = await anext(self._answer.chunks, None)
+                self._ended = chunk is None
+                decoder = self._decoder
+                self._decoded = decoder.finish() if chunk is None else decoder.feed(chunk)
+        except NotEncoded as error:
+            raise self._wrong() from error
+        return piece
+
     def _wrong(self) -> VerificationError:
         return VerificationError(
             f"what {self._answer.host} sent as blob {self._digest} is not that: its digest or size "
-            "differs",
+            f"differs{named_encoding(self._answer)}",
             digest=self._digest,
         )
 
@@ -109,23 +136,45 @@ class BlobChunks:
 @final
 @attrs.define(eq=False)
 class BlobFetch:
-    """One attempt to bring a blob into a sink; see `RegistryClient.fetch_blob`."""
+    """One attempt to bring a blob into a sink; see `RegistryClient.fetch_blob`.
+
+    Attributes:
+        decoding: Whether bodies that are encoded for the way are decoded. They are taken as they
+            are first, unless their length shows that this cannot be the blob.
+    """
 
     descriptor: Descriptor
     sink: BlobSink
     progress: ReportProgress
     tags: EntityTags
     open: Open
+    decoding: bool = False
     started_over: bool = False
     short: int = 0
+    _source: Answer | None = attrs.field(default=None, init=False)
+    _as_is: bool = attrs.field(default=False, init=False)
+    _unfit: bool = attrs.field(default=False, init=False)
 
     async def run(self) -> None:
+        try:
+            await self._fetch()
+            return
+        except (RegistryError, VerificationError):
+            if not (self._unfit and self._as_is) or self.decoding:
+                raise
+        # The bytes as they came are not the blob, and some of them were said to be encoded.
+        self.decoding, self.started_over = True, False
+        await self._start_over()
+        await self._fetch()
+
+    async def _fetch(self) -> None:
         sink, size, digest = self.sink, self.descriptor.size, self.descriptor.digest
         if sink.offset > size:
             await sink.restart()
         resumed = sink.offset > 0
         while sink.offset < size:
             async with self.open(self._range()) as answer:
+                self._source = answer
                 end = await self._place(answer)
                 if end is not None:
                     resumed = sink.offset > 0
@@ -139,7 +188,8 @@ class BlobFetch:
     def _range(self) -> dict[str, str]:
         if self.sink.offset == 0:
             return {}
-        fields = {"Range": f"bytes={self.sink.offset}-"}
+        # With its end, as some servers know no other (go-containerregistry's, for one).
+        fields = {"Range": f"bytes={self.sink.offset}-{self.descriptor.size - 1}"}
         tag = self.tags.get(self.descriptor.digest)
         if tag is not None:
             fields["If-Range"] = tag
@@ -189,28 +239,56 @@ class BlobFetch:
 
     async def _receive(self, answer: Answer, end: int, resumed: bool) -> None:
         sink, size = self.sink, self.descriptor.size
+        decoder = self._make_decoder(answer, end)
         async for chunk in answer.chunks:
-            if len(chunk) > end - sink.offset:
-                raise await self._wrong(resumed)
-            await sink.write(chunk)
-            self.progress(Status.DOWNLOADING, sink.offset, size)
+            await self._take((chunk,) if decoder is None else decoder.feed(chunk), end, resumed)
+        if decoder is not None:
+            await self._take(decoder.finish(), end, resumed)
         if sink.offset < end:
             if sink.digest == self.descriptor.digest:
                 # It is all there is: the descriptor has the size wrong.
                 raise await self._wrong(resumed=False)
+            self._unfit = True
             raise RegistryError(
                 f"{answer.host} ended blob {self.descriptor.digest} after {sink.offset} of {size} "
-                "bytes",
+                f"bytes{named_encoding(answer)}",
                 host=answer.host,
                 status=answer.status,
+                transient=True,
             )
 
+    async def _take(self, pieces: Iterable[bytes], end: int, resumed: bool) -> None:
+        sink = self.sink
+        try:
+            for piece in pieces:
+                if len(piece) > end - sink.offset:
+                    break
+                await sink.write(piece)
+                self.progress(Status.DOWNLOADING, sink.offset, self.descriptor.size)
+            else:
+                return
+        except NotEncoded:
+            pass
+        raise await self._wrong(resumed)
+
+    def _make_decoder(self, answer: Answer, end: int) -> ContentDecoder | None:
+        """A decoder, if the body has to be decoded; it ends at ``end`` in the blob."""
+        codings, size = codings_of(answer), end - self.sink.offset
+        length = answer.headers.get("Content-Length", "")
+        if codings and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):
+            return ContentDecoder(codings, size)
+        self._as_is = self._as_is or bool(codings)
+        return None
+
     async def _wrong(self, resumed: bool) -> VerificationError:
-        """What is there is not the blob. If it is from one answer alone, another one would be
-        the same; else what was there before may be to blame."""
+        """What is there is not the blob. If it is from one answer alone, another one may be the
+        same; else what was there before may be to blame."""
         await self._start_over()
-        digest = self.descriptor.digest
+        self._unfit = True
+        digest, source = self.descriptor.digest, self._source
         text = f"filesystem layer verification failed for digest {digest}"  # moby's words
+        if source is not None:
+            text += f": {source.host} sent other bytes{named_encoding(source)}"
         error = VerificationError(text, digest=digest)
         return error if resumed else give_up(error)
 

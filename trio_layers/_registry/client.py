@@ -6,6 +6,7 @@ registry protocol, version 2.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -23,11 +24,11 @@ from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
     HostsError,
     InvalidDigest,
-    LayersError,
     ManifestError,
     NotFound,
     RegistryError,
     VerificationError,
+    is_final,
 )
 from .._manifest import (
     INDEX_TYPES,
@@ -45,33 +46,39 @@ from .._manifest import (
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
-from .answers import RateLimit, is_final
+from .answers import RateLimit, give_up
 from .blobs import BlobChunks, BlobFetch
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
-from .http import AsyncClient, InvalidURL, new_client
+from .encoding import codings_of, looks_like_json, named_encoding, read_fitting
+from .http import AsyncClient
 from .lists import Pages, decode_tags
+from .retries import Announce, Retries, is_transient
 from .sites import Site, Sites, ask_in_turn
 from .transport import STALL_LIMIT, Answer, Connections
-from .trust import Trust, make_context
+from .trust import Trust
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
+log = logging.getLogger("trio_layers.registry")
+
 DEFAULT_MAX_CONNECTIONS: Final = 20
-# Larger documents are decoded in a thread: 64 KiB of JSON take about a millisecond.
-INLINE_SIZE: Final = 64 * 1024
+# Larger documents are decoded in a thread: 16 KiB of JSON take about a millisecond.
+INLINE_SIZE: Final = 16 * 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_IMAGES: Final = {"Accept": ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))}
-_ANY_MANIFEST: Final = {"Accept": ", ".join((*MANIFEST_TYPES, *INDEX_TYPES, "*/*"))}
-_JSON: Final = {"Accept": "application/json"}
-_REFERRERS: Final = {"Accept": INDEX_TYPES[0]}
+# Some servers refuse what they do not call by the same name (RFC 9110, 12.5.1): hence "*/*".
+_MANIFESTS: Final = {"Accept": ", ".join((*MANIFEST_TYPES, *INDEX_TYPES, "*/*"))}
+_BLOBS: Final = {"Accept": "*/*"}
+_JSON: Final = {"Accept": "application/json, */*"}
+_REFERRERS: Final = {"Accept": f"{INDEX_TYPES[0]}, */*"}
 
 _PAGE: Final = 1000
 """How many tags are asked for at once: no registry known to us allows more."""
-_NO_HEAD: Final = (400, 405, 406, 501)
+_NO_LENGTH: Final = (400, 416, 422, 501)
+"""Answers of registries that do not take the number of tags that they are asked for."""
 _NO_REFERRERS: Final = (400, 404, 405, 406, 501)
 """Answers of registries that do not know such requests."""
 
@@ -150,6 +157,7 @@ async def open_registry_client(
     hosts_dir: str | os.PathLike[str] | None = None,
     stall_limit: float = STALL_LIMIT,
     max_connections: int = DEFAULT_MAX_CONNECTIONS,
+    retry_tick: float = 1.0,
 ) -> AsyncIterator[RegistryClient]:
     """Open a client for all registries, for as long as the block runs.
 
@@ -157,8 +165,8 @@ async def open_registry_client(
         client: Sends the requests, and is closed by whoever made it. It must allow
             ``max_connections`` connections, and nothing else should use it meanwhile: see
             encode/httpcore#961. ``None``: one of our own, which takes proxies and certificates
-            from the environment, asks this machine without a proxy, and closes its connections
-            at the end.
+            from the environment when a request needs them, asks this machine without a proxy, and
+            closes its connections at the end.
         credentials: For those who ask for them. They are sent over plain HTTP only where that
             may be used at all.
         plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
@@ -171,34 +179,32 @@ async def open_registry_client(
             answer is so many seconds behind 1 KiB/s, or has not begun for several times as long
             (see ``docs/compatibility.md``, "Patience").
         max_connections: How many requests are under way at once; more wait.
+        retry_tick: Seconds that a second of the pauses between two attempts lasts.
 
     Raises:
-        ValueError: if ``max_connections`` is less than 1, if ``stall_limit`` is not more than 0,
-            or if ``tls_verify`` is switched off for a client that was given.
+        ValueError: if ``max_connections`` is less than 1, if ``stall_limit`` or ``retry_tick`` is
+            not more than 0, or if ``tls_verify`` is switched off for a client that was given.
         HostsError: if ``hosts_dir`` is no directory. What is in it is looked at when a registry is
             first asked.
-        LayersError: if the environment's proxies or certificates cannot be used.
     """
     if max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
     if not stall_limit > 0:
         raise ValueError(f"stall_limit is {stall_limit}: more than 0 seconds are needed")
+    if not retry_tick > 0:
+        raise ValueError(f"retry_tick must be more than 0 seconds, not {retry_tick}")
     if client is not None and not tls_verify:
         raise ValueError("tls_verify is for our own client: make yours with verify=False")
     directory = None if hosts_dir is None else Path(hosts_dir)
     if directory is not None and not await trio.to_thread.run_sync(directory.is_dir):
         raise HostsError(str(directory), "it is no directory")
 
-    def make(trust: Trust) -> AsyncClient:
-        return _make_client(trust, max_connections)
-
-    async with AsyncExitStack() as stack:
-        if client is None:
-            own = await trio.to_thread.run_sync(_make_client, tls_verify, max_connections)
-            client = await stack.enter_async_context(own)
-        connections = await stack.enter_async_context(
-            Connections(client, make, max_connections=max_connections, stall_limit=stall_limit)
-        )
+    async with Connections(
+        client,
+        Trust(verify=tls_verify),
+        max_connections=max_connections,
+        stall_limit=stall_limit,
+    ) as connections:
         sites = Sites(
             connections,
             credentials,
@@ -206,23 +212,7 @@ async def open_registry_client(
             tls_verify=tls_verify,
             hosts_dir=directory,
         )
-        yield RegistryClient(connections, sites)
-
-
-def _make_client(trust: bool | Trust, max_connections: int) -> AsyncClient:
-    text = (
-        "a proxy or a certificate file that the environment names (HTTPS_PROXY, ALL_PROXY, "
-        "NO_PROXY, SSL_CERT_FILE and their like) cannot be used: "
-    )
-    try:
-        verify = trust if isinstance(trust, bool) else make_context(trust)
-        return new_client(verify, max_connections)
-    except (OSError, ImportError) as error:
-        raise LayersError(f"{text}{error}") from error
-    except (ValueError, InvalidURL):
-        pass
-    # What such an error says, and its traceback, may be the password of a proxy whose URL is wrong.
-    raise LayersError(f"{text}one cannot be understood, and is not shown: it may hold a password")
+        yield RegistryClient(connections, sites, retry_tick)
 
 
 @final
@@ -231,16 +221,18 @@ class RegistryClient:
     `open_registry_client`.
 
     References are `Reference` values, or texts as `parse_reference` takes them. Each request is
-    made at one host after the other, where there are several; nothing is tried twice there, but
-    that a registry which asks to wait a little gets its way.
+    made at one host after the other, where there are several. A transient failure (no connection,
+    a body cut short, a stall, 408, 429, 5xx) is followed by other attempts, five in all, after
+    random pauses of at most 0.5, 1, 2 and 4 seconds; `fetch_blob` alone is one attempt.
 
     All of it may be used by any number of tasks at once. A call that is cancelled leaves
     nothing behind but what a sink was given.
     """
 
-    def __init__(self, connections: Connections, sites: Sites) -> None:
+    def __init__(self, connections: Connections, sites: Sites, retry_tick: float) -> None:
         self._connections = connections
         self._sites = sites
+        self._retry_tick = retry_tick
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -263,42 +255,48 @@ class RegistryClient:
     async def resolve(self, reference: Reference | str) -> Descriptor:
         """Ask which manifest or index a reference stands for now.
 
-        A HEAD request does, which Docker Hub does not count as a pull. Who does not answer such,
-        or leaves out the digest or the size, is asked for the document itself.
+        A HEAD request does, which Docker Hub does not count as a pull. A registry that refuses
+        it, for whatever reason, or leaves out the digest or the size, is asked for the document
+        itself.
 
         Returns:
             What the registry says: media type, digest and size. Nothing of it is verified
             before the document is there.
 
         Raises:
-            VerificationError: if it says another digest than the reference.
+            VerificationError: if it sends another document than that of the reference's digest.
             LayersError: as for `resolve_image`, where it is no matter of the document.
         """
         reference = _parsed(reference)
         try:
-            found, _ = await self._look_up(reference)
+            found, _ = await self._look_up(reference, None)
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
         return found
 
-    async def _look_up(self, reference: Reference) -> tuple[Descriptor, bytes | None]:
+    async def _look_up(
+        self, reference: Reference, announce: Announce | None
+    ) -> tuple[Descriptor, bytes | None]:
         """With the document, if that had to be fetched."""
         path = f"manifests/{reference.fetched_by}"
         what = f"the manifest of {reference}"
 
         async def attempt(site: Site) -> tuple[Descriptor, bytes | None]:
             try:
-                async with site.ask(reference, path, what, _ANY_MANIFEST, "HEAD") as answer:
+                async with site.ask(reference, path, what, _MANIFESTS, "HEAD") as answer:
                     found = _descriptor_of(answer)
-                if found is not None:
-                    _check_promise(reference.digest, found.digest, answer, what)
+                if found is not None and reference.digest in (None, found.digest):
                     return found, None
             except RegistryError as error:
-                if error.status not in _NO_HEAD:
-                    raise
-            return await _fetch_manifest(site, reference, _ANY_MANIFEST)
+                # Some refuse HEAD alone, with any status; if not, GET will say so.
+                log.debug("HEAD is refused, and GET tried: %s", error)
+            return await _fetch_manifest(site, reference)
 
-        return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
+        sites = await self._sites.find(reference, *_needed(reference))
+        return await ask_in_turn(sites, attempt, self._retries(announce))
+
+    def _retries(self, announce: Announce | None = None) -> Retries:
+        return Retries(announce, tick=self._retry_tick)
 
     async def resolve_image(
         self,
@@ -307,6 +305,7 @@ class RegistryClient:
         platform: Platform | str | None = None,
         known: Known | None = None,
         head_first: bool = False,
+        announce: Announce | None = None,
     ) -> ResolvedImage:
         """Ask what image a reference stands for now: manifest and config, for one platform.
 
@@ -323,6 +322,8 @@ class RegistryClient:
             head_first: Whether ``known`` probably gives the first document, too, once its digest is
                 known. That is asked for first then, as by `resolve`: where ``known`` does not give
                 it, or there is none, this is a request more.
+            announce: Is told ``Retrying in 2 seconds`` and the like before further attempts. What
+                it raises comes out as it is.
 
         Raises:
             PlatformError: if there is no image for the platform.
@@ -340,32 +341,44 @@ class RegistryClient:
         if platform is not None and not isinstance(platform, Platform):
             platform = parse_platform(platform)
         try:
-            return await self._resolve_image(reference, platform, known or _unknown, head_first)
+            return await self._resolve_image(
+                reference, platform, known or _unknown, head_first, announce
+            )
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
     async def _resolve_image(
-        self, reference: Reference, platform: Platform | None, known: Known, head_first: bool
+        self,
+        reference: Reference,
+        platform: Platform | None,
+        known: Known,
+        head_first: bool,
+        announce: Announce | None,
     ) -> ResolvedImage:
         index: Descriptor | None = None
         index_bytes: bytes | None = None
         wanted = platform or host_platform()
-        first = await self._recall_manifest(reference, known) if head_first else None
-        descriptor, data, document = first or await self._find_manifest(reference)
+        first = await self._recall_manifest(reference, known, announce) if head_first else None
+        descriptor, data, document = first or await self._find_manifest(reference, announce)
         for _ in range(MAX_INDEX_DEPTH):
             if not isinstance(document, Index):
                 break
             if index is None:
                 index, index_bytes = descriptor, data
-            descriptor = choose_image(str(reference), document, wanted)
-            data = await self._get_document(reference, "manifests", descriptor, known)
+            descriptor = await _decode(_choose, data, str(reference), document, wanted)
+            data = await self._get_document(
+                reference, "manifests", _MANIFESTS, descriptor, known, announce
+            )
             document = await _decode(decode_manifest, data, descriptor.media_type)
         if isinstance(document, Index):
             raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
 
-        check_image(document)
-        config_bytes = await self._get_document(reference, "blobs", document.config, known)
-        config = await _decode(decode_config, config_bytes)
+        await _decode(_check_image, data, document)
+        config_bytes = await self._get_document(
+            reference, "blobs", _BLOBS, document.config, known, announce
+        )
+        listed = None if index is None else descriptor.platform
+        config = await _decode(decode_config, config_bytes, listed)
         check_layer_count(document, config)
         # An index's entry need not say what it is for, and an image alone never does.
         said = index is not None and descriptor.platform is not None
@@ -389,11 +402,11 @@ class RegistryClient:
         reference = _parsed(reference)
 
         async def attempt(site: Site) -> tuple[Descriptor, bytes]:
-            return await _fetch_manifest(site, reference, _ANY_MANIFEST)
+            return await _fetch_manifest(site, reference)
 
         try:
             return await ask_in_turn(
-                await self._sites.find(reference, *_needed(reference)), attempt
+                await self._sites.find(reference, *_needed(reference)), attempt, self._retries()
             )
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
@@ -428,16 +441,16 @@ class RegistryClient:
 
         async def attempt(site: Site | Elsewhere) -> bytes:
             path = f"blobs/{digest}"
-            return await _read(site, reference, path, what, {}, digest, size, max_size)
+            return await _read(site, reference, path, what, _BLOBS, digest, size, max_size)
 
-        return await ask_in_turn(await self._sites_of(reference, blob), attempt)
+        return await ask_in_turn(await self._sites_of(reference, blob), attempt, self._retries())
 
     @opens_block
     async def open_blob(
         self, reference: Reference | str, blob: Descriptor | str
     ) -> AsyncIterator[BlobChunks]:
         """Fetch a blob piece by piece, for as long as the block runs: it holds a connection, and
-        is not resumed if that breaks.
+        is not resumed if that breaks. Until the answer begins there are other attempts.
 
         Args:
             reference: In whose repository it is; its tag does not matter.
@@ -454,10 +467,11 @@ class RegistryClient:
 
             async def attempt(site: Site | Elsewhere) -> Answer:
                 return await stack.enter_async_context(
-                    site.ask(reference, f"blobs/{digest}", what, {})
+                    site.ask(reference, f"blobs/{digest}", what, _BLOBS)
                 )
 
-            answer = await ask_in_turn(await self._sites_of(reference, blob), attempt)
+            sites = await self._sites_of(reference, blob)
+            answer = await ask_in_turn(sites, attempt, self._retries())
             yield BlobChunks(answer, digest, size)
 
     async def fetch_blob(
@@ -490,8 +504,9 @@ class RegistryClient:
         Raises:
             InvalidDigest: if its digest is not a SHA-256 one, as sinks have them.
             VerificationError: if the bytes are not those of the digest, or too many. The sink
-                is empty then. If all came in one answer it is caused by `DoNotRetry`; if what
-                was there before may be to blame, another attempt may do better.
+                is empty then. If all came in one answer, and that twice, from two hosts where
+                there are, it is caused by `DoNotRetry`; if what was there before may be to blame,
+                another attempt may do better.
             RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
                 client's fault, except 408, 416 and 429. Also if nothing, or too little, came for
                 as long as the stall limit.
@@ -501,26 +516,32 @@ class RegistryClient:
         path = f"blobs/{descriptor.digest}"
         what = f"blob {descriptor.digest} of {reference.name}"
         tried = False
+        decoding: set[Site | Elsewhere] = set()
 
         async def attempt(site: Site | Elsewhere) -> None:
             nonlocal tried
 
             def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, path, what, headers)
+                return site.ask(reference, path, what, {**_BLOBS, **headers})
 
             of_another = tried and sink.offset > 0
             tried = True
-            fetch = BlobFetch(descriptor, sink, progress, site.tags, ask)
+            fetch = BlobFetch(descriptor, sink, progress, site.tags, ask, site in decoding)
             try:
                 await fetch.run()
+                return
             except VerificationError as error:
+                if fetch.decoding:
+                    decoding.add(site)
                 if not of_another or is_final(error):
                     raise
-                # What the other sent may be to blame. It is dropped: now all of it from this one.
-                await fetch.run()
+            # What the other sent may be to blame. It is dropped: now all of it from this one.
+            await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
-        await ask_in_turn(await self._sites_of(reference, descriptor), attempt)
+        sites = await self._sites_of(reference, descriptor)
+        retries = Retries(tick=self._retry_tick, only_if_asked=True)
+        await ask_in_turn(sites, attempt, retries)
 
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
         """List a repository's tags, in the registry's order, which should be the alphabet's and
@@ -534,17 +555,36 @@ class RegistryClient:
         """
         reference = _parsed(reference)
         what = f"the tags of {reference.name}"
+        retries = self._retries()
+        # What a host has sent stays: another attempt goes on with the page that failed.
+        begun: dict[Site, tuple[Pages, dict[str, None]]] = {}
 
         async def attempt(site: Site) -> tuple[str, ...]:
-            def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, f"tags/list?{query}", what, _JSON)
+            try:
+                return await listed(site, f"n={_PAGE}")
+            except RegistryError as error:
+                if error.status not in _NO_LENGTH:
+                    raise
+            begun.pop(site, None)
+            return await listed(site, "")
 
-            tags: dict[str, None] = {}
-            async for page in Pages(f"n={_PAGE}", what, open_page):
-                tags.update(dict.fromkeys(await _decode(decode_tags, page.data, page.host)))
+        async def listed(site: Site, query: str) -> tuple[str, ...]:
+            def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
+                return site.ask(reference, f"tags/list?{query}".rstrip("?"), what, _JSON)
+
+            pages, tags = begun.pop(site, (Pages(query, what, open_page, "list"), {}))
+            try:
+                async for page in pages:
+                    tags.update(dict.fromkeys(await _decode(decode_tags, page.data, page.host)))
+                    retries.reset()
+            except RegistryError as error:
+                if is_transient(error):
+                    begun[site] = pages, tags
+                raise
             return tuple(tags)
 
-        return await ask_in_turn(await self._sites.find(reference, "pull", "resolve"), attempt)
+        sites = await self._sites.find(reference, "pull", "resolve")
+        return await ask_in_turn(sites, attempt, retries)
 
     async def referrers(
         self, reference: Reference | str, *, artifact_type: str | None = None
@@ -586,20 +626,30 @@ class RegistryClient:
         """``None``: there is no such API anywhere."""
         path, what = f"referrers/{digest}", f"the referrers of {reference.name}@{digest}"
         query = "" if artifact_type is None else urlencode({"artifactType": artifact_type})
+        retries = self._retries()
+        begun: dict[Site, tuple[Pages, dict[Descriptor, None]]] = {}
 
         async def attempt(site: Site) -> tuple[Descriptor, ...]:
             def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
                 return site.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
 
-            found: list[Descriptor] = []
-            async for page in Pages(query, what, open_page):
-                if page.media_type != INDEX_TYPES[0]:
-                    # What is at every path of some servers.
-                    text = f"{page.host} sent something else than {what}"
-                    raise NotFound(text, host=page.host, status=404)
-                document = await _decode(decode_manifest, page.data, page.media_type)
-                assert isinstance(document, Index)
-                found += document.manifests
+            pages, found = begun.pop(site, (Pages(query, what, open_page, digest), {}))
+            try:
+                async for page in pages:
+                    if page.media_type != INDEX_TYPES[0]:
+                        # What is at every path of some servers.
+                        text = f"{page.host} sent something else than {what}"
+                        raise NotFound(text, host=page.host, status=404)
+                    document = await _decode(decode_manifest, page.data, page.media_type)
+                    assert isinstance(document, Index)
+                    found.update(dict.fromkeys(document.manifests))
+                    retries.reset()
+            except RegistryError as error:
+                if error.status in _NO_REFERRERS:
+                    give_up(error)  # there is no such API here, and that does not pass
+                elif is_transient(error):
+                    begun[site] = pages, found
+                raise
             return tuple(found)
 
         sites = await self._sites.find(reference)
@@ -607,7 +657,7 @@ class RegistryClient:
         if not able:
             return None
         try:
-            return await ask_in_turn(able, attempt)
+            return await ask_in_turn(able, attempt, retries)
         except RegistryError as error:
             if error.status not in _NO_REFERRERS:
                 raise
@@ -618,7 +668,7 @@ class RegistryClient:
     ) -> tuple[Descriptor, ...]:
         tag = attrs.evolve(reference, tag=digest.replace(":", "-"), digest=None)
         try:
-            _, _, document = await self._find_manifest(tag)
+            _, _, document = await self._find_manifest(tag, None)
         except NotFound:
             return ()
         if not isinstance(document, Index):
@@ -626,13 +676,15 @@ class RegistryClient:
         return document.manifests
 
     async def _recall_manifest(
-        self, reference: Reference, known: Known
+        self, reference: Reference, known: Known, announce: Announce | None
     ) -> tuple[Descriptor, bytes, Manifest | Index] | None:
         """What the reference leads to, if it is known; ``None`` if it has to be fetched."""
-        found, data = await self._look_up(reference)
+        found, data = await self._look_up(reference, announce)
         if data is None:
             data = await known(found.digest)
-            if data is None or len(data) != found.size or digest_of(data) != found.digest:
+            if data is None or len(data) != found.size:
+                return None
+            if await _decode(digest_of, data) != found.digest:
                 return None
         try:
             return found, data, await _decode(decode_manifest, data, found.media_type)
@@ -641,16 +693,17 @@ class RegistryClient:
             return None
 
     async def _find_manifest(
-        self, reference: Reference
+        self, reference: Reference, announce: Announce | None
     ) -> tuple[Descriptor, bytes, Manifest | Index]:
         """The document that the reference leads to, verified as far as can be."""
 
         async def attempt(site: Site) -> tuple[Descriptor, bytes, Manifest | Index]:
-            found, data = await _fetch_manifest(site, reference, _IMAGES)
+            found, data = await _fetch_manifest(site, reference)
             # In here, since a mirror may answer with whatever page it has.
             return found, data, await _decode(decode_manifest, data, found.media_type)
 
-        return await ask_in_turn(await self._sites.find(reference, *_needed(reference)), attempt)
+        sites = await self._sites.find(reference, *_needed(reference))
+        return await ask_in_turn(sites, attempt, self._retries(announce))
 
     async def _sites_of(
         self, reference: Reference, blob: Descriptor | str
@@ -662,23 +715,31 @@ class RegistryClient:
         return [*self._sites.elsewhere(reference, blob), *sites]
 
     async def _get_document(
-        self, reference: Reference, kind: str, descriptor: Descriptor, known: Known
+        self,
+        reference: Reference,
+        kind: str,
+        headers: Mapping[str, str],
+        descriptor: Descriptor,
+        known: Known,
+        announce: Announce | None,
     ) -> bytes:
         """A manifest (``manifests``) or config (``blobs``) by descriptor, verified."""
         digest, size = descriptor.digest, descriptor.size
         if size > MAX_DOCUMENT_SIZE:
             raise ManifestError(f"{digest} has {size} bytes, more than {MAX_DOCUMENT_SIZE}")
         there = await known(digest)
-        if there is not None and len(there) == size and digest_of(there, digest) == digest:
+        if there is not None and len(there) != size:
+            there = None
+        if there is not None and await _decode(digest_of, there, digest) == digest:
             return there
         path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
-        headers = {"Accept": descriptor.media_type}
 
         async def attempt(site: Site) -> bytes:
             return await _read(site, reference, path, what, headers, digest, size, size)
 
-        return await ask_in_turn(await self._sites.find(reference, "pull"), attempt)
+        sites = await self._sites.find(reference, "pull")
+        return await ask_in_turn(sites, attempt, self._retries(announce))
 
 
 def _parsed(reference: Reference | str) -> Reference:
@@ -707,35 +768,41 @@ def _descriptor_of(answer: Answer) -> Descriptor | None:
         digest = parse_digest(answer.headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:  # also one of another algorithm
         return None
+    if codings_of(answer):  # then it is the size of the encoded body
+        return None
     if not answer.media_type or answer.media_type.startswith("text/") or not _SIZE.fullmatch(size):
         return None
     return Descriptor(answer.media_type, digest, int(size))
 
 
-async def _fetch_manifest(
-    site: Site, reference: Reference, accept: Mapping[str, str]
-) -> tuple[Descriptor, bytes]:
+async def _fetch_manifest(site: Site, reference: Reference) -> tuple[Descriptor, bytes]:
     what = f"the manifest of {reference}"
-    async with site.ask(reference, f"manifests/{reference.fetched_by}", what, accept) as answer:
+    path = f"manifests/{reference.fetched_by}"
+    async with site.ask(reference, path, what, _MANIFESTS) as answer:
         promised = reference.digest or answer.headers.get("Docker-Content-Digest")
-        data = await answer.read(MAX_DOCUMENT_SIZE)
+        if promised is not None and not promised.startswith("sha256:"):
+            promised = None  # a digest of another algorithm is one that cannot be checked
+
+        def fits(data: bytes) -> bool:
+            return looks_like_json(data) if promised is None else digest_of(data) == promised
+
+        data = await read_fitting(answer, MAX_DOCUMENT_SIZE, fits)
     if answer.media_type.startswith("text/"):
         # A page that some servers have at every path: a mirror's may not be the answer.
         raise ManifestError(f"{answer.host} sent a page of text in place of a manifest")
     if len(data) > MAX_DOCUMENT_SIZE:
         raise ManifestError(f"the manifest is larger than {MAX_DOCUMENT_SIZE} bytes")
-    digest = digest_of(data)
-    _check_promise(promised, digest, answer, what)
-    return Descriptor(answer.media_type, digest, len(data)), data
-
-
-def _check_promise(promised: str | None, digest: Digest, answer: Answer, what: str) -> None:
+    digest = await _decode(digest_of, data)
     # A digest of another algorithm is one that cannot be checked.
     if promised is not None and promised.startswith("sha256:") and promised != digest:
         promised = answer.readable(promised)
-        raise VerificationError(
-            f"{answer.host} sent {digest} as {what}, which should be {promised}", digest=promised
+        error = VerificationError(
+            f"{answer.host} sent {digest} as {what}, which should be {promised}"
+            f"{named_encoding(answer)}",
+            digest=promised,
         )
+        raise give_up(error)
+    return Descriptor(answer.media_type, digest, len(data)), data
 
 
 async def _read(
@@ -750,19 +817,34 @@ async def _read(
 ) -> bytes:
     """What has this digest, and this size if it is known."""
     async with site.ask(reference, path, what, headers) as answer:
-        data = await answer.read(max_size if size is None else size)
-    if size is None and len(data) > max_size:
-        raise VerificationError(f"{what} has more than {max_size} bytes", digest=digest)
-    if size not in (None, len(data)) or await _decode(digest_of, data, digest) != digest:
-        raise VerificationError(
-            f"what {answer.host} sent as {what} is not that: its digest or size differs",
-            digest=digest,
+        data = await read_fitting(
+            answer,
+            max_size if size is None else size,
+            lambda data: size in (None, len(data)) and digest_of(data, digest) == digest,
         )
+    if size is None and len(data) > max_size:
+        text = f"{what} has more than {max_size} bytes{named_encoding(answer)}"
+        raise give_up(VerificationError(text, digest=digest))
+    if size not in (None, len(data)) or await _decode(digest_of, data, digest) != digest:
+        text = (
+            f"what {answer.host} sent as {what} is not that: its digest or size differs"
+            f"{named_encoding(answer)}"
+        )
+        raise give_up(VerificationError(text, digest=digest))
     return data
 
 
 async def _unknown(digest: Digest) -> bytes | None:
     return None
+
+
+def _choose(data: bytes, name: str, index: Index, wanted: Platform) -> Descriptor:
+    """`choose_image`, for `_decode`: its time, too, is that of the document's size."""
+    return choose_image(name, index, wanted)
+
+
+def _check_image(data: bytes, manifest: Manifest) -> None:
+    check_image(manifest)
 
 
 async def _decode(decode: Callable[[bytes, Unpack[Ts]], T], data: bytes, *args: *Ts) -> T:

@@ -8,7 +8,7 @@ from .._errors import InvalidReference
 from .._reference import Reference
 from .http import URL, InvalidURL
 
-__all__ = ["base_urls", "is_loopback", "origin_of", "parse_url", "registry_of"]
+__all__ = ["base_urls", "domain_of", "is_loopback", "origin_of", "parse_url", "registry_of"]
 
 # Docker Hub's registry does not answer under the name that its images have.
 _REGISTRY_OF = {"docker.io": "registry-1.docker.io"}
@@ -17,6 +17,11 @@ _REGISTRY_OF = {"docker.io": "registry-1.docker.io"}
 def registry_of(domain: str) -> str:
     """The host, with its port, of the registry of images that are named so."""
     return _REGISTRY_OF.get(domain, domain)
+
+
+def domain_of(host: str) -> str:
+    """The name that images of the registry at this host have."""
+    return next((domain for domain, there in _REGISTRY_OF.items() if there == host), host)
 
 
 def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:

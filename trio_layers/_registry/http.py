@@ -32,12 +32,16 @@ from httpx import (
     HTTPError,
     InvalidURL,
     Limits,
+    NetworkError,
+    Proxy,
+    ProxyError,
     ReadError,
     RemoteProtocolError,
     Request,
     Response,
     StreamError,
     Timeout,
+    TimeoutException,
     WriteError,
     create_ssl_context,
 )
@@ -56,6 +60,7 @@ __all__ = [
     "Response",
     "StreamError",
     "Timeout",
+    "connection_failed",
     "create_ssl_context",
     "discreet",
     "new_client",
@@ -72,18 +77,20 @@ CLOSE_GRACE: Final = 5.0
 _SENT_TWICE: Final = frozenset({"GET", "HEAD"})
 
 
-def new_client(verify: bool | ssl.SSLContext, max_connections: int) -> AsyncClient:
-    """Make one of our own, in tens of milliseconds: it reads certificates.
+def new_client(
+    context: ssl.SSLContext, max_connections: int, proxy: str | None = None
+) -> AsyncClient:
+    """Make one of our own.
 
-    Raises:
-        OSError, ValueError, ImportError, InvalidURL: if the environment names a proxy or a
-            certificate file that cannot be used. ImportError: a SOCKS proxy needs a package that
-            httpx does not bring.
+    Args:
+        context: The certificates.
+        max_connections: How many connections it may have.
+        proxy: The URL of the proxy for all its requests.
     """
     client = AsyncClient(
-        verify=verify,
-        # As Go's programs have it: a proxy is no way to this machine.
-        mounts=dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]")),
+        verify=context,
+        proxy=None if proxy is None else Proxy(proxy),
+        trust_env=False,
         limits=Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         headers={"User-Agent": f"trio-layers/{__version__}"},
         # Registries need none, and what is not kept cannot reach another one.
@@ -133,7 +140,7 @@ async def send(client: AsyncClient, request: Request) -> Response:
         request.extensions["trace"] = way.trace
         try:
             with discreet():
-                return await client.send(request, stream=True, follow_redirects=False, auth=None)
+                return await _send_once(client, request, way)
         except BaseException as error:
             lost = [*_take_lost(client)]
             with trio.move_on_after(CLOSE_GRACE, shield=True):
@@ -146,6 +153,19 @@ async def send(client: AsyncClient, request: Request) -> Response:
                 raise
 
 
+async def _send_once(client: AsyncClient, request: Request, way: _Way) -> Response:
+    try:
+        return await client.send(request, stream=True, follow_redirects=False, auth=None)
+    except HTTPError:
+        raise
+    except Exception as error:
+        # httpcore takes a SOCKS proxy's answer for what it should be, and comes in one piece.
+        if not way.greets_socks:
+            raise
+        text = "the SOCKS proxy did not answer as it should"
+        raise ProxyError(text, request=request) from error
+
+
 @final
 class _Way:
     """How a request has gone to its server, as httpcore tells it."""
@@ -155,6 +175,8 @@ class _Way:
         self.unowned: list[httpcore.AsyncNetworkStream] = []
         # The request has begun to be sent, on a connection that was not made for it.
         self.kept = False
+        # A SOCKS proxy is asked for its way to the server.
+        self.greets_socks = False
         self._connected = False
 
     async def trace(self, event: str, info: Mapping[str, object]) -> None:
@@ -163,6 +185,8 @@ class _Way:
             assert isinstance(stream, httpcore.AsyncNetworkStream)
             self.unowned.append(stream)
             self._connected = True
+        elif ".setup_socks5_connection." in event:
+            self.greets_socks = not event.endswith(".complete")
         elif event.endswith(".connect_unix_socket.complete"):
             self._connected = True
         elif event.endswith(".send_request_headers.started"):
@@ -176,6 +200,19 @@ def _closed_unanswered(error: BaseException) -> bool:
     return isinstance(error, (ReadError, WriteError)) or (
         isinstance(error, RemoteProtocolError) and str(error).startswith("Server disconnected")
     )
+
+
+def connection_failed(error: Exception) -> bool:
+    """Whether it was the connection that failed a request: it was refused, reset or silent, or it
+    ended before the answer did. Otherwise the request, or what was answered, is at fault."""
+    if isinstance(error, RemoteProtocolError):
+        # httpx has no types of its own for an answer that is cut short.
+        return str(error).startswith(("Server disconnected", "peer closed connection"))
+    if isinstance(error, ProxyError):
+        # The proxy's status, if it speaks HTTP.
+        status = str(error)[:3]
+        return not status.isdecimal() or status in ("408", "429") or status >= "500"
+    return isinstance(error, NetworkError | TimeoutException)
 
 
 def _take_lost(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionInterface]:

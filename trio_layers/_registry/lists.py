@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeAlias, final
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote
 
 import attrs
 
 from .._errors import RegistryError
+from .._json import parse_json
 from .._manifest import MAX_DOCUMENT_SIZE
+from .encoding import looks_like_json, read_fitting
 from .transport import Answer
 
 __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
@@ -30,8 +31,12 @@ OpenPage: TypeAlias = Callable[[str], AbstractAsyncContextManager[Answer]]
 """Asks for the page with this query."""
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-_LINK = re.compile(r"<([^<>]*)>([^<>]*)")
-_RELATION = re.compile(r""";\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]*))""", re.IGNORECASE)
+# RFC 8288, section 3; and a target without brackets, as some registries write it, which ends at a
+# semicolon, at white space, or at a comma before white space or the next link.
+_TARGET = re.compile(r"[\s,]*(?:<([^<>]*)>|([^<>;\s,](?:[^<>;\s,]|,(?![\s<]|\Z))*))")
+_PARAMETER = re.compile(
+    r"""\s*;\s*(?P<name>[^\s=;,]*)\s*(?:=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<token>[^\s;,]*)))?"""
+)
 
 
 @attrs.frozen
@@ -51,13 +56,15 @@ class Pages:
         query: That of the first page.
         what: What is asked for, in words, for errors.
         open: Asks for a page.
+        ending: The last part of the list's path.
     """
 
-    def __init__(self, query: str, what: str, open: OpenPage) -> None:
+    def __init__(self, query: str, what: str, open: OpenPage, ending: str) -> None:
         self._following: str | None = query
         self._what = what
         self._open = open
-        self._seen: set[str] = set()
+        self._ending = ending
+        self._seen: set[_Place] = set()
         self._size = 0
 
     def __aiter__(self) -> AsyncIterator[Page]:
@@ -67,19 +74,29 @@ class Pages:
         query = self._following
         if query is None:
             raise StopAsyncIteration
-        self._seen.add(query)
+        place = _place(query)
+        self._seen.add(place)
         async with self._open(query) as answer:
-            data = await answer.read(MAX_DOCUMENT_SIZE)
-            self._following = next_query(answer.headers.get("Link", ""))
+            data = await read_fitting(answer, MAX_DOCUMENT_SIZE, looks_like_json)
+            fields = answer.headers.get_list("Link")
         self._size += len(data)
         if len(data) > MAX_DOCUMENT_SIZE:
             raise self._endless(answer, f"a page of more than {MAX_DOCUMENT_SIZE} bytes")
         if self._size > MAX_LIST_SIZE or len(self._seen) > MAX_PAGES:
             raise self._endless(answer, f"more than {MAX_LIST_SIZE} bytes or {MAX_PAGES} pages")
-        if self._following is not None and len(self._following) > MAX_QUERY:
+        if sum(map(len, fields)) > MAX_QUERY:
             raise self._endless(answer, f"a next page of more than {MAX_QUERY} characters")
-        if self._following in self._seen:
+        try:
+            following = next_query(fields, self._ending)
+        except ValueError:
+            # Without it the list would look complete.
+            raise self._endless(answer, "a link to the next page that cannot be read") from None
+        if following is not None and _place(following) == place:
+            # The last page of some registries: what follows it is the same again.
+            following = None
+        if following is not None and _place(following) in self._seen:
             raise self._endless(answer, "a page that is followed by one that was there before")
+        self._following = following
         return Page(answer.host, answer.media_type, data)
 
     def _endless(self, answer: Answer, how: str) -> RegistryError:
@@ -87,15 +104,60 @@ class Pages:
         return RegistryError(text, host=answer.host, status=answer.status)
 
 
-def next_query(link: str) -> str | None:
-    """Which query leads to the page after that with this ``Link`` field (RFC 8288); ``None``: it
-    is the last. Only the query counts: a list does not go on at another host or path."""
-    for target, parameters in _LINK.findall(link):
-        relation = _RELATION.search(parameters)
-        if relation is None or "next" in (relation[1] or relation[2]).lower().split():
-            query = target.partition("#")[0].partition("?")[2]
-            return quote(query, safe="%&=+/:?@!$'()*,;~")
-    return None
+_Place: TypeAlias = tuple[tuple[str, str], ...]
+
+
+def _place(query: str) -> _Place:
+    """Where in a list a query is, however it is written, and whatever a page's length is."""
+    members = parse_qsl(query, keep_blank_values=True)
+    return tuple(sorted(member for member in members if member[0] != "n"))
+
+
+def next_query(fields: Sequence[str], ending: str) -> str | None:
+    """Which query leads to the page after that with these ``Link`` fields (RFC 8288); ``None``: it
+    is the last. Only the query counts: a list does not go on at another host or path.
+
+    Args:
+        fields: The fields' values.
+        ending: The last part of the list's path.
+
+    Raises:
+        ValueError: if there is a next page, and no query that leads to it.
+    """
+    links = [link for field in fields for link in _links(field)]
+    following = [target for target, relations in links if relations and "next" in relations]
+    following += [target for target, relations in links if relations is None]
+    if not following:
+        return None
+    if not following[0]:
+        return None  # the page itself, in a URL's grammar
+    path, mark, query = following[0].partition("#")[0].partition("?")
+    if not mark and path and unquote(path).rpartition("/")[2] != ending:
+        raise ValueError("there is no query in it")
+    return quote(query, safe="%&=+/:?@!$'()*,;~")
+
+
+def _links(field: str) -> Iterator[tuple[str, list[str] | None]]:
+    """The targets of a ``Link`` field, each with its relations; ``None`` if it names none.
+
+    Raises:
+        ValueError: if the field cannot be read.
+    """
+    position = 0
+    while field[position:].strip(" \t,"):
+        match = _TARGET.match(field, position)
+        if match is None:
+            raise ValueError("there is no target")
+        target, relations = match[1] if match[2] is None else match[2], None
+        position = match.end()
+        while (parameter := _PARAMETER.match(field, position)) is not None:
+            position = parameter.end()
+            if parameter["name"].lower() == "rel" and relations is None:
+                relation = parameter["quoted"] or parameter["token"] or ""
+                relations = relation.strip("\"'").lower().split()
+        yield target.strip("\"'"), relations
+        if field[position:].lstrip()[:1] not in ("", ","):
+            raise ValueError("something follows a link")
 
 
 def decode_tags(data: bytes, host: str) -> list[str]:
@@ -105,11 +167,14 @@ def decode_tags(data: bytes, host: str) -> list[str]:
         RegistryError: if it is no list of tags.
     """
     try:
-        document: object = json.loads(data)
-    except (ValueError, RecursionError):
+        document = parse_json(data)
+    except ValueError:
         document = None
-    found = document.get("tags", False) if isinstance(document, dict) else False
-    if found is None:  # docker-registry's way to write an empty list
+    found: object = False
+    if isinstance(document, dict) and "errors" not in document:
+        # Without the member, or with null, the list is empty. Go's readers take it in any case.
+        found = next((document[name] for name in document if name.lower() == "tags"), None)
+    if found is None:
         return []
     if not isinstance(found, list):
         raise RegistryError(

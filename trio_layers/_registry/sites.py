@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar, final
 from urllib.parse import quote
@@ -15,23 +16,27 @@ import attrs
 import trio
 
 from .._errors import (
+    AuthenticationError,
+    CredentialsError,
     HostsError,
     LayersError,
     ManifestError,
-    RateLimited,
     RegistryError,
     VerificationError,
+    is_final,
 )
 from .._manifest import Descriptor
 from .._reference import Reference
-from .answers import PATIENCE, RateLimit, is_final, rate_limit, read_error
-from .auth import Authenticator
+from .._sharing import Shared
+from .answers import RateLimit, rate_limit, read_error
+from .auth import Authenticator, Challenge, RedirectedAccess, parse_challenges
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
 from .elsewhere import MAX_URLS, Elsewhere
 from .hosts import base_urls, is_loopback, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .http import URL, InvalidURL
+from .retries import Retries, is_transient
 from .transport import Answer, Connections, Manner, Method, Transport
 from .trust import Trust
 
@@ -41,10 +46,13 @@ log = logging.getLogger("trio_layers.registry")
 
 # Seconds. Who could not be reached is not asked for so long, where others are.
 REST: Final = 60.0
-# Seconds that a wait counts for: who asks to wait for none may do so a few times only.
-LEAST_PATIENCE: Final = 10.0
 # URLs of layers, of which it is known with which entity tag they began.
 MAX_ELSEWHERE: Final = 1000
+
+# Answers that registries give the anonymous for a repository whose name they hide.
+_MAY_HIDE: Final = (401, 403, 404)
+# Answers of ``/v2/`` that will be the same next time.
+_TELLING: Final = (200, 401, 404)
 
 T = TypeVar("T")
 SiteT = TypeVar("SiteT", bound="Site | Elsewhere")
@@ -63,6 +71,7 @@ class Site:
         urls: Where its API may be, in the order in which to try.
         transport: Speaks to it.
         authenticator: Knows how it wants to be asked.
+        others: Knows how hosts that it redirects to want to be asked.
         upstream: The registry that it stands for; ``None`` if it is that itself.
         capabilities: What it is good for: ``pull``, ``resolve``, ``referrers``.
     """
@@ -73,6 +82,7 @@ class Site:
         urls: Sequence[URL],
         transport: Transport,
         authenticator: Authenticator,
+        others: Authenticator,
         *,
         upstream: str | None = None,
         capabilities: frozenset[str] = frozenset({"pull", "resolve", "referrers"}),
@@ -85,6 +95,8 @@ class Site:
         self._base: URL | None = None
         self._transport = transport
         self._authenticator = authenticator
+        self._others = others
+        self._root: Shared[tuple[Challenge, ...]] = Shared()
         self._upstream = upstream
         self._trouble: RegistryError | None = None
         self._rests_until = 0.0
@@ -135,31 +147,66 @@ class Site:
             inside = base.path.partition("/v2/")[2]
             reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
         access = self._authenticator.access(reference)
-        # A mirror's turn is over then: the next host need not be waited for.
-        patience = PATIENCE if self._upstream is None else 0.0
+        redirected = RedirectedAccess(self._others, reference, url)
         while True:
-            authorization = await access.authorization()
+            try:
+                authorization = await access.authorization()
+            except AuthenticationError:
+                access.failed()
+                raise
             async with self._transport.get(
-                url, what, headers=headers, authorization=authorization, method=method
+                url,
+                what,
+                headers=headers,
+                authorization=authorization,
+                authorize_redirected=redirected.authorization,
+                method=method,
             ) as answer:
                 self._base = base
                 self._trouble = None
                 self.rate_limit = rate_limit(answer) or self.rate_limit
                 unsatisfiable = "Range" in headers and answer.status == 416
                 if 200 <= answer.status < 300 or unsatisfiable:
+                    access.granted()
                     yield answer
                     return
-                error = await read_error(answer, what)
-            # Neither while a connection waits: somebody may have to be asked for a password.
-            if isinstance(error, RateLimited) and error.retry_after is not None:
-                patience -= max(error.retry_after, LEAST_PATIENCE)
-                if patience >= 0:
-                    log.info("%s asks to wait: %s", self.name, error)
-                    await trio.sleep(error.retry_after)
+                error = await read_error(answer, what, sent_there=answer.redirected)
+            # Not while a connection waits: somebody may have to be asked for a password.
+            if answer.redirected:
+                if answer.status == 401 and await redirected.refused(answer):
                     continue
-            asks = answer.status == 401 and not answer.redirected
-            if not (asks and await access.refused(answer)):
                 raise error
+            if answer.status == 401 and await access.refused(answer):
+                continue
+            if answer.status in _MAY_HIDE:
+                try:
+                    if await access.hidden(answer, partial(self._ask_root, base)):
+                        continue
+                except CredentialsError as trouble:
+                    error.args = (f"{error}; {trouble}",)
+            if answer.status in (401, 403):
+                access.failed()
+            raise error
+
+    async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
+        """The challenges of ``/v2/``; none if it has none, or cannot tell now."""
+        root, found, _ = base.path.partition("/v2/")
+        url = base.copy_with(path=f"{root}/v2/") if found else base
+        what = "how it wants to be asked"
+
+        async def ask() -> tuple[Challenge, ...]:
+            async with self._transport.get(url, what) as answer:
+                if answer.status in _TELLING and not answer.redirected:
+                    fields = answer.headers.get_list("WWW-Authenticate")
+                    return tuple(parse_challenges(fields)) if answer.status == 401 else ()
+                error = await read_error(answer, what)
+            raise error
+
+        try:
+            return await self._root.get(lambda _: True, ask)
+        except RegistryError as error:
+            log.info("%s is not asked with credentials: %s", self.name, error)
+            return ()
 
     async def _find_base(self) -> URL:
         """Where the API is. Remembered once it has answered there."""
@@ -201,6 +248,7 @@ class Sites:
         self._hosts_dir = hosts_dir
         self._transport = Transport(connections, plain_http=plain_http)
         self._authenticator = Authenticator(self._transport, credentials)
+        self._others = Authenticator(self._transport, _named(credentials))
         self._sites: dict[str, tuple[Site, ...]] = {}
         self._abroad = Transport(connections, plain_http=plain_http, local=False)
         self._elsewhere: dict[tuple[str, Transport], Elsewhere] = {}
@@ -262,7 +310,8 @@ class Sites:
             if found.directory is not None:
                 return tuple([await self._configured(host, domain, found) for host in found.hosts])
         urls = base_urls(reference, plain_http=self._plain_http)
-        return (Site(registry_of(domain), urls, self._transport, self._authenticator),)
+        name = registry_of(domain)
+        return (Site(name, urls, self._transport, self._authenticator, self._others),)
 
     async def _configured(self, host: Host, domain: str, found: Configuration) -> Site:
         assert found.directory is not None
@@ -277,16 +326,16 @@ class Sites:
             trust=self._trust_of(host, str(found.directory)),
             connect_limit=host.dial_timeout,
         )
-        await self._connections.client(manner.trust)  # certificates that are no good show here
+        await self._connections.check(manner.trust)  # certificates that are no good show here
         transport = Transport(self._connections, plain_http=plain_http, manner=manner)
         # Credentials without a name are for the registries that references name.
-        nameless = isinstance(self._credentials, Credentials)
-        credentials = None if nameless and not itself else self._credentials
+        credentials = self._credentials if itself else _named(self._credentials)
         return Site(
             host.host,
             urls,
             transport,
             Authenticator(transport, credentials),
+            Authenticator(transport, _named(self._credentials)),
             upstream=None if itself else domain,
             capabilities=host.capabilities,
         )
@@ -305,6 +354,11 @@ class Sites:
             verify,
         )
         return None if trust == Trust(verify=self._tls_verify) else trust
+
+
+def _named(credentials: CredentialsFor | None) -> CredentialsFor | None:
+    """The credentials for hosts that no reference names: not those that name no host."""
+    return None if isinstance(credentials, Credentials) else credentials
 
 
 def _urls_of(host: Host, found: Configuration, *, plain_http: bool) -> tuple[URL, ...]:
@@ -342,36 +396,77 @@ def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], 
     return tuple(fields)
 
 
-async def ask_in_turn(sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]]) -> T:
+async def ask_in_turn(
+    sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
+) -> T:
     """Make an attempt at each site until one succeeds, as containerd does: whatever is wrong with
-    one, the next may do better.
+    one, the next may do better. After a transient failure there is another round.
 
     Who could not be reached a moment ago is passed over; but before all is given up, unless some
     other has said for good that there is nothing, they are asked all the same.
+
+    Where one site alone sent all the bytes, and they are wrong, and no other site has them, that
+    site is asked once more: a disk or a proxy may have damaged them on the way.
+
+    Args:
+        sites: The hosts, in the order in which to ask them.
+        attempt: Asks one of them.
+        retries: Decides on another round, and waits for it.
 
     Raises:
         LayersError: as the attempt does at the last of the sites, with what was wrong with the
             others; it is one to give up at only if all of them are.
     """
     failures: dict[SiteT, LayersError] = {}
-    resting = {site: trouble for site in sites if (trouble := site.trouble)}
-    awake = [site for site in sites if site not in resting]
-    for turn in (awake, list(resting)):
-        # A layer's URLs have no say in what the registry has.
-        final = [site for site, error in failures.items() if is_final(error)]
-        if turn is not awake and any(isinstance(site, Site) for site in final):
-            failures |= resting
-            break
-        for site in turn:
+    asked, lies = sites, 0
+    while True:
+        for site in _turns(asked, failures):
             try:
                 return await attempt(site)
             except (RegistryError, VerificationError, ManifestError) as error:
-                if len(sites) == 1:
-                    raise
-                site.note(error)
                 failures[site] = error
-                log.info("%s failed, and others are asked: %s", site.name, error)
+                if len(sites) > 1:
+                    site.note(error)
+                    log.info("%s failed, and others are asked: %s", site.name, error)
+        settled = _settled(failures)
+        hopeful = [
+            error
+            for site, error in failures.items()
+            # Where the others' word stands, a site that cannot be reached is not asked again.
+            if is_transient(error) and not (settled and site.trouble)
+        ]
+        if await retries.wait(hopeful):
+            failures, asked = {}, sites
+            continue
+        wrong = [
+            site
+            for site in asked
+            if isinstance(failures[site], VerificationError) and is_final(failures[site])
+        ]
+        lies += len(wrong)
+        if lies != 1 or not wrong or not all(map(is_final, failures.values())):
+            break
+        asked = wrong
+    if len(sites) == 1:
+        raise failures[sites[0]]
     *others, last = [failures[site] for site in sites]
     told = last._again()
     told.args = ("; before that, ".join([str(last), *map(str, others)]),)
     raise told from next((each for each in (last, *others) if not is_final(each)), last)
+
+
+def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
+    """The sites in the order in which to ask them. Those that are passed over go to ``failures``,
+    which the caller fills meanwhile."""
+    resting = {site: trouble for site in sites if (trouble := site.trouble)}
+    yield from [site for site in sites if site not in resting]
+    if _settled(failures):
+        failures |= resting
+    else:
+        yield from resting
+
+
+def _settled(failures: Mapping[SiteT, LayersError]) -> bool:
+    """Whether a host has said for good that there is nothing."""
+    # A layer's URLs have no say in what the registry has.
+    return any(isinstance(site, Site) and is_final(error) for site, error in failures.items())

@@ -7,7 +7,6 @@ A Bearer challenge names a server. It is asked by GET with a name and a password
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -17,11 +16,13 @@ import attrs
 import trio
 
 from .._errors import AuthenticationError, RegistryError
+from .._json import parse_json
 from .._reference import Reference
 from .._sharing import Shared
 from .answers import give_up, read_error, readable
 from .credentials import Credentials
 from .discretion import without_login
+from .encoding import looks_like_json, read_fitting
 from .hosts import base_urls, parse_url
 from .http import URL, InvalidURL
 from .transport import Transport
@@ -29,6 +30,8 @@ from .transport import Transport
 __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]
 
 MAX_TOKEN_SIZE: Final = 1024 * 1024
+# Larger answers are decoded in a thread.
+INLINE_SIZE: Final = 16 * 1024
 # The specification's default, and the least that it has servers give, for old clients' sake.
 MIN_TOKEN_LIFETIME: Final = 60.0
 # One that is good for longer is asked for again all the same.
@@ -206,8 +209,11 @@ class Tokens:
         async with asking as answer:
             if answer.status != 200:
                 raise await read_error(answer, what)
-            body = await answer.read(MAX_TOKEN_SIZE)
-        token = _decode_token(body, began)
+            body = await read_fitting(answer, MAX_TOKEN_SIZE, looks_like_json)
+        if len(body) <= INLINE_SIZE:
+            token = _decode_token(body, began)
+        else:
+            token = await trio.to_thread.run_sync(_decode_token, body, began)
         if token is None:
             # Not even the beginning of what came is shown: it may be half a token.
             raise RegistryError(
@@ -229,15 +235,15 @@ def _decode_token(body: bytes, began: float) -> _Token | None:
     document: object = None
     if len(body) <= MAX_TOKEN_SIZE:
         try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
+            document = parse_json(body, nonfinite=True)
+        except ValueError:
             pass
     if not isinstance(document, Mapping):
         return None
     token = document.get("token") or document.get("access_token")
     refresh = document.get("refresh_token")
     lifetime = document.get("expires_in")
-    # Not a number, which json.loads() takes for one, is not greater either.
+    # What is no number is not greater either.
     if not isinstance(lifetime, int | float) or not lifetime > MIN_TOKEN_LIFETIME:
         lifetime = MIN_TOKEN_LIFETIME
     if not _fit(token):

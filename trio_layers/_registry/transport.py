@@ -8,9 +8,11 @@ waits for one (encode/httpcore#961).
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -19,7 +21,7 @@ from typing import Final, Literal, Self, TypeAlias, final
 import attrs
 import trio
 
-from .._errors import RegistryError
+from .._errors import NetworkSettingError, RegistryError
 from .answers import give_up, readable
 from .credentials import as_sent
 from .discretion import hush, secrets_of, without_secrets
@@ -35,11 +37,14 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    connection_failed,
     discreet,
+    new_client,
     proxy_of,
     send,
 )
-from .trust import Trust
+from .proxies import Proxies
+from .trust import Trust, make_context, trust_nobody
 
 __all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Method", "Transport"]
 
@@ -78,6 +83,7 @@ class Answer:
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
         secrets: Gives what it was sent that others must not see.
+        url: The URL that answered.
     """
 
     host: str
@@ -88,6 +94,7 @@ class Answer:
     location: URL | None = attrs.field(repr=False)
     chunks: AsyncIterator[bytes] = attrs.field(repr=False)
     secrets: Callable[[], frozenset[str]] = attrs.field(default=frozenset, repr=False)
+    url: URL | None = attrs.field(default=None, repr=False)
 
     def readable(self, text: str) -> str:
         """What it says, fit for a message (see `readable`), and without what it was sent."""
@@ -117,14 +124,15 @@ class Answer:
 
 @final
 class Connections:
-    """The httpx clients, one for all who are trusted alike, and one limiter over all of them.
+    """The httpx clients, and one limiter over all of them.
 
-    Each client allows as many connections as the limiter, so that nobody ever waits in its pool.
-    The clients that are made here are closed when its block is left.
+    There is one client for all hosts that are trusted alike and reached by the same proxy. Ours are
+    made when a request needs them, by the environment of that moment, and are closed when the block
+    is left. Each allows as many connections as the limiter, so that nobody ever waits in its pool.
 
     Args:
-        client: For whoever needs no certificates of its own. It is not closed.
-        make_client: Makes one for those who do. It is called in a thread.
+        client: For hosts that need no certificates of their own. It is not closed. ``None``: ours.
+        usual: The trust in those hosts, for our own clients.
         max_connections: How many requests are under way at once.
         stall_limit: After how many seconds without a byte a request is given up, or with fewer
             than `LEAST_RATE` has for them.
@@ -132,16 +140,21 @@ class Connections:
 
     def __init__(
         self,
-        client: AsyncClient,
-        make_client: Callable[[Trust], AsyncClient],
+        client: AsyncClient | None,
+        usual: Trust,
         *,
         max_connections: int,
         stall_limit: float,
     ) -> None:
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(max_connections)
         self.stall_limit = stall_limit
-        self._make_client = make_client
-        self._clients: dict[Trust | None, AsyncClient] = {None: client}
+        self._given = client
+        self._usual = usual
+        self._max_connections = max_connections
+        self._proxies = Proxies(os.environ)
+        # By trust, where `None` is in nobody, and by the URL of a proxy.
+        self._clients: dict[tuple[Trust | None, str | None], AsyncClient] = {}
+        self._contexts: dict[Trust, ssl.SSLContext] = {}
         self._making = trio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -153,25 +166,61 @@ class Connections:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for trust, client in self._clients.items():
-            if trust is not None:
-                with trio.move_on_after(CLOSE_GRACE, shield=True):
-                    await client.aclose()
+        for client in self._clients.values():
+            with trio.move_on_after(CLOSE_GRACE, shield=True):
+                await client.aclose()
 
-    async def client(self, trust: Trust | None) -> AsyncClient:
-        """The client for those who are trusted so.
+    async def check(self, trust: Trust | None) -> None:
+        """Load the certificates of a host, if it has any of its own.
 
         Raises:
-            HostsError: if certificates cannot be used.
+            HostsError: if they cannot be used.
         """
-        client = self._clients.get(trust)
+        try:
+            if trust is not None:
+                await self._context(trust)
+        except NetworkSettingError:
+            pass  # the request says so, if it needs them
+
+    async def client(self, trust: Trust | None, url: URL, *, probe: bool = False) -> AsyncClient:
+        """The client for a request.
+
+        Args:
+            trust: The host's own; ``None``: the usual one.
+            url: Where the request goes.
+            probe: Whether the request only finds out if the host speaks TLS.
+
+        Raises:
+            HostsError: if the host's certificates cannot be used.
+            NetworkSettingError: if the environment's proxy or certificates cannot be used. This
+                machine is asked without them as far as can be.
+        """
+        if trust is None and self._given is not None:
+            return self._given
+        trust = trust or self._usual
+        proxy = self._proxies.find(url)
+        client = self._clients.get((trust, proxy))
         if client is not None:
             return client
-        assert trust is not None
+        try:
+            context = await self._context(trust)
+        except NetworkSettingError:
+            if not (is_loopback(url) and (probe or url.scheme == "http")):
+                raise
+            return self._keep(None, None, trust_nobody())
+        return self._keep(trust, proxy, context)
+
+    async def _context(self, trust: Trust) -> ssl.SSLContext:
         async with self._making:
-            if trust not in self._clients:
-                self._clients[trust] = await trio.to_thread.run_sync(self._make_client, trust)
-        return self._clients[trust]
+            if trust not in self._contexts:
+                self._contexts[trust] = await trio.to_thread.run_sync(make_context, trust)
+        return self._contexts[trust]
+
+    def _keep(self, trust: Trust | None, proxy: str | None, context: ssl.SSLContext) -> AsyncClient:
+        key = trust, proxy
+        if key not in self._clients:
+            self._clients[key] = new_client(context, self._max_connections, proxy)
+        return self._clients[key]
 
 
 @attrs.frozen
@@ -220,7 +269,7 @@ class Transport:
     async def speaks_tls(self, url: URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
         try:
-            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT):
+            async with self._send(url, {}, "its version", connect_limit=PROBE_LIMIT, probe=True):
                 return True
         except RegistryError as error:
             # A server whose certificate is not trusted is one. Let the request itself say so.
@@ -234,6 +283,7 @@ class Transport:
         *,
         headers: Mapping[str, str] = _NOTHING,
         authorization: str | None = None,
+        authorize_redirected: Callable[[URL], Awaitable[str | None]] | None = None,
         method: Method = "GET",
     ) -> AsyncIterator[Answer]:
         """Send a request, follow redirects, and give the answer with its body open.
@@ -243,6 +293,8 @@ class Transport:
             what: What is asked for, in words, for errors.
             headers: Go to whoever answers in the end.
             authorization: Goes to the origin of ``url`` alone.
+            authorize_redirected: Gives the Authorization field for another host that the request
+                is redirected to. No connection is held meanwhile.
             method: ``HEAD``: the same without its body.
 
         Raises:
@@ -255,6 +307,10 @@ class Transport:
             fields = dict(headers)
             if authorization is not None and not redirected:
                 fields["Authorization"] = authorization
+            if redirected and authorize_redirected is not None:
+                theirs = await authorize_redirected(target)
+                if theirs is not None:
+                    fields["Authorization"] = theirs
             async with self._send(
                 target,
                 fields,
@@ -330,6 +386,7 @@ class Transport:
         *,
         connect_limit: float,
         redirected: bool = False,
+        probe: bool = False,
         method: Method = "GET",
         body: bytes | None = None,
     ) -> AsyncIterator[Answer]:
@@ -342,7 +399,7 @@ class Transport:
             connect_limit = min(connect_limit, manner.connect_limit or connect_limit)
         elif trust is not None:
             trust = trust.of_others()
-        client = await self._connections.client(trust)
+        client = await self._connections.client(trust, url, probe=probe)
         # The pool needs no limit: see above.
         limits = Timeout(connect=connect_limit, read=stall_limit, write=stall_limit, pool=None)
         # Content that is encoded for the way would not have the digest it is known by.
@@ -381,6 +438,7 @@ class Transport:
                     f"{host} had not answered {patience:g} seconds after it was asked for "
                     f"{what}{through}",
                     host=host,
+                    transient=True,
                 )
             # In our own words: a URL that somebody else has made may hold a signature.
             log.debug("%s %s for %s: %d", method, host, what, response.status_code)
@@ -399,6 +457,7 @@ class Transport:
                     location=None if following is None else following.url,
                     chunks=chunks,
                     secrets=secrets,
+                    url=url,
                 )
         finally:
             limiter.release_on_behalf_of(borrower)
@@ -465,6 +524,7 @@ async def _read_body(
                     else f"nothing for {stall_limit:g} seconds"
                 ),
                 host=host,
+                transient=True,
             )
         behind = max(0.0, behind + trio.current_time() - began - len(chunk) / LEAST_RATE)
         yield chunk
@@ -478,7 +538,18 @@ def _failed(text: str, host: str, error: Exception) -> RegistryError:
     # What OpenSSL says reaches us without its words, which are further down.
     said = [str(error), *(str(each) for each in _causes(error) if isinstance(each, OSError))]
     reason = next(filter(None, map(readable, said)), type(error).__name__)
-    return RegistryError(f"{text}: {reason}", host=host)
+    return RegistryError(f"{text}: {reason}", host=host, transient=_may_pass(error))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another connection may do better than the one that failed so."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror):
+            return cause.errno == socket.EAI_AGAIN  # else the name is wrong
+        if isinstance(cause, ssl.SSLError):
+            # Closed in the midst of TLS; all else, such as a certificate, stays as it is.
+            return isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
+    return connection_failed(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from pathlib import Path
 
 import attrs
 
-from .._errors import HostsError
+from .._errors import HostsError, LayersError, NetworkSettingError
+from .answers import readable
 from .http import create_ssl_context
 
-__all__ = ["Trust", "make_context"]
+__all__ = ["Trust", "make_context", "trust_nobody"]
 
 
 @attrs.frozen
@@ -39,8 +41,9 @@ def make_context(trust: Trust) -> ssl.SSLContext:
 
     Raises:
         HostsError: if a file cannot be used. It names the file.
+        NetworkSettingError: if the environment names certificates that cannot be used.
     """
-    context = create_ssl_context(verify=trust.verify)
+    context = _environments_context(verify=trust.verify)
     if trust.verify:
         for file in trust.ca:
             try:
@@ -56,6 +59,44 @@ def make_context(trust: Trust) -> ssl.SSLContext:
         except (OSError, ValueError) as error:
             raise _unusable(file, "a certificate with its key", error) from error
     return context
+
+
+def trust_nobody() -> ssl.SSLContext:
+    """A context that reads no file and accepts no certificate."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _environments_context(*, verify: bool) -> ssl.SSLContext:
+    """The usual certificates, or those that the environment names in their place."""
+    if not verify:
+        return create_ssl_context(verify=False)
+    # These are the variables that httpx and Python's ssl read, in their order.
+    file, directories = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if not file and directories and not any(map(os.path.isdir, directories.split(":"))):
+        # OpenSSL takes one that is not there for an empty one.
+        raise _unset("SSL_CERT_DIR", directories, "it is no directory of certificates")
+    try:
+        return create_ssl_context(verify=True)
+    except OSError as error:  # ssl.SSLError is one
+        log = os.environ.get("SSLKEYLOGFILE")
+        reason = error.strerror or str(error)
+        if file and not (log and _is_about(error, log)):
+            raise _unset("SSL_CERT_FILE", file, f"no certificates can be read: {reason}") from error
+        if log:
+            raise _unset("SSLKEYLOGFILE", log, f"it cannot be written: {reason}") from error
+        if directories:
+            raise _unset("SSL_CERT_DIR", directories, reason) from error
+        raise LayersError(f"the certificates of certifi cannot be read: {reason}") from error
+
+
+def _is_about(error: OSError, file: str) -> bool:
+    return error.filename is not None and os.fspath(error.filename) == file
+
+
+def _unset(variable: str, value: str, reason: str) -> NetworkSettingError:
+    advice = "mend it, or unset the variable"
+    shown = readable(value)
+    return NetworkSettingError(variable, f"'{shown}' cannot be used: {readable(reason)}", advice)
 
 
 def _ask_nobody() -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from .._digest import DiffID, Digest
-from .._errors import DecompressionError, UnpackError, VerificationError
+from .._errors import DecompressionError, StoreError, UnpackError, VerificationError
 from .._manifest import Descriptor
-from .errors import store_error
+from .errors import removed_meanwhile, store_error
 from .growth import Follower, Growth
 
 if TYPE_CHECKING:
@@ -130,8 +130,11 @@ def build(
         if error is source.failure:
             raise
         raise store_error(error, target.parent) from error
-    except (DecompressionError, UnpackError) as error:
-        if expected is not None and error.layer is None:
+    except (DecompressionError, UnpackError, StoreError) as error:
+        gone = isinstance(error.__cause__, FileNotFoundError) and not (target / "fs").is_dir()
+        if gone or not target.is_dir():
+            raise removed_meanwhile(target) from error
+        if not isinstance(error, StoreError) and expected is not None and error.layer is None:
             error.layer = expected.digest
         raise
     return unpacked, expected

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar, TypeVarTuple, final
+from typing import Final, TypeAlias, TypeVar, TypeVarTuple, final
 
 import attrs
 import trio
 
 from .._digest import ChainID, DiffID, Digest
+from .._errors import StoreBusy, StoreClosed
 from .._manifest import Descriptor
 from .files import disk_errors
 
@@ -26,6 +29,7 @@ __all__ = [
     "APPLICATION_ID",
     "VERSION",
     "Catalog",
+    "IndexRow",
     "StoredBlob",
     "StoredImage",
     "StoredLayer",
@@ -34,6 +38,8 @@ __all__ = [
     "add_layer",
     "add_leases",
     "add_tree",
+    "closed_error",
+    "complete_tables",
     "connect",
     "create_schema",
     "drop_image",
@@ -43,6 +49,7 @@ __all__ = [
     "find_holders",
     "find_image",
     "find_images",
+    "find_index_rows",
     "find_layer",
     "find_layout",
     "find_tree",
@@ -53,6 +60,7 @@ __all__ = [
     "set_diff_id",
     "set_layout",
     "transaction",
+    "while_busy",
 ]
 
 T = TypeVar("T")
@@ -157,6 +165,7 @@ CREATE TRIGGER blob_goes AFTER DELETE ON blobs
 CREATE TABLE leases (
     holder TEXT NOT NULL,       -- the locked file in leases/
     digest TEXT NOT NULL,       -- of a blob, a chain ID or the ID of a tree
+    process TEXT,               -- the holder's; nothing where older software wrote the row
     PRIMARY KEY (holder, digest)
 ) WITHOUT ROWID;
 CREATE INDEX leases_by_digest ON leases (digest);
@@ -237,6 +246,42 @@ class StoredImage:
     index: Descriptor | None = None
 
 
+# For how many seconds a job is tried while another process holds the catalog.
+_PATIENCE: Final = 10
+
+# For how many seconds the end of a lease waits behind other writers of this process.
+_LAST: Final = 0.5
+
+# Seconds that SQLite itself waits in the worker thread: nothing cancels that wait.
+_WAIT_IN_THREAD: Final = 0.05
+
+# Seconds between two tries. A cancellation ends this wait.
+_PAUSE: Final = 0.02
+
+
+async def while_busy(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try again for some seconds while another process holds the catalog.
+
+    Cancellation: between two attempts, each of which waits in its thread for milliseconds only.
+
+    Raises:
+        StoreBusy: if another process held the catalog all that time.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return await attempt()
+        except StoreBusy:
+            if time.monotonic() > end:
+                raise
+        await trio.sleep(_PAUSE)
+
+
+IndexRow: TypeAlias = tuple[str, str | None, str, Digest, int, Digest | None]
+"""An entry of ``index.json``: reference, platform, the manifest's media type, digest and size,
+and the digest of the index that it was chosen from."""
+
+
 @final
 class Catalog:
     """The connection, and the one thread at a time that uses it."""
@@ -245,19 +290,40 @@ class Catalog:
         self._connection = connection
         self._path = path
         self._thread = trio.CapacityLimiter(1)
+        # One writer at a time asks for SQLite's lock; meanwhile others may read.
+        self._writing = trio.Lock()
+        # Whether SQLite has refused the last job, and so will refuse the next.
+        self._refused = False
+        self._closed = False
 
     async def read(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Run a short job in a worker thread. Once begun it is not cancelled.
 
+        While another process holds the catalog, SQLite refuses the job at its beginning. So
+        trying again repeats nothing.
+
         Raises:
+            StoreBusy: if another process held the catalog for too long.
+            StoreClosed: if the store's block was left.
             StoreError: for what SQLite or the operating system raise in it.
         """
 
+        return await while_busy(partial(self._try, job, *args))
+
+    async def _try(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         def run() -> T:
+            if self._closed:
+                raise closed_error(self._path)
             with disk_errors(self._path):
                 return job(self._connection, *args)
 
-        return await trio.to_thread.run_sync(run, limiter=self._thread)
+        try:
+            result = await trio.to_thread.run_sync(run, limiter=self._thread)
+        except StoreBusy:
+            self._refused = True
+            raise
+        self._refused = False
+        return result
 
     async def write(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Like `read`, in a transaction that nobody else writes beside, in any process.
@@ -269,21 +335,42 @@ class Catalog:
             with transaction(connection):
                 return job(connection, *args)
 
-        return await self.read(run)
+        async with self._writing:
+            return await self.read(run)
 
     async def note(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Like `write`, but durable only with the next `write`: for what is of no use after the
         machine has stopped, or can be had again for nothing. It spares the disk a sync."""
+        async with self._writing:
+            return await self.read(_noted(job), *args)
 
-        def run(connection: sqlite3.Connection) -> T:
-            connection.execute("PRAGMA synchronous = NORMAL")
-            try:
-                with transaction(connection):
-                    return job(connection, *args)
-            finally:
-                connection.execute("PRAGMA synchronous = FULL")
+    async def note_now(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
+        """Like `note`, without patience, and not cancelled: for the end of a lease.
 
-        return await self.read(run)
+        Raises:
+            StoreBusy: if another process holds the catalog.
+        """
+        if not self._refused:
+            # A writer ahead of this one may come to wait for another process.
+            with trio.move_on_after(_LAST, shield=True):
+                async with self._writing:
+                    return await self._try(_noted(job), *args)
+        raise StoreBusy(f"{self._path} is held by another process")
+
+    async def close(self) -> None:
+        """Close the connection, after the jobs that have begun. Not cancelled."""
+
+        def close() -> None:
+            self._closed = True
+            self._connection.close()
+
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(close, limiter=self._thread)
+
+
+def closed_error(path: Path) -> StoreClosed:
+    """The error of a call on a store whose block was left."""
+    return StoreClosed(f"the store {path} was closed: call it inside its block")
 
 
 @final
@@ -321,7 +408,11 @@ def connect(path: Path) -> sqlite3.Connection:
     """Open the catalog file; made if it is not there."""
     # Not bound to the thread: Catalog lets one thread at a time use it.
     connection = sqlite3.connect(
-        path, timeout=10, isolation_level=None, check_same_thread=False, factory=_Connection
+        path,
+        timeout=_WAIT_IN_THREAD,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
     )
     try:
         connection.file = _identity(path)
@@ -332,6 +423,22 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _noted(
+    job: Callable[[sqlite3.Connection, *Ts], T],
+) -> Callable[[sqlite3.Connection, *Ts], T]:
+    """The job in a transaction that is durable only with a later one."""
+
+    def run(connection: sqlite3.Connection, *args: *Ts) -> T:
+        connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            with transaction(connection):
+                return job(connection, *args)
+        finally:
+            connection.execute("PRAGMA synchronous = FULL")
+
+    return run
 
 
 @contextmanager
@@ -521,6 +628,18 @@ def find_whole_images(connection: sqlite3.Connection) -> list[StoredImage]:
     return list(_images(rows))
 
 
+def find_index_rows(connection: sqlite3.Connection) -> Iterator[IndexRow]:
+    """Like `find_whole_images`, as plain rows: there may be thousands, at each write."""
+    return connection.execute(
+        "SELECT r.reference, r.platform, i.media_type, m.digest, m.size, x.digest "
+        "FROM image_references r "
+        "JOIN images i ON i.manifest = r.manifest JOIN blobs m ON m.digest = r.manifest "
+        "LEFT JOIN blobs x ON x.digest = r.index_digest "
+        "WHERE r.manifest NOT IN (SELECT manifest FROM lacking) "
+        "ORDER BY r.reference, r.serial DESC"
+    )
+
+
 def find_layout(connection: sqlite3.Connection) -> Digest | None:
     """The digest of ``index.json`` as it was last written."""
     row = connection.execute("SELECT index_digest FROM layout").fetchone()
@@ -547,10 +666,13 @@ def drop_image(connection: sqlite3.Connection, manifest: Digest) -> bool:
     return connection.execute("DELETE FROM images WHERE manifest = ?", (manifest,)).rowcount > 0
 
 
-def add_leases(connection: sqlite3.Connection, holder: str, digests: Iterable[Digest]) -> None:
+def add_leases(
+    connection: sqlite3.Connection, holder: str, digests: Iterable[Digest], process: str
+) -> None:
+    """Give a holder leases; ``process``: see `Process.encode`."""
     connection.executemany(
-        "INSERT OR IGNORE INTO leases (holder, digest) VALUES (?, ?)",
-        [(holder, digest) for digest in digests],
+        "INSERT OR IGNORE INTO leases (holder, digest, process) VALUES (?, ?, ?)",
+        [(holder, digest, process) for digest in digests],
     )
 
 
@@ -567,6 +689,13 @@ def drop_leases(
     )
 
 
-def find_holders(connection: sqlite3.Connection) -> set[str]:
-    """Who has leases, alive or not."""
-    return {row[0] for row in connection.execute("SELECT DISTINCT holder FROM leases")}
+def find_holders(connection: sqlite3.Connection) -> dict[str, str | None]:
+    """Holders of leases, alive or not, and their processes."""
+    return dict(connection.execute("SELECT holder, max(process) FROM leases GROUP BY holder"))
+
+
+def complete_tables(connection: sqlite3.Connection) -> None:
+    """Add what older software of the same version did not have, and leaves alone."""
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(leases)")]
+    if "process" not in columns:
+        connection.execute("ALTER TABLE leases ADD COLUMN process TEXT")

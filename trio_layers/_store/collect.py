@@ -12,20 +12,24 @@ import contextlib
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 import attrs
 import trio
 
 from .._digest import Digest
 from .catalog import Catalog
-from .files import disk_errors, disk_usage, remove_directory, try_lock, unlock
+from .files import disk_errors, disk_usage, file_name, remove_directory, try_lock, unlock
+from .mounts import find_used_trees
 from .scratch import Scratch
 
-__all__ = ["Collected", "Collector"]
+__all__ = ["Collected", "Collector", "MountedTree"]
+
+_Used: TypeAlias = Mapping[str, tuple[str, ...]]
+"""The names of trees that are mounted, and where; see `find_used_trees`."""
 
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _PARTIAL: Final = re.compile(r"([0-9a-f]{64})\.partial")
@@ -33,6 +37,19 @@ _LOCK: Final = re.compile(r"([0-9a-f]{64})\.lock")
 
 # Names that are looked up and moved in one transaction: some milliseconds.
 _BATCH: Final = 256
+
+
+@attrs.frozen
+class MountedTree:
+    """An unpacked layer that nothing in the store needs, and that is mounted.
+
+    Attributes:
+        id: The tree's ID.
+        targets: Where it is mounted, in any mount namespace; empty if that cannot be seen.
+    """
+
+    id: Digest
+    targets: tuple[str, ...]
 
 
 @attrs.frozen
@@ -46,6 +63,8 @@ class Collected:
         blobs: How many blobs, such leftovers and broken-off downloads included.
         size: What they take on the disk, in bytes. What is shared with something that stays is
             not in it.
+        mounted: The trees that stay only since they are mounted. Once they are unmounted, the
+            next collection removes them.
     """
 
     images: int = 0
@@ -53,17 +72,27 @@ class Collected:
     trees: int = 0
     blobs: int = 0
     size: int = 0
+    mounted: tuple[MountedTree, ...] = ()
+
+
+@attrs.frozen
+class _Dropped:
+    images: int
+    layers: int
+    mounted: tuple[MountedTree, ...]
 
 
 @attrs.frozen
 class _Garbage:
-    images: int
-    layers: int
+    rows: _Dropped
     trees: list[Path]
     blobs: list[Path]
 
     def sized(self, size: int) -> Collected:
-        return Collected(self.images, self.layers, len(self.trees), len(self.blobs), size)
+        rows = self.rows
+        return Collected(
+            rows.images, rows.layers, len(self.trees), len(self.blobs), size, rows.mounted
+        )
 
 
 @final
@@ -81,19 +110,22 @@ class Collector:
     async def find(self) -> Collected:
         """What there is to remove."""
         await self._scratch.sweep_after_the_dead(self._catalog)
-        garbage = await self._catalog.read(self._look)
+        used = await trio.to_thread.run_sync(find_used_trees, self._root)
+        garbage = await self._catalog.read(self._look, used)
         paths = garbage.blobs + garbage.trees
         return garbage.sized(await trio.to_thread.run_sync(self._measure, paths))
 
     async def remove(self) -> Collected:
         """Remove it."""
         await self._scratch.sweep_after_the_dead(self._catalog)
-        images, layers = await self._catalog.write(self._drop_rows)
-        trees = await self.take_trees(await trio.to_thread.run_sync(_names_in, self._trees))
+        used = await trio.to_thread.run_sync(find_used_trees, self._root)
+        dropped = await self._catalog.write(self._drop_rows, used)
+        names = await trio.to_thread.run_sync(_names_in, self._trees)
+        trees = await self.take_trees([name for name in names if name not in used])
         blobs = await self.take_blobs(await trio.to_thread.run_sync(_names_in, self._blobs))
         held = await self._catalog.read(_held)
         blobs += await trio.to_thread.run_sync(self._take_partials, held)
-        garbage = _Garbage(images, layers, trees, blobs)
+        garbage = _Garbage(dropped, trees, blobs)
         return garbage.sized(await self.delete(trees + blobs))
 
     async def take_trees(self, names: Sequence[str]) -> list[Path]:
@@ -114,19 +146,19 @@ class Collector:
 
     # Jobs for the catalog.
 
-    def _look(self, connection: sqlite3.Connection) -> _Garbage:
+    def _look(self, connection: sqlite3.Connection, used: _Used) -> _Garbage:
         with _undone(connection):
             busy = set(self._busy())
-            images, layers = _drop(connection, busy)
+            dropped = _drop(connection, busy, used)
             names = _without_row(connection, "trees", "id", _names_in(self._trees))
-            trees = [self._trees / name for name in names]
+            trees = [self._trees / name for name in names if name not in used]
             names = _without_row(connection, "blobs", "digest", _names_in(self._blobs))
             blobs = [self._blobs / name for name in names if f"sha256:{name}" not in busy]
             partials = self._partials(_held(connection) | busy)
-            return _Garbage(images, layers, trees, [*blobs, *partials])
+            return _Garbage(dropped, trees, [*blobs, *partials])
 
-    def _drop_rows(self, connection: sqlite3.Connection) -> tuple[int, int]:
-        return _drop(connection, self._busy())
+    def _drop_rows(self, connection: sqlite3.Connection, used: _Used) -> _Dropped:
+        return _drop(connection, self._busy(), used)
 
     def _take(
         self,
@@ -230,8 +262,9 @@ def _undone(connection: sqlite3.Connection) -> Iterator[None]:
             connection.execute("ROLLBACK")
 
 
-def _drop(connection: sqlite3.Connection, busy: Iterable[Digest]) -> tuple[int, int]:
-    """Drop the rows that nobody needs; how many images and layers those are.
+def _drop(connection: sqlite3.Connection, busy: Iterable[Digest], used: _Used) -> _Dropped:
+    """Drop the rows that nobody needs; how many images and layers those are, and which trees stay
+    since they are mounted.
 
     What is needed is found out in sets, since everybody else waits meanwhile: in SQL it takes
     five times as long.
@@ -271,14 +304,23 @@ def _drop(connection: sqlite3.Connection, busy: Iterable[Digest]) -> tuple[int, 
         if blob in held:
             trees.add(diff_id)
 
+    mounted = tuple(
+        MountedTree(Digest(id), used[file_name(Digest(id))])
+        for id in sorted(_keys(connection, "trees", "id") - trees)
+        if file_name(Digest(id)) in used
+    )
+    trees.update(tree.id for tree in mounted)
+
     # A layer may go before those upon it, which go, too.
     connection.execute("PRAGMA defer_foreign_keys = ON")
-    return (
+    dropped = _Dropped(
         _drop_others(connection, "images", "manifest", kept),
         _drop_others(connection, "layers", "chain_id", layers),
-        _drop_others(connection, "trees", "id", trees),
-        _drop_others(connection, "blobs", "digest", blobs),
-    )[:2]
+        mounted,
+    )
+    _drop_others(connection, "trees", "id", trees)
+    _drop_others(connection, "blobs", "digest", blobs)
+    return dropped
 
 
 def _drop_others(connection: sqlite3.Connection, table: str, key: str, kept: set[str]) -> int:

@@ -9,24 +9,27 @@ import io
 import itertools
 import os
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final, final
+from weakref import WeakSet
 
 import trio
 
 from .._digest import Digest, digest_of
 from .._errors import StoreError, VerificationError
+from .._lifetime import Lifetime, clean_up_in_thread, while_open
 from .._manifest import Descriptor
 from ..abc import ReportArrived
 from .build import describe
 from .catalog import Catalog, StoredBlob, add_blob, find_blob
 from .commits import Commits, Job
-from .files import disk_errors, file_name
+from .files import disk_errors, file_name, lock_written
 from .growth import Growth
 from .leases import Lease
-from .scratch import Scratch, Watch, hold_lock
+from .scratch import HeldLock, Scratch, Watch, hold_lock
 
 __all__ = ["Batch", "BlobStream", "Content", "Ingest", "Partial"]
 
@@ -65,6 +68,8 @@ class Partial:
         with disk_errors(path.parent):
             self._file = io.FileIO(path, "wb" if fresh else "a+b")
         try:
+            # Besides the lock on its digest, whose file a program that cleans up may remove.
+            lock_written(self._file.fileno(), path)
             if not fresh:
                 self._hash_again()
         except BaseException:
@@ -155,10 +160,15 @@ class Ingest:
         arriving: Set when something of it is on disk, or all of it is verified.
     """
 
-    def __init__(self, content: Content, descriptor: Descriptor, partial: Partial | None) -> None:
+    def __init__(
+        self, content: Content, descriptor: Descriptor, partial: Partial | None, lock: HeldLock
+    ) -> None:
         self._content = content
+        self._lifetime = content.lifetime
         self._descriptor = descriptor
         self._partial = partial
+        self._lock = lock
+        self._left = False
         self._pending: list[bytes] = []
         self._pending_size = 0
         self.arriving: trio.Event = trio.Event()
@@ -201,8 +211,10 @@ class Ingest:
 
         Raises:
             StoreFull: if no space is left. What was written before stays, to be resumed.
+            StoreClosed: if the store's block was left.
             StoreError: if the blob is in the store already, or for what else the disk does.
         """
+        self._lifetime.check()
         self._arriving()
         self._pending.append(data)
         self._pending_size += len(data)
@@ -213,9 +225,11 @@ class Ingest:
             # Who waits for each chunk to arrive has let others run.
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
-            await trio.to_thread.run_sync(self._flush)
+            async with self._lifetime.use():
+                await trio.to_thread.run_sync(self._flush)
             self.arriving.set()
 
+    @while_open
     async def restart(self) -> None:
         """Drop all that is there.
 
@@ -227,6 +241,7 @@ class Ingest:
         self._pending_size = 0
         await trio.to_thread.run_sync(partial.restart)
 
+    @while_open
     async def commit(self) -> None:
         """Verify the blob and put it into the store; then it is visible and durable.
 
@@ -245,6 +260,7 @@ class Ingest:
         self._partial.close()
         self._partial = None
 
+    @while_open
     async def finish(self) -> None:
         """Verify that all has come; it becomes visible by a commit.
 
@@ -270,17 +286,22 @@ class Ingest:
 
     async def _leave(self, *, failed: bool) -> None:
         """Keep what came, also when cancelled; ``failed``: whether an error is under way."""
-        if self._partial is None:
+        if self._left or self._partial is None:
             return
+        self._left = True
         try:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._flush)
+            await clean_up_in_thread(self._flush)
         except StoreError:
             # What is under way says more, and what is lost here is downloaded again.
             if not failed:
                 raise
         finally:
             self._partial.close()
+
+    async def _close(self) -> None:
+        """Keep the bytes that came, and let go of the lock, before the caller's block ends."""
+        await self._leave(failed=True)
+        await clean_up_in_thread(self._lock.release)
 
     def _arriving(self) -> Partial:
         if self._partial is None:
@@ -312,10 +333,12 @@ class Batch:
 
     def __init__(self, content: Content, commits: Commits, directory: Path) -> None:
         self._content = content
+        self._lifetime = content.lifetime
         self._commits = commits
         self._directory = directory
         self._since = commits.failures
         self._numbers = itertools.count()
+        self._busy = threading.Lock()
         self._sizes: dict[Digest, int] = {}
         self._paths: dict[Digest, Path] = {}
 
@@ -333,6 +356,11 @@ class Batch:
             StoreError: for what else the disk does.
             Exception: what ``pieces`` raises; the blob is dropped.
         """
+        with self._busy:
+            self._lifetime.check()
+            return self._add(pieces)
+
+    def _add(self, pieces: Iterable[bytes | memoryview]) -> tuple[Digest, int]:
         path = self._directory / str(next(self._numbers))
         partial = Partial(path, since=self._since, fresh=True)
         try:
@@ -356,9 +384,11 @@ class Batch:
         Raises:
             StoreError: for what the disk does.
         """
+        self._lifetime.check()
         with disk_errors(self._paths[digest]):
             return self._paths[digest].read_bytes()
 
+    @while_open
     async def commit(self, digests: Iterable[Digest], *, lease: Lease) -> None:
         """Make some of the blobs durable and visible, in one go, and hold them.
 
@@ -377,6 +407,15 @@ class Batch:
         if wanted:
             await self._commits.commit(functools.partial(self._place, wanted), since=self._since)
 
+    async def _close(self) -> None:
+        """Wait for `add`, then remove what is not visible: the store's block was left."""
+
+        def discard() -> None:
+            with self._busy:
+                self._content._scratch.discard(self._directory)
+
+        await clean_up_in_thread(discard)
+
     def _place(self, wanted: Iterable[Digest], connection: sqlite3.Connection) -> None:
         for digest in wanted:
             descriptor = describe(digest, self._sizes[digest])
@@ -387,7 +426,8 @@ class Batch:
 class BlobStream(trio.abc.ReceiveStream):
     """A blob, read in worker threads. Closing it does not wait."""
 
-    def __init__(self, file: io.FileIO, path: Path) -> None:
+    def __init__(self, file: io.FileIO, path: Path, lifetime: Lifetime) -> None:
+        self._lifetime = lifetime
         self._file = file
         self._path = path
         self._closed = False
@@ -397,17 +437,20 @@ class BlobStream(trio.abc.ReceiveStream):
         """The next bytes, at most 1 MiB; none at the end.
 
         Raises:
+            StoreClosed: if the store's block was left.
             StoreError: if the disk fails.
         """
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
+        self._lifetime.check()
         if self._closed:
             await trio.lowlevel.checkpoint()
             raise trio.ClosedResourceError
         size = _CHUNK if max_bytes is None else min(max_bytes, _BATCH)
         self._reading += 1
         try:
-            data = await trio.to_thread.run_sync(self._read, size)
+            async with self._lifetime.use():
+                data = await trio.to_thread.run_sync(self._read, size)
         finally:
             self._reading -= 1
             self._close_if_idle()
@@ -416,9 +459,13 @@ class BlobStream(trio.abc.ReceiveStream):
         return data
 
     async def aclose(self) -> None:
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Like `aclose`, without a checkpoint."""
         self._closed = True
         self._close_if_idle()
-        await trio.lowlevel.checkpoint()
 
     def _close_if_idle(self) -> None:
         # Not under a thread that reads: the descriptor's number could be another file's by then.
@@ -434,7 +481,17 @@ class BlobStream(trio.abc.ReceiveStream):
 class Content:
     """The blobs of a store. What is not said here is said at `DirectoryStore`."""
 
-    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch, commits: Commits) -> None:
+    def __init__(
+        self,
+        root: Path,
+        catalog: Catalog,
+        scratch: Scratch,
+        commits: Commits,
+        lifetime: Lifetime,
+    ) -> None:
+        self.root = root
+        self.lifetime = lifetime
+        self._streams = WeakSet[BlobStream]()
         self._blobs = root / "blobs" / "sha256"
         self._catalog = catalog
         self._scratch = scratch
@@ -447,7 +504,7 @@ class Content:
     async def find(self, digest: Digest) -> StoredBlob | None:
         return await self._catalog.read(find_blob, digest)
 
-    def lock(self, digest: Digest) -> AbstractAsyncContextManager[None]:
+    def lock(self, digest: Digest) -> AbstractAsyncContextManager[HeldLock]:
         """Hold the lock on a blob: while it arrives, and while it is unpacked."""
         return hold_lock(self._scratch.lock(digest))
 
@@ -469,14 +526,19 @@ class Content:
         watch = None
         if waiting is not None:
             watch = Watch(self._scratch.partial(digest), descriptor.size, waiting)
-        async with hold_lock(self._scratch.lock(digest), watch):
+        async with self.lifetime.use(), AsyncExitStack() as entering:
+            held = hold_lock(self._scratch.lock(digest), watch)
+            lock = await entering.enter_async_context(held)
             partial = None
             # Asked only now: whoever held the lock before us may have brought the blob.
             if await self.claim(descriptor) is None:
                 path = self._scratch.partial(descriptor.digest)
                 since = self._commits.failures
                 partial = await trio.to_thread.run_sync(_resume, path, descriptor, since)
-            ingest = Ingest(self, descriptor, partial)
+            ingest = Ingest(self, descriptor, partial, lock)
+            entering.enter_context(self.lifetime.own(ingest._close))
+            stack = entering.pop_all()
+        async with stack:
             try:
                 yield ingest
             except BaseException:
@@ -496,7 +558,7 @@ class Content:
         except StoreError:
             if partial is not None and since != self._commits.failures:
                 failures = self._commits.failures
-                await trio.to_thread.run_sync(partial.distrust, failures)
+                await clean_up_in_thread(partial.distrust, failures)
             raise
 
     async def put(self, descriptor: Descriptor, data: bytes) -> None:
@@ -526,9 +588,14 @@ class Content:
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[Batch]:
-        async with self._scratch.name("batch") as directory:
+        async with self.lifetime.use(), AsyncExitStack() as entering:
+            directory = await entering.enter_async_context(self._scratch.name("batch"))
             await trio.to_thread.run_sync(_make_directory, directory)
-            yield Batch(self, self._commits, directory)
+            batch = Batch(self, self._commits, directory)
+            entering.enter_context(self.lifetime.own(batch._close))
+            stack = entering.pop_all()
+        async with stack:
+            yield batch
 
     async def find_document(self, digest: Digest, *, limit: int) -> bytes | None:
         """A small blob, not verified; ``None`` if it is not there."""
@@ -557,7 +624,14 @@ class Content:
     async def open(self, digest: Digest) -> BlobStream:
         await self.stored(digest)
         path = self.path(digest)
-        return BlobStream(await trio.to_thread.run_sync(_open, path), path)
+        stream = BlobStream(await trio.to_thread.run_sync(_open, path), path, self.lifetime)
+        self._streams.add(stream)
+        return stream
+
+    def close_streams(self) -> None:
+        """Close the files of all streams that are open."""
+        for stream in tuple(self._streams):
+            stream.close()
 
     async def stored(self, digest: Digest) -> StoredBlob:
         blob = await self.find(digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import trio
 from .._blocks import opens_block
 from .._digest import ChainID, DiffID, Digest, digest_of
 from .._errors import ManifestError, StoreError
+from .._lifetime import Lifetime, while_open
 from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
 from ..abc import Layer, ReportArrived
@@ -25,26 +26,28 @@ from .catalog import (
     StoredImage,
     StoredLayer,
     StoredTree,
+    closed_error,
     drop_image,
     drop_references,
     find_blob,
     find_image,
     find_images,
+    find_index_rows,
     find_layer,
     find_layout,
     find_tree,
-    find_whole_images,
     put_image,
     set_layout,
+    while_busy,
 )
 from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
-from .files import disk_errors, replace_file
-from .layout import index_document, open_directory
+from .files import replace_file
+from .layout import encode_index, locate, open_directory
 from .leases import Holds, Lease, open_holds, open_lease
-from .merged import MergedTree, Surveys
+from .merged import MergedTree, Surveys, TreeStack
 from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
@@ -56,10 +59,17 @@ __all__ = ["Batch", "DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistic
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
 
+# The layers that objects are made of between two checkpoints: a millisecond or two.
+_STRIDE: Final = 256
+
 
 @asynccontextmanager
 async def open_store(
-    path: str | os.PathLike[str], *, unpacker: Unpacker, builder: Builder | None = None
+    path: str | os.PathLike[str],
+    *,
+    unpacker: Unpacker,
+    builder: Builder | None = None,
+    create: bool = True,
 ) -> AsyncIterator[DirectoryStore]:
     """Open the store in a directory, for the block. Any number of processes may have it open.
 
@@ -67,8 +77,10 @@ async def open_store(
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         unpacker: Makes trees of layers.
         builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
+        create: Whether a store is made where there is none.
 
     Raises:
+        StoreNotFound: if there is no store, and none is to be made.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
             user. Nothing in it is changed.
         StoreReadOnly: if it cannot be written.
@@ -77,22 +89,26 @@ async def open_store(
     Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
     where the block fails or is cancelled, the next who opens the store does.
     """
-    root = await trio.to_thread.run_sync(_resolved, Path(path))
-    connection = await trio.to_thread.run_sync(open_directory, root)
+    root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
+    opening = partial(trio.to_thread.run_sync, partial(open_directory, root, create=create))
+    connection = await while_busy(opening)
+    catalog = Catalog(connection, root)
     try:
-        catalog = Catalog(connection, root)
         async with (
             open_scratch(root, catalog) as scratch,
-            open_holds(catalog, scratch.holder) as holds,
+            open_holds(catalog, scratch.holder, scratch.process) as holds,
             open_commits(catalog, root) as commits,
         ):
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
             if not await catalog.read(store._is_index_right):
                 await catalog.write(store._write_index)
-            yield store
+            try:
+                yield store
+            finally:
+                await store._lifetime.close()
+                store._content.close_streams()
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(connection.close)
+        await catalog.close()
 
 
 @final
@@ -114,6 +130,7 @@ class DirectoryLayer:
     blob: Digest
     tree: Path
     _content: Content = attrs.field(repr=False)
+    _stack: TreeStack = attrs.field(repr=False)
 
     async def tar_stream(self) -> BlobStream:
         """The layer's blob, as it was registered: compressed as it came.
@@ -151,6 +168,9 @@ class DirectoryStore:
     tasks at once, and all that are async raise `StoreError` for what the disk does, of which
     `StoreFull` and `StoreReadOnly` are kinds. Cancelled, each of them leaves the store as it was
     or has done its work.
+
+    Leaving the store's block ends the calls under way in any task, and they raise `StoreClosed`,
+    as each later call does.
     """
 
     def __init__(
@@ -169,7 +189,8 @@ class DirectoryStore:
         self._commits = commits
         self._holds = holds
         self._unpacker = unpacker
-        self._content = Content(root, catalog, scratch, commits)
+        self._lifetime = Lifetime(partial(closed_error, root))
+        self._content = Content(root, catalog, scratch, commits, self._lifetime)
         self._trees = Trees(
             root,
             catalog=catalog,
@@ -210,6 +231,11 @@ class DirectoryStore:
         """The directory, absolute."""
         return self._root
 
+    @property
+    def unpacker(self) -> Unpacker:
+        """The functions that make trees of layers in this store."""
+        return self._unpacker
+
     def statistics(self) -> StoreStatistics:
         """What goes on now."""
         workers = {self._trees.threads, self._trees.builder.limiter}
@@ -223,6 +249,7 @@ class DirectoryStore:
 
     # Layers.
 
+    @while_open
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
         """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
         # First held, then looked for: what is found stays.
@@ -237,6 +264,7 @@ class DirectoryStore:
             return None
         return self._refer(layer)
 
+    @while_open
     async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
         """Like `get`, without a reference: if nothing else holds the layer, it may be removed.
         While the object is there, layers below it that are held, too, are not looked up again."""
@@ -244,9 +272,16 @@ class DirectoryStore:
         if layer is not None:
             await trio.lowlevel.checkpoint()
             return layer
-        rows, below = await self._catalog.read(self._find_rows, chain_id)
-        return self._layer(rows, below) if rows else None
+        rows, layer = await self._catalog.read(self._find_rows, chain_id)
+        if not rows:
+            return None
+        for number, (row, tree) in enumerate(reversed(rows), 1):
+            layer = self._object(row, tree, layer)
+            if number % _STRIDE == 0:
+                await trio.lowlevel.checkpoint()
+        return layer
 
+    @while_open
     async def tar_size(self, layer: Layer) -> int:
         """The length of a layer's tar in bytes, decompressed.
 
@@ -255,6 +290,7 @@ class DirectoryStore:
         """
         return await self._catalog.read(_tar_size, layer.chain_id)
 
+    @while_open
     async def register(
         self,
         stream: trio.abc.ReceiveStream,
@@ -296,6 +332,7 @@ class DirectoryStore:
         """
         return self._staging.open(descriptor, waiting)
 
+    @while_open
     async def _put(
         self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
     ) -> DirectoryLayer:
@@ -327,6 +364,7 @@ class DirectoryStore:
             self._references[layer.chain_id] = references - 1
         self._holds.let_go([layer.chain_id])
 
+    @while_open
     async def rootfs(self, chain_id: ChainID | None) -> RootfsView:
         """The files of a layer and all below it, merged; ``None``: of nothing.
 
@@ -340,10 +378,17 @@ class DirectoryStore:
             layer = await self.find(chain_id)
             if layer is None:
                 raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-        return RootfsView(self._merged(layer), self._unpacker, self._scratch.name)
+        return RootfsView(
+            self._merged(layer),
+            self._unpacker,
+            self._scratch.name,
+            self._lifetime,
+            self._holds.holding_trees,
+        )
 
     # Blobs.
 
+    @while_open
     async def blob(self, digest: Digest) -> Path | None:
         """The file of a blob, not to be changed; ``None`` if it is not there."""
         stored = await self._content.find(digest)
@@ -373,6 +418,7 @@ class DirectoryStore:
         """
         return self._content.batch()
 
+    @while_open
     async def put_blob(self, descriptor: Descriptor, data: bytes) -> None:
         """Store a blob that is in memory. One that is there already stays.
 
@@ -381,6 +427,7 @@ class DirectoryStore:
         """
         await self._content.put(descriptor, data)
 
+    @while_open
     async def read_blob(self, digest: Digest, *, limit: int = _DOCUMENT_LIMIT) -> bytes:
         """All of a blob, verified once more; for manifests and the like.
 
@@ -395,6 +442,7 @@ class DirectoryStore:
         """
         return await self._content.read(digest, limit=limit)
 
+    @while_open
     async def find_document(self, digest: Digest) -> bytes | None:
         """All of a blob; ``None`` if it is not there, is no SHA-256 one, or is larger than what
         registries allow a manifest. It is not verified.
@@ -404,6 +452,7 @@ class DirectoryStore:
         """
         return await self._content.find_document(digest, limit=_DOCUMENT_LIMIT)
 
+    @while_open
     async def open_blob(self, digest: Digest) -> BlobStream:
         """A stream of a blob; whoever opens it closes it.
 
@@ -414,6 +463,7 @@ class DirectoryStore:
 
     # Images.
 
+    @while_open
     async def put_image(
         self,
         reference: str,
@@ -462,6 +512,27 @@ class DirectoryStore:
             job = partial(self._put_image, image, layers, place)
             await self._commits.commit(job, since=since)
 
+    @while_open
+    async def put_images(self, images: Sequence[StoredImage]) -> None:
+        """Let references stand for images, all at once or, if it fails, none; see `put_image`.
+
+        Args:
+            images: References and images. All parts of the images must be in the store.
+
+        Raises:
+            StoreError: if something of an image is not in the store.
+            PlatformError: if the platform of an image is none.
+        """
+        since = self._commits.failures
+        layers: dict[Digest, list[Digest]] = {}
+        for manifest in {image.manifest.digest: image.manifest for image in images}.values():
+            document = await self.read_blob(manifest.digest)
+            blobs = await trio.to_thread.run_sync(_blobs_of_layers, document, manifest)
+            layers[manifest.digest] = blobs
+        await trio.to_thread.run_sync(_check_platforms, images)
+        await self._commits.commit(partial(self._put_images, images, layers), since=since)
+
+    @while_open
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
         """What a reference stands for; ``None`` if that is nothing.
 
@@ -471,6 +542,7 @@ class DirectoryStore:
         """
         return await self._catalog.read(find_image, reference, platform)
 
+    @while_open
     async def images(self, reference: str | None = None) -> list[StoredImage]:
         """All images, by reference; of one reference's platforms, the one put last first.
 
@@ -485,10 +557,11 @@ class DirectoryStore:
 
         The lease ends with the block, at the latest with the process.
         """
-        async with open_lease(self._holds) as lease:
+        async with open_lease(self._holds, self._lifetime) as lease:
             await lease.hold(*digests)
             yield lease
 
+    @while_open
     async def remove(self, reference: str, platform: str | None = None) -> bool:
         """Take a reference from the image it stands for; whether there was one.
 
@@ -502,6 +575,7 @@ class DirectoryStore:
         """
         return await self._catalog.write(self._remove, reference, platform)
 
+    @while_open
     async def collect(self, *, dry_run: bool = False) -> Collected:
         """Remove what nobody needs: images that no reference stands for, and layers, trees and
         blobs that no image needs, downloads that were broken off, and what a crash left.
@@ -522,11 +596,13 @@ class DirectoryStore:
             return await self._collector.find()
         return await self._collector.remove()
 
+    @while_open
     async def usage(self) -> StoreUsage:
         """What the store and its images take on the disk. It looks at every file, so it takes a
         while; what comes or goes meanwhile may be counted or not."""
         return await self._meter.measure()
 
+    @while_open
     async def check(self, *, repair: bool = False) -> CheckReport:
         """Look at all that is there: whether each blob has its digest, each tree is what its list
         of entries says (names, types, owners, modes, times, attributes, contents), the rows of the
@@ -561,12 +637,31 @@ class DirectoryStore:
         connection: sqlite3.Connection,
     ) -> None:
         place(connection)
-        for blob in (image.manifest, image.config, image.index):
-            if blob is not None and find_blob(connection, blob.digest) is None:
-                raise StoreError(f"{image.reference} lacks the blob {blob.digest}: store it first")
-        if image.chain_id is not None and find_layer(connection, image.chain_id) is None:
-            raise StoreError(f"{image.reference} lacks the layer {image.chain_id}: store it first")
-        put_image(connection, image, layers)
+        self._put_images([image], {image.manifest.digest: layers}, connection)
+
+    def _put_images(
+        self,
+        images: Iterable[StoredImage],
+        layers: Mapping[Digest, list[Digest]],
+        connection: sqlite3.Connection,
+    ) -> None:
+        known: set[Digest] = set()
+        for image in images:
+            for blob in (image.manifest, image.config, image.index):
+                if blob is None or blob.digest in known:
+                    continue
+                if find_blob(connection, blob.digest) is None:
+                    raise StoreError(
+                        f"{image.reference} lacks the blob {blob.digest}: store it first"
+                    )
+                known.add(blob.digest)
+            if image.chain_id is not None and image.chain_id not in known:
+                if find_layer(connection, image.chain_id) is None:
+                    raise StoreError(
+                        f"{image.reference} lacks the layer {image.chain_id}: store it first"
+                    )
+                known.add(image.chain_id)
+            put_image(connection, image, layers[image.manifest.digest])
         self._write_index(connection)
 
     def _is_index_right(self, connection: sqlite3.Connection) -> bool:
@@ -580,7 +675,7 @@ class DirectoryStore:
 
     def _write_index(self, connection: sqlite3.Connection) -> None:
         """In a transaction: whoever writes last has seen what the others wrote."""
-        document = index_document(find_whole_images(connection))
+        document = encode_index(find_index_rows(connection))
         digest = digest_of(document)
         if find_layout(connection) == digest and self._is_index_right(connection):
             return
@@ -590,17 +685,18 @@ class DirectoryStore:
 
     def _find_rows(
         self, connection: sqlite3.Connection, chain_id: ChainID
-    ) -> tuple[list[StoredLayer], DirectoryLayer | None]:
-        """The rows of a layer and of those below it, top first, and the first of the latter that
-        we have an object of: an image's layers are not all read again for each of them."""
-        rows: list[StoredLayer] = []
+    ) -> tuple[list[tuple[StoredLayer, Path]], DirectoryLayer | None]:
+        """The rows of a layer and of those below it with their trees, top first, and the first of
+        the latter that we have an object of: an image's layers are not all read again for each
+        of them."""
+        rows: list[tuple[StoredLayer, Path]] = []
         below: DirectoryLayer | None = None
         above: ChainID | None = chain_id
         while above is not None and below is None:
             row = find_layer(connection, above)
             if row is None:
                 break
-            rows.append(row)
+            rows.append((row, self._trees.path(row.tree)))
             self._holds.note_found(row.chain_id)
             above = row.parent
             if above is not None:
@@ -611,28 +707,24 @@ class DirectoryStore:
         """A layer that we have an object of, and that has not been removed since."""
         return self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
 
-    def _layer(self, rows: list[StoredLayer], below: DirectoryLayer | None) -> DirectoryLayer:
-        """The layer that the first of ``rows`` is of; the last is the one on ``below``."""
-        layer = below
-        for row in reversed(rows):
-            layer = self._object(row, layer)
-        assert layer is not None
-        return layer
-
-    def _object(self, row: StoredLayer, parent: DirectoryLayer | None) -> DirectoryLayer:
+    def _object(
+        self, row: StoredLayer, tree: Path, parent: DirectoryLayer | None
+    ) -> DirectoryLayer:
         """The one object of a layer, unless the layer is another one now, after it was removed."""
-        tree = self._trees.path(row.tree)
         known = self._layers.get(row.chain_id)
         if known is not None and (known.blob, known.tree, known.parent) == (row.blob, tree, parent):
             return known
-        layer = DirectoryLayer(row.diff_id, row.chain_id, parent, row.blob, tree, self._content)
+        stack = TreeStack(tree, None if parent is None else parent._stack)
+        layer = DirectoryLayer(
+            row.diff_id, row.chain_id, parent, row.blob, tree, self._content, stack
+        )
         self._layers[row.chain_id] = layer
         return layer
 
     def _refer_new(self, row: StoredLayer, below: DirectoryLayer | None) -> DirectoryLayer:
         """A reference to a layer that is held already."""
         self._holds.note_found(row.chain_id)
-        return self._refer(self._object(row, below))
+        return self._refer(self._object(row, self._trees.path(row.tree), below))
 
     def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
         self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
@@ -640,12 +732,8 @@ class DirectoryStore:
 
     def _merged(self, layer: DirectoryLayer | None) -> MergedTree:
         """The trees of a layer and those below it."""
-        trees = []
-        while layer is not None:
-            trees.append(layer.tree)
-            layer = layer.parent
         return MergedTree(
-            trees[::-1],
+            None if layer is None else layer._stack,
             check_cancelled=trio.from_thread.check_cancelled,
             surveys=self._surveys,
         )
@@ -658,15 +746,15 @@ def _blobs_of_layers(document: bytes, descriptor: Descriptor) -> list[Digest]:
     return [layer.digest for layer in manifest.layers]
 
 
+def _check_platforms(images: Iterable[StoredImage]) -> None:
+    for platform in {image.platform for image in images}:
+        if platform is not None:
+            parse_platform(platform)
+
+
 def _tar_size(connection: sqlite3.Connection, chain_id: ChainID) -> int:
     layer = find_layer(connection, chain_id)
     tree = None if layer is None else find_tree(connection, layer.tree)
     if tree is None:
         raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
     return tree.size
-
-
-def _resolved(path: Path) -> Path:
-    # Path.resolve raises RuntimeError for links that lead in a circle, before Python 3.13.
-    with disk_errors(path):
-        return Path(os.path.realpath(path))

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .._errors import StoreError, StoreFull, StoreReadOnly
+from .._errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 if TYPE_CHECKING:
     import sqlite3
 
-__all__ = ["store_error"]
+__all__ = ["removed_meanwhile", "store_error"]
 
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -20,6 +20,8 @@ _READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
     """What an error of the disk at ``path`` means to whoever uses the store."""
+    if isinstance(error, FileNotFoundError) and "/ingest/" in os.fsdecode(error.filename or ""):
+        return removed_meanwhile(Path(os.fsdecode(error.filename)))
     if isinstance(error, OSError):
         full, read_only = error.errno in _FULL, error.errno in _READ_ONLY
         busy = False
@@ -53,8 +55,17 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
             "on a file system that is not read-only"
         )
     if busy:
-        return StoreError(f"{path} was held by another process for too long: try again")
+        return StoreBusy(f"{path} was held by another process for too long: try again")
     return StoreError(f"{path} failed: {reason}")
+
+
+def removed_meanwhile(path: Path) -> StoreError:
+    """An error that says that others have removed what was being written."""
+    return StoreError(
+        f"{path} was removed while it was written: by a program that cleans up, or by a process "
+        "that did not see that its lock is held. Keep the store where no program removes old "
+        "files, and on a disk that one machine uses, and try again"
+    )
 
 
 def _is_full(path: Path) -> bool:

@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from .._digest import Digest, parse_digest
+from .._errors import StoreError
 from .errors import store_error
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "file_name",
     "file_system_type",
     "lock_directory",
+    "lock_written",
     "remove_directory",
     "replace_file",
     "sync_directory",
@@ -137,13 +139,21 @@ def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
     sync_directory(path.parent)
 
 
-def try_lock(path: Path) -> int | None:
+def try_lock(path: Path, *, make: bool = True) -> int | None:
     """Make and lock a lock file; ``None`` if somebody else holds it.
 
     The lock is gone when the process is. Give the result to `unlock`.
+
+    Args:
+        path: The file.
+        make: Whether the file is made if it is not there.
+
+    Raises:
+        FileNotFoundError: if it is not there, and not to be made.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+        descriptor = os.open(path, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed the file after we opened it: then our lock
@@ -157,6 +167,21 @@ def try_lock(path: Path) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def lock_written(descriptor: int, path: Path) -> None:
+    """Lock a file that is written, as long as it is open.
+
+    Raises:
+        StoreError: if another process writes it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(
+            f"{path} is written by another process, and the file of its lock was removed: keep the "
+            "store where no program removes old files, and try again when that process is done"
+        ) from None
 
 
 def unlock(path: Path, descriptor: int) -> None:

@@ -19,13 +19,16 @@ from typing import Final, TypeVarTuple
 import attrs
 
 from .._digest import Digest
-from .._errors import ManifestError, UnsupportedStore
+from .._errors import ManifestError, StoreNotFound, UnsupportedStore
 from .._manifest import Descriptor, Manifest, decode_manifest
+from .._paths import real_path
 from .._platform import parse_platform
 from .catalog import (
     APPLICATION_ID,
     VERSION,
+    IndexRow,
     StoredImage,
+    complete_tables,
     connect,
     create_schema,
     is_open_here,
@@ -43,7 +46,15 @@ from .files import (
     unlock,
 )
 
-__all__ = ["INDEX_ANNOTATION", "OCI_LAYOUT", "Flavour", "index_document", "open_directory"]
+__all__ = [
+    "INDEX_ANNOTATION",
+    "OCI_LAYOUT",
+    "Flavour",
+    "encode_index",
+    "index_document",
+    "locate",
+    "open_directory",
+]
 
 Ts = TypeVarTuple("Ts")
 
@@ -65,7 +76,11 @@ INDEX_ANNOTATION: Final = "trio-layers.index"
 """In a layout's index, of an image: the digest of the index it was chosen from, a blob of the
 layout that nothing else points to."""
 
+_NO_STORE: Final = "there is no store in {}: pull or import an image into it, or name another one"
+
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
+_JSON: Final = json.JSONEncoder(separators=(",", ":"))
+_NAME: Final = "<the reference>"  # in no other member of an entry
 
 
 # statfs(2), and the kernel's magic.h. Other machines may have the directory open there; SQLite's
@@ -107,22 +122,49 @@ class Flavour:
         )
 
 
-def open_directory(root: Path) -> sqlite3.Connection:
-    """Open the store in ``root``, made if there is nothing, and return its catalog.
+def locate(path: Path, *, create: bool) -> Path:
+    """Return the real path of a store's directory.
+
+    The directory is made, with those on the way to it, if it is not there and ``create``. No link
+    is followed that another user could have planted.
+
+    Raises:
+        StoreNotFound: if the directory is not there, and is not to be made.
+        UnsupportedStore: if ``path`` is no directory.
+        StoreError: for what the disk does.
+    """
+    with disk_errors(path):
+        try:
+            return Path(real_path(path, make=0o700 if create else None))
+        except FileNotFoundError:
+            if create:
+                raise
+            raise StoreNotFound(_NO_STORE.format(path)) from None
+        except NotADirectoryError:
+            raise UnsupportedStore(
+                f"{path} is not a directory: choose another path for the store"
+            ) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UnsupportedStore(f"{path} is not a directory: {error.strerror}") from None
+
+
+def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
+    """Open the store in ``root``, and return its catalog.
 
     Runs in a worker thread of trio; waiting for another process that makes it can be cancelled.
 
+    Args:
+        root: The directory, as from `locate`.
+        create: Whether a store is made if the directory has none yet.
+
     Raises:
+        StoreNotFound: if there is no store, and none is to be made.
         UnsupportedStore: if it is not a store, or not one for us. Nothing in it is changed.
         StoreError: for what the disk does.
     """
     with disk_errors(root):
-        try:
-            root.mkdir(0o700, parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UnsupportedStore(
-                f"{root} is not a directory: choose another path for the store"
-            ) from None
         if root.stat().st_uid != os.geteuid():
             raise UnsupportedStore(
                 f"{root} belongs to user {root.stat().st_uid}, and this is user {os.geteuid()}: "
@@ -135,40 +177,75 @@ def open_directory(root: Path) -> sqlite3.Connection:
                 "choose a directory on a disk of this machine"
             )
         with lock_directory(root):
-            return _open_locked(root)
+            return _open_locked(root, create=create)
 
 
 def index_document(images: Iterable[StoredImage]) -> bytes:
     """The layout's ``index.json``: each image under its reference (OCI image specification,
     ``image-layout.md``), which containerd reads from an annotation of its own."""
-    manifests: list[dict[str, object]] = []
-    for image in images:
-        annotations: dict[str, str] = {
-            "io.containerd.image.name": image.reference,
-            "org.opencontainers.image.ref.name": image.reference,
-        }
-        entry: dict[str, object] = {
-            "mediaType": image.manifest.media_type,
-            "digest": image.manifest.digest,
-            "size": image.manifest.size,
-            "annotations": annotations,
-        }
-        if image.index is not None:
-            # The index itself may have entries that are not here, over which tools stumble.
-            annotations[INDEX_ANNOTATION] = image.index.digest
-        if image.platform is not None:
-            platform = parse_platform(image.platform)
-            fields = ("os", "architecture", "variant")
-            values = (platform.os, platform.architecture, platform.variant)
-            entry["platform"] = {f: v for f, v in zip(fields, values, strict=True) if v}
-        manifests.append(entry)
-    index = {"schemaVersion": 2, "mediaType": _INDEX_TYPE, "manifests": manifests}
-    return json.dumps(index, indent=1).encode() + b"\n"
+    return encode_index(
+        (
+            image.reference,
+            image.platform,
+            image.manifest.media_type,
+            image.manifest.digest,
+            image.manifest.size,
+            None if image.index is None else image.index.digest,
+        )
+        for image in images
+    )
 
 
-def _open_locked(root: Path) -> sqlite3.Connection:
+def encode_index(rows: Iterable[IndexRow]) -> bytes:
+    """The ``index.json`` of these entries, one in a line."""
+    # An image may have thousands of names, and all of them are written at each change.
+    lines: list[str] = []
+    without_names: dict[tuple[object, ...], list[str]] = {}
+    for reference, platform, media_type, digest, size, index in rows:
+        key = (platform, media_type, digest, size, index)
+        parts = without_names.get(key)
+        if parts is None:
+            entry = _encode_entry(platform, media_type, digest, size, index)
+            parts = without_names[key] = entry.split(_JSON.encode(_NAME))
+        lines.append(_JSON.encode(reference).join(parts))
+    head = _JSON.encode({"schemaVersion": 2, "mediaType": _INDEX_TYPE, "manifests": []})
+    return "".join((head[:-2], "\n", ",\n".join(lines), "\n]}\n")).encode()
+
+
+def _encode_entry(
+    platform: str | None, media_type: str, digest: Digest, size: int, index: Digest | None
+) -> str:
+    """An entry of an image that is called `_NAME`."""
+    annotations: dict[str, str] = {
+        "io.containerd.image.name": _NAME,
+        "org.opencontainers.image.ref.name": _NAME,
+    }
+    if index is not None:
+        # The index itself may have entries that are not here, over which tools stumble.
+        annotations[INDEX_ANNOTATION] = index
+    entry: dict[str, object] = {
+        "mediaType": media_type,
+        "digest": digest,
+        "size": size,
+        "annotations": annotations,
+    }
+    if platform:
+        entry["platform"] = _platform_members(platform)
+    return _JSON.encode(entry)
+
+
+def _platform_members(specifier: str) -> dict[str, str]:
+    platform = parse_platform(specifier)
+    fields = ("os", "architecture", "variant")
+    values = (platform.os, platform.architecture, platform.variant)
+    return {f: v for f, v in zip(fields, values, strict=True) if v}
+
+
+def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
     made = _recognise(root)
     if not made:
+        if not create:
+            raise StoreNotFound(_NO_STORE.format(root))
         _take(root)
     connection = connect(root / _CATALOG)
     try:
@@ -180,6 +257,7 @@ def _open_locked(root: Path) -> sqlite3.Connection:
             _check_flavour(root, connection)
             if version < VERSION:
                 _migrate(root, connection)
+            complete_tables(connection)
             _close_to_others(root)
         else:
             _make(root, connection)

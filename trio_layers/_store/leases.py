@@ -10,45 +10,59 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar, TypeVarTuple, final
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Final, TypeVar, TypeVarTuple, final
 
 import trio
 
 from .._digest import ChainID, Digest
-from .._errors import StoreError
+from .._errors import StoreBusy, StoreError
+from .._lifetime import Lifetime, while_open
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog, add_leases, drop_leases
+from .catalog import Catalog, add_leases, drop_leases, find_tree
 
 __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
 logger = logging.getLogger(__name__)
+
+# The digests that are let go of between two checkpoints: a millisecond.
+_STRIDE: Final = 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
 @asynccontextmanager
-async def open_holds(catalog: Catalog, holder: str) -> AsyncIterator[Holds]:
-    """Hold things in the store for the block, at the longest."""
-    holds = Holds(catalog, holder)
-    async with open_hidden_nursery() as nursery:
-        nursery.start_soon(holds.drop_in_background)
-        try:
-            yield holds
-        finally:
-            nursery.cancel_scope.cancel()
-    await holds.drop_all()
+async def open_holds(catalog: Catalog, holder: str, process: str) -> AsyncIterator[Holds]:
+    """Hold things in the store for the block, at the longest.
+
+    Args:
+        catalog: Takes the rows.
+        holder: The holder's name.
+        process: The holder's process; see `Process.encode`.
+    """
+    holds = Holds(catalog, holder, process)
+    try:
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(holds.drop_in_background)
+            try:
+                yield holds
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        # However the block ends: its process may live on, and others would take it for the holder.
+        await holds.drop_all()
 
 
 @final
 class Holds:
     """What a holder keeps in the store."""
 
-    def __init__(self, catalog: Catalog, holder: str) -> None:
+    def __init__(self, catalog: Catalog, holder: str, process: str) -> None:
         self._catalog = catalog
         self._holder = holder
+        self._process = process
         # How often each is in use; a row is there, or on its way.
         self._uses = Counter[Digest]()
         # Those that have a row. Some are not in use any more, and wait for the next to be written.
@@ -67,7 +81,7 @@ class Holds:
         if not new:
             return
         try:
-            await self._write(new, _nothing)
+            await self._write(self._catalog.note, new, _nothing)
         except BaseException:
             self.let_go(digests)
             raise
@@ -81,6 +95,20 @@ class Holds:
         finally:
             self.let_go([digest])
 
+    @asynccontextmanager
+    async def holding_trees(self, trees: Collection[Digest]) -> AsyncIterator[None]:
+        """Hold trees for the block.
+
+        Raises:
+            StoreError: if one of them was removed before.
+        """
+        await self.hold(trees)
+        try:
+            await self._catalog.read(_expect_trees, trees)
+            yield
+        finally:
+            self.let_go(trees)
+
     async def hold_with(
         self, digest: Digest, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts
     ) -> T:
@@ -88,20 +116,33 @@ class Holds:
         makes or finds is never there without being held."""
         self._uses[digest] += 1
         try:
-            return await self._write([digest], job, *args)
+            return await self._write(self._catalog.note, [digest], job, *args)
         except BaseException:
             self.let_go([digest])
             raise
 
     def let_go(self, digests: Collection[Digest]) -> None:
         """Take back one `hold`; does not wait. The rows go soon."""
-        self._uses.subtract(digests)
+        uses = self._uses
         for digest in digests:
-            if self._uses[digest] <= 0:
-                del self._uses[digest]
+            left = uses[digest] - 1
+            if left > 0:
+                uses[digest] = left
+            else:
+                uses.pop(digest, None)
                 self._idle.add(digest)
         if self._idle:
             self._waste.set()
+
+    async def let_go_of_many(self, digests: Collection[Digest]) -> None:
+        """Take back one `hold` in short steps. Not cancellable."""
+        rest = list(digests)
+        with trio.CancelScope(shield=True):
+            while rest:
+                self.let_go(rest[-_STRIDE:])
+                del rest[-_STRIDE:]
+                if rest:
+                    await trio.lowlevel.checkpoint()
 
     async def drop_in_background(self) -> None:
         """Remove rows until cancelled: who gives a layer back cannot wait for it."""
@@ -111,18 +152,32 @@ class Holds:
             await self.drop_idle()
 
     async def drop_idle(self) -> None:
-        """Remove the rows of what nobody uses any more. Not cancelled; what fails is logged: they
-        end with their holder, if not now."""
+        """Remove the rows of what nobody uses any more. A failure is logged: the rows end with
+        their holder at the latest.
+
+        Cancellation: the rows stay for the next call.
+        """
         if self._idle:
-            with _ending():
-                await self._write((), _nothing)
+            with _logged():
+                await self._write(self._catalog.note, (), _nothing)
+
+    async def drop_idle_now(self) -> None:
+        """Like `drop_idle`, not cancelled; while another process is in the way, the rows stay
+        for the task in the background."""
+        if self._idle:
+            with _logged(), suppress(StoreBusy):
+                await self._write(self._catalog.note_now, (), _nothing)
+            if self._idle:
+                self._waste.set()
 
     async def drop_all(self) -> None:
-        """The same for all rows, in use or not."""
-        if self._written:
+        """Remove all rows, in use or not. Where another process is in the way they stay: the rows
+        of a holder whose file is not locked count for nothing."""
+        if self._written or self._idle:
             self._written.clear()
-            with _ending():
-                await self._catalog.note(drop_leases, self._holder)
+            self._idle.clear()
+            with _logged(), suppress(StoreBusy):
+                await self._catalog.note_now(drop_leases, self._holder)
 
     # What is there stays while it is held: it need not be looked up again.
 
@@ -141,6 +196,7 @@ class Holds:
 
     async def _write(
         self,
+        note: Callable[[Callable[[sqlite3.Connection], T]], Awaitable[T]],
         digests: Collection[Digest],
         job: Callable[[sqlite3.Connection, *Ts], T],
         *args: *Ts,
@@ -153,11 +209,11 @@ class Holds:
 
         def write(connection: sqlite3.Connection) -> T:
             drop_leases(connection, self._holder, idle)
-            add_leases(connection, self._holder, digests)
+            add_leases(connection, self._holder, digests, self._process)
             return job(connection, *args)
 
         try:
-            result = await self._catalog.note(write)
+            result = await note(write)
         except BaseException:
             self._idle |= idle
             raise
@@ -167,11 +223,16 @@ class Holds:
         return result
 
 
+def _expect_trees(connection: sqlite3.Connection, trees: Collection[Digest]) -> None:
+    for tree in trees:
+        if find_tree(connection, tree) is None:
+            raise StoreError(f"tree {tree} was removed from the store: pull an image that has it")
+
+
 @contextmanager
-def _ending() -> Iterator[None]:
+def _logged() -> Iterator[None]:
     try:
-        with trio.CancelScope(shield=True):
-            yield
+        yield
     except StoreError as error:
         logger.warning("cannot end a lease: %s", error)
 
@@ -181,21 +242,24 @@ def _nothing(connection: sqlite3.Connection) -> None:
 
 
 @asynccontextmanager
-async def open_lease(holds: Holds) -> AsyncIterator[Lease]:
+async def open_lease(holds: Holds, lifetime: Lifetime) -> AsyncIterator[Lease]:
     """Open a lease; see `DirectoryStore.lease`."""
-    lease = Lease(holds)
+    lease = Lease(holds, lifetime)
     try:
         yield lease
     finally:
-        holds.let_go(lease.digests)
-        await holds.drop_idle()
+        await holds.let_go_of_many(lease.digests)
+        if lifetime.is_open:  # else all rows of the holder go
+            async with lifetime.use():
+                await holds.drop_idle_now()
 
 
 @final
 class Lease:
     """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
 
-    def __init__(self, holds: Holds) -> None:
+    def __init__(self, holds: Holds, lifetime: Lifetime) -> None:
+        self._lifetime = lifetime
         self._holds = holds
         self._digests: set[Digest] = set()
 
@@ -207,6 +271,7 @@ class Lease:
         """What is held."""
         return frozenset(self._digests)
 
+    @while_open
     async def hold(self, *digests: Digest | None) -> None:
         """Hold more: blobs by their digest, with the trees that were made of them; layers with
         all that is below them by their chain ID; images by their manifest's digest. They need

@@ -6,6 +6,8 @@ All of it is told by the trees' lists of entries; only contents are read from th
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +20,7 @@ import attrs
 from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
 from .._errors import StoreError
 
-__all__ = ["MergedTree", "Surveys", "path_error"]
+__all__ = ["MergedTree", "Surveys", "TreeStack", "path_error"]
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -28,6 +30,9 @@ _MAX_LINKS: Final = 40
 
 # What says that the process or the system is at its limits, and nothing about the store.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+# What a file that should be there fails with: its tree was removed, or somebody changed it.
+_GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 # How many entries between two looks whether to go on: a few milliseconds.
 _STRIDE: Final = 1024
@@ -63,6 +68,49 @@ def _never() -> None:
 
 
 @final
+@attrs.frozen(eq=False)
+class TreeStack:
+    """A tree on those below it: a stack grows by one in constant time.
+
+    Attributes:
+        tree: The directory of the top tree.
+        below: The rest of the stack.
+        height: The number of trees.
+        key: A hash of the directories' names. Equal stacks have equal keys.
+    """
+
+    tree: Path
+    below: TreeStack | None = attrs.field(repr=False)
+    height: int = attrs.field(init=False)
+    key: bytes = attrs.field(init=False, repr=False)
+
+    @height.default
+    def _count(self) -> int:
+        return 1 if self.below is None else self.below.height + 1
+
+    @key.default
+    def _hash(self) -> bytes:
+        below = b"" if self.below is None else self.below.key
+        return hashlib.sha256(below + os.fsencode(self.tree)).digest()
+
+    def above(self, height: int) -> list[TreeStack]:
+        """The stacks that are higher than this, the lowest first."""
+        found: list[TreeStack] = []
+        stack: TreeStack | None = self
+        while stack is not None and stack.height > height:
+            found.append(stack)
+            stack = stack.below
+        return found[::-1]
+
+
+def _stacked(trees: Iterable[Path]) -> TreeStack | None:
+    stack: TreeStack | None = None
+    for tree in trees:
+        stack = TreeStack(tree, stack)
+    return stack
+
+
+@final
 class MergedTree:
     """The merged view of unpacked layers.
 
@@ -70,7 +118,8 @@ class MergedTree:
     read when something is first asked for. If that is given up, the next who asks starts anew.
 
     Args:
-        trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last.
+        trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last; or
+            the stack of them, of which an object is made in constant time.
         check_cancelled: Called now and then while lists are read; what it raises goes through.
         surveys: What `survey` has found out before, of any stacks.
 
@@ -80,21 +129,23 @@ class MergedTree:
 
     def __init__(
         self,
-        trees: Sequence[Path],
+        trees: Sequence[Path] | TreeStack | None,
         *,
         check_cancelled: Callable[[], None] = _never,
         surveys: Surveys | None = None,
     ) -> None:
-        self._trees = tuple(trees)
+        if isinstance(trees, Sequence):
+            trees = _stacked(trees)
+        self._top = trees
         self._check = check_cancelled
         self._surveys = Surveys() if surveys is None else surveys
         self._lock = threading.Lock()
         self._stack: _Stack | None = None
 
-    @property
+    @functools.cached_property
     def trees(self) -> tuple[Path, ...]:
         """The trees, the top one last."""
-        return self._trees
+        return () if self._top is None else tuple(each.tree for each in self._top.above(0))
 
     @property
     def loaded(self) -> bool:
@@ -156,7 +207,7 @@ class MergedTree:
         paths = tuple(paths)
         stack = self._stack
         if stack is None:
-            known = self._surveys.ask(self._trees, paths, self._check)
+            known = self._surveys.ask(self._top, paths, self._check)
             if known is not None:
                 return known
             wanted = {b""}
@@ -164,7 +215,7 @@ class MergedTree:
                 while path not in wanted:
                     wanted.add(path)
                     path = path.rpartition(b"/")[0]
-            stack = _Stack(self._trees, self._check, only=frozenset(wanted))
+            stack = _Stack(self.trees, self._check, only=frozenset(wanted))
         found = {path: stack.find(path) for path in paths}
         return {path: None if node is None else node.entry for path, node in found.items()}
 
@@ -189,7 +240,7 @@ class MergedTree:
             raise path_error(errno.EISDIR if node.entry.type == "dir" else errno.EINVAL, path)
         *parents, name = path.split(b"/")
         try:
-            here = os.open(self._trees[node.tree] / "fs", _DIRECTORY)
+            here = os.open(self.trees[node.tree] / "fs", _DIRECTORY)
             for part in parents:
                 try:
                     inner = os.open(part, _DIRECTORY, dir_fd=here)
@@ -201,6 +252,12 @@ class MergedTree:
             finally:
                 os.close(here)
         except OSError as error:
+            if error.errno in _GONE:
+                shown = path.decode("utf-8", "backslashreplace")[:256]
+                raise StoreError(
+                    f"{shown!r} cannot be read from the store ({error.strerror}): its layer was "
+                    "removed or changed; pull the image again"
+                ) from error
             raise path_error(error.errno or errno.EIO, path) from error
 
     def walk(self) -> list[Entry]:
@@ -216,7 +273,7 @@ class MergedTree:
                 self._check()
             try:
                 if self._stack is None:
-                    self._stack = _Stack(self._trees, self._check)
+                    self._stack = _Stack(self.trees, self._check)
             finally:
                 self._lock.release()
         return self._stack
@@ -322,27 +379,30 @@ class Surveys:
     one on another, each list is read once. For any threads."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Path, ...], _Directories] = {}
+        self._known: dict[bytes, _Directories] = {}
 
     def ask(
-        self, trees: tuple[Path, ...], paths: Iterable[bytes], check: Callable[[], None]
+        self, stack: TreeStack | None, paths: Iterable[bytes], check: Callable[[], None]
     ) -> dict[bytes, Entry | None] | None:
         """See `MergedTree.survey`; ``None`` if this cannot tell."""
-        directories = self._take(trees)
-        if not directories.extend(trees, check):
+        directories = self._take(stack)
+        if not directories.extend(stack, check):
             return None
         found = directories.survey(paths)
-        if directories.count <= _DIRECTORIES:
-            self._known[trees] = directories
+        if stack is not None and directories.count <= _DIRECTORIES:
+            self._known[stack.key] = directories
             for oldest in tuple(self._known)[:-_REMEMBERED]:
                 self._known.pop(oldest, None)
         return found
 
-    def _take(self, trees: tuple[Path, ...]) -> _Directories:
+    def _take(self, stack: TreeStack | None) -> _Directories:
         """What is remembered of most of the lower trees; nobody else has it then."""
-        below = [known for known in tuple(self._known) if trees[: len(known)] == known]
-        directories = self._known.pop(max(below, key=len), None) if below else None
-        return directories or _Directories()
+        while stack is not None and self._known:
+            directories = self._known.pop(stack.key, None)
+            if directories is not None:
+                return directories
+            stack = stack.below
+        return _Directories()
 
 
 @final
@@ -360,19 +420,19 @@ class _Directories:
         self._paths: set[bytes] = set()
         self._others = bytearray(_PLACES)
 
-    def extend(self, trees: tuple[Path, ...], check: Callable[[], None]) -> bool:
-        """Lay over it those of ``trees`` that it has not; whether it could be told how."""
-        for number in range(self._height, len(trees)):
-            tree = trees[number]
+    def extend(self, stack: TreeStack | None, check: Callable[[], None]) -> bool:
+        """Lay over it the trees of ``stack`` that it has not; whether it could be told how."""
+        for higher in () if stack is None else stack.above(self._height):
+            tree = higher.tree
             with _list_of(tree) as file:
                 lines = lines_of_directories(_polled(file, check), self._paths, self._others)
                 if lines is None:
                     return False
                 entries = parse_entries(_polled(lines, check))[0]
             for entry in entries:
-                self._stack._put(entry, number, tree)
+                self._stack._put(entry, higher.height - 1, tree)
             self.count += len(entries)
-        self._height = len(trees)
+            self._height = higher.height
         return True
 
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None] | None:

@@ -19,14 +19,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
 import attrs
 import trio
 
 from .._blocks import opens_block
 from .._errors import MountError
+from .._lifetime import Lifetime, clean_up_in_thread
+from .._paths import open_directory
 from .files import disk_errors
+from .mounts import Mark, find_own_mounts, mount_id
 
 __all__ = ["OpenScratch", "detach_stale", "open_mount"]
 
@@ -35,6 +38,9 @@ OpenScratch = Callable[[str], AbstractAsyncContextManager[Path]]
 
 # OVL_MAX_STACK of fs/overlayfs: as many lower directories as there may be.
 _MAX_LAYERS: Final = 500
+
+# How often the root of a mount is looked for, while somebody renames what leads there.
+_ATTEMPTS: Final = 10_000
 
 # In a scratch directory, where the mount is unless a target was given.
 _ROOT: Final = "root"
@@ -62,7 +68,6 @@ _MOUNT_ATTR_NODEV: Final = 0x4
 _MS_RDONLY: Final = 0x1
 _MS_NODEV: Final = 0x4
 _MNT_DETACH: Final = 0x2
-_UMOUNT_NOFOLLOW: Final = 0x8
 
 
 @opens_block
@@ -71,6 +76,7 @@ async def open_mount(
     target: str | os.PathLike[str] | None,
     *,
     scratch: OpenScratch,
+    lifetime: Lifetime,
     writable: bool,
 ) -> AsyncIterator[Path]:
     """Mount a stack of trees for the block; see `RootfsView.mount`.
@@ -79,6 +85,7 @@ async def open_mount(
         trees: The layers' tree directories (with ``fs``), the top one last.
         target: Where to; ``None``: a directory of our own.
         scratch: Gives a name for a directory on the file system of the trees.
+        lifetime: The store's: its end unmounts, too.
         writable: Whether what is mounted can be written.
     """
     async with scratch("mount") as place:
@@ -88,11 +95,26 @@ async def open_mount(
         mount = await trio.to_thread.run_sync(
             partial(_mount, trees, path, place=place, writable=writable)
         )
+        unmount = partial(clean_up_in_thread, _Once(partial(_unmount, mount)))
         try:
-            yield path
+            # The trees may be removed when the store's block is left.
+            with lifetime.own(unmount):
+                yield path
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_unmount, mount)
+            await unmount()
+
+
+@final
+class _Once:
+    """A step that is done once, however often it is called."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step: Callable[[], None] | None = step
+
+    def __call__(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step()
 
 
 def detach_stale(place: Path) -> None:
@@ -100,12 +122,20 @@ def detach_stale(place: Path) -> None:
 
     Whoever still has files of it open keeps them, and nobody finds others in there any more.
     """
-    try:
-        _unmount_all(place / _ROOT, _UMOUNT_NOFOLLOW)
-    except OSError as error:
-        # There is nothing. Or we may not: if one is there, removing the directory says so.
-        if error.errno not in (errno.ENOENT, errno.EPERM):
-            raise
+    with ExitStack() as stack:
+        try:
+            below = os.open(place, _PATH | os.O_NOFOLLOW)
+            stack.callback(os.close, below)
+            while True:
+                root = os.open(_ROOT, _PATH | os.O_NOFOLLOW, dir_fd=below)
+                stack.callback(os.close, root)
+                if mount_id(root) == mount_id(below):
+                    return  # nothing is mounted there (any more)
+                _check(_libc().umount2(_name(root).encode(), _MNT_DETACH))
+        except OSError as error:
+            # There is nothing. Or we may not: if one is there, removing the directory says so.
+            if error.errno not in (errno.ENOENT, errno.EPERM):
+                raise
 
 
 @attrs.frozen
@@ -117,12 +147,14 @@ class _Overlay:
         upper: What is written goes there; ``None``: nothing can be written.
         work: A directory for overlayfs itself, on the same file system.
         xattrs: Where overlayfs' own attributes are: ``trusted`` or ``user``.
+        source: What the kernel shows as the mount's source.
     """
 
     lower: Sequence[Path]
     upper: Path | None
     work: Path | None
     xattrs: str
+    source: str
 
     def settings(self) -> list[tuple[str, str | None]]:
         # Layers are strangers' work: no attribute of theirs leads to a file of another name or
@@ -146,11 +178,14 @@ def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) ->
         place.mkdir(0o700)
         if path.parent == place:
             path.mkdir()
-        overlay = _prepare(trees, place, writable=writable)
+        mark = Mark.new(trees)
+        mark.write(place)
+        overlay = _prepare(trees, place, source=mark.source, writable=writable)
     with ExitStack() as stack:
         try:
-            target = _opened(stack, path)
-            if os.listdir(_name(target)):
+            target = open_directory(path)
+            stack.callback(os.close, target)
+            if os.listdir(target):
                 # What is in it would be out of sight; and it may be somebody's mount.
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
         except OSError as error:
@@ -165,12 +200,13 @@ def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) ->
                 if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
                     raise
                 try:
-                    return _mount_by_page(overlay, target, path)
+                    _mount_by_page(overlay, target)
                 except MountError:
                     # They are too many, but who may not mount would not mount fewer.
                     if error.errno == errno.EPERM:
                         raise error from None
                     raise
+                return _find_root(overlay.source.encode(), path)
         except OSError as error:
             raise _mount_error(error, len(overlay.lower)) from error
 
@@ -182,12 +218,12 @@ def _unmount(mount: int) -> None:
     files of it be open: they can be used until they are closed.
     """
     try:
-        _unmount_all(Path(_name(mount)))
+        _unmount_all(mount)
     finally:
         os.close(mount)
 
 
-def _prepare(trees: Sequence[Path], place: Path, *, writable: bool) -> _Overlay:
+def _prepare(trees: Sequence[Path], place: Path, *, source: str, writable: bool) -> _Overlay:
     """Choose the lower directories, and make the others in ``place``."""
     xattrs = _overlay_xattrs(place)
     lower: dict[Path, None] = {}
@@ -208,7 +244,7 @@ def _prepare(trees: Sequence[Path], place: Path, *, writable: bool) -> _Overlay:
             "use export() instead"
         )
     if not writable:
-        return _Overlay(tuple(lower), None, None, xattrs)
+        return _Overlay(tuple(lower), None, None, xattrs, source)
     upper, work = place / "upper", place / "work"
     work.mkdir()
     upper.mkdir()
@@ -217,7 +253,7 @@ def _prepare(trees: Sequence[Path], place: Path, *, writable: bool) -> _Overlay:
     status = root.stat()
     os.chown(upper, status.st_uid, status.st_gid)
     shutil.copystat(root, upper)
-    return _Overlay(tuple(lower), upper, work, xattrs)
+    return _Overlay(tuple(lower), upper, work, xattrs, source)
 
 
 def _overlay_xattrs(place: Path) -> str:
@@ -259,7 +295,7 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
             with ExitStack() as while_set:
                 set_string(key, _name(_opened(while_set, path)))
 
-        set_string("source", "overlay")
+        set_string("source", overlay.source)
         for path in overlay.lower:
             set_directory("lowerdir+", path)
         if overlay.upper is not None and overlay.work is not None:
@@ -281,9 +317,8 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
     return mount
 
 
-def _mount_by_page(overlay: _Overlay, target: int, path: Path) -> int:
-    """Mount on ``target``, which is ``path``, the old way: mount(2) takes no more than a page of
-    options. A descriptor of the mount's root."""
+def _mount_by_page(overlay: _Overlay, target: int) -> None:
+    """Mount, the old way: mount(2) takes no more than a page of options."""
     with ExitStack() as stack:
         names = [_name(_opened(stack, path)) for path in overlay.lower]
         options = [f"lowerdir={':'.join(names)}"]
@@ -299,12 +334,35 @@ def _mount_by_page(overlay: _Overlay, target: int, path: Path) -> int:
                 f"{len(names)} layers do not fit: use Linux 6.8 or later, or export() instead"
             )
         flags = _MS_NODEV | (_MS_RDONLY if overlay.upper is None else 0)
-        _check(_libc().mount(b"overlay", _name(target).encode(), b"overlay", _long(flags), data))
-    try:
-        return os.open(path, _PATH)
-    except OSError:
-        _unmount_all(path)
-        raise
+        source, point = overlay.source.encode(), _name(target).encode()
+        _check(_libc().mount(source, point, b"overlay", _long(flags), data))
+
+
+def _find_root(source: bytes, path: Path) -> int:
+    """A descriptor of the root of the mount with this source, which is at ``path``.
+
+    The way to it may lead to another mount by now, if other users can rename what is on it. So a
+    descriptor counts only if it is on the mount.
+
+    Raises:
+        MountError: if it is not found, however often that is tried.
+    """
+    for _ in range(_ATTEMPTS):
+        mounts = [mount for mount in find_own_mounts() if mount.source == source]
+        if not mounts:
+            break  # somebody has taken it away
+        for point in (os.fsencode(path), *(mount.point for mount in mounts)):
+            try:
+                root = os.open(point, _PATH)
+            except OSError:
+                continue
+            if mount_id(root) in [mount.id for mount in mounts]:
+                return root
+            os.close(root)
+    raise MountError(
+        f"{path} leads elsewhere since layers were mounted on it: unmount what 'findmnt "
+        f"--source {source.decode()}' shows, and give a target that other users cannot rename"
+    )
 
 
 def _mount_error(error: OSError, layers: int) -> MountError:
@@ -333,11 +391,12 @@ def _name(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
-def _unmount_all(path: Path, flags: int = 0) -> None:
-    """Take away what is mounted there, what was mounted over it first; nothing may be."""
+def _unmount_all(mount: int) -> None:
+    """Take a mount away, what was mounted over it first, by its descriptor: a path may lead to
+    another's by now."""
     try:
         while True:
-            _check(_libc().umount2(os.fsencode(path), flags | _MNT_DETACH))
+            _check(_libc().umount2(_name(mount).encode(), _MNT_DETACH))
     except OSError as error:
         if error.errno != errno.EINVAL:  # nothing is (any more)
             raise

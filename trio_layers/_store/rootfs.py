@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import AbstractAsyncContextManager, closing
+from collections.abc import AsyncIterator, Callable, Collection, Generator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
-from typing import Final, Protocol, final
+from typing import Final, Protocol, TypeAlias, final
 
 import trio
 
 from .._blocks import opens_block
+from .._digest import Digest
 from .._entries import Entry, ExportReport
+from .._lifetime import Lifetime, while_open
 from ..abc import BinaryFile
 from .merged import MergedTree, path_error
 from .mount import OpenScratch, open_mount
@@ -22,12 +24,20 @@ __all__ = ["Exporter", "RootfsView"]
 
 _CHUNK: Final = 1 << 20
 
+HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManager[None]]
+"""Keeps trees in the store for a block; see `Holds.holding_trees`."""
+
 
 class Exporter(Protocol):
     """Writes merged trees elsewhere. Both functions block, and are called in worker threads."""
 
     def export(
-        self, source: MergedTree, target: Path, *, check_cancelled: Callable[[], None]
+        self,
+        source: MergedTree,
+        target: Path,
+        *,
+        root_metadata: bool,
+        check_cancelled: Callable[[], None],
     ) -> ExportReport:
         """Write all of ``source`` into a directory; see `RootfsView.export`."""
         ...
@@ -55,14 +65,25 @@ class RootfsView:
 
     Work on the disk is done in worker threads. Cancelled, a call gives up between chunks, and
     the view stays as good as it was. What is read must stay in the store meanwhile: see
-    `DirectoryStore.lease`; the block of a pull holds one.
+    `DirectoryStore.lease`; the block of a pull holds one. When the store's block was left, each
+    call raises `StoreClosed`; a file that is open stays so until its own block ends.
     """
 
-    def __init__(self, tree: MergedTree, exporter: Exporter, scratch: OpenScratch) -> None:
+    def __init__(
+        self,
+        tree: MergedTree,
+        exporter: Exporter,
+        scratch: OpenScratch,
+        lifetime: Lifetime,
+        hold: HoldTrees | None = None,
+    ) -> None:
+        self._lifetime = lifetime
         self._tree = tree
         self._exporter = exporter
         self._scratch = scratch
+        self._hold = hold
 
+    @while_open
     async def stat(self, path: str | bytes, *, follow_symlinks: bool = True) -> Entry:
         """What is there; its ``path`` is the real one.
 
@@ -74,6 +95,7 @@ class RootfsView:
         await self._load()
         return self._resolve(path, follow=follow_symlinks)
 
+    @while_open
     async def exists(self, path: str | bytes) -> bool:
         """Whether something is there; ``False`` for a link that leads nowhere."""
         await self._load()
@@ -83,6 +105,7 @@ class RootfsView:
             return False
         return True
 
+    @while_open
     async def readlink(self, path: str | bytes) -> bytes:
         """Where a symbolic link leads, byte for byte.
 
@@ -95,6 +118,7 @@ class RootfsView:
             raise path_error(errno.EINVAL, _encoded(path))
         return entry.linkname
 
+    @while_open
     async def read_bytes(self, path: str | bytes) -> bytes:
         """A file's content, all of it in memory; `open` is for large ones.
 
@@ -113,12 +137,15 @@ class RootfsView:
         Raises:
             OSError: as for `read_bytes`.
         """
-        file = trio.wrap_file(await trio.to_thread.run_sync(self._open, path))
+        async with self._lifetime.use():
+            opened = await trio.to_thread.run_sync(self._open, path)
+        file = trio.wrap_file(opened)
         try:
             yield file
         finally:
             await file.aclose()
 
+    @while_open
     async def walk(self) -> list[Entry]:
         """All there is, sorted by path (bytes), links not followed; the root is first.
 
@@ -126,7 +153,10 @@ class RootfsView:
         """
         return await trio.to_thread.run_sync(self._tree.walk)
 
-    async def export(self, directory: str | os.PathLike[str]) -> ExportReport:
+    @while_open
+    async def export(
+        self, directory: str | os.PathLike[str], *, root_metadata: bool = False
+    ) -> ExportReport:
         """Write all of it into a plain directory: contents, owners, modes, times in nanoseconds,
         extended attributes, links, devices. Holes stay holes, and where the file system can
         share blocks (btrfs, XFS) they are shared with the store. Nothing is synced to disk.
@@ -139,9 +169,19 @@ class RootfsView:
         an error. Cancelled, or failed, what was written is removed again, and the directory, too,
         if it was made; that may take as long as writing it did, and is not cancelled.
 
+        The directory itself keeps its owner, mode, attributes and times, and a new one is closed
+        to other users (0700): an image can have set-id files and devices in it, and on a file
+        system that is mounted without ``nosuid`` and ``nodev`` they work. Each user that can reach
+        an exported set-user-ID file of root runs the image's code as root.
+
+        No link on the way to the directory is followed that another user could have planted:
+        links of root's and one's own are, in directories where no other user may replace them.
+
         Args:
             directory: Where to. It is made if it is not there (its parent must be), else it must
-                be empty; it gets the root's own owner, mode and time.
+                be empty.
+            root_metadata: Give the directory owner, mode, time and attributes of the image's root:
+                for a root file system that others than its owner shall live in.
 
         Raises:
             ExportError: if the directory is not empty, or cannot take what is to be written.
@@ -150,10 +190,14 @@ class RootfsView:
         target = Path(directory)
         return await trio.to_thread.run_sync(
             lambda: self._exporter.export(
-                self._tree, target, check_cancelled=trio.from_thread.check_cancelled
+                self._tree,
+                target,
+                root_metadata=root_metadata,
+                check_cancelled=trio.from_thread.check_cancelled,
             )
         )
 
+    @while_open
     async def export_tar(self, stream: trio.abc.SendStream) -> None:
         """Write all of it to a stream, as one tar in PAX format, at whose end it is whole.
 
@@ -178,9 +222,10 @@ class RootfsView:
             while piece := await trio.to_thread.run_sync(next, pieces, b""):
                 await stream.send_all(piece)
 
-    def mount(
+    @opens_block
+    async def mount(
         self, target: str | os.PathLike[str] | None = None, *, writable: bool = False
-    ) -> AbstractAsyncContextManager[Path]:
+    ) -> AsyncIterator[Path]:
         """Mount all of it for the block, with overlayfs, and get the path where that is.
 
         Entering and leaving take the same short time for images of any size. What is seen is what
@@ -195,7 +240,9 @@ class RootfsView:
         Leaving unmounts it, whatever happens in the block, and is not cancelled. It goes with all
         that was mounted in it, though it be in use: whoever has a file of it open keeps that.
         Entering is cancelled before the mount is made, or not at all. A process that is killed
-        leaves its mount. The next to open the store takes it away, unless a target was given.
+        leaves its mount. The next to open the store takes it away, unless a target was given. As
+        long as such a mount, or a copy of one in another mount namespace, is to be seen,
+        `DirectoryStore.collect` spares the trees in it; one that was detached lazily is not.
 
         Args:
             target: Where to: an empty directory, which stays. ``None``: a new one, which does not.
@@ -212,7 +259,22 @@ class RootfsView:
                 options, about 220); or if it does not mount them for another reason.
             StoreError: for what the disk does.
         """
-        return open_mount(self._tree.trees, target, scratch=self._scratch, writable=writable)
+        trees = self._tree.trees
+        async with self._lifetime.use(), AsyncExitStack() as entering:
+            if self._hold is not None:
+                digests = [Digest(f"sha256:{tree.name}") for tree in dict.fromkeys(trees)]
+                await entering.enter_async_context(self._hold(digests))
+            mount = open_mount(
+                trees,
+                target,
+                scratch=self._scratch,
+                lifetime=self._lifetime,
+                writable=writable,
+            )
+            path = await entering.enter_async_context(mount)
+            stack = entering.pop_all()
+        async with stack:
+            yield path
 
     async def _load(self) -> None:
         if self._tree.loaded:

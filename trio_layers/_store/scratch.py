@@ -5,18 +5,25 @@ is open. What it makes in ``ingest/`` bears that name, until it is renamed to wh
 visible. The kernel drops a dead process's locks, so whatever bears the name of a holder that
 can be locked is nobody's, and is swept away. Partial blobs bear the name of their digest
 instead: they outlive their holder, to be resumed.
+
+Where the lock says nothing, since its file was removed or belongs to another machine, the file
+and the rows of leases tell the holder's process, and it is looked for. What is left of a holder
+that may be alive elsewhere is swept when it is a day old.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, final
 
@@ -25,12 +32,15 @@ import trio
 
 from .._digest import Digest
 from .._errors import StoreError
+from .._lifetime import clean_up_in_thread
 from .._nursery import open_hidden_nursery
 from .catalog import Catalog, drop_leases, find_holders
 from .files import disk_errors, file_name, remove_directory, try_lock, unlock
 from .mount import detach_stale
+from .mounts import is_mounted
+from .processes import Fate, Process
 
-__all__ = ["Scratch", "Watch", "hold_lock", "open_scratch"]
+__all__ = ["HeldLock", "Scratch", "Watch", "hold_lock", "open_scratch"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +49,15 @@ _POLL: Final = 0.05
 
 # Between two reports of how far the holder is, in seconds.
 _LOOK: Final = 0.1
+
+# How long things are spared whose holder may be alive, in seconds.
+_DAY: Final = 24 * 3600
+
+# The most that is read of what a lock file says.
+_PROCESS_LIMIT: Final = 4096
+
+_OPEN_HERE: Final[set[str]] = set()
+"""The holders of this process."""
 
 _HOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
@@ -79,10 +98,27 @@ class Watch:
             return self._seen
 
 
+@final
+class HeldLock:
+    """A lock file that is locked. It comes from `hold_lock`."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """Let go, unless that was done before. Blocking, in any thread."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            unlock(self._path, descriptor)
+
+
 @asynccontextmanager
-async def hold_lock(path: Path, watch: Watch | None = None) -> AsyncIterator[None]:
+async def hold_lock(
+    path: Path, watch: Watch | None = None, *, text: str = ""
+) -> AsyncIterator[HeldLock]:
     """Hold a lock file for the block, against other tasks and processes. Waiting for it can be
-    cancelled; ``watch``: what its holder does meanwhile.
+    cancelled; ``watch``: what its holder does meanwhile; ``text``: what the file says.
 
     Never wait for one while holding another: two who do so in different orders never end.
 
@@ -92,18 +128,25 @@ async def hold_lock(path: Path, watch: Watch | None = None) -> AsyncIterator[Non
 
     def attempt() -> int | None:
         with disk_errors(path.parent):
-            return try_lock(path)
+            descriptor = try_lock(path)
+            if descriptor is not None and text:
+                try:
+                    os.write(descriptor, text.encode())
+                except BaseException:
+                    unlock(path, descriptor)
+                    raise
+            return descriptor
 
     # The kernel tells nobody that a lock is free.
     while (descriptor := await trio.to_thread.run_sync(attempt)) is None:
         if watch is not None:
             await watch.look()
         await trio.sleep(_POLL)
+    lock = HeldLock(path, descriptor)
     try:
-        yield
+        yield lock
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(unlock, path, descriptor)
+        await clean_up_in_thread(lock.release)
 
 
 @asynccontextmanager
@@ -114,14 +157,18 @@ async def open_scratch(root: Path, catalog: Catalog) -> AsyncIterator[Scratch]:
     by the next to open the store.
     """
     scratch = Scratch(root)
-    async with hold_lock(root / "leases" / scratch.holder):
-        async with open_hidden_nursery() as nursery:
-            nursery.start_soon(scratch.sweep_in_background, catalog)
-            try:
-                yield scratch
-            finally:
-                nursery.cancel_scope.cancel()
-        await scratch.sweep()
+    async with hold_lock(root / "leases" / scratch.holder, text=scratch.process):
+        _OPEN_HERE.add(scratch.holder)
+        try:
+            async with open_hidden_nursery() as nursery:
+                nursery.start_soon(scratch.sweep_in_background, catalog)
+                try:
+                    yield scratch
+                finally:
+                    nursery.cancel_scope.cancel()
+            await scratch.sweep()
+        finally:
+            _OPEN_HERE.discard(scratch.holder)
 
 
 @final
@@ -134,7 +181,11 @@ class Scratch:
         self._numbers = itertools.count()
         self._waste = trio.Event()
         self._sweeping = trio.Lock()
+        # Blocks of `name` that have ended, and move things out of the way.
+        self._discarding = 0
+        self._discarded = trio.Event()
         self.holder: str = secrets.token_hex(8)
+        self.process: str = Process.current().encode()
 
     def new(self, kind: str) -> Path:
         """A name in ``ingest/`` that nobody else has. May be called from any thread.
@@ -169,16 +220,26 @@ class Scratch:
         try:
             yield path
         finally:
+            self._discarding += 1
             try:
-                with trio.CancelScope(shield=True):
-                    if await trio.to_thread.run_sync(self.discard, path):
-                        self._waste.set()
+                if await clean_up_in_thread(self._discard_unused, path):
+                    self._waste.set()
             except OSError as error:
                 # It still bears our name, and is swept when the store is left.
                 logger.warning("cannot move %s out of the way: %s", path, error)
+            finally:
+                self._discarding -= 1
+                self._discarded.set()
+                self._discarded = trio.Event()
+
+    def _discard_unused(self, path: Path) -> bool:
+        """Like `discard`, unless another mount namespace has a copy of what is mounted."""
+        return not (path.suffix == ".mount" and is_mounted(path)) and self.discard(path)
 
     async def sweep(self) -> None:
         """Remove all that bears our name. Cancelled, it leaves the rest to another sweep."""
+        while self._discarding:
+            await self._discarded.wait()
         await trio.to_thread.run_sync(self._remove, self.holder, "")
 
     async def sweep_in_background(self, catalog: Catalog) -> None:
@@ -205,10 +266,12 @@ class Scratch:
 
     async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
         # Of one that could not end its leases, nothing else may be left.
-        holders = await catalog.read(find_holders)
-        for holder in await trio.to_thread.run_sync(self._others, holders):
+        leases = await catalog.read(find_holders)
+        others = await trio.to_thread.run_sync(self._others, leases)
+        for holder, items in others.items():
             path = self._leases / holder
-            descriptor = await trio.to_thread.run_sync(self._try_lock, path)
+            judge = partial(self._lock_dead, holder, leases.get(holder), items)
+            descriptor = await trio.to_thread.run_sync(judge)
             if descriptor is None:
                 continue
             # Its lock file goes last: cancelled before that, another sweep does it again.
@@ -220,15 +283,64 @@ class Scratch:
                 os.close(descriptor)
         await trio.to_thread.run_sync(self._remove_locks)
 
-    def _try_lock(self, path: Path) -> int | None:
-        with disk_errors(self._leases):
-            return try_lock(path)
+    def _others(self, holders: Iterable[str]) -> dict[str, list[str]]:
+        """The other holders, and what they have in ``ingest/``."""
+        found: dict[str, list[str]] = {holder: [] for holder in holders}
+        for name in os.listdir(self._ingest):
+            if match := _HELD.fullmatch(name):
+                found.setdefault(match[1], []).append(name)
+        for name in os.listdir(self._leases):
+            if _HOLDER.fullmatch(name):
+                found.setdefault(name, [])
+        found.pop(self.holder, None)
+        return found
 
-    def _others(self, holders: set[str]) -> set[str]:
-        """The other holders: by their files, and by what is left of them without one."""
-        named = {match[1] for name in os.listdir(self._ingest) if (match := _HELD.fullmatch(name))}
-        named.update(name for name in os.listdir(self._leases) if _HOLDER.fullmatch(name))
-        return (holders | named) - {self.holder}
+    def _lock_dead(self, holder: str, process: str | None, items: list[str]) -> int | None:
+        """The lock of a holder that is dead; ``None`` if it lives, or may live elsewhere."""
+        path = self._leases / holder
+        descriptor: int | None = None
+        with disk_errors(self._leases):
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = try_lock(path, make=False)
+                if descriptor is None:
+                    return None
+            unlocked = descriptor is not None
+            if descriptor is not None:
+                process = (
+                    os.pread(descriptor, _PROCESS_LIMIT, 0).decode("ascii", "replace") or process
+                )
+            known = Process.decode(process)
+            if known is None:
+                # Software that knows nothing of this trusted the locks, as long as they are there.
+                fate: Fate = "dead" if unlocked or not items else "unknown"
+            else:
+                fate = known.fate(unlocked=unlocked)
+            if fate == "alive" and known is not None and known.is_current:
+                # It could not end its leases when it left the store.
+                fate = "alive" if holder in _OPEN_HERE else "dead"
+            if fate == "unknown" and not self._is_young(path, items, known):
+                fate = "dead"
+            if fate == "dead":
+                return descriptor if unlocked else try_lock(path)
+            if descriptor is not None:
+                os.close(descriptor)
+        if fate == "unknown":
+            # Nobody writes what is on its way out.
+            self._remove(holder, ".trash")
+        logger.warning(
+            "%s: no lock is seen of %s: what it has in the store is spared%s",
+            path,
+            "a holder" if known is None else f"process {known.pid}, which may be alive",
+            "" if fate == "alive" else " for a day",
+        )
+        return None
+
+    def _is_young(self, lease: Path, items: list[str], process: Process | None) -> bool:
+        times = [] if process is None else [process.since]
+        for path in (lease, *(self._ingest / name for name in items)):
+            with contextlib.suppress(FileNotFoundError):
+                times.append(os.lstat(path).st_mtime)
+        return any(abs(time.time() - each) < _DAY for each in times)
 
     def _remove_locks(self) -> None:
         """Those that the dead held; who waits for one meanwhile tries again."""
@@ -251,6 +363,8 @@ class Scratch:
             try:
                 if name.endswith(".mount"):
                     detach_stale(path)
+                    if is_mounted(path):
+                        continue  # its mark and what is written in it are in use
                 if path.is_dir() and not path.is_symlink():
                     remove_directory(
                         path,

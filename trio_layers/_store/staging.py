@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, final
@@ -20,11 +20,12 @@ from typing import Final, TypeAlias, final
 import trio
 
 from .._digest import ChainID, Digest
+from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
 from ..abc import Layer, ReportArrived, ReportUnpacked
 from .build import Arrival
-from .catalog import StoredTree, set_diff_id
+from .catalog import StoredTree, closed_error, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
 from .growth import Growth, StartedOver
@@ -76,11 +77,19 @@ class Staging:
         self, descriptor: Descriptor, waiting: ReportArrived | None
     ) -> AsyncIterator[DirectoryStage]:
         stage = DirectoryStage(self, descriptor)
-        # What has been made of it may wait for its parent for a long time.
-        async with self.holds.holding(descriptor.digest), open_hidden_nursery() as nursery:
+        lifetime = self.content.lifetime
+        async with AsyncExitStack() as stack:
+            async with lifetime.use():
+                # What has been made of it may wait for its parent for a long time.
+                await stack.enter_async_context(self.holds.holding(descriptor.digest))
+            # From here on the end of the store waits for the work on this layer.
+            stack.callback(stage._left.set)
+            stack.enter_context(lifetime.own(stage._close))
+            nursery = await stack.enter_async_context(open_hidden_nursery())
             stage._nursery = nursery
             try:
-                await nursery.start(stage._work, waiting)
+                async with lifetime.use():
+                    await nursery.start(stage._work, waiting)
                 # Cancelled from outside, it must not leave the file before who writes into it.
                 stage._scope.shield = True
                 yield stage
@@ -109,6 +118,8 @@ class DirectoryStage:
         self._tree: StoredTree | None = None
         self._error: Exception | None = None
         self._scope = trio.CancelScope()
+        self._lifetime = staging.content.lifetime
+        self._left = trio.Event()
 
     @property
     def complete(self) -> bool:
@@ -133,16 +144,27 @@ class DirectoryStage:
         assert self._error is not None
         return self._error
 
+    @while_open
     async def finish(self, progress: ReportUnpacked) -> None:
         await self._sink.finish()
         self._complete.set()
         self._nursery.start_soon(self._report, progress)
 
+    @while_open
     async def commit(self, parent: ChainID | None) -> Layer:
         await self._ended.wait()
         if self._error is not None:
             raise self._error
         return await self._staging.put(parent, self._tree, self._descriptor.digest)
+
+    async def _close(self) -> None:
+        """Leave the file before the caller's block ends: the store's block was left."""
+        if self._error is None:
+            self._error = closed_error(self._staging.content.root)
+        self._failed.set()
+        self._scope.cancel()
+        self._growth.abandon()
+        await self._left.wait()
 
     async def _report(self, progress: ReportUnpacked) -> None:
         while not self._ended.is_set():
@@ -157,8 +179,11 @@ class DirectoryStage:
         self, waiting: ReportArrived | None, task_status: trio.TaskStatus[None]
     ) -> None:
         """Hold the lock while there is something to do under it."""
-        with self._scope:
-            await self._unpack(waiting, task_status)
+        try:
+            with self._scope:
+                await self._unpack(waiting, task_status)
+        finally:
+            self._left.set()
 
     async def _unpack(
         self, waiting: ReportArrived | None, task_status: trio.TaskStatus[None]

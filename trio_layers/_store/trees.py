@@ -31,6 +31,7 @@ from .catalog import (
     StoredTree,
     add_layer,
     add_tree,
+    find_blob,
     find_layer,
     find_tree,
     set_diff_id,
@@ -215,11 +216,29 @@ class Trees:
         if descriptor is None:
             async with self._scratch.name("partial") as path, self._partial(path) as kept:
                 return await self._from_stream(stream, base, None, kept)
+        async with self._holds.holding(descriptor.digest):
+            layer = await self._known(descriptor, base)
+            if layer is not None:
+                return layer
+            return await self._register_locked(stream, base, descriptor)
+
+    async def _known(self, descriptor: Descriptor, base: Base) -> StoredLayer | None:
+        """The layer, if its blob and its tree are there, and the tree fits. Nobody has to wait
+        for the blob's lock then: an image may have one layer thousands of times."""
+        blob, tree = await self._catalog.read(_find_unpacked, descriptor.digest)
+        if blob is None or tree is None or blob.size != descriptor.size:
+            return None
+        if not await self._fits(tree, base):
+            return None
+        # The blob is held, and with it the tree that was made of it.
+        return await self._put(tree, base, blob.digest)
+
+    async def _register_locked(
+        self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor
+    ) -> StoredLayer:
+        """Register a layer whose blob is held."""
         # The lock is held until the tree is there, so that others who want it wait, and find it.
-        async with (
-            self._holds.holding(descriptor.digest),
-            self._content.lock(descriptor.digest),
-        ):
+        async with self._content.lock(descriptor.digest):
             blob = await self._content.claim(descriptor)
             if blob is None:
                 path = self._scratch.partial(descriptor.digest)
@@ -328,6 +347,9 @@ class Trees:
             kept.close()
 
     async def _fits(self, tree: StoredTree, base: Base) -> bool:
+        if not tree.assumed:
+            return True
+
         def check() -> bool:
             with disk_errors(self._trees):
                 return self._unpacker.holds(tree.assumed, base.lower)
@@ -345,6 +367,16 @@ class Trees:
         """The tree, not durable yet, and the descriptor of what was read."""
         work = partial(build, self._unpacker.unpack, reader, target, lower=lower, expected=expected)
         return await trio.to_thread.run_sync(work, limiter=self.threads)
+
+
+def _find_unpacked(
+    connection: sqlite3.Connection, digest: Digest
+) -> tuple[StoredBlob | None, StoredTree | None]:
+    """A blob, and the tree it was unpacked to."""
+    blob = find_blob(connection, digest)
+    if blob is None or blob.diff_id is None:
+        return blob, None
+    return blob, find_tree(connection, blob.diff_id)
 
 
 def _add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> StoredLayer:

@@ -12,12 +12,15 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Self, final
+
+import attrs
 
 from .._entries import Entry, ExportReport
 from .._errors import ExportError
+from .._paths import open_empty_directory
 from .contents import Source, damaged, reading
 from .directories import Directories, split
 
@@ -34,6 +37,8 @@ _NODES: Final = {
     "socket": stat.S_IFSOCK,
 }
 _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
+_SHARED: Final = stat.S_IWGRP | stat.S_IWOTH
+_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
 # An empty root, for a stack of no trees.
 _NOTHING: Final = [Entry(path=b"", type="dir", mode=0o755)]
@@ -51,12 +56,19 @@ _NO_COPY: Final = frozenset(
 _STEP: Final = 8 << 20
 
 
-def export(source: Source, target: Path, *, check_cancelled: Callable[[], None]) -> ExportReport:
+def export(
+    source: Source,
+    target: Path,
+    *,
+    root_metadata: bool = False,
+    check_cancelled: Callable[[], None],
+) -> ExportReport:
     """Write all of ``source`` into a directory that is empty or not there.
 
     Args:
         source: What to write.
-        target: Where to.
+        target: Where to. A new directory is made with mode 0700.
+        root_metadata: Whether ``target`` gets owner, mode, time and attributes of the root.
         check_cancelled: Called for each entry and chunk; what it raises goes through, when what
             was written has been removed.
 
@@ -65,41 +77,85 @@ def export(source: Source, target: Path, *, check_cancelled: Callable[[], None])
         StoreError: if the store is damaged.
     """
     entries = source.walk() or _NOTHING
-    made = False
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(target, 0o700)
-            made = True
-        # The way to it is the caller's, links and all.
-        root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        if made:
-            with contextlib.suppress(OSError):
-                os.rmdir(target)
-        raise ExportError(os.fspath(target), error.strerror) from error
-    try:
-        if not made and os.listdir(root):
-            raise ExportError(
-                os.fspath(target), "it is not empty: name a directory that is, or a new one"
-            )
-        before = os.fstat(root)
+    with contextlib.ExitStack() as stack:
+        try:
+            root, remove = open_empty_directory(stack, target, mode=0o700)
+        except OSError as error:
+            raise ExportError(os.fspath(target), error.strerror) from error
         writer = _Writer(source, target, root, check_cancelled)
         try:
-            return writer.write(entries)
+            before = _RootMetadata.of(root)
+            before.close_to_others(root)
+            report = writer.write(entries, root_metadata=root_metadata)
+            if not root_metadata:
+                before.restore(root, times=remove is None)
+            return report
         except BaseException:
             writer.remove(entries)
             with contextlib.suppress(OSError):
-                if made:
-                    os.rmdir(target)
+                if remove is not None:
+                    remove()
                 else:
-                    os.chown(root, before.st_uid, before.st_gid)
-                    os.chmod(root, stat.S_IMODE(before.st_mode))
-                    os.utime(root, ns=(before.st_atime_ns, before.st_mtime_ns))
+                    before.restore(root, times=True)
             raise
         finally:
             writer.close()
-    finally:
-        os.close(root)
+
+
+@final
+@attrs.frozen
+class _RootMetadata:
+    """Metadata of the target directory before the export.
+
+    Attributes:
+        status: Owner, mode and times.
+        xattrs: The extended attributes, ACLs included.
+    """
+
+    status: os.stat_result
+    xattrs: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, root: int) -> Self:
+        xattrs = {}
+        with contextlib.suppress(OSError):
+            for name in (*os.listxattr(root), *_ACLS):
+                with contextlib.suppress(OSError):
+                    xattrs[name] = os.getxattr(root, name)
+        return cls(os.fstat(root), xattrs)
+
+    def close_to_others(self, root: int) -> None:
+        """Keep others out until each entry has its owner and its mode.
+
+        ACLs go, too: new entries would inherit the default one.
+        """
+        has_acls = not self.xattrs.keys().isdisjoint(_ACLS)
+        if not (has_acls or self.status.st_mode & _SHARED):
+            return
+        # Only the owner may. Another user's directory is open to that user in any case.
+        with contextlib.suppress(PermissionError):
+            os.chmod(root, 0o700)
+        for acl in _ACLS:
+            with contextlib.suppress(OSError):
+                os.removexattr(root, acl)
+
+    def restore(self, root: int, *, times: bool) -> None:
+        now = os.fstat(root)
+        if (now.st_uid, now.st_gid) != (self.status.st_uid, self.status.st_gid):
+            os.chown(root, self.status.st_uid, self.status.st_gid)
+        found = type(self).of(root).xattrs
+        for name in found.keys() - self.xattrs.keys():
+            with contextlib.suppress(OSError):
+                os.removexattr(root, name)
+        for name, value in self.xattrs.items():
+            if found.get(name) != value:
+                os.setxattr(root, name, value)
+        if os.fstat(root).st_mode != self.status.st_mode:
+            os.chmod(root, stat.S_IMODE(self.status.st_mode))
+        if times:
+            # Another user's directory keeps the time of the last entry.
+            with contextlib.suppress(PermissionError):
+                os.utime(root, ns=(self.status.st_atime_ns, self.status.st_mtime_ns))
 
 
 @final
@@ -115,7 +171,7 @@ class _Writer:
         self._written = 0
         self._missing: Counter[str] = Counter()
 
-    def write(self, entries: Sequence[Entry]) -> ExportReport:
+    def write(self, entries: Sequence[Entry], *, root_metadata: bool) -> ExportReport:
         """Write them: parents before what is in them.
 
         Directories get their metadata in the end, the deepest first: their times, which each
@@ -135,7 +191,7 @@ class _Writer:
                     self._written -= 1
                     raise
             for entry in reversed(entries):
-                if entry.type == "dir":
+                if entry.type == "dir" and (entry.path or root_metadata):
                     self._check()
                     here = entry.path
                     descriptor = self._directories.open(here)
@@ -179,11 +235,7 @@ class _Writer:
         parent, name = split(entry.path)
         into = self._directories.open(parent)
         if not name:
-            # Nobody else's until all in it has its owner and its mode.
-            os.chmod(into, 0o700)
-            for acl in ("system.posix_acl_access", "system.posix_acl_default"):
-                with contextlib.suppress(OSError):
-                    os.removexattr(into, acl)
+            pass  # it is there
         elif entry.links is not None and entry.links != entry.path:
             self._link(entry.links, into, name)
         elif entry.type == "file":
@@ -229,11 +281,22 @@ class _Writer:
                 os.mknod(name, stat.S_IFREG | 0o600, dir_fd=into)
         handle = os.open(name, _HANDLE, dir_fd=into)
         try:
+            self._check_new(os.fstat(handle), entry)
             self._describe(f"/proc/self/fd/{handle}", entry)
         finally:
             os.close(handle)
         times = (entry.mtime_ns, entry.mtime_ns)
         os.utime(name, ns=times, dir_fd=into, follow_symlinks=False)
+
+    def _check_new(self, found: os.stat_result, entry: Entry) -> None:
+        """Refuse to change a file that somebody has put in place of the new one."""
+        expected = stat.S_IFLNK if entry.type == "symlink" else _NODES[entry.type]
+        kind = stat.S_IFMT(found.st_mode)
+        placeholder = kind == stat.S_IFREG and entry.type != "symlink" and not found.st_size
+        if not (kind == expected or placeholder) or found.st_nlink != 1:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if found.st_uid != os.geteuid():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def _describe(self, subject: int | str, entry: Entry) -> None:
         """Set owner, xattrs, mode, in this order: a change of owner drops set-id bits and

@@ -1,0 +1,91 @@
+"""Leave an object's block while a call on it runs in another task, at exact moments."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from .moments import Countdown, moments
+
+__all__ = ["assert_nothing_left", "leave_at", "no_descriptor_left"]
+
+T = TypeVar("T")
+
+LIMIT = 5
+"""Seconds in which all must be over. The rule is one second; a loaded machine may need more."""
+
+
+async def leave_at(
+    block: AbstractAsyncContextManager[T],
+    call: Callable[[T], Awaitable[object]],
+    at: int,
+    expected: type[Exception],
+) -> tuple[bool, str | None]:
+    """Leave the block at a moment of the call, which another task makes.
+
+    Args:
+        block: Gives the object.
+        call: The call, or several, on it.
+        at: The moment, counted from 1, of the call's task and those below it.
+        expected: The only error that the call may raise.
+
+    Returns:
+        Whether the call lasted until that moment, and the name of the error it raised.
+    """
+    error: str | None = None
+    countdown: Countdown | None = None
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as outside:
+            over, left = trio.Event(), trio.CancelScope()
+
+            async def use(thing: T) -> None:
+                nonlocal error, countdown
+                task = trio.lowlevel.current_task()
+                with moments(left, at, of=task, below=True) as countdown:
+                    try:
+                        await call(thing)
+                    except expected as caught:
+                        error = type(caught).__name__
+                over.set()
+
+            async with block as thing:
+                outside.start_soon(use, thing)
+                with left:
+                    await over.wait()
+    assert countdown is not None
+    return countdown.left <= 0, error
+
+
+@asynccontextmanager
+async def no_descriptor_left() -> AsyncIterator[None]:
+    """Check that the block closes each descriptor that it opens."""
+    before = _descriptors()
+    yield
+    assert _descriptors() == before
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:
+            pass  # the listing's own
+    return found
+
+
+def assert_nothing_left(store: Path) -> None:
+    """No lock, no lease, and nothing in the making but what a download left to be resumed."""
+    with closing(sqlite3.connect(store / "catalog.sqlite")) as connection:
+        assert connection.execute("SELECT * FROM leases").fetchall() == []
+    assert os.listdir(store / "leases") == []
+    left = [path.name for path in (store / "ingest").iterdir() if path.suffix != ".partial"]
+    assert left == []
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        assert file.read().split() == []

@@ -1,0 +1,635 @@
+"""The images that an archive or a layout lists, and the choice among them.
+
+There are two lists: ``index.json`` of an OCI layout and ``manifest.json`` of a docker-archive. An
+archive may have both, and writers get one of them wrong (moby issues 47065, 47210 and 51389). So
+the lists are united. Entries with the same config describe the same image, and its second
+description serves where the first is useless.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, TypeVar, TypeVarTuple, final
+
+import attrs
+import trio
+
+from .._choice import MAX_INDEX_DEPTH
+from .._digest import Digest, digest_of
+from .._errors import (
+    ArchiveError,
+    InvalidDigest,
+    InvalidReference,
+    ManifestError,
+    VerificationError,
+)
+from .._manifest import Descriptor, Index, Manifest, is_artifact
+from .._reference import Reference, parse_reference
+from .documents import (
+    DOCKER,
+    INDEX,
+    LAYOUT,
+    VERSION,
+    DockerImage,
+    blob_path,
+    check_layout,
+    claimed_digest,
+    decode_docker,
+    decode_document,
+    decode_index,
+    is_dir_transport,
+    is_id,
+    name_of,
+    shown,
+)
+from .reading import LayoutDirectory, Source
+
+__all__ = ["Candidate", "decode", "digest_prefix", "list_images", "select"]
+
+MAX_NAMES: Final = 10_000
+"""Of all images of a source. Each costs the store a row, and ``index.json`` some bytes."""
+
+MAX_LISTED: Final = 1_000_000
+"""The entries of all indexes of a source that are looked at, counted once for each index above
+them."""
+
+_MAX_COPIES: Final = 8  # descriptions of one image that are tried
+_SHOWN: Final = 10
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+@attrs.define
+class _Contents:
+    """The images below some entries of ``index.json``.
+
+    Attributes:
+        configs: The manifest of each image, by the digest of its config.
+        manifests: The same manifests, by their own digests.
+        indexes: The indexes on the way.
+        is_whole: Whether all documents are there and valid.
+        artifacts: The manifests of something else than images.
+    """
+
+    configs: dict[Digest, Descriptor] = attrs.field(factory=dict)
+    manifests: dict[Digest, Descriptor] = attrs.field(factory=dict)
+    indexes: set[Digest] = attrs.field(factory=set)
+    is_whole: bool = True
+    artifacts: set[Digest] = attrs.field(factory=set)
+
+    def add(self, other: _Contents) -> None:
+        self.configs.update(other.configs)
+        self.manifests.update(other.manifests)
+        self.indexes |= other.indexes
+        self.is_whole &= other.is_whole
+        self.artifacts |= other.artifacts
+
+    @property
+    def is_artifact(self) -> bool:
+        return bool(self.artifacts) and not self.manifests and self.is_whole
+
+    @property
+    def is_useless(self) -> bool:
+        return not self.manifests and not self.is_whole
+
+
+@attrs.define(eq=False)
+class Candidate:
+    """One image of a source, or one for each of some platforms.
+
+    Attributes:
+        names: Its full names.
+        tag: Another name: a bare tag, as a rule.
+        roots: The entries of ``index.json`` that lead to it.
+        docker: Its entries in ``manifest.json``, with the digests of their configs.
+        contents: All that is below the roots.
+        config: The digest of its config, of an image that only ``manifest.json`` has.
+    """
+
+    names: dict[Reference, None] = attrs.field(factory=dict)
+    tag: str = ""
+    roots: tuple[Descriptor, ...] = ()
+    docker: dict[DockerImage, Digest | None] = attrs.field(factory=dict)
+    contents: _Contents = attrs.field(factory=_Contents)
+    config: Digest | None = None
+
+    def __str__(self) -> str:
+        """Its names, or else its digests, for messages."""
+        if self.names:
+            return _listed(map(str, self.names))
+        digests = [root.digest for root in self.roots]
+        if self.config is not None and not digests:
+            digests = [self.config]
+        text = _listed(digests) or "an image without a config"
+        return f"the tag {shown(self.tag)} ({text})" if self.tag else text
+
+    @property
+    def source(self) -> str:
+        """The list that has it, for messages."""
+        return INDEX if self.contents.manifests or not self.docker else DOCKER
+
+    @property
+    def identity(self) -> str:
+        """The digest that tells it from other images in a message: that of its config, or those
+        of its manifests for several platforms."""
+        if self.config is not None:
+            return self.config
+        if len(self.contents.configs) == 1:
+            return next(iter(self.contents.configs))
+        return _listed(root.digest for root in self.roots)
+
+    def is_of(self, config: Digest | None) -> bool:
+        """Whether an image with this config is in it."""
+        return config is not None and (config == self.config or config in self.contents.configs)
+
+    def digests(self) -> Iterator[Digest]:
+        """All that it can be chosen by: digests of manifests, indexes and configs."""
+        if self.config is not None:
+            yield self.config
+        for root in self.roots:
+            yield root.digest
+        yield from self.contents.manifests
+        yield from self.contents.indexes
+        yield from self.contents.configs
+
+    def describe(self, image: DockerImage, config: Digest | None) -> None:
+        """Take one more description of an image in it."""
+        if len(self.docker) < _MAX_COPIES:
+            self.docker.setdefault(attrs.evolve(image, tags=()), config)
+
+    def part(self, digest: Digest) -> Candidate:
+        """The image in it that a digest of `digests` means."""
+        roots = [root for root in self.roots if root.digest == digest]
+        inner = self.contents.manifests.get(digest) or self.contents.configs.get(digest)
+        if inner is None:
+            return attrs.evolve(self, roots=tuple(roots)) if roots else self
+        configs = {c: root for c, root in self.contents.configs.items() if root == inner}
+        docker = dict(each for each in self.docker.items() if each[1] in configs)
+        contents = _Contents(configs, {inner.digest: inner})
+        return attrs.evolve(self, roots=(inner,), docker=docker, contents=contents)
+
+
+@attrs.frozen
+class Listing:
+    """The images of a source.
+
+    Attributes:
+        candidates: All of them.
+        artifacts: The signatures, attestations and other artifacts beside them.
+    """
+
+    candidates: Sequence[Candidate]
+    artifacts: Sequence[Candidate]
+
+
+async def list_images(source: Source) -> Listing:
+    """Read the lists of a source.
+
+    Raises:
+        ArchiveError: if there is none, or none that can be read.
+        ManifestError: if ``index.json`` is not valid, and there is no other list.
+        VerificationError: if a config is not what its digest says.
+    """
+    union = _Union(source)
+    failure: Exception | None = None
+    entries: Sequence[Descriptor] | None = None
+    images: Sequence[DockerImage] | None = None
+    docker = await source.read(DOCKER)
+    try:
+        entries = await _read_index(source, is_layout=docker is None)
+    except (ArchiveError, ManifestError) as error:
+        failure = error
+    try:
+        images = None if docker is None else await decode(source, decode_docker, docker)
+    except ArchiveError as error:
+        failure = failure or error
+    if not entries and not images:
+        if await _is_dir_transport(source):
+            raise ArchiveError(
+                f"{source.name} is a directory of skopeo's dir: transport, and no image archive or "
+                "layout: convert it by skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
+            )
+        if failure is not None:
+            raise failure
+        if entries is None and images is None:
+            raise await _no_list(source)
+    paths = [] if entries else [image.config for image in images or ()]
+    if isinstance(source, LayoutDirectory) and None in map(claimed_digest, paths):
+        raise ArchiveError(
+            f"{source.name} is a docker-archive that was unpacked, and the paths in it are not "
+            "opened: pack it by tar -C DIRECTORY -c ., and import that"
+        )
+    await union.add_index(entries or ())
+    await union.add_docker(images or ())
+    return union.listing()
+
+
+async def _read_index(source: Source, *, is_layout: bool) -> Sequence[Descriptor] | None:
+    """The images in ``index.json``; ``is_layout``: only of what has an ``oci-layout``, too."""
+    layout, index = await source.read(LAYOUT), await source.read(INDEX)
+    if index is None or (layout is None and is_layout):
+        return None
+    if layout is not None:
+        await decode(source, check_layout, layout)
+    return (await decode(source, decode_index, index)).images
+
+
+async def _is_dir_transport(source: Source) -> bool:
+    try:
+        return is_dir_transport(await source.read(VERSION))
+    except ArchiveError:
+        return False  # too large for one
+
+
+async def _no_list(source: Source) -> ArchiveError:
+    there = ", ".join(map(shown, await source.names()))
+    return ArchiveError(
+        f"{source.name} is neither an OCI layout, with {LAYOUT} and {INDEX}, nor a "
+        f"docker-archive, with {DOCKER}: it has {there or 'nothing'}"
+    )
+
+
+@final
+class _Union:
+    """Unites the two lists. Every step is linear in entries and names."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._known: dict[tuple[str, Digest, int], _Contents] = {}
+        self._sizes: dict[Digest, int] = {}
+        self._left = MAX_LISTED
+        self._candidates: list[Candidate] = []
+        self._by_name: dict[Reference, list[Candidate]] = {}
+        self._by_config: dict[Digest, list[Candidate]] = {}
+        self._useless: deque[Candidate] = deque()
+
+    def listing(self) -> Listing:
+        images = [each for each in self._candidates if not each.contents.is_artifact]
+        artifacts = [each for each in self._candidates if each.contents.is_artifact]
+        # Alone, an artifact may be an image after all; else the error says what it is.
+        return Listing(images, artifacts) if images else Listing(artifacts, ())
+
+    # index.json.
+
+    async def add_index(self, entries: Iterable[Descriptor]) -> None:
+        groups = await trio.to_thread.run_sync(_grouped, entries)
+        # Not by the entry itself, whose hash leaves out its annotations.
+        found = {_key(root): await self._find(root) for group in groups.values() for root in group}
+        await trio.to_thread.run_sync(self._add_groups, groups, found)
+
+    def _add_groups(
+        self,
+        groups: Mapping[Reference | str, Sequence[Descriptor]],
+        found: Mapping[tuple[str, Digest, int], _Contents],
+    ) -> None:
+        one: dict[tuple[str, Digest, int], Candidate] = {}
+        for name, group in groups.items():
+            images = [root for root in group if not found[_key(root)].is_artifact]
+            rest = group
+            if len(images) > 1 and _are_platforms(images):
+                # Entries of one name for several platforms are one image.
+                self._add(name, images, [found[_key(root)] for root in images])
+                rest = [root for root in group if found[_key(root)].is_artifact]
+            for root in rest:
+                same = one.get(_key(root))
+                if same is None:
+                    one[_key(root)] = self._add(name, [root], [found[_key(root)]])
+                elif isinstance(name, Reference):
+                    self._name(same, name)
+                else:
+                    same.tag = same.tag or name
+
+    def _add(
+        self,
+        name: Reference | str,
+        roots: Sequence[Descriptor],
+        contents: Sequence[_Contents],
+    ) -> Candidate:
+        merged = _Contents() if len(contents) > 1 else contents[0]
+        if len(contents) > 1:
+            for each in contents:
+                merged.add(each)
+        candidate = Candidate(roots=tuple(roots), contents=merged)
+        self._candidates.append(candidate)
+        if isinstance(name, Reference):
+            self._name(candidate, name)
+        else:
+            candidate.tag = name
+            if merged.is_useless:
+                self._useless.append(candidate)
+        for config in merged.configs:
+            self._by_config.setdefault(config, []).append(candidate)
+        return candidate
+
+    def _name(self, candidate: Candidate, name: Reference) -> None:
+        candidate.names[name] = None
+        names = [name]
+        if name.tag and name.digest:
+            # A docker-archive has no place for the digest.
+            names.append(attrs.evolve(name, digest=None))
+        for each in names:
+            holders = self._by_name.setdefault(each, [])
+            if len(holders) < _MAX_COPIES:
+                holders.append(candidate)
+
+    async def _find(self, root: Descriptor, depth: int = 0) -> _Contents:
+        """The images below an entry."""
+        known = self._known.get(_key(root))
+        if known is not None:
+            await trio.lowlevel.checkpoint()
+            return known
+        found = self._known[_key(root)] = _Contents()
+        data = None
+        # One that is there is not read again for each size that it does not have.
+        if self._sizes.get(root.digest, root.size) == root.size:
+            data = await self._source.read(blob_path(root.digest))
+        document = None
+        if data is not None:
+            self._sizes[root.digest] = len(data)
+            document = await trio.to_thread.run_sync(_document, data, root)
+        if document is None:
+            found.is_whole = False
+        elif isinstance(document, Index):
+            found.indexes.add(root.digest)
+            for entry in document.images if depth < MAX_INDEX_DEPTH else ():
+                below = await self._find(entry, depth + 1)
+                self._left -= 1 + len(below.manifests)
+                if self._left < 0:
+                    raise ArchiveError(
+                        f"{self._source.name} has more than {MAX_LISTED} entries in indexes"
+                    )
+                found.add(below)
+        elif is_artifact(document):
+            found.artifacts.add(root.digest)
+        elif await self._source.digest(blob_path(document.config.digest)) is None:
+            found.is_whole = False
+        else:
+            found.manifests[root.digest] = root
+            found.configs[document.config.digest] = root
+        return found
+
+    # manifest.json.
+
+    async def add_docker(self, images: Sequence[DockerImage]) -> None:
+        configs: dict[str, Digest | None] = {}
+        for path in dict.fromkeys(image.config for image in images):
+            configs[path] = await self._source.digest(path)
+        await trio.to_thread.run_sync(self._add_all, images, configs)
+
+    def _add_all(self, images: Iterable[DockerImage], configs: Mapping[str, Digest | None]) -> None:
+        useful = [config for config in configs.values() if config is not None]
+        if useful and not any(each.contents.manifests for each in self._candidates):
+            # Of the images that index.json lists none is there.
+            self._candidates = [each for each in self._candidates if each.contents.is_artifact]
+            self._by_name.clear()
+            self._useless.clear()
+        if not useful and self._by_config:
+            # Of what manifest.json lists nothing is there, but for names of what is.
+            images = [each for each in images if claimed_digest(each.config) in self._by_config]
+        has_index = bool(self._candidates)
+        for image in images:
+            found = configs[image.config]
+            claimed = claimed_digest(image.config)
+            if has_index and claimed is not None and found not in (None, claimed):
+                raise VerificationError(
+                    f"{self._source.name}: {shown(image.config)} is damaged: "
+                    f"what it holds is {found}",
+                    digest=claimed,
+                )
+            config = found or claimed_digest(image.config, config=True)
+            self._add_docker(image, config, is_there=found is not None)
+
+    def _add_docker(self, image: DockerImage, config: Digest | None, *, is_there: bool) -> None:
+        same = [] if config is None else self._by_config.setdefault(config, [])
+        for candidate in same[:_MAX_COPIES]:
+            candidate.describe(image, config)
+        names = _parsed(image.tags)
+        fresh = [name for name in names if not self._is_taken(name, image, config, is_there)]
+        if names and not fresh:
+            return
+        if same:
+            assert config is not None
+            if fresh:
+                target = self._alone(config, same)
+                target.describe(image, config)
+                for name in fresh:
+                    self._name(target, name)
+            return
+        if self._useless and is_there:
+            candidate = self._useless.popleft()
+            candidate.config = config
+        else:
+            candidate = Candidate(config=config)
+            self._candidates.append(candidate)
+        candidate.describe(image, config)
+        for name in fresh:
+            self._name(candidate, name)
+        if config is not None:
+            self._by_config[config].append(candidate)
+
+    def _is_taken(
+        self, name: Reference, image: DockerImage, config: Digest | None, is_there: bool
+    ) -> bool:
+        """Whether an image has the name already that is the same, or may be."""
+        holders = self._by_name.get(name, ())
+        if any(each.is_of(config) for each in holders):
+            return True
+        if not is_there:
+            return bool(holders)
+        broken = [each for each in holders if each.roots and not each.contents.is_whole]
+        for candidate in broken:
+            candidate.describe(image, config)
+        return bool(broken)
+
+    def _alone(self, config: Digest, same: list[Candidate]) -> Candidate:
+        """The candidate for this image and no other, to be given names of ``manifest.json``."""
+        for candidate in same:
+            if len(candidate.contents.configs) <= 1:
+                return candidate
+        root = same[0].contents.configs[config]
+        candidate = Candidate(
+            roots=(root,), contents=_Contents({config: root}, {root.digest: root})
+        )
+        self._candidates.append(candidate)
+        same.insert(0, candidate)
+        return candidate
+
+
+def _grouped(entries: Iterable[Descriptor]) -> dict[Reference | str, list[Descriptor]]:
+    """Entries by their names, each blob once."""
+    groups: dict[Reference | str, dict[tuple[str, Digest, int], Descriptor]] = {}
+    for entry in entries:
+        groups.setdefault(name_of(entry), {}).setdefault(_key(entry), entry)
+    return {name: list(group.values()) for name, group in groups.items()}
+
+
+def _key(descriptor: Descriptor) -> tuple[str, Digest, int]:
+    return descriptor.media_type, descriptor.digest, descriptor.size
+
+
+def _document(data: bytes, root: Descriptor) -> Manifest | Index | None:
+    """The document that an entry leads to; ``None`` if it is another, or not valid."""
+    if len(data) != root.size or digest_of(data, root.digest) != root.digest:
+        return None
+    try:
+        return decode_document(data, root.media_type)
+    except ManifestError:
+        return None
+
+
+def _are_platforms(roots: Iterable[Descriptor]) -> bool:
+    """Whether each entry is for a platform of its own."""
+    platforms = [root.platform for root in roots]
+    return None not in platforms and len(set(platforms)) == len(platforms)
+
+
+def _parsed(tags: Iterable[str]) -> tuple[Reference, ...]:
+    names = []
+    for tag in tags:
+        try:
+            if not is_id(tag):
+                names.append(parse_reference(tag))
+        except InvalidReference:
+            pass
+    return tuple(dict.fromkeys(names))
+
+
+def _listed(texts: Iterable[str]) -> str:
+    some = list(itertools.islice(texts, _SHOWN + 1))
+    return ", ".join(some[:_SHOWN]) + ", …" * (len(some) > _SHOWN)
+
+
+# The choice.
+
+
+def digest_prefix(text: str) -> str:
+    """The beginning of a digest, as people write it: ``sha256:``, which may be left out, and any
+    number of hex digits.
+
+    Raises:
+        InvalidDigest: if it is none.
+    """
+    digits = text.removeprefix("sha256:")
+    if not 1 <= len(digits) <= 64 or set(digits) - set("0123456789abcdef"):
+        raise InvalidDigest(text)
+    return f"sha256:{digits}"
+
+
+async def select(
+    source: str,
+    listing: Listing,
+    *,
+    reference: Reference | None,
+    prefix: str | None,
+    everything: bool,
+    manifest_digest: Callable[[Candidate], Awaitable[Digest | None]],
+) -> list[tuple[Candidate, tuple[Reference, ...]]]:
+    """The images that are wanted, and the names that they get; none: one by its digest.
+
+    Args:
+        source: The name of the source, for messages.
+        listing: The images to choose from.
+        reference: The name of one image, in the source or in the store.
+        prefix: The beginning of a digest of one image.
+        everything: Whether images without names are wanted as well.
+        manifest_digest: The digest of the manifest that an image of a docker-archive gets.
+
+    Raises:
+        ArchiveError: if it is not clear which image is meant.
+    """
+    candidates = listing.candidates
+    if not candidates:
+        raise ArchiveError(f"{source} has no image")
+    pinned = None if reference is None or prefix is not None else reference.digest
+    if pinned is not None and (len(candidates) > 1 or _chosen(candidates, pinned)):
+        prefix = pinned
+    if prefix is not None:
+        meant = _chosen(candidates, prefix)
+        if not meant:
+            for each in (*candidates, *listing.artifacts):
+                if any(digest.startswith(prefix) for digest in each.contents.artifacts):
+                    raise ArchiveError(
+                        f"{source}: {prefix} is no image, but an artifact such as a signature: "
+                        f"choose an image: {'; '.join(map(str, candidates[:_SHOWN]))}"
+                    )
+            # A docker-archive does not have the digests of its images' manifests.
+            made = [(each, await manifest_digest(each)) for each in candidates if each.docker]
+            meant = [each for each, digest in made if digest and digest.startswith(prefix)]
+        if reference is not None and len(meant) > 1:
+            meant = [each for each in meant if reference in each.names] or meant
+        _check_one(source, listing, meant, str(reference) if pinned is not None else prefix)
+        if reference is None:
+            await trio.to_thread.run_sync(_check_names, source, meant)
+        return [(meant[0], (reference,) if reference is not None else tuple(meant[0].names))]
+    if reference is not None:
+        meant = list(candidates)
+        if len(meant) > 1:
+            meant = [each for each in candidates if reference in each.names]
+            meant = meant or [each for each in candidates if each.tag and each.tag == reference.tag]
+        _check_one(source, listing, meant, str(reference))
+        return [(meant[0], (reference,))]
+    nameless = [each for each in candidates if not each.names]
+    if nameless and not everything:
+        tag = f" with the tag {shown(nameless[0].tag)}, but" if nameless[0].tag else ""
+        more = f", and {len(nameless) - 1} more" if len(nameless) > 1 else ""
+        raise ArchiveError(
+            f"{source} has an image{tag} without a name{more}: name it (reference), choose one by "
+            f"its digest (digest), or import all, by their digests where they have no names (all): "
+            + "; ".join(map(str, nameless[:_SHOWN]))
+        )
+    await trio.to_thread.run_sync(_check_names, source, candidates)
+    return [(candidate, tuple(candidate.names)) for candidate in candidates]
+
+
+def _check_names(source: str, candidates: Iterable[Candidate]) -> None:
+    holders: dict[Reference, Candidate] = {}
+    for candidate in candidates:
+        for name in candidate.names:
+            other = holders.setdefault(name, candidate)
+            if other is not candidate:
+                raise ArchiveError(
+                    f"{source} has two images of one name: {name} is {other.identity} in "
+                    f"{other.source}, and {candidate.identity} in {candidate.source}: "
+                    "choose one by its digest (digest)"
+                )
+    if len(holders) > MAX_NAMES:
+        raise ArchiveError(f"{source} has more than {MAX_NAMES} names for images")
+
+
+def _chosen(candidates: Iterable[Candidate], prefix: str) -> list[Candidate]:
+    """Those that have a digest that begins so: of each the part that is meant."""
+    chosen: dict[object, Candidate] = {}
+    for candidate in candidates:
+        for digest in candidate.digests():
+            if digest.startswith(prefix):
+                part = candidate.part(digest)
+                key = tuple(root.digest for root in part.roots) or part.config
+                # The image itself, rather than the same in an index.
+                if key not in chosen or part.roots == candidate.roots:
+                    chosen[key] = part
+    return list(chosen.values())
+
+
+def _check_one(source: str, listing: Listing, meant: Sequence[Candidate], text: str) -> None:
+    if len(meant) == 1:
+        return
+    if meant:
+        raise ArchiveError(
+            f"{source} has {len(meant)} images that {text} may mean: choose one by its digest: "
+            + "; ".join(f"{each.identity} in {each.source}" for each in meant[:_SHOWN])
+        )
+    there = "; ".join(map(str, listing.candidates[:_SHOWN]))
+    count = len(listing.candidates)
+    what = "an image, and it is not" if count == 1 else f"{count} images, and none of them is"
+    raise ArchiveError(f"{source} has {what} {text}: choose one by its name or digest: {there}")
+
+
+async def decode(source: Source, call: Callable[[bytes, *Ts], T], data: bytes, *args: *Ts) -> T:
+    """Decode a document of a source, in a worker thread."""
+    try:
+        return await trio.to_thread.run_sync(call, data, *args)
+    except ArchiveError as error:
+        raise ArchiveError(f"{source.name}: {error}") from error

@@ -1,0 +1,190 @@
+"""Paths to write at, opened without following links that another user could have planted.
+
+A path is walked from descriptor to descriptor, one component at a time, so that nothing on the way
+can be exchanged between a look and its use. A link is followed only where nobody but root and the
+caller could have put it: both own the link and its directory, and no other user may write there.
+Beyond a directory of another user no link is followed at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ["open_directory", "open_empty_directory", "open_parent", "real_path"]
+
+_WAY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_START: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# As many as Linux follows for one path (path_resolution(7)).
+_MAX_LINKS: Final = 40
+
+
+def real_path(path: str | os.PathLike[str], *, make: int | None) -> str:
+    """The path of a directory without any link in it.
+
+    Args:
+        path: The directory.
+        make: A mode for the directory and those on the way to it, where they are missing.
+
+    Raises:
+        OSError: as for `open_directory`.
+    """
+    here = _walk(os.fspath(path), make)
+    try:
+        return os.readlink(f"/proc/self/fd/{here}")
+    finally:
+        os.close(here)
+
+
+def open_directory(path: str | os.PathLike[str]) -> int:
+    """Open a directory for reading.
+
+    Raises:
+        OSError: as open(2) does; ``ELOOP`` for a link of another user.
+    """
+    here = _walk(os.fspath(path), None)
+    try:
+        return os.open(".", _DIRECTORY, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def open_parent(path: str | os.PathLike[str]) -> tuple[int, str]:
+    """Open the directory that a name is in; the descriptor (``O_PATH``), and the name.
+
+    Raises:
+        OSError: as for `open_directory`, and ``EISDIR`` for a path that ends in no name.
+    """
+    parent, slash, name = os.fspath(path).rstrip("/").rpartition("/")
+    if name in ("", ".", ".."):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return _walk(parent + slash, None), name
+
+
+def open_empty_directory(
+    stack: contextlib.ExitStack, path: str | os.PathLike[str], *, mode: int
+) -> tuple[int, Callable[[], None] | None]:
+    """Open a directory to fill; made with ``mode`` if it is not there.
+
+    Returns:
+        The descriptor, open while ``stack`` is, and a function that removes the directory again;
+        ``None`` if it was there before.
+
+    Raises:
+        OSError: as for `open_directory`; ``ENOTEMPTY`` for one that has something in it.
+    """
+    remove = None
+    with contextlib.suppress(IsADirectoryError):  # a path such as "." is that of one
+        parent, name = open_parent(path)
+        stack.callback(os.close, parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, mode, dir_fd=parent)
+            remove = functools.partial(os.rmdir, name, dir_fd=parent)
+    try:
+        root = open_directory(path) if remove is None else os.open(name, _DIRECTORY, dir_fd=parent)
+        stack.callback(os.close, root)
+        if os.listdir(root):
+            raise OSError(
+                errno.ENOTEMPTY, "it is not empty: name a directory that is, or a new one"
+            )
+    except OSError:
+        if remove is not None:
+            with contextlib.suppress(OSError):
+                remove()
+        raise
+    return root, remove
+
+
+def _walk(path: str, make: int | None) -> int:
+    """A descriptor (``O_PATH``) of the directory at ``path``; an empty one is the current one."""
+    here = os.open("/" if path.startswith("/") else ".", _START)
+    links = 0
+    ours = True
+    todo = path.split("/")[::-1]
+    try:
+        while todo:
+            name = todo.pop()
+            if name in ("", "."):
+                continue
+            there = _step(here, name, make)
+            found = os.fstat(there)
+            if stat.S_ISDIR(found.st_mode):
+                os.close(here)
+                here = there
+                ours = ours and found.st_uid in _trusted()
+                continue
+            try:
+                if not stat.S_ISLNK(found.st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                links += 1
+                if links > _MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                if not _may_follow(os.fstat(here), found, ours):
+                    raise OSError(
+                        errno.ELOOP,
+                        f"{name!r} on the way is a link that another user may have planted: "
+                        "name the place that it leads to",
+                    )
+                if _is_magic(found):
+                    new = os.open(name, _START, dir_fd=here)
+                    os.close(here)
+                    here = new
+                    continue
+                target = os.readlink("", dir_fd=there)
+            finally:
+                os.close(there)
+            todo.extend(reversed(target.split("/")))
+            if target.startswith("/"):
+                new = os.open("/", _START)
+                os.close(here)
+                here = new
+    except BaseException:
+        os.close(here)
+        raise
+    return here
+
+
+def _step(here: int, name: str, make: int | None) -> int:
+    try:
+        return os.open(name, _WAY, dir_fd=here)
+    except FileNotFoundError:
+        if make is None or name == "..":
+            raise
+    try:
+        os.mkdir(name, make, dir_fd=here)
+    except FileExistsError:
+        pass  # somebody else made it
+    return os.open(name, _WAY, dir_fd=here)
+
+
+def _trusted() -> tuple[int, int]:
+    return 0, os.geteuid()
+
+
+def _may_follow(directory: os.stat_result, link: os.stat_result, ours: bool) -> bool:
+    root = os.stat("/")
+    if (directory.st_dev, directory.st_ino) == (root.st_dev, root.st_ino):
+        # In a user namespace that has no root of the machine, its links have no known owner.
+        return True
+    if not ours or directory.st_uid not in _trusted() or link.st_uid not in _trusted():
+        return False
+    mode = directory.st_mode
+    if mode & stat.S_ISVTX:
+        return True  # others can neither rename nor replace a link that is not theirs
+    shared = mode & stat.S_IWGRP and directory.st_gid not in (0, os.getegid())
+    return not (shared or mode & stat.S_IWOTH)
+
+
+def _is_magic(link: os.stat_result) -> bool:
+    """Whether a link is one of /proc, which leads to an open file, whatever it is called."""
+    try:
+        return link.st_dev == os.lstat("/proc/self").st_dev
+    except OSError:
+        return False
