@@ -36,8 +36,8 @@ LEVELS: dict[str, int] = {
     "_acl": 0,
     "_entries": 0,
     "_choice": 0,
-    "_arguments": 0,
     "_paths": 0,
+    "_arguments": 0,
     # The base: what the rooms agree on.
     "abc": 1,
     "_progress": 1,

@@ -52,6 +52,8 @@ INTERVAL: Final = 0.1
 PATIENCE: Final = 1.0
 """Seconds that the stream has to take the last state, once the block has failed."""
 BACKLOG: Final = 256
+_MOST_ROWS: Final = 1000
+"""Rows of the last picture of bars, which takes about a second to draw."""
 
 
 @opens_block
@@ -295,16 +297,25 @@ class _Bars:
                 row.event = event
         if not self._live.is_started:
             self._live.start()
-        rows = list(self._rows.values())
-        if len(rows) >= self._console.height:
-            # What does not fit is cut off at the bottom; better that what is done goes first.
-            rows = [row for row in rows if not row.finished]
-        self._live.update(_table(rows, now), refresh=True)
+        # A row costs rich a millisecond, whether it fits on the terminal or not.
+        self._live.update(self._picture(now, self._console.height), refresh=True)
 
     def close(self) -> None:
         if self._live.is_started:
-            self._live.update(_table(self._rows.values(), time.monotonic()))
+            self._live.update(self._picture(time.monotonic(), _MOST_ROWS))
             self._live.stop()
+
+    def _picture(self, now: float, room: int) -> Table:
+        """As many rows as there is room for; what is done goes first."""
+        rows = list(self._rows.values())
+        if len(rows) < room:
+            return _table(rows, now)
+        shown = [row for row in rows if not row.finished][: max(1, room - 2)]
+        table = _table(shown, now)
+        if len(shown) < len(rows):
+            done = sum(row.finished for row in rows)
+            table.add_row("…", f"{done} of {len(rows)} complete")
+        return table
 
 
 def _table(rows: Iterable[_Row], now: float) -> Table:

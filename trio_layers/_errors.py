@@ -243,7 +243,8 @@ class ManagerClosed(LayersError):
 
 
 class ClientClosed(LayersError):
-    """The block of the registry client was left, during the call or before it."""
+    """The block of the registry client was left, during the call or before it; or the httpx client
+    that it was given is closed."""
 
 
 class DisplayClosed(LayersError):

@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 import attrs
 
 from ._as_go import decode_base64, without_surrogates
-from ._digest import DiffID, Digest, parse_verifiable
+from ._digest import DiffID, Digest, digest_of, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
 from ._json import AmbiguousJSON, check_names, fold_names, parse_json
 from ._platform import DEFAULT_OS, Platform, host_platform
@@ -77,6 +77,7 @@ _LAYER_PREFIXES: Final = (
     "application/vnd.oci.image.layer.",
     "application/vnd.docker.image.rootfs.",
 )
+_KNOWN_TYPES: Final = _LAYER_TYPES | _CONFIG_TYPES | {*MANIFEST_TYPES, *INDEX_TYPES}
 _IN_TOTO: Final = "application/vnd.in-toto"
 
 # What says of a document what it is, and where its parts are.
@@ -126,6 +127,8 @@ class Descriptor:
         annotations: What the publisher says of it.
         platform: In an index, what the manifest is for; ``None`` if it does not say.
         artifact_type: In a list of referrers, what they are; ``None`` if it does not say.
+        data: The content itself, where the descriptor has it (OCI ``descriptor.md``, "data") and
+            it is that of digest and size; ``None`` otherwise.
     """
 
     media_type: str
@@ -135,6 +138,7 @@ class Descriptor:
     annotations: Mapping[str, str] = attrs.field(factory=dict, hash=False)
     platform: Platform | None = None
     artifact_type: str | None = None
+    data: bytes | None = attrs.field(default=None, repr=False, eq=False)
 
     @property
     def is_foreign(self) -> bool:
@@ -235,7 +239,7 @@ def decode_manifest(
 
     Args:
         data: The document as it was served.
-        media_type: What it was served as, without parameters: this decides what it is.
+        media_type: What it was served as: this decides what it is.
         null_is_empty: Whether ``layers`` and ``manifests`` may be missing or null and count as
             empty then, as in Go's decoders. The specification requires arrays.
 
@@ -243,6 +247,7 @@ def decode_manifest(
         ManifestError: if it is of another type, larger than `MAX_DOCUMENT_SIZE`, not valid, or
             says of itself that it is something else.
     """
+    media_type = _plain_type(media_type)
     if media_type.startswith(_SCHEMA_1):
         raise ManifestError(
             "the image is in Docker's schema 1 format, which is no longer supported: "
@@ -259,8 +264,9 @@ def decode_manifest(
     if type(version) is not int or version != 2:
         _refuse(f"{kind}: schemaVersion is {_show(version)}, not 2")
     claimed = document.get("mediaType")
+    same = isinstance(claimed, str) and _plain_type(claimed) == media_type
     # Go's readers take an empty one for none.
-    if claimed not in (None, "", media_type):
+    if claimed not in (None, "") and not same:
         _refuse(f"{kind}: served as {media_type}, but its mediaType is {_show(claimed)}")
     foreign = ("manifests", "fsLayers") if kind == "manifest" else ("layers", "config", "fsLayers")
     for member in foreign:
@@ -389,16 +395,19 @@ def _descriptor(value: object, where: str) -> Descriptor:
     # Go's readers keep it in an int64. A bool is an int to Python, but not to JSON.
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
         _refuse(f"{where}.size is {_show(size)}, not a number of bytes")
-    _check_base64(members.get("data"), f"{where}.data")
+    digest = _digest(members.get("digest"), f"{where}.digest")
+    data = _data(members.get("data"), f"{where}.data", digest, size)
     platform = members.get("platform")
+    plain_type = _plain_type(media_type)
     return Descriptor(
-        media_type,
-        _digest(members.get("digest"), f"{where}.digest"),
+        plain_type if plain_type in _KNOWN_TYPES else media_type,
+        digest,
         size,
         _texts(members.get("urls"), f"{where}.urls"),
         _text_map(members.get("annotations"), f"{where}.annotations"),
         None if platform is None else _platform(platform, f"{where}.platform"),
         _text(members.get("artifactType"), f"{where}.artifactType") or None,
+        data,
     )
 
 
@@ -517,12 +526,14 @@ def _check_flag(value: object, where: str) -> None:
         _refuse(f"{where} is {_show(value)}, neither true nor false")
 
 
-def _check_base64(value: object, where: str) -> None:
-    text = _text(value, where)
+def _data(value: object, where: str, digest: Digest, size: int) -> bytes | None:
+    """The content in a descriptor, if it is the content that the descriptor names. Other readers
+    ignore it, so a wrong one does not make the document wrong."""
     try:
-        decode_base64(text)
+        data = decode_base64(_text(value, where))
     except ValueError:
         _refuse(f"{where} is not base64")
+    return data if data and len(data) == size and digest_of(data, digest) == digest else None
 
 
 def _check_names(
@@ -552,6 +563,11 @@ def _digest(value: object, where: str) -> Digest:
         return parse_verifiable(_text(value, where))
     except InvalidDigest as error:
         raise ManifestError(f"{where}: {error}") from error
+
+
+def _plain_type(media_type: str) -> str:
+    """A media type without its parameters, in lower case (RFC 9110, 8.3.1)."""
+    return media_type.partition(";")[0].strip().lower()
 
 
 def _show(value: object) -> str:

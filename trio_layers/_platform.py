@@ -148,21 +148,22 @@ def order(requested: Platform, platforms: Sequence[Platform | None]) -> list[int
     """The indices of all platforms that ``requested`` can run, the best first.
 
     The exact one comes first, then lesser variants and what the processor runs as well (``386``
-    on ``amd64``, ``arm`` on ``arm64``); among equals the first listed wins. ``None`` stands for
-    an image that does not say: it may be anything, and comes last.
+    on ``amd64``, ``arm`` on ``arm64``); among equals the one that uses most of the features asked
+    for wins, then the first listed. ``None`` stands for an image that does not say: it may be
+    anything, and comes last.
     """
     wanted = [platform.normalized() for platform in _compatible(requested.normalized())]
-    ranked: list[tuple[int, int]] = []
+    ranked: list[tuple[int, int, int]] = []
     for index, platform in enumerate(platforms):
         if platform is None:
-            ranked.append((len(wanted), index))
+            ranked.append((len(wanted), 0, index))
             continue
         offered = platform.normalized()
         for rank, candidate in enumerate(wanted):
             if _matches(candidate, offered):
-                ranked.append((rank, index))
+                ranked.append((rank, -len(offered.os_features), index))
                 break
-    return [index for _, index in sorted(ranked)]
+    return [index for _, _, index in sorted(ranked)]
 
 
 def _compatible(platform: Platform) -> Iterator[Platform]:
@@ -248,7 +249,9 @@ def _normalize_architecture(architecture: str, variant: str = "") -> tuple[str, 
         case "x86_64" | "x86-64" | "amd64":
             return "amd64", "" if variant == "v1" else variant
         case "aarch64" | "arm64":
-            return "arm64", "" if variant in ("8", "v8") else variant
+            if variant in ("8", "v8", "8.0", "v8.0"):
+                return "arm64", ""
+            return "arm64", "v9" if variant in ("9", "9.0", "v9.0") else variant
         case "armhf":
             return "arm", "v7"
         case "armel":

@@ -300,8 +300,8 @@ class Puller:
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
             StoreError: if the image is not in the store, and never to be pulled.
-            ValueError: for another policy.
             ManagerClosed: if the puller's block was left, before or meanwhile.
+            ValueError: for another policy.
         """
         check_choice("policy", policy, get_args(PullPolicy))
         check_sink(progress)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ._digest import Digest
-from ._errors import LayersError
+from ._errors import LayersError, WorkerError
 from ._manifest import Descriptor
 from ._store.build import Arrival, follow
 from ._store.growth import Abandoned, Growth, StartedOver, State
@@ -32,7 +32,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from queue import SimpleQueue
 
-__all__ = ["ANSWER", "FRAME", "GROWTH", "JOB", "POSITION", "STATE", "Job", "frame"]
+__all__ = ["ANSWER", "BEAT", "BEATS", "FRAME", "GROWTH", "JOB", "STATE", "Beat", "Job", "frame"]
 
 FRAME: Final = struct.Struct("=BI")
 """What comes before each message: its kind, and how many bytes it has."""
@@ -40,15 +40,32 @@ FRAME: Final = struct.Struct("=BI")
 # To the worker: a job's fields in a pickle, the state of a job's growth.
 JOB: Final = 0
 GROWTH: Final = 1
-# From the worker: how far it has read; the pickled result of a job, or what was raised, and when
-# it is ready, its version.
-POSITION: Final = 2
+# From the worker: how far it is, as long as it has a job; the pickled result of a job, or what was
+# raised, and when it is ready, its version.
+BEAT: Final = 2
 ANSWER: Final = 3
 
 STATE: Final = struct.Struct("=QQ??")
 
-# Seconds between two positions.
-_REPORT: Final = 0.05
+BEATS: Final = struct.Struct("=QQ?")
+
+# Seconds between two beats, and how many may say the same before one is left out.
+_BEAT: Final = 0.05
+_SILENT: Final = 20
+
+
+class Beat(NamedTuple):
+    """How far a worker is with its job.
+
+    Attributes:
+        position: How many bytes of the blob it has read.
+        checks: How often it has asked whether to go on, which it does at each chunk and entry.
+        waiting: Whether it waits for bytes that have not arrived.
+    """
+
+    position: int
+    checks: int
+    waiting: bool
 
 
 class Job(NamedTuple):
@@ -88,11 +105,14 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)
     jobs: SimpleQueue[tuple[Job, Growth]] = queue.SimpleQueue()
+    heart = _Heart(answers)
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    threading.Thread(target=heart.run, daemon=True).start()
     _send(answers, frame(ANSWER, pickle.dumps(__version__)))
     while True:
         job, growth = jobs.get()
-        _send(answers, frame(ANSWER, pickle.dumps(_answer(job, growth, answers))))
+        heart.begin(growth)
+        heart.end(_pickled(_answer(job, growth, heart)))
 
 
 def _listen(jobs: SimpleQueue[tuple[Job, Growth]]) -> None:
@@ -116,7 +136,15 @@ def _listen(jobs: SimpleQueue[tuple[Job, Growth]]) -> None:
         os._exit(1)
 
 
-def _answer(job: Job, growth: Growth, answers: int) -> object:
+def _pickled(answer: object) -> bytes:
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:  # of an exception's own fields
+        text = f"its answer cannot be sent ({type(error).__name__}: {error}): {answer!r}"
+        return pickle.dumps(WorkerError(text))
+
+
+def _answer(job: Job, growth: Growth, heart: _Heart) -> object:
     """What becomes of a job, an exception included."""
     try:
         return follow(
@@ -126,7 +154,7 @@ def _answer(job: Job, growth: Growth, answers: int) -> object:
                 growth,
                 Descriptor(job.media_type, Digest(job.digest), job.size),
                 Path(os.fsdecode(job.target)),
-                _Reporter(answers),
+                heart.see,
             ),
         )
     except Exception as error:
@@ -139,18 +167,45 @@ def _answer(job: Job, growth: Growth, answers: int) -> object:
         return error
 
 
-class _Reporter:
-    """Sends positions, but not all of them."""
+class _Heart:
+    """Sends beats while there is a job, so that a worker that is stopped can be told from one
+    that waits for bytes."""
 
     def __init__(self, answers: int) -> None:
         self._answers = answers
-        self._next = 0.0
+        # Nothing of a job is sent behind its answer.
+        self._sending = threading.Lock()
+        self._busy = threading.Event()
+        self._growth = Growth()
+        self._position = 0
 
-    def __call__(self, position: int) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _REPORT
-            _send(self._answers, frame(POSITION, position.to_bytes(8, sys.byteorder)))
+    def see(self, position: int) -> None:
+        """So many bytes were read; in any thread."""
+        self._position = position
+
+    def begin(self, growth: Growth) -> None:
+        self._position, self._growth = 0, growth
+        self._busy.set()
+
+    def end(self, answer: bytes) -> None:
+        with self._sending:
+            self._busy.clear()
+            _send(self._answers, frame(ANSWER, answer))
+
+    def run(self) -> None:
+        last, silent = None, 0
+        while True:
+            self._busy.wait()
+            time.sleep(_BEAT)
+            with self._sending:
+                if not self._busy.is_set():
+                    continue
+                beat = Beat(self._position, self._growth.checks, self._growth.is_waiting())
+                if beat == last and silent < _SILENT:
+                    silent += 1
+                    continue
+                last, silent = beat, 0
+                _send(self._answers, frame(BEAT, BEATS.pack(*beat)))
 
 
 def _send(answers: int, data: bytes) -> None:

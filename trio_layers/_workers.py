@@ -7,9 +7,12 @@ and from the other layers: with two cores that doubles the time of a pull of man
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -20,15 +23,17 @@ from typing import Final, cast, final
 import attrs
 import trio
 
-from ._errors import WorkerError
+from ._errors import StoreClosed, WorkerError
+from ._lifetime import Lifetime
 from ._nursery import open_hidden_nursery
 from ._store.build import Arrival
-from ._store.growth import State
-from ._store.trees import Threads, Unpacked
+from ._store.growth import Abandoned, Recalled, State, WorkerLost
+from ._store.lending import Lending, Loan, follow_in_thread
+from ._store.trees import Unpacked
 from ._unpack.limits import Limits
 from ._unpack.unpacker import Unpacker
 from ._version import __version__
-from ._worker import ANSWER, FRAME, GROWTH, JOB, STATE, Job, frame
+from ._worker import ANSWER, BEAT, BEATS, FRAME, GROWTH, JOB, STATE, Beat, Job, frame
 
 __all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
@@ -48,6 +53,46 @@ _START: Final = 30
 # or of a block that expands to gigabytes, is killed.
 _GRACE: Final = 0.05
 
+# The same where the worker is only wanted elsewhere, which is no matter of a cancellation.
+_PUT_DOWN: Final = 1.0
+
+# Seconds without a beat, and how many times in a row, after which a worker counts as stopped. More
+# than once, since this process may have been stopped itself: then the beats are there.
+_SILENCE: Final = 5.0
+_SILENCES: Final = 2
+
+# Seconds in which a worker that beats, and does not wait for bytes, must get one chunk or entry
+# further. A disk that is overwhelmed may hold up a single write for long.
+_HUNG: Final = 30.0
+
+# Seconds to wait for the end of a process that was killed. One that hangs in the kernel ends when
+# the kernel lets it.
+_REAP: Final = 1.0
+
+# Seconds until the next try to start a worker, after the first that failed, and at most.
+_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 60.0
+
+# What another try does not change.
+_PERMANENT: Final = frozenset(
+    {
+        errno.EACCES,
+        errno.ELIBBAD,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOEXEC,
+        errno.ENOSYS,
+        errno.ENOTDIR,
+        errno.EPERM,
+    }
+)
+
+# Of what a worker loads: what does not come with Python.
+_LIBRARIES: Final = ("attr", "isal", "backports.zstd")
+
+_PACKAGE: Final = os.path.abspath(Path(__file__).parent)
+
 # The package without its __init__, which loads all that the package can do.
 _PROGRAM: Final = """
 import sys, types
@@ -62,51 +107,92 @@ _worker.main()
 @asynccontextmanager
 async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
     """Workers for the block. They are started when there will be something to do for them, and
-    stay until the block ends."""
+    stay until the block ends.
+
+    Leaving the block ends each `Workers.follow` under way, in whichever task, with `StoreClosed`.
+    """
+    lifetime = Lifetime(lambda: StoreClosed("the store is closed: open it again to unpack layers"))
     idle: list[Worker] = []
     try:
         async with open_hidden_nursery() as nursery:
+            workers = Workers(limits, nursery, idle, lifetime, _command())
             try:
-                yield Workers(limits, nursery, idle)
+                yield workers
             finally:
+                await lifetime.close()
                 nursery.cancel_scope.cancel()
     finally:
-        with trio.CancelScope(shield=True):
-            for worker in idle:
-                await worker.kill()
+        await kill_all(idle)
 
 
 @final
 class Workers:
     """A `~trio_layers._store.trees.Builder` in processes, of which there are never more than
-    tokens. Where none can be started, threads do it."""
+    tokens. Where none can be started, threads do it, and a worker is tried again later."""
 
-    def __init__(self, limits: Limits, nursery: trio.Nursery, idle: list[Worker]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        nursery: trio.Nursery,
+        idle: list[Worker],
+        lifetime: Lifetime,
+        command: list[str],
+    ) -> None:
         number = min(max(_FEWEST, len(os.sched_getaffinity(0))), _MOST)
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
+        self._lending = Lending(self.limiter)
+        self._threads = trio.CapacityLimiter(math.inf)
         self._limits = limits
         self._nursery = nursery
+        self._lifetime = lifetime
+        self._command = command
         self._idle = idle
         self._number = 0
         self._changed = trio.Event()
         # Python may be part of another program, which is not to be started again.
         self._possible = bool(sys.executable) and not getattr(sys, "frozen", False)
+        self._pause = _PAUSE
+        self._try_at = -math.inf
+
+    def __repr__(self) -> str:
+        return (
+            f"<Workers: {self._number} processes, {len(self._idle)} idle, {self.waiting} waiting>"
+        )
+
+    @property
+    def waiting(self) -> int:
+        return self._lending.waiting
 
     def prepare(self) -> None:
         """There will be something to do soon: start one more worker, if that makes sense."""
-        if self._possible and not self._idle and self._number < self.limiter.total_tokens:
+        if not self._idle and self._number < self.limiter.total_tokens and self._may_start():
             self._start_one()
 
     async def follow(self, arrival: Arrival) -> Unpacked:
-        """See `~trio_layers._store.trees.Builder`."""
-        async with self.limiter:
+        """See `~trio_layers._store.trees.Builder`.
+
+        Raises:
+            StoreClosed: if the block of the workers was left, during the call or before it.
+        """
+        async with self._lifetime.use(), self._lending.lend(arrival) as loan:
             worker = await self._take()
             if worker is not None:
-                return await self._work(worker, arrival)
-        return await Threads(Unpacker(self._limits).unpack, self.limiter).follow(arrival)
+                return await self._work(worker, loan)
+            if arrival.past.lost:
+                # The layer may be what ended it, and must not end the program.
+                error = WorkerError(
+                    "the process that unpacked it was lost, and no other can be started: try again"
+                )
+                error.layer = arrival.blob.digest
+                raise error
+            unpack = Unpacker(self._limits).unpack
+            return await follow_in_thread(unpack, loan, self._threads)
+
+    def _may_start(self) -> bool:
+        return self._possible and self._lifetime.is_open and trio.current_time() >= self._try_at
 
     async def _take(self) -> Worker | None:
-        """A worker that is idle; ``None`` if there can be none."""
+        """A worker that is idle; ``None`` if there can be none now."""
         while True:
             while self._idle:
                 worker = self._idle.pop()
@@ -114,11 +200,10 @@ class Workers:
                     return worker
                 # Killed, perhaps for want of memory, while it had nothing to do.
                 self._number -= 1
-                with trio.CancelScope(shield=True):
-                    await worker.kill()
-            if not self._possible:
-                return None
+                await worker.kill()
             if self._number < self.limiter.borrowed_tokens:
+                if not self._may_start():
+                    return None
                 self._start_one()
             await self._changed.wait()
 
@@ -128,24 +213,59 @@ class Workers:
 
     async def _start(self) -> None:
         try:
-            self._idle.append(await start_worker())
+            self._idle.append(await start_worker(self._command))
+            self._pause = _PAUSE
         except Exception as error:  # whatever it is, there is another way
+            self._number -= 1
             # The program may have given up the right to run it, or to read the library.
-            if self._possible:
+            again = not (isinstance(error, OSError) and error.errno in _PERMANENT)
+            if self._possible and self._pause == _PAUSE:
                 logger.warning(
-                    "cannot start %s, so threads unpack layers, which is slower: %s",
-                    sys.executable,
+                    "cannot start %s, so threads unpack layers, which is slower: %s%s",
+                    self._command[0],
                     error,
+                    "; a process is tried again later" if again else "",
                 )
-            self._possible = False
+            self._possible = self._possible and again
+            self._try_at = trio.current_time() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._wake()
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _work(self, worker: Worker, arrival: Arrival) -> Unpacked:
-        growth, blob, report = arrival.growth, arrival.blob, arrival.report
+    async def _work(self, worker: Worker, loan: Loan) -> Unpacked:
+        arrival = loan.arrival
+        growth, blob = arrival.growth, arrival.blob
+        try:
+            answer = await self._answer(worker, loan)
+        except WorkerError as error:
+            arrival.past.lost += 1
+            if arrival.past.lost == 1:
+                logger.warning("layer %s: %s; another process starts over", blob.digest, error)
+                raise WorkerLost from error
+            error.layer = blob.digest
+            raise
+        finally:
+            growth.listen(None)
+            loan.started(None)
+            if worker.busy:
+                self._number -= 1
+                await worker.kill()
+            else:
+                self._idle.append(worker)
+            self._wake()
+        if isinstance(answer, Abandoned) and loan.recalled and not growth.state.abandoned:
+            raise Recalled
+        if isinstance(answer, BaseException):
+            raise answer
+        return cast(Unpacked, answer)
+
+    async def _answer(self, worker: Worker, loan: Loan) -> object:
+        """What becomes of the job; `Abandoned` if the worker had to put it down."""
+        arrival = loan.arrival
+        growth, blob = arrival.growth, arrival.blob
         job = Job(
             path=os.fsencode(arrival.path),
             media_type=blob.media_type,
@@ -157,43 +277,78 @@ class Workers:
         )
         worker.send(JOB, pickle.dumps(tuple(job)))
         growth.listen(worker.tell)
-        try:
+        loan.is_waiting = lambda: worker.beat.waiting
+        with trio.CancelScope() as recalled:
+            loan.started(recalled.cancel)
             try:
-                answer = await worker.receive(report)
+                return await worker.receive(loan.see)
             except trio.Cancelled:
-                growth.abandon()
-                with trio.move_on_after(_GRACE, shield=True), suppress(WorkerError):
-                    await worker.receive(report)
+                if not loan.recalled:
+                    _abandon(worker, arrival)
+                    with trio.move_on_after(_GRACE, shield=True), suppress(WorkerError):
+                        await worker.receive(loan.see)
                 raise
-            except WorkerError as error:
-                error.layer = blob.digest
-                raise
-        finally:
-            growth.listen(None)
-            if worker.busy:
-                self._number -= 1
-                with trio.CancelScope(shield=True):
-                    await worker.kill()
-            else:
-                self._idle.append(worker)
-                self._wake()
-        if isinstance(answer, BaseException):
-            raise answer
-        return cast(Unpacked, answer)
+        _abandon(worker, arrival)
+        with trio.move_on_after(_PUT_DOWN):
+            return await worker.receive(loan.see)
+        return Abandoned()
 
 
-async def start_worker() -> Worker:
+def _abandon(worker: Worker, arrival: Arrival) -> None:
+    """Tell the worker, and only it, to put its work down."""
+    arrival.growth.listen(None)
+    worker.tell(arrival.growth.state._replace(abandoned=True))
+
+
+def _command() -> list[str]:
+    """The command of a worker, which is the same wherever this process goes later."""
+    flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    executable = os.path.abspath(sys.executable) if sys.executable else ""
+    return [executable, *flags, "-c", _PROGRAM, _PACKAGE, *_search_path()]
+
+
+def _search_path() -> list[str]:
+    """Where a worker finds its modules: as this process does, but never in a working directory.
+
+    An empty entry stands for the directory in which a process happens to be, and what is there
+    may be anybody's. The libraries that were found there are searched there again, after all
+    others, so nothing else in it can stand for a module of Python's own.
+    """
+    path: dict[str, None] = {}
+    for entry in sys.path:
+        if entry:
+            path[_absolute(os.fsdecode(entry))] = None
+    for name in _LIBRARIES:
+        origin = getattr(sys.modules.get(name), "__file__", None)
+        if origin:
+            path[str(Path(os.path.abspath(origin)).parents[name.count(".") + 1])] = None
+    return list(path)
+
+
+def _absolute(entry: str) -> str:
+    """An entry of ``sys.path`` as it was meant when Python first used it."""
+    found = getattr(sys.path_importer_cache.get(entry), "path", None)
+    return found if isinstance(found, str) and os.path.isabs(found) else os.path.abspath(entry)
+
+
+async def kill_all(workers: list[Worker]) -> None:
+    """End processes, all at once, and wait for that, within bounds."""
+    with trio.CancelScope(shield=True):
+        async with trio.open_nursery() as nursery:
+            for worker in workers:
+                nursery.start_soon(worker.kill)
+
+
+async def start_worker(command: list[str] | None = None) -> Worker:
     """A process of its own session, which no key on the terminal interrupts; it is ready.
 
     Raises:
         OSError, WorkerError: if there can be none.
     """
-    flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
-    paths = [os.fspath(Path(__file__).parent), *map(str, sys.path)]
     theirs, ours = os.pipe()
     try:
         process = await trio.lowlevel.open_process(
-            [sys.executable, *flags, "-c", _PROGRAM, *paths],
+            command or _command(),
             stdin=theirs,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -208,14 +363,13 @@ async def start_worker() -> Worker:
     worker = Worker(process, ours)
     try:
         with trio.move_on_after(_START):
-            version = await worker.receive(lambda _: None)
+            version = await worker.receive(lambda _: None, silences=math.inf)
             if version == __version__:
                 return worker
             raise WorkerError(f"its library is {version}, and that of the program {__version__}")
         raise WorkerError(f"it did not answer in {_START} seconds")
     except BaseException:
-        with trio.CancelScope(shield=True):
-            await worker.kill()
+        await worker.kill()
         raise
 
 
@@ -225,10 +379,12 @@ class Worker:
 
     Attributes:
         busy: Whether it has not answered yet: that it is there, or to a job.
+        beat: How far it was when it was last heard of.
     """
 
     def __init__(self, process: trio.Process, messages: int) -> None:
         self.busy = True
+        self.beat = Beat(0, 0, waiting=False)
         self._process = process
         assert process.stdout is not None
         self._answers = process.stdout
@@ -247,6 +403,7 @@ class Worker:
         """Send a message, without waiting: the pipe has room for thousands."""
         if kind == JOB:
             self.busy = True
+            self.beat = Beat(0, 0, waiting=False)
         message = frame(kind, payload)
         try:
             if os.write(self._messages, message) < len(message):
@@ -258,26 +415,62 @@ class Worker:
             # It has died; `receive` says so.
             pass
 
-    async def receive(self, report: Callable[[int], object]) -> object:
+    async def receive(
+        self, report: Callable[[int], object], *, silences: float = _SILENCES
+    ) -> object:
         """The answer: what becomes of the job.
 
+        Args:
+            report: Told how many bytes of the blob were read.
+            silences: How many times `_SILENCE` seconds may pass without a word.
+
         Raises:
-            WorkerError: if it dies instead.
+            WorkerError: if it dies instead, runs out of memory, or does nothing more.
         """
+        heard_at = moved_at = trio.current_time()
+        silent = 0
         while True:
-            kind, payload = await self._next()
+            message: tuple[int, bytes] | None = None
+            with trio.move_on_after(_SILENCE):
+                message = await self._next()
+            now = trio.current_time()
+            if message is None:
+                silent += 1
+                if silent >= silences:
+                    raise WorkerError(
+                        f"the process that unpacks has not answered for {now - heard_at:.0f} "
+                        "seconds: it was stopped, or the machine is overloaded; pull again"
+                    )
+                continue
+            silent, heard_at = 0, now
+            kind, payload = message
             if kind == ANSWER:
+                answer = _loaded(payload)
                 self.busy = False
-                # Of a program of ours, which does what we would do in its place.
-                return pickle.loads(payload)
-            report(int.from_bytes(payload, sys.byteorder))
+                return answer
+            if kind != BEAT or len(payload) != BEATS.size:
+                raise WorkerError("the process that unpacks sent an unknown message: pull again")
+            beat = Beat(*BEATS.unpack(payload))
+            if beat.waiting or beat[:2] != self.beat[:2]:
+                moved_at = now
+            elif now - moved_at > _HUNG:
+                raise WorkerError(
+                    f"the process that unpacks hangs in the kernel, for {now - moved_at:.0f} "
+                    "seconds: look at the disk and its file system, and pull again"
+                )
+            self.beat = beat
+            report(beat.position)
 
     async def kill(self) -> None:
-        """End the process, and wait for that. Not to be cancelled."""
+        """End the process, and wait for that, but not for ever. Not to be cancelled."""
         self._process.kill()
-        await self._process.wait()
-        os.close(self._messages)
-        await self._answers.aclose()
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(_REAP):
+                await self._process.wait()
+            if self._process.returncode is None:
+                logger.warning("process %d was killed, and hangs in the kernel", self._process.pid)
+            os.close(self._messages)
+            await self._answers.aclose()
 
     async def _next(self) -> tuple[int, bytes]:
         received = self._received
@@ -295,7 +488,27 @@ class Worker:
             received += data
 
 
+def _loaded(payload: bytes) -> object:
+    try:
+        # Of a program of ours, which does what we would do in its place.
+        answer: object = pickle.loads(payload)
+    except Exception as error:  # whatever it was, it is no answer
+        raise WorkerError(
+            f"the process that unpacks sent an answer that cannot be read ({error}): pull again"
+        ) from error
+    if isinstance(answer, MemoryError):
+        raise WorkerError("the process that unpacks ran out of memory: free some and pull again")
+    if isinstance(answer, WorkerError):
+        raise answer
+    return answer
+
+
 def _epitaph(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return (
+            "the process that unpacks was killed by signal 9, as the kernel does it when memory "
+            "is short: free some and try again"
+        )
     if status < 0:
         return f"the process that unpacks was killed by signal {-status}: try again"
     return f"the process that unpacks ended with status {status}: try again"

@@ -776,7 +776,7 @@ async def test_names_are_put_at_once(
             assert len(written) == 1
             counts.append(sum(not each.startswith("--") for each in statements))
         store._catalog._connection.set_trace_callback(None)
-        assert counts[1] - counts[0] < 100 * 6
+        assert counts[1] - counts[0] <= 100 * 3
         assert len(await store.images()) == 201
         assert not (await store.check()).problems
 

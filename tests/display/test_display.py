@@ -276,6 +276,37 @@ async def test_bars_end_with_all_layers_in_place(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+async def test_bars_of_many_layers_draw_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work and output are those of a terminal's height, not of the number of layers."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "10")
+    monkeypatch.setattr(_display, "_MOST_ROWS", 20)
+    drawn = []
+    real = _display._table
+
+    def table(rows: list, now: float) -> object:
+        drawn.append(len(rows))
+        return real(rows, now)
+
+    monkeypatch.setattr(_display, "_table", table)
+    layers = [f"layer{number:04}" for number in range(3000)]
+    with open_terminal() as terminal:
+        async with open_display("tty", stream=terminal.stream) as sink:
+            for layer in layers:
+                await sink(Progress(layer, Status.DOWNLOADING, 10, 20))
+            for layer in layers[:-2]:
+                await sink(Progress(layer, Status.PULL_COMPLETE))
+        text = terminal.text()
+    assert max(drawn) < 10
+    assert [line.split()[0] for line in lines_at_the_end(text) if line] == [
+        "layer2998:",
+        "layer2999:",
+        "…",
+    ]
+    assert "2998 of 3000 complete" in text
+
+
 async def test_bars_take_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not rich's markup."""
     monkeypatch.setenv("TERM", "xterm")

@@ -181,7 +181,7 @@ async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
         if not more:
             break
     # Each of these takes more moments than the stride.
-    assert {"resolve", "sleep", "hold_lock", "ingest", "fetch_blob", "write", "finish"} <= met
+    assert {"_resolve", "sleep", "hold_lock", "ingest", "fetch_blob", "write", "finish"} <= met
     assert {"_build", "commit", "put_image"} <= met
     gc.collect()
 

@@ -11,7 +11,13 @@ from typing import Final
 
 import pytest
 import trio
-from _tools.leaving import LIMIT, assert_nothing_left, leave_at, no_descriptor_left
+from _tools.leaving import (
+    LIMIT,
+    assert_nothing_left,
+    leave_at,
+    no_descriptor_left,
+    no_process_left,
+)
 
 from trio_layers import (
     DirectoryStore,
@@ -183,7 +189,7 @@ async def test_random_times(tmp_path: Path) -> None:
         references = [registry.add(IMAGE, NAME), registry.add(OTHER, "library/other:1")]
         while rounds < 3 or trio.current_time() < end:
             path = tmp_path / str(rounds % 3)
-            with trio.fail_after(LIMIT):
+            with no_process_left(), trio.fail_after(LIMIT):
                 errors += await leave_at_random(path, registry, references, rng)
             assert_nothing_left(path)
             rounds += 1

@@ -432,6 +432,19 @@ async def test_manifests_need_tokens_too() -> None:
     assert server.given == 1
 
 
+@pytest.mark.parametrize("blank", ["", " ", "   ", "\t", " \t ", "\x0b", "\x0c", "\xa0"])
+def test_white_space_in_challenges(blank: str) -> None:
+    """Any kind and number of it may stand between parameters, and around their parts."""
+    begin = blank or " "
+    text = f'{blank}Bearer{begin}realm{blank}={blank}"https://t"{blank},{blank}service=s{blank}'
+    [challenge] = parse_challenges([text])
+    assert challenge.scheme == "bearer"
+    assert dict(challenge.parameters) == {"realm": "https://t", "service": "s"}
+    first, second = parse_challenges([f"{text},{blank}Basic{begin}realm=x"])
+    assert first == challenge
+    assert (second.scheme, dict(second.parameters)) == ("basic", {"realm": "x"})
+
+
 def test_challenges_are_read_in_linear_time() -> None:
     """A hostile header does not take long."""
     for text in (
@@ -439,6 +452,9 @@ def test_challenges_are_read_in_linear_time() -> None:
         "a," * 50_000,
         "Bearer " + "a=b," * 50_000,
         "=" * 99,
+        "Bearer a=b" + " " * 100_000 + "x",
+        "Bearer a" + "\t" * 100_000 + ", b" + " " * 100_000,
+        " ," * 50_000,
     ):
         assert len(parse_challenges([text])) <= 50_000
 

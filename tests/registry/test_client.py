@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import ssl
 from functools import partial
 
@@ -75,6 +77,33 @@ async def test_image_by_tag() -> None:
     assert OCI_MANIFEST in accepted
     assert OCI_INDEX in accepted
     assert {request.headers["Accept-Encoding"] for request in network.requests} == {"identity"}
+
+
+async def test_content_that_a_descriptor_holds() -> None:
+    """It needs no request if it is the content; if it is not, the blob is fetched."""
+    registry = FakeRegistry()
+    registry.add_image(tag="latest", layers=[b"one", b"two"])
+    media_type, data = registry.manifests["latest"]
+    document = json.loads(data)
+    document["layers"][0]["data"] = base64.b64encode(b"one").decode()
+    document["layers"][1]["data"] = base64.b64encode(b"six").decode()
+    content = registry.blobs[document["config"]["digest"]]
+    document["config"]["data"] = base64.b64encode(content).decode()
+    registry.add_manifest(document, f"{media_type}; charset=utf-8", tag="latest")
+    network = Network(**{HOST: registry})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        image = await client.resolve_image(APP)
+        assert image.config_bytes == content
+        for layer, there, report in zip(
+            image.layers, (b"one", b"two"), (Report(), Report()), strict=True
+        ):
+            sink = MemorySink(b"o")
+            await client.fetch_blob(APP, layer, sink, report)
+            assert sink.data == there
+            assert report.events[-1][0] == "Download complete"
+    asked = [url.rpartition("/")[2] for url in network.asked]
+    assert asked[0] == "latest"
+    assert set(asked[1:]) == {image.layers[1].digest}
 
 
 async def test_index_leads_to_the_platform() -> None:

@@ -112,7 +112,8 @@ async def test_no_other_blob_is_asked_for_elsewhere(media_type: str) -> None:
     network = Network(**{FIRST: sends(), HOST: lacks})
     with pytest.raises(NotFound):
         await fetch(network, foreign(FIRST, media_type=media_type))
-    assert [request.url.host for request in network.requests] == ["registry.example"]
+    # The registry alone, and there its root, since there are credentials to show.
+    assert {request.url.host for request in network.requests} == {"registry.example"}
 
 
 async def test_the_registry_may_have_it_all_the_same() -> None:
@@ -161,7 +162,7 @@ async def test_urls_that_are_none(url: str) -> None:
     network = Network(**{HOST: lacks})
     with pytest.raises(NotFound, match="in the manifest, is not asked for blob"):
         await fetch(network, foreign(url))
-    assert [request.url.host for request in network.requests] == ["registry.example"]
+    assert {request.url.host for request in network.requests} == {"registry.example"}
 
 
 # Whom a manifest may have us ask.

@@ -328,6 +328,8 @@ async def test_a_redirect_over_sockets() -> None:
                 data = b""
                 while chunk := await stream.receive_some():
                     data += chunk
+                    if data.startswith(b"\x16"):
+                        return  # the question whether this server speaks TLS
                     if data.endswith(b"\r\n\r\n"):
                         target = data.split(b" ", 2)[1].decode()
                         head = "HTTP/1.1 307 Moved\r\nContent-Length: 0\r\n"

@@ -305,7 +305,9 @@ async def test_a_registry_that_does_not_take_the_number(status: int) -> None:
         await tags_of(Network(**{HOST: lambda request: httpx.Response(400)}))
 
 
-@pytest.mark.parametrize("body", [{"tags": None}, {"tags": []}, {"name": "team/app"}, {}])
+@pytest.mark.parametrize(
+    "body", [{"tags": None}, {"tags": []}, {"name": "team/app"}, {}, {"errors": [], "tags": None}]
+)
 async def test_no_tags(body: object) -> None:
     assert await tags_of(tags_server({"": (body, None)})) == ()
 

@@ -326,8 +326,15 @@ def mirrored(tmp_path: Path) -> Path:
     [
         # The next host first, and then another round.
         (status(503), status(503), ["mirror", "registry"] * MAX_ATTEMPTS, RegistryError),
-        (status(404), status(503), ["mirror", "registry"] * MAX_ATTEMPTS, RegistryError),
-        (status(503), status(404), ["mirror", "registry"] * MAX_ATTEMPTS, NotFound),
+        # Each is asked until it has said something for good.
+        (status(404), status(503), ["mirror"] + ["registry"] * MAX_ATTEMPTS, RegistryError),
+        (status(503), status(404), ["mirror", "registry"] + ["mirror"] * 4, NotFound),
+        (
+            status(404),
+            raises(httpx.ConnectError("refused")),
+            ["mirror"] + ["registry"] * MAX_ATTEMPTS,
+            RegistryError,
+        ),
         (status(404), status(404), ["mirror", "registry"], NotFound),
         # A host that cannot be reached rests, and the other's word stands.
         (
@@ -346,7 +353,7 @@ def mirrored(tmp_path: Path) -> Path:
         (
             status(503),
             status(429, Retry_After="100"),
-            ["mirror", "registry"] * MAX_ATTEMPTS,
+            ["mirror", "registry"] + ["mirror"] * 4,
             RateLimited,
         ),
     ],
@@ -378,7 +385,7 @@ async def test_a_round_that_ends_well(mirrored: Path, autojump_clock: MockClock)
         open_registry_client(client=http, hosts_dir=mirrored) as client,
     ):
         await client.get_manifest(APP)
-    assert len(network.requests) == 5
+    assert len(network.requests) == 4
 
 
 # Lists go on with the page that failed.
@@ -472,6 +479,25 @@ async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockCloc
         assert len(signed) == MAX_ATTEMPTS
 
 
+async def test_a_registry_that_redirects_to_another(autojump_clock: MockClock) -> None:
+    """It is a registry that says what it does not have, and no storage: that is final."""
+    network = Network(
+        **{
+            HOST: lambda request: httpx.Response(
+                307, headers={"Location": f"{STORAGE}{request.url.path}"}
+            ),
+            STORAGE: FakeRegistry(),
+        }
+    )
+    async with (
+        network.client() as http,
+        open_registry_client(client=http) as client,
+    ):
+        with pytest.raises(NotFound, match="MANIFEST_UNKNOWN"):
+            await client.get_manifest(APP)
+    assert len(network.requests) == 2
+
+
 async def test_a_token_server_that_redirects(autojump_clock: MockClock) -> None:
     """A login that is refused there is refused: nothing was signed."""
     there = f"{TOKENS}/token"
@@ -488,7 +514,7 @@ async def test_a_token_server_that_redirects(autojump_clock: MockClock) -> None:
     ):
         with pytest.raises(AuthenticationError):
             await client.get_manifest(APP)
-    assert network.asked.count(f"{there}?scope=repository%3Ateam%2Fapp%3Apull") <= 1
+    assert network.asked.count(there) == 1
 
 
 # Wrong bytes.
@@ -571,7 +597,13 @@ async def test_wrong_bytes_of_the_only_host_that_has_it(
 # HEAD.
 
 
-@pytest.mark.parametrize("failure", [*TRANSIENT, *FINAL, "another digest"])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        *("closed", "reset", "no answer", "no HTTP", "another digest"),
+        *(name for name in (*TRANSIENT, *FINAL) if name.isdecimal()),
+    ],
+)
 async def test_head_is_refused(failure: str, autojump_clock: MockClock) -> None:
     """GET says it all, without a pause."""
     registry = FakeRegistry()

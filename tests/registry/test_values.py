@@ -108,6 +108,43 @@ def test_newer_arm64_variants_run_older_ones() -> None:
     assert chosen == ["v9", "v8.6", "v8"]
 
 
+@pytest.mark.parametrize(
+    ("specifier", "expected"),
+    [
+        ("linux/arm64/9", "linux/arm64/v9"),
+        ("linux/arm64/9.0", "linux/arm64/v9"),
+        ("linux/aarch64/V9.0", "linux/arm64/v9"),
+        ("linux/arm64/v9.1", "linux/arm64/v9.1"),
+        ("linux/arm64/8", "linux/arm64"),
+        ("linux/arm64/v8.0", "linux/arm64"),
+        ("linux/arm/8", "linux/arm/v8"),
+    ],
+)
+def test_variants_by_other_names(specifier: str, expected: str) -> None:
+    """A number is the variant of that number, both in what is asked for and in what is there."""
+    wanted = parse_platform(specifier)
+    assert str(wanted.normalized()) == expected
+    system, architecture, variant = specifier.split("/")
+    there = Platform(system, architecture, variant)
+    assert choose(parse_platform(expected), [there]) == 0
+    assert choose(wanted, [parse_platform(expected)]) == 0
+
+
+def test_features_that_were_asked_for_are_preferred() -> None:
+    """Of two images that fit, the one that has more of them; a better variant counts more."""
+    plain, one, both = (
+        Platform("linux", "amd64", os_features=features) for features in ((), ("a",), ("b", "a"))
+    )
+    wanted = Platform("linux", "amd64", os_features=("a", "b", "c"))
+    assert choose(wanted, [plain, one, both]) == 2
+    assert choose(wanted, [None, plain, one]) == 2
+    assert choose(Platform("linux", "amd64", os_features=("a",)), [plain, one, both]) == 1
+    assert choose(Platform("linux", "amd64"), [one, plain]) == 1
+    lesser = Platform("linux", "386", os_features=("a", "b"))
+    assert choose(wanted, [lesser, plain]) == 1
+    assert choose(wanted, [one, Platform("linux", "amd64", os_features=("a", "a"))]) == 0
+
+
 def test_os_features_must_be_offered() -> None:
     """An image that needs what was not named does not fit."""
     needs = Platform("linux", "amd64", os_features=("a", "b"))
@@ -127,6 +164,45 @@ def test_manifest_members() -> None:
     assert (first.urls, first.annotations) == (("https://a.example/x",), {"k": "v"})
     assert (second.urls, second.annotations, second.media_type) == ((), {}, OCI_LAYER)
     assert document.annotations == {"n": "w"}
+
+
+def test_content_in_a_descriptor() -> None:
+    """It is kept if it is the content, and ignored otherwise, as other readers do."""
+    good = as_json(describe(b"x"), data="eA==")
+    for wrong in ("eQ==", "eHg=", ""):
+        other = as_json(describe(b"x"), data=wrong)
+        longer = as_json(describe(b"xx"), data="eA==") | {"size": 1}
+        document = decode_manifest(manifest(layers=[good, other, longer]), OCI_MANIFEST)
+        assert isinstance(document, Manifest)
+        assert [layer.data for layer in document.layers] == [b"x", None, None]
+    assert "data" not in repr(document.layers[0])
+
+
+def test_parameters_of_media_types() -> None:
+    """They do not count, nor does the case of letters, wherever a type stands."""
+    written = "Application/vnd.oci.image.Manifest.v1+json ; charset=utf-8"
+    layer = as_json(describe(b"x")) | {"mediaType": OCI_LAYER.upper() + ";a=b"}
+    settings = as_json(describe(b"{}", f"{OCI_CONFIG};charset=utf-8"))
+    data = manifest(mediaType=written, layers=[layer], config=settings)
+    for served in (OCI_MANIFEST, written):
+        document = decode_manifest(data, served)
+        assert isinstance(document, Manifest)
+        check_image(document)
+        assert document.media_type == OCI_MANIFEST
+        assert document.layers[0].media_type == OCI_LAYER
+        assert document.config.media_type == OCI_CONFIG
+    entry = as_json(describe(data, written))
+    index = decode_manifest(
+        json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode(), OCI_INDEX + "; a"
+    )
+    assert isinstance(index, Index)
+    assert [each.media_type for each in index.images] == [OCI_MANIFEST]
+    other = as_json(describe(b"x", "application/vnd.Other; version=2"))
+    document = decode_manifest(manifest(layers=[other]), OCI_MANIFEST)
+    assert isinstance(document, Manifest)
+    assert document.layers[0].media_type == "application/vnd.Other; version=2"
+    with pytest.raises(ManifestError, match="but its mediaType is"):
+        decode_manifest(manifest(mediaType=OCI_INDEX + ";x"), OCI_MANIFEST)
 
 
 @pytest.mark.parametrize(

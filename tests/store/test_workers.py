@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import os
+import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -22,9 +27,11 @@ from trio.testing import wait_all_tasks_blocked
 import trio_layers
 from trio_layers import Limits, UnpackError, WorkerError, _workers, open_store
 from trio_layers._compression import zstd
+from trio_layers._store.directory import DirectoryStore
 from trio_layers._unpack.worker import unpack
 
 LARGE = layer_of(big=NOISE, more=b"more")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def children() -> set[int]:
@@ -94,20 +101,34 @@ async def test_workers_are_started_when_there_is_something_to_do(tmp_path: Path)
     assert children() == set()
 
 
-async def test_a_worker_that_is_killed_costs_its_layer_only(tmp_path: Path) -> None:
+async def at_work(store: DirectoryStore, *, but: int = 0) -> int:
+    """The one process, other than ``but``, that has a file of the store open."""
+    with trio.fail_after(20):
+        while True:
+            found = [pid for pid in children() if pid != but and is_at_work(pid, store.path)]
+            if found:
+                return found[0]
+            await trio.sleep(0.01)
+
+
+async def test_a_worker_that_is_killed_is_replaced_once(tmp_path: Path) -> None:
+    """The second may die of the same layer, which then fails. Nobody else's work is touched."""
     async with open_store(tmp_path) as store:
         await stage(store, layer_of(first="first"))
         before = visible(tmp_path)
         async with store.stage(LARGE.descriptor) as staged:
             await staged.write(LARGE.data[: 2 * MIB])
-            await wait_all_tasks_blocked()
-            assert store.statistics().unpacking == 1
-            for pid in children():
-                os.kill(pid, signal.SIGKILL)
-            error = await staged.wait_failed()
+            worker = 0
+            for _ in range(2):
+                worker = await at_work(store, but=worker)
+                assert store.statistics().unpacking == 1
+                os.kill(worker, signal.SIGKILL)
+            with trio.fail_after(20):
+                error = await staged.wait_failed()
             assert isinstance(error, WorkerError)
             assert str(error) == (
-                f"layer {LARGE.digest}: the process that unpacks was killed by signal 9: try again"
+                f"layer {LARGE.digest}: the process that unpacks was killed by signal 9, as the "
+                "kernel does it when memory is short: free some and try again"
             )
             await staged.write(LARGE.data[2 * MIB :])
             await staged.finish(ignore)
@@ -117,6 +138,52 @@ async def test_a_worker_that_is_killed_costs_its_layer_only(tmp_path: Path) -> N
         layer = await stage(store, LARGE)
         assert layer.chain_id == chain_of(LARGE)
     assert arriving(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "no memory", "nonsense"])
+async def test_a_worker_that_is_lost_once_does_no_harm(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer is whole; what is shown of it never goes backwards."""
+    monkeypatch.setattr(_workers, "_SILENCE", 1.0)
+    async with open_store(tmp_path) as store:
+        await stage(store, layer_of(first="first"))
+        told: list[int] = []
+        async with store.stage(LARGE.descriptor) as staged:
+            await staged.write(LARGE.data[: 2 * MIB])
+            lost = await at_work(store)
+            if how == "killed":
+                os.kill(lost, signal.SIGKILL)
+            elif how == "stopped":
+                os.kill(lost, signal.SIGSTOP)
+            elif how == "no memory":
+                resource.prlimit(lost, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+            else:
+                answer_nonsense(lost)
+            await staged.write(LARGE.data[2 * MIB :])
+            await staged.finish(told.append)
+            with trio.fail_after(30):
+                layer = await staged.commit(None)
+        assert (layer.tree / "fs" / "big").read_bytes() == NOISE
+        assert told == sorted(told)
+        assert lost not in children() or how == "no memory"
+    assert children() == set()
+
+
+def is_at_work(pid: int, store: Path) -> bool:
+    """Whether a process has a file of the store open."""
+    try:
+        links = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    except FileNotFoundError:
+        return False
+    return any(link.startswith(os.fspath(store)) for link in links)
+
+
+def answer_nonsense(pid: int) -> None:
+    """Write to the pipe by which a worker answers: its first that is not one of the standard."""
+    numbers = sorted(int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir())
+    pipes = [n for n in numbers if n > 2 and os.readlink(f"/proc/{pid}/fd/{n}").startswith("pipe:")]
+    Path(f"/proc/{pid}/fd/{pipes[0]}").write_bytes(b"\x07\x00\x00\x00\x00")
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -184,6 +251,98 @@ async def test_without_an_interpreter_threads_do_it(
         )
 
 
+@pytest.mark.parametrize("failure", [errno.EAGAIN, errno.ENOMEM, signal.SIGKILL])
+async def test_a_start_that_fails_is_tried_again(
+    failure: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a pause, in which threads unpack: processes may be few for a moment."""
+    real, failed = trio.lowlevel.open_process, 0
+
+    async def sometimes(*args: Any, **options: Any) -> trio.Process:
+        nonlocal failed
+        failed += 1
+        if failed > 2:
+            return await real(*args, **options)
+        if failure != signal.SIGKILL:
+            raise OSError(failure, os.strerror(failure))
+        return await real(["/bin/sh", "-c", "kill -9 $$"], **options)
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", sometimes)
+    async with open_store(tmp_path) as store:
+        with trio.fail_after(20):
+            await stage(store, layer_of(first="first"))
+            assert children() == set()
+            number = 0
+            while not children():
+                number += 1
+                await stage(store, layer_of(number=f"{number}"))
+    assert failed == 3
+    assert len([each for each in caplog.records if "threads unpack" in each.message]) == 1
+
+
+def run_python(code: str, *options: str, directory: Path, **environment: str) -> str:
+    """What a program given on the command line prints."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=directory,
+        env={**ENVIRONMENT, **environment},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+STAGE_ELSEWHERE = """
+import os, sys, trio
+from trio_layers import open_store
+from store.test_workers import children, layer_of, stage
+
+async def main():
+    async with open_store("store") as store:
+        os.chdir("elsewhere")
+        await stage(store, layer_of(a="a"))
+        print(len(children()))
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("entry", ["", "."])
+def test_a_worker_runs_nothing_of_the_directory_it_starts_in(entry: str, tmp_path: Path) -> None:
+    """Which may be a file system that was exported before. A program given on the command line
+    has an empty entry in its path, and any may have a relative one."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("queue", "pickle", "attr", "isal"):
+        (elsewhere / f"{name}.py").write_text(f"open({str(tmp_path)!r} + '/ran', 'w')")
+    insert = f"import sys; sys.path.insert(0, {entry!r})\n"
+    assert run_python(insert + STAGE_ELSEWHERE, directory=tmp_path) == "1\n"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("how", ["archive", "working directory"])
+def test_a_worker_finds_the_library_where_the_program_did(how: str, tmp_path: Path) -> None:
+    """Wherever that is; with other libraries, or without them."""
+    package = Path(trio_layers.__file__).parent
+    (tmp_path / "elsewhere").mkdir()
+    path = ENVIRONMENT["PYTHONPATH"]
+    if how == "archive":
+        with zipfile.ZipFile(tmp_path / "library.zip", "w") as archive:
+            for file in package.rglob("*.py"):
+                archive.write(file, file.relative_to(package.parent))
+        path = f"library.zip:{path}"
+    else:
+        shutil.copytree(package, tmp_path / "trio_layers")
+        for name in ("attr", "attrs", "isal"):
+            shutil.copytree(Path(sys.modules[name].__path__[0]), tmp_path / name)
+    code = STAGE_ELSEWHERE + "\nimport trio_layers; print(trio_layers.__file__)"
+    count, found = run_python(code, directory=tmp_path, PYTHONPATH=path).split()
+    assert count == "1"
+    assert found.startswith(os.fspath(tmp_path))
+
+
 SCRIPT = """
 import json, os, sys
 print("here", flush=True)
@@ -214,9 +373,6 @@ def script(tmp_path: Path) -> Path:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     return path
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def test_the_program_is_not_run_again(tmp_path: Path, script: Path) -> None:

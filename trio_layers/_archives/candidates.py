@@ -624,7 +624,10 @@ def _check_one(source: str, listing: Listing, meant: Sequence[Candidate], text: 
     there = "; ".join(map(str, listing.candidates[:_SHOWN]))
     count = len(listing.candidates)
     what = "an image, and it is not" if count == 1 else f"{count} images, and none of them is"
-    raise ArchiveError(f"{source} has {what} {text}: choose one by its name or digest: {there}")
+    raise ArchiveError(
+        f"{source} has {what} {text}: choose one by its name (reference) or digest (digest): "
+        f"{there}"
+    )
 
 
 async def decode(source: Source, call: Callable[[bytes, *Ts], T], data: bytes, *args: *Ts) -> T:

@@ -95,15 +95,20 @@ async def export_images(
         raise ValueError("there is nothing to export: name an image")
     async with store._lifetime.use(), store.lease() as lease:
         images = []
+        # Of an image with many names all but those is read once.
+        manifests: dict[Digest, Manifest] = {}
         for image in await _stored(store, parsed, platform):
             index = None if image.index is None else image.index.digest
             await lease.hold(image.manifest.digest, image.config.digest, index, image.chain_id)
-            data = await store.read_blob(image.manifest.digest)
-            manifest = await trio.to_thread.run_sync(
-                decode_manifest, data, image.manifest.media_type
-            )
-            assert isinstance(manifest, Manifest)
-            await lease.hold(*(layer.digest for layer in manifest.layers))
+            manifest = manifests.get(image.manifest.digest)
+            if manifest is None:
+                data = await store.read_blob(image.manifest.digest)
+                document = await trio.to_thread.run_sync(
+                    decode_manifest, data, image.manifest.media_type
+                )
+                assert isinstance(document, Manifest)
+                manifest = manifests[image.manifest.digest] = document
+                await lease.hold(*(layer.digest for layer in manifest.layers))
             images.append(_Exported(parse_reference(image.reference), image, manifest))
         if format == "docker-archive":
             _check_tags(images, target)
@@ -182,7 +187,7 @@ async def _oci_entries(
                     "docker-archive"
                 )
             blobs[descriptor.digest] = Blob(path, descriptor.digest, descriptor.size)
-    docker = _described(
+    described = (
         (
             exported.reference,
             blob_path(exported.image.config.digest),
@@ -190,10 +195,10 @@ async def _oci_entries(
         )
         for exported in images
     )
-    documents: list[Entry] = [
-        (LAYOUT, OCI_LAYOUT),
-        (INDEX, index_document(exported.image for exported in images)),
-    ]
+    docker = await trio.to_thread.run_sync(_described, described)
+    stored = [exported.image for exported in images]
+    index = await trio.to_thread.run_sync(index_document, stored)
+    documents: list[Entry] = [(LAYOUT, OCI_LAYOUT), (INDEX, index)]
     contents: list[Entry] = [(blob_path(digest), blobs[digest]) for digest in sorted(blobs)]
     if not for_docker:
         # What is there at once is a layout when it is whole.
@@ -205,10 +210,14 @@ async def _oci_entries(
 async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) -> list[Entry]:
     files: dict[str, bytes | Blob] = {}
     described: list[tuple[Reference, str, list[str]]] = []
+    found: dict[str, list[str]] = {}
     for exported in images:
         image = exported.image
-        config = await store.read_blob(image.config.digest)
         name = f"{_hex(image.config.digest)}.json"
+        if name in found:
+            described.append((exported.reference, name, found[name]))
+            continue
+        config = await store.read_blob(image.config.digest)
         diff_ids = (await trio.to_thread.run_sync(decode_config, config)).diff_ids
         stack = await _layers(store, image)
         if [layer.diff_id for layer in stack] != list(diff_ids):
@@ -223,8 +232,10 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
                 size = await store.tar_size(layer)
                 files[layers[-1]] = Blob(path, layer.diff_id, size, inflate=True)
         files[name] = config
+        found[name] = layers
         described.append((exported.reference, name, layers))
-    return [*files.items(), (DOCKER, _described(described))]
+    docker = await trio.to_thread.run_sync(_described, described)
+    return [*files.items(), (DOCKER, docker)]
 
 
 def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:

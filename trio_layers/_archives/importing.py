@@ -250,8 +250,9 @@ class _Finder:
         self._source = source
         self._shelf = shelf
         self._platform = platform
-        # A manifest may be reached from any number of indexes.
+        # A manifest, or an index, may be reached from any number of indexes.
         self._found: dict[tuple[Descriptor, Platform | None], _Image] = {}
+        self._entries: dict[Descriptor, Descriptor] = {}
 
     async def find(self, candidate: Candidate, names: tuple[Reference, ...]) -> _Image:
         """The image of a candidate, under these names."""
@@ -303,10 +304,7 @@ class _Finder:
                 break
             if index is None:
                 index = descriptor
-            data = await _document(source, descriptor)
-            document = await decode(source, decode_document, data, descriptor.media_type)
-            assert isinstance(document, Index)
-            descriptor = await _choose(source, name, document, wanted)
+            descriptor = await self._entry_of(descriptor, name, wanted)
         if descriptor.media_type in INDEX_TYPES:
             raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
         chosen = several or index is not None
@@ -319,6 +317,16 @@ class _Finder:
         if index is not None:
             await self._take(index)
         return attrs.evolve(image, index=None if index is None else _plain(index))
+
+    async def _entry_of(self, index: Descriptor, name: str, wanted: Platform) -> Descriptor:
+        """The entry of an index for a platform."""
+        key = _plain(index)
+        if key not in self._entries:
+            data = await _document(self._source, index)
+            document = await decode(self._source, decode_document, data, index.media_type)
+            assert isinstance(document, Index)
+            self._entries[key] = await _choose(self._source, name, document, wanted)
+        return self._entries[key]
 
     async def _find_manifest(self, descriptor: Descriptor, said: Platform | None) -> _Image:
         """The image of a manifest, for the platform that the entry of an index says it has."""
@@ -428,7 +436,7 @@ def _promised(source: Source, image: _Image, names: tuple[Reference, ...]) -> tu
 
 async def _choose(source: Source, name: str, index: Index, wanted: Platform) -> Descriptor:
     """The entry for a platform, which is there: archives leave out what is for others."""
-    descriptor = choose_image(name, index, wanted)
+    descriptor = await trio.to_thread.run_sync(choose_image, name, index, wanted)
     if await source.read(blob_path(descriptor.digest)) is not None:
         return descriptor
     there = {

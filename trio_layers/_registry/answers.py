@@ -82,7 +82,8 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
     Its text has the first error of the body, which registries write as the distribution
     specification's "Error Codes" have it, but nothing that they were sent. A client error is one
     to give up at, unless it asks for patience, or comes from a host that the registry redirected
-    to: the next redirect has another URL, whose signature has not expired.
+    to: the next redirect has another URL, whose signature has not expired. A 404 in a registry's
+    words is final there, too, and so is a login that such a host asks for.
 
     Args:
         answer: What is no success, with its body unread.
@@ -95,6 +96,10 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
     said = answer.readable(_first_error(await answer.read(MAX_ERROR_SIZE)))
     host, status = answer.host, answer.status
     text = f"{host} answered {status} for {what}{said and ': '}{said}"
+    # A registry that others redirect to, and not some storage, says what it does not know or asks
+    # for a login.
+    asks = status == 401 and "WWW-Authenticate" in answer.headers
+    sent_there = sent_there and not (asks or (status == 404 and said))
     # 408 is the server's own timeout; 416 without a range is a confused cache.
     final = 400 <= status < 500 and status not in (408, 416, 429) and not sent_there
     error = RegistryError(text, host=host, status=status)

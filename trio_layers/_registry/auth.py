@@ -51,13 +51,14 @@ class Challenge:
 
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_SCHEME = re.compile(rf"({_TOKEN})([ \t]*)")
+# White space is a blank or a tab (RFC 9110, 5.6.3); servers have been seen to send other kinds.
+_SCHEME = re.compile(rf"({_TOKEN})(\s*)")
 # The last alternatives are a quoted string without an end, and nothing: they count as empty.
-_PARAMETER = re.compile(rf'({_TOKEN})(?:[ \t]*=[ \t]*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)")|=".*\Z|=)')
+_PARAMETER = re.compile(rf'({_TOKEN})(?:\s*=\s*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)")|=".*\Z|=)')
 # Nothing but another challenge may follow.
-_TOKEN68 = re.compile(rf"[A-Za-z0-9._~+/-]+=*[ \t]*(?=,|\Z)(?![ \t,]+{_TOKEN}[ \t]*=)")
-_SEPARATORS = re.compile(r"[ \t]*(?:,[ \t]*)+|[ \t]*\Z")
-_LEADING = re.compile(r"[ \t,]*")
+_TOKEN68 = re.compile(rf"[A-Za-z0-9._~+/-]+=*\s*(?=,|\Z)(?![\s,]+{_TOKEN}\s*=)")
+_SEPARATORS = re.compile(r"\s*(?:,\s*)+|\s*\Z")
+_LEADING = re.compile(r"[\s,]*")
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:

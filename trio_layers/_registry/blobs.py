@@ -13,17 +13,19 @@ from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeAlias, final
 
 import attrs
+import trio
 
 from .._digest import Digest, Verifier
 from .._errors import RegistryError, VerificationError
+from .._lifetime import Lifetime
 from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
 from .answers import give_up
-from .encoding import ContentDecoder, NotEncoded, codings_of, named_encoding
+from .encoding import ContentDecoder, NotEncoded, coding_of, named_encoding, slices_of
 from .transport import Answer
 
-__all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open"]
+__all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open", "write_embedded"]
 
 MAX_TAGS: Final = 1000
 # Bytes. Ranges that are shorter, and are not the end, are given a few times only in an attempt: it
@@ -72,14 +74,19 @@ class BlobChunks:
         VerificationError: in place of the end, if it is not that of the digest; at once if there
             is more than its size.
         RegistryError: if the connection breaks, or nothing comes for as long as the stall limit.
+        ClientClosed: if the client's block was left.
     """
 
-    def __init__(self, answer: Answer, digest: Digest, size: int | None) -> None:
+    def __init__(
+        self, answer: Answer, digest: Digest, size: int | None, lifetime: Lifetime
+    ) -> None:
+        self._lifetime = lifetime
         self._answer = answer
         self._digest = digest
         self._size = size
         self._verifier = Verifier(digest)
         self._decoder = self._make_decoder()
+        self._slices: Iterator[bytes] = iter(())
         self._decoded: Iterator[bytes] = iter(())
         self._ended = False
 
@@ -90,13 +97,14 @@ class BlobChunks:
         return self
 
     async def __anext__(self) -> bytes:
-        try:
+        # The end of an iteration cannot pass through a context manager.
+        async with self._lifetime.use():
             chunk = await self._next()
-        except StopAsyncIteration:
+        if chunk is None:
             wrong_size = self._size is not None and self._verifier.size != self._size
             if wrong_size or self._verifier.digest != self._digest:
-                raise self._wrong() from None
-            raise
+                raise self._wrong()
+            raise StopAsyncIteration
         self._verifier.update(chunk)
         if self._size is not None and self._verifier.size > self._size:
             raise self._wrong()
@@ -104,23 +112,27 @@ class BlobChunks:
 
     def _make_decoder(self) -> ContentDecoder | None:
         """A decoder, if the body is encoded: it is not as long as the blob."""
-        codings = codings_of(self._answer)
+        coding = coding_of(self._answer)
         length = self._answer.headers.get("Content-Length")
-        if not codings or self._size is None or length == str(self._size):
+        if coding is None or self._size is None or length == str(self._size):
             return None
-        return ContentDecoder(codings, self._size)
+        return ContentDecoder(coding, self._size)
 
-    async def _next(self) -> bytes:
+    async def _next(self) -> bytes | None:
         if self._decoder is None:
-            return await anext(self._answer.chunks)
+            return await _next_or_none(self._answer.chunks)
         try:
             while (piece := next(self._decoded, None)) is None:
-                if self._ended:
-                    raise StopAsyncIteration
-                chunk = await anext(self._answer.chunks, None)
-                self._ended = chunk is None
-                decoder = self._decoder
-                self._decoded = decoder.finish() if chunk is None else decoder.feed(chunk)
+                if (part := next(self._slices, None)) is not None:
+                    await trio.lowlevel.checkpoint()
+                    self._decoded = self._decoder.feed(part)
+                elif self._ended:
+                    return None
+                elif (chunk := await _next_or_none(self._answer.chunks)) is not None:
+                    self._slices = slices_of(chunk)
+                else:
+                    self._ended = True
+                    self._decoded = self._decoder.finish()
         except NotEncoded as error:
             raise self._wrong() from error
         return piece
@@ -131,6 +143,24 @@ class BlobChunks:
             f"differs{named_encoding(self._answer)}",
             digest=self._digest,
         )
+
+
+async def _next_or_none(chunks: AsyncIterator[bytes]) -> bytes | None:
+    async for chunk in chunks:
+        return chunk
+    return None
+
+
+async def write_embedded(
+    data: bytes, descriptor: Descriptor, sink: BlobSink, progress: ReportProgress
+) -> None:
+    """Bring a blob that its descriptor holds, and that is verified, into a sink."""
+    if sink.offset > 0:
+        await sink.restart()
+    await sink.write(data)
+    progress(Status.DOWNLOADING, sink.offset, descriptor.size)
+    progress(Status.VERIFYING)
+    progress(Status.DOWNLOAD_COMPLETE)
 
 
 @final
@@ -241,7 +271,12 @@ class BlobFetch:
         sink, size = self.sink, self.descriptor.size
         decoder = self._make_decoder(answer, end)
         async for chunk in answer.chunks:
-            await self._take((chunk,) if decoder is None else decoder.feed(chunk), end, resumed)
+            if decoder is None:
+                await self._take((chunk,), end, resumed)
+                continue
+            for part in slices_of(chunk):
+                await self._take(decoder.feed(part), end, resumed)
+                await trio.lowlevel.checkpoint()
         if decoder is not None:
             await self._take(decoder.finish(), end, resumed)
         if sink.offset < end:
@@ -273,11 +308,11 @@ class BlobFetch:
 
     def _make_decoder(self, answer: Answer, end: int) -> ContentDecoder | None:
         """A decoder, if the body has to be decoded; it ends at ``end`` in the blob."""
-        codings, size = codings_of(answer), end - self.sink.offset
+        coding, size = coding_of(answer), end - self.sink.offset
         length = answer.headers.get("Content-Length", "")
-        if codings and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):
-            return ContentDecoder(codings, size)
-        self._as_is = self._as_is or bool(codings)
+        if coding and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):
+            return ContentDecoder(coding, size)
+        self._as_is = self._as_is or bool(coding)
         return None
 
     async def _wrong(self, resumed: bool) -> VerificationError:

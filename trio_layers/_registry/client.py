@@ -22,6 +22,7 @@ from .._blocks import opens_block
 from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
+    ClientClosed,
     HostsError,
     InvalidDigest,
     ManifestError,
@@ -30,6 +31,7 @@ from .._errors import (
     VerificationError,
     is_final,
 )
+from .._lifetime import Lifetime, while_open
 from .._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -47,11 +49,11 @@ from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, give_up
-from .blobs import BlobChunks, BlobFetch
+from .blobs import BlobChunks, BlobFetch, write_embedded
 from .credentials import CredentialsFor
 from .elsewhere import Elsewhere
-from .encoding import codings_of, looks_like_json, named_encoding, read_fitting
-from .http import AsyncClient
+from .encoding import coding_of, looks_like_json, named_encoding, read_fitting
+from .http import AsyncClient, never_connected
 from .lists import Pages, decode_tags
 from .retries import Announce, Retries, is_transient
 from .sites import Site, Sites, ask_in_turn
@@ -212,7 +214,15 @@ async def open_registry_client(
             tls_verify=tls_verify,
             hosts_dir=directory,
         )
-        yield RegistryClient(connections, sites, retry_tick)
+        registry = RegistryClient(connections, sites, retry_tick)
+        try:
+            yield registry
+        finally:
+            await registry._lifetime.close()
+
+
+def _closed() -> ClientClosed:
+    return give_up(ClientClosed("the registry client is closed: its block was left"))
 
 
 @final
@@ -227,9 +237,13 @@ class RegistryClient:
 
     All of it may be used by any number of tasks at once. A call that is cancelled leaves
     nothing behind but what a sink was given.
+
+    Leaving the block of `open_registry_client` ends each call under way with `ClientClosed`, in
+    whichever task it runs, and waits for that. A later call raises it at once.
     """
 
     def __init__(self, connections: Connections, sites: Sites, retry_tick: float) -> None:
+        self._lifetime = Lifetime(_closed)
         self._connections = connections
         self._sites = sites
         self._retry_tick = retry_tick
@@ -252,6 +266,7 @@ class RegistryClient:
         does, as ``registry-1.docker.io``."""
         return self._sites.rate_limits
 
+    @while_open
     async def resolve(self, reference: Reference | str) -> Descriptor:
         """Ask which manifest or index a reference stands for now.
 
@@ -288,6 +303,8 @@ class RegistryClient:
                 if found is not None and reference.digest in (None, found.digest):
                     return found, None
             except RegistryError as error:
+                if never_connected(error.__cause__):
+                    raise
                 # Some refuse HEAD alone, with any status; if not, GET will say so.
                 log.debug("HEAD is refused, and GET tried: %s", error)
             return await _fetch_manifest(site, reference)
@@ -298,6 +315,7 @@ class RegistryClient:
     def _retries(self, announce: Announce | None = None) -> Retries:
         return Retries(announce, tick=self._retry_tick)
 
+    @while_open
     async def resolve_image(
         self,
         reference: Reference | str,
@@ -336,6 +354,8 @@ class RegistryClient:
             InvalidDigest: if the reference's digest is not a SHA-256 one.
             InvalidReference: if it does not follow the grammar, or its domain cannot be a host.
             HostsError: if what is configured for it cannot be used.
+            NetworkSettingError: if a proxy or certificates of the environment cannot be used.
+            ClientClosed: if the client's block is left, or was.
         """
         reference = _parsed(reference)
         if platform is not None and not isinstance(platform, Platform):
@@ -387,6 +407,7 @@ class RegistryClient:
             check_platform(str(reference), config.platform, wanted)
         return ResolvedImage(reference, descriptor, document, data, config, index, index_bytes)
 
+    @while_open
     async def get_manifest(self, reference: Reference | str) -> tuple[Descriptor, bytes]:
         """Fetch the document that a reference stands for, as it was served, of whatever kind:
         an index, an image's manifest or an artifact's.
@@ -411,6 +432,7 @@ class RegistryClient:
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
 
+    @while_open
     async def get_blob(
         self,
         reference: Reference | str,
@@ -470,10 +492,12 @@ class RegistryClient:
                     site.ask(reference, f"blobs/{digest}", what, _BLOBS)
                 )
 
-            sites = await self._sites_of(reference, blob)
-            answer = await ask_in_turn(sites, attempt, self._retries())
-            yield BlobChunks(answer, digest, size)
+            async with self._lifetime.use():
+                sites = await self._sites_of(reference, blob)
+                answer = await ask_in_turn(sites, attempt, self._retries())
+            yield BlobChunks(answer, digest, size, self._lifetime)
 
+    @while_open
     async def fetch_blob(
         self,
         reference: Reference | str,
@@ -484,7 +508,8 @@ class RegistryClient:
         """Bring a blob into a sink, which may have some of it already; returns when all of it
         is there and verified. One attempt: what it raises says whether another is worth it.
 
-        It continues where the sink ends, by Range. A server that sends the whole blob instead
+        A blob that its descriptor holds (see `Descriptor.data`) needs no request. Any other
+        continues where the sink ends, by Range. A server that sends the whole blob instead
         is taken at that; one that cannot continue there, or says that it continues elsewhere,
         is asked for the whole. Never is more read than the descriptor's size, but for a chunk.
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
@@ -508,7 +533,8 @@ class RegistryClient:
                 there are, it is caused by `DoNotRetry`; if what was there before may be to blame,
                 another attempt may do better.
             RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
-                client's fault, except 408, 416 and 429. Also if nothing, or too little, came for
+                client's fault, except 408, 416 and 429, and those of hosts that the registry
+                redirected to. Also if nothing, or too little, came for
                 as long as the stall limit.
         """
         reference = _parsed(reference)
@@ -539,10 +565,14 @@ class RegistryClient:
             await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
+        if descriptor.data is not None:
+            await write_embedded(descriptor.data, descriptor, sink, progress)
+            return
         sites = await self._sites_of(reference, descriptor)
         retries = Retries(tick=self._retry_tick, only_if_asked=True)
         await ask_in_turn(sites, attempt, retries)
 
+    @while_open
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
         """List a repository's tags, in the registry's order, which should be the alphabet's and
         often is not.
@@ -586,6 +616,7 @@ class RegistryClient:
         sites = await self._sites.find(reference, "pull", "resolve")
         return await ask_in_turn(sites, attempt, retries)
 
+    @while_open
     async def referrers(
         self, reference: Reference | str, *, artifact_type: str | None = None
     ) -> tuple[Descriptor, ...]:
@@ -732,6 +763,8 @@ class RegistryClient:
             there = None
         if there is not None and await _decode(digest_of, there, digest) == digest:
             return there
+        if descriptor.data is not None:
+            return descriptor.data
         path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
 
@@ -768,7 +801,7 @@ def _descriptor_of(answer: Answer) -> Descriptor | None:
         digest = parse_digest(answer.headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:  # also one of another algorithm
         return None
-    if codings_of(answer):  # then it is the size of the encoded body
+    if coding_of(answer) is not None:  # then it is the size of the encoded body
         return None
     if not answer.media_type or answer.media_type.startswith("text/") or not _SIZE.fullmatch(size):
         return None

@@ -8,7 +8,7 @@ decoded if they are not those of the digest.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, final
 
 import trio
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 __all__ = [
     "ContentDecoder",
     "NotEncoded",
-    "codings_of",
+    "coding_of",
     "looks_like_json",
     "named_encoding",
     "read_fitting",
+    "slices_of",
 ]
 
-MAX_CODINGS: Final = 3
 # Bytes by which an encoded body may be longer than twice the plain one.
 SLACK: Final = 64 * 1024
+# Bytes that are decoded without a pause: those of empty members take some milliseconds.
+SLICE: Final = 4 * 1024
 
 _BY_MAGIC: Final = {"gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"}
 
@@ -40,14 +42,11 @@ class NotEncoded(Exception):
     """The bytes of a body are not encoded as its header says."""
 
 
-def codings_of(answer: Answer) -> tuple[str, ...]:
-    """The codings of an answer's body, in the order in which they were applied; empty if there
-    are none, or one that cannot be undone here."""
-    said = ",".join(answer.headers.get_list("Content-Encoding")).lower().split(",")
-    codings = tuple(filter(None, (coding.strip() for coding in said)))
-    codings = tuple(coding for coding in codings if coding != "identity")
-    known = all(coding in _BY_MAGIC or coding == "deflate" for coding in codings)
-    return codings if known and len(codings) <= MAX_CODINGS else ()
+def coding_of(answer: Answer) -> str | None:
+    """The coding of an answer's body; ``None`` if there is none, or none that can be undone here.
+    Of several, one upon the other, there is no case known."""
+    said = ",".join(answer.headers.get_list("Content-Encoding")).strip().lower()
+    return said if said in _BY_MAGIC or said == "deflate" else None
 
 
 def named_encoding(answer: Answer) -> str:
@@ -61,21 +60,24 @@ def looks_like_json(data: bytes) -> bool:
     return data.lstrip()[:1] in (b"{", b"[")
 
 
+def slices_of(chunk: bytes) -> Iterator[bytes]:
+    """A chunk in slices that are decoded in a few milliseconds each."""
+    return (chunk[start : start + SLICE] for start in range(0, len(chunk), SLICE))
+
+
 @final
 class ContentDecoder:
-    """Undoes codings piece by piece, in bounded memory.
+    """Undoes a coding piece by piece, in bounded memory.
 
     Args:
-        codings: As `codings_of` gives them.
+        coding: As `coding_of` gives it.
         size: The most bytes that may come out. Input far longer than that is refused, too: empty
             members have no end otherwise.
     """
 
-    def __init__(self, codings: tuple[str, ...], size: int) -> None:
-        self._stages = [
-            _Inflater() if coding == "deflate" else _ByMagic(_BY_MAGIC[coding])
-            for coding in reversed(codings)
-        ]
+    def __init__(self, coding: str, size: int) -> None:
+        compression = _BY_MAGIC.get(coding)
+        self._codec = _Inflater() if compression is None else _ByMagic(compression)
         self._input_left = 2 * size + SLACK
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -87,10 +89,7 @@ class ContentDecoder:
         self._input_left -= len(data)
         if self._input_left < 0:
             raise NotEncoded("the encoded body is too long")
-        pieces: Iterable[bytes] = (data,)
-        for stage in self._stages:
-            pieces = _feed_all(stage, pieces)
-        yield from pieces
+        yield from self._codec.feed(data)
 
     def finish(self) -> Iterator[bytes]:
         """The plain bytes that the end of the data completes.
@@ -98,22 +97,11 @@ class ContentDecoder:
         Raises:
             NotEncoded: if the data end too early.
         """
-        pieces: Iterable[bytes] = ()
-        for stage in self._stages:
-            pieces = _finish_all(stage, pieces)
-        yield from pieces
-
-
-class _Stage:
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        raise NotImplementedError
-
-    def finish(self) -> Iterator[bytes]:
-        raise NotImplementedError
+        yield from self._codec.finish()
 
 
 @final
-class _ByMagic(_Stage):
+class _ByMagic:
     def __init__(self, compression: str) -> None:
         self._compression = compression
         self._decompressor = Decompressor()
@@ -135,7 +123,7 @@ class _ByMagic(_Stage):
 
 
 @final
-class _Inflater(_Stage):
+class _Inflater:
     """``deflate``: zlib's format by the standard, bare deflate from some servers."""
 
     def __init__(self) -> None:
@@ -164,16 +152,6 @@ class _Inflater(_Stage):
         yield from ()
 
 
-def _feed_all(stage: _Stage, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    for piece in pieces:
-        yield from stage.feed(piece)
-
-
-def _finish_all(stage: _Stage, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    yield from _feed_all(stage, pieces)
-    yield from stage.finish()
-
-
 async def read_fitting(answer: Answer, limit: int, fits: Callable[[bytes], bool]) -> bytes:
     """Read a small body: as it is, or decoded if only that fits.
 
@@ -183,16 +161,16 @@ async def read_fitting(answer: Answer, limit: int, fits: Callable[[bytes], bool]
             returned, longer than ``limit`` all the same.
         fits: Whether this is the body. It may run in a thread.
     """
-    codings = codings_of(answer)
-    data = await answer.read(2 * limit + SLACK if codings else limit)
-    if not codings or (len(data) <= limit and fits(data)):
+    coding = coding_of(answer)
+    data = await answer.read(2 * limit + SLACK if coding else limit)
+    if coding is None or (len(data) <= limit and fits(data)):
         return data
-    decoded = await trio.to_thread.run_sync(_decode, data, codings, limit)
+    decoded = await trio.to_thread.run_sync(_decode, data, coding, limit)
     return decoded if decoded is not None and fits(decoded) else data
 
 
-def _decode(data: bytes, codings: tuple[str, ...], limit: int) -> bytes | None:
-    decoder, plain = ContentDecoder(codings, limit), bytearray()
+def _decode(data: bytes, coding: str, limit: int) -> bytes | None:
+    decoder, plain = ContentDecoder(coding, limit), bytearray()
     try:
         for pieces in (decoder.feed(data), decoder.finish()):
             for piece in pieces:

@@ -28,6 +28,8 @@ from httpx import (
     URL,
     AsyncByteStream,
     AsyncClient,
+    ConnectError,
+    ConnectTimeout,
     Headers,
     HTTPError,
     InvalidURL,
@@ -60,9 +62,11 @@ __all__ = [
     "Response",
     "StreamError",
     "Timeout",
+    "close_connection",
     "connection_failed",
     "create_ssl_context",
     "discreet",
+    "never_connected",
     "new_client",
     "proxy_of",
     "read_more_at_once",
@@ -153,6 +157,14 @@ async def send(client: AsyncClient, request: Request) -> Response:
                 raise
 
 
+async def close_connection(response: Response) -> None:
+    """Close the connection of an answer whose client is closed: httpcore's pool has forgotten one
+    that was being made when it was closed."""
+    stream = response.extensions.get("network_stream")
+    if isinstance(stream, httpcore.AsyncNetworkStream):
+        await stream.aclose()
+
+
 async def _send_once(client: AsyncClient, request: Request, way: _Way) -> Response:
     try:
         return await client.send(request, stream=True, follow_redirects=False, auth=None)
@@ -213,6 +225,11 @@ def connection_failed(error: Exception) -> bool:
         status = str(error)[:3]
         return not status.isdecimal() or status in ("408", "429") or status >= "500"
     return isinstance(error, NetworkError | TimeoutException)
+
+
+def never_connected(error: BaseException | None) -> bool:
+    """Whether a request failed before there was a connection to send it on."""
+    return isinstance(error, ConnectError | ConnectTimeout)
 
 
 def _take_lost(client: AsyncClient) -> Iterator[httpcore.AsyncConnectionInterface]:

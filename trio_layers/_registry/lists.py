@@ -171,9 +171,10 @@ def decode_tags(data: bytes, host: str) -> list[str]:
     except ValueError:
         document = None
     found: object = False
-    if isinstance(document, dict) and "errors" not in document:
+    if isinstance(document, dict):
         # Without the member, or with null, the list is empty. Go's readers take it in any case.
-        found = next((document[name] for name in document if name.lower() == "tags"), None)
+        empty = False if document.get("errors") else None
+        found = next((document[name] for name in document if name.lower() == "tags"), empty)
     if found is None:
         return []
     if not isinstance(found, list):

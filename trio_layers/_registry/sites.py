@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -400,7 +408,8 @@ async def ask_in_turn(
     sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
 ) -> T:
     """Make an attempt at each site until one succeeds, as containerd does: whatever is wrong with
-    one, the next may do better. After a transient failure there is another round.
+    one, the next may do better. After a transient failure there is another round, at the sites
+    that failed so.
 
     Who could not be reached a moment ago is passed over; but before all is given up, unless some
     other has said for good that there is nothing, they are asked all the same.
@@ -409,7 +418,7 @@ async def ask_in_turn(
     site is asked once more: a disk or a proxy may have damaged them on the way.
 
     Args:
-        sites: The hosts, in the order in which to ask them.
+        sites: The hosts, in the order in which to ask them; the registry itself is the last.
         attempt: Asks one of them.
         retries: Decides on another round, and waits for it.
 
@@ -418,35 +427,32 @@ async def ask_in_turn(
             others; it is one to give up at only if all of them are.
     """
     failures: dict[SiteT, LayersError] = {}
-    asked, lies = sites, 0
+    wrong: list[SiteT] = []
+    turns: Iterable[SiteT] = _turns(sites, failures)
     while True:
-        for site in _turns(asked, failures):
+        for site in turns:
             try:
                 return await attempt(site)
             except (RegistryError, VerificationError, ManifestError) as error:
                 failures[site] = error
+                if isinstance(error, VerificationError) and is_final(error):
+                    wrong.append(site)
                 if len(sites) > 1:
                     site.note(error)
                     log.info("%s failed, and others are asked: %s", site.name, error)
-        settled = _settled(failures)
+        settled = is_final(failures[sites[-1]])
         hopeful = [
-            error
-            for site, error in failures.items()
-            # Where the others' word stands, a site that cannot be reached is not asked again.
-            if is_transient(error) and not (settled and site.trouble)
-        ]
-        if await retries.wait(hopeful):
-            failures, asked = {}, sites
-            continue
-        wrong = [
             site
-            for site in asked
-            if isinstance(failures[site], VerificationError) and is_final(failures[site])
+            for site in sites
+            # A mirror that cannot be reached is not waited for where the registry's word stands.
+            if is_transient(failures[site]) and not (settled and site.trouble)
         ]
-        lies += len(wrong)
-        if lies != 1 or not wrong or not all(map(is_final, failures.values())):
+        if await retries.wait([failures[site] for site in hopeful]):
+            turns = hopeful
+        elif len(wrong) == 1 and all(map(is_final, failures.values())):
+            turns = list(wrong)
+        else:
             break
-        asked = wrong
     if len(sites) == 1:
         raise failures[sites[0]]
     *others, last = [failures[site] for site in sites]
@@ -460,13 +466,8 @@ def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterat
     which the caller fills meanwhile."""
     resting = {site: trouble for site in sites if (trouble := site.trouble)}
     yield from [site for site in sites if site not in resting]
-    if _settled(failures):
+    # A layer's URLs have no say in what the registry has.
+    if any(isinstance(site, Site) and is_final(error) for site, error in failures.items()):
         failures |= resting
     else:
         yield from resting
-
-
-def _settled(failures: Mapping[SiteT, LayersError]) -> bool:
-    """Whether a host has said for good that there is nothing."""
-    # A layer's URLs have no say in what the registry has.
-    return any(isinstance(site, Site) and is_final(error) for site, error in failures.items())

@@ -7,12 +7,13 @@ waits for one (encode/httpcore#961).
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -21,7 +22,7 @@ from typing import Final, Literal, Self, TypeAlias, final
 import attrs
 import trio
 
-from .._errors import NetworkSettingError, RegistryError
+from .._errors import ClientClosed, NetworkSettingError, RegistryError
 from .answers import give_up, readable
 from .credentials import as_sent
 from .discretion import hush, secrets_of, without_secrets
@@ -37,6 +38,7 @@ from .http import (
     Response,
     StreamError,
     Timeout,
+    close_connection,
     connection_failed,
     discreet,
     new_client,
@@ -61,6 +63,8 @@ CONNECT_LIMIT: Final = 30.0
 PROBE_LIMIT: Final = 5.0
 # Bytes.
 MAX_SKIPPED: Final = 64 * 1024
+# Generators that a body's chunks come through: httpx's and httpcore's are five.
+MAX_CHAIN: Final = 20
 
 Method: TypeAlias = Literal["GET", "HEAD", "POST"]
 
@@ -423,12 +427,18 @@ class Transport:
             secrets = partial(secrets_of, request.headers.multi_items(), body or b"", query)
             response: Response | None = None
             try:
+                if client.is_closed:
+                    raise _given_is_closed()
                 with trio.move_on_after(patience):
                     response = await send(client, request)
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be. InvalidURL: what
             # else cannot be in a redirect.
-            except (HTTPError, InvalidURL, UnicodeError) as error:
+            except (HTTPError, InvalidURL, UnicodeError, RuntimeError) as error:
                 hush(error, secrets())
+                if client.is_closed:
+                    raise _given_is_closed() from error
+                if isinstance(error, RuntimeError):
+                    raise
                 through = _through(proxy_of(client, url))
                 text = f"{host} could not be asked for {what}{through}"
                 raise _failed(text, host, error) from error
@@ -442,7 +452,7 @@ class Transport:
                 )
             # In our own words: a URL that somebody else has made may hold a signature.
             log.debug("%s %s for %s: %d", method, host, what, response.status_code)
-            async with _open_body(response, host, what, stall_limit) as chunks:
+            async with _open_body(client, response, host, what, stall_limit) as chunks:
                 if response.status_code == 407 and (proxy := proxy_of(client, url)) is not None:
                     # As if it had been asked for a tunnel: the host has said nothing.
                     through = _through(proxy)
@@ -465,15 +475,15 @@ class Transport:
 
 @asynccontextmanager
 async def _open_body(
-    response: Response, host: str, what: str, stall_limit: float
+    client: AsyncClient, response: Response, host: str, what: str, stall_limit: float
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """The body's chunks, which may be left before their end, and the connection's with it.
 
     They come through a chain of async generators, httpx's and httpcore's. To close the outermost
     leaves the others to the garbage collector, and trio says so, in a `ResourceWarning` each.
-    A cancelled read goes through all of them from the inside.
+    A cancelled read goes through all of them from the inside, at the next checkpoint.
     """
-    chunks = _read_body(response, host, what, stall_limit)
+    chunks = _read_body(client, response, host, what, stall_limit)
     try:
         yield chunks
     finally:
@@ -482,14 +492,16 @@ async def _open_body(
             try:
                 async for _ in chunks:
                     pass
-            except RegistryError:
+            except (RegistryError, ClientClosed):
                 pass  # nobody wants the rest any more
         with trio.move_on_after(CLOSE_GRACE, shield=True), discreet():
             await response.aclose()
+            if client.is_closed:
+                await close_connection(response)
 
 
 async def _read_body(
-    response: Response, host: str, what: str, stall_limit: float
+    client: AsyncClient, response: Response, host: str, what: str, stall_limit: float
 ) -> AsyncIterator[bytes]:
     """The body's chunks, from a server that sends them at the least rate.
 
@@ -503,31 +515,62 @@ async def _read_body(
     assert isinstance(response.stream, AsyncByteStream)
     stream = aiter(response.stream)
     behind = 0.0
-    while True:
-        chunk: bytes | None = None
-        began = trio.current_time()
-        try:
-            # Bytes that make no chunk, such as those of its size, do not end this wait.
-            with trio.CancelScope(deadline=began + stall_limit - behind), discreet():
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return
-        except (HTTPError, StreamError) as error:
-            hush(error, ())
-            raise _failed(f"{host} broke off while it sent {what}", host, error) from error
-        if chunk is None:
-            raise RegistryError(
-                f"{host} broke off while it sent {what}: "
-                + (
-                    f"{stall_limit:g} seconds behind {LEAST_RATE:g} bytes per second"
-                    if behind
-                    else f"nothing for {stall_limit:g} seconds"
-                ),
-                host=host,
-                transient=True,
-            )
-        behind = max(0.0, behind + trio.current_time() - began - len(chunk) / LEAST_RATE)
-        yield chunk
+    try:
+        while True:
+            chunk: bytes | None = None
+            began = trio.current_time()
+            try:
+                # Bytes that make no chunk, such as those of its size, do not end this wait.
+                with trio.CancelScope(deadline=began + stall_limit - behind), discreet():
+                    part = await anext(stream)
+                    # A body in memory, and one of many small chunks, has none of its own.
+                    await trio.lowlevel.checkpoint()
+                    chunk = part
+            except StopAsyncIteration:
+                return
+            except (HTTPError, StreamError) as error:
+                hush(error, ())
+                if client.is_closed:
+                    raise _given_is_closed() from error
+                raise _failed(f"{host} broke off while it sent {what}", host, error) from error
+            if chunk is None:
+                raise RegistryError(
+                    f"{host} broke off while it sent {what}: "
+                    + (
+                        f"{stall_limit:g} seconds behind {LEAST_RATE:g} bytes per second"
+                        if behind
+                        else f"nothing for {stall_limit:g} seconds"
+                    ),
+                    host=host,
+                    transient=True,
+                )
+            behind = max(0.0, behind + trio.current_time() - began - len(chunk) / LEAST_RATE)
+            yield chunk
+    finally:
+        with trio.move_on_after(CLOSE_GRACE, shield=True), discreet():
+            await _close_chain(stream)
+
+
+async def _close_chain(stream: AsyncIterator[bytes]) -> None:
+    """Close async generators that iterate over one another, the innermost first.
+
+    Python closes the outermost alone, and leaves the others to the garbage collector. Those that
+    have ended already are passed over.
+    """
+    chain: list[object] = [stream]
+    for _ in range(MAX_CHAIN):
+        inner = [each for each in gc.get_referents(chain[-1]) if isinstance(each, AsyncGenerator)]
+        if not inner or inner[0] in chain:
+            break
+        chain.append(inner[0])
+    for generator in reversed(chain):
+        if isinstance(generator, AsyncGenerator):
+            await generator.aclose()
+
+
+def _given_is_closed() -> ClientClosed:
+    text = "the httpx client that was given is closed: keep it open as long as the registry client"
+    return give_up(ClientClosed(text))
 
 
 def _through(proxy: str | None) -> str:

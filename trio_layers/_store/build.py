@@ -20,7 +20,7 @@ from .growth import Follower, Growth
 if TYPE_CHECKING:
     from .merged import MergedTree
 
-__all__ = ["Arrival", "Source", "Unpack", "Unpacked", "build", "describe", "follow"]
+__all__ = ["Arrival", "Past", "Source", "Unpack", "Unpacked", "build", "describe", "follow"]
 
 
 class Unpacked(Protocol):
@@ -140,6 +140,29 @@ def build(
     return unpacked, expected
 
 
+@attrs.define(eq=False)
+class Past:
+    """The times that a stage had to start over, although its bytes were good.
+
+    Attributes:
+        recalls: How often its worker was wanted elsewhere.
+        recalled_at: How large its blob was at the last of them.
+        thrown_away: How many bytes of the blob had been unpacked for nothing.
+        lost: How many workers died of it, or did not answer.
+    """
+
+    recalls: int = 0
+    recalled_at: int = 0
+    thrown_away: int = 0
+    lost: int = 0
+
+    def note_recall(self, position: int, size: int) -> None:
+        """The worker had to leave at ``position`` of a blob that had ``size`` bytes by then."""
+        self.recalls += 1
+        self.recalled_at = size
+        self.thrown_away += position
+
+
 @attrs.frozen(eq=False)
 class Arrival:
     """A blob on its way in, of which a tree is to be made.
@@ -151,6 +174,7 @@ class Arrival:
         target: Where the tree is made.
         report: Told how many bytes of the blob were read, now and then, in any thread.
         alone: Nothing else is on its way, so that it may be done with all cores.
+        past: What happened to earlier tries.
     """
 
     path: Path
@@ -159,6 +183,7 @@ class Arrival:
     target: Path
     report: Callable[[int], object]
     alone: bool = False
+    past: Past = attrs.field(factory=Past)
 
 
 def follow(unpack: Unpack, arrival: Arrival) -> Unpacked:

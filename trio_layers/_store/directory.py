@@ -149,7 +149,8 @@ class StoreStatistics:
         layers: How many layers are referred to.
         references: How many references to them are not released.
         unpacking: How many layers are being unpacked.
-        waiting: How many wait for a worker to be unpacked in.
+        waiting: How many wait for a worker to be unpacked in, those among them that had to leave
+            theirs to others since their download is slow.
     """
 
     layers: int
@@ -238,13 +239,13 @@ class DirectoryStore:
 
     def statistics(self) -> StoreStatistics:
         """What goes on now."""
-        workers = {self._trees.threads, self._trees.builder.limiter}
-        now = [limiter.statistics() for limiter in workers]
+        builder = self._trees.builder
+        now = [limiter.statistics() for limiter in (self._trees.threads, builder.limiter)]
         return StoreStatistics(
             layers=len(self._references),
             references=sum(self._references.values()),
             unpacking=sum(each.borrowed_tokens for each in now),
-            waiting=sum(each.tasks_waiting for each in now),
+            waiting=sum(each.tasks_waiting for each in now) + builder.waiting,
         )
 
     # Layers.
@@ -646,6 +647,7 @@ class DirectoryStore:
         connection: sqlite3.Connection,
     ) -> None:
         known: set[Digest] = set()
+        put: set[Digest] = set()
         for image in images:
             for blob in (image.manifest, image.config, image.index):
                 if blob is None or blob.digest in known:
@@ -661,7 +663,9 @@ class DirectoryStore:
                         f"{image.reference} lacks the layer {image.chain_id}: store it first"
                     )
                 known.add(image.chain_id)
-            put_image(connection, image, layers[image.manifest.digest])
+            is_new = image.manifest.digest not in put
+            put_image(connection, image, layers[image.manifest.digest] if is_new else ())
+            put.add(image.manifest.digest)
         self._write_index(connection)
 
     def _is_index_right(self, connection: sqlite3.Connection) -> bool:

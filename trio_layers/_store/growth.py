@@ -16,7 +16,7 @@ from typing import NamedTuple, Self, final
 from .._digest import Digest
 from .._manifest import Descriptor
 
-__all__ = ["Abandoned", "Follower", "Growth", "StartedOver", "State"]
+__all__ = ["Abandoned", "Follower", "Growth", "Recalled", "StartedOver", "State", "WorkerLost"]
 
 
 class StartedOver(Exception):
@@ -25,6 +25,14 @@ class StartedOver(Exception):
 
 class Abandoned(Exception):
     """Nobody wants what is being made of the bytes any more."""
+
+
+class Recalled(Exception):
+    """The worker is wanted elsewhere. The stage starts over later, from the bytes that are kept."""
+
+
+class WorkerLost(Exception):
+    """The worker died or does not answer. Another one starts over, from the bytes that are kept."""
 
 
 class State(NamedTuple):
@@ -46,12 +54,27 @@ class State(NamedTuple):
 @final
 class Growth:
     """How much of a file is there, and whether that is all. For any thread; only those of its
-    methods wait that are called so."""
+    methods wait that are called so.
+
+    Attributes:
+        checks: How often a reader has asked whether to go on: it is alive while this grows.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._state = State()
         self._tell: Callable[[State], None] | None = None
+        self._waiting = 0
+        self.checks: int = 0
+
+    @property
+    def state(self) -> State:
+        """How it stands."""
+        return self._state
+
+    def is_waiting(self) -> bool:
+        """Whether a reader waits for bytes that have not arrived."""
+        return self._waiting > 0
 
     @property
     def attempt(self) -> int:
@@ -83,6 +106,11 @@ class Growth:
         with self._changed:
             self._become(state)
 
+    def become_unless_abandoned(self, state: State) -> None:
+        """Be what another one is, but stay abandoned."""
+        with self._changed:
+            self._become(state._replace(abandoned=state.abandoned or self._state.abandoned))
+
     def listen(self, tell: Callable[[State], None] | None) -> None:
         """Have ``tell`` called with how it stands, now and whenever that changes, in the thread
         that changes it; it must not wait."""
@@ -98,6 +126,7 @@ class Growth:
 
     def check(self, attempt: int) -> None:
         """Raise if what was read in this attempt is of no use any more."""
+        self.checks += 1
         if self._state.abandoned:
             raise Abandoned
         if self._state.attempt != attempt:
@@ -114,7 +143,7 @@ class Growth:
                 self.check(attempt)
                 if self._state.complete:
                     return
-                self._changed.wait()
+                self._wait()
 
     def wait(self, position: int, attempt: int) -> int:
         """Wait until more than ``position`` bytes are there, or all are; return how many.
@@ -127,7 +156,14 @@ class Growth:
                 self.check(attempt)
                 if self._state.size > position or self._state.complete:
                     return self._state.size
-                self._changed.wait()
+                self._wait()
+
+    def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._waiting -= 1
 
 
 @final

@@ -24,11 +24,11 @@ from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
 from ..abc import Layer, ReportArrived, ReportUnpacked
-from .build import Arrival
+from .build import Arrival, Past
 from .catalog import StoredTree, closed_error, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
-from .growth import Growth, StartedOver
+from .growth import Growth, Recalled, StartedOver, WorkerLost
 from .leases import Holds
 from .scratch import Scratch
 from .trees import Trees, Unpacked, stored_tree
@@ -167,9 +167,12 @@ class DirectoryStage:
         await self._left.wait()
 
     async def _report(self, progress: ReportUnpacked) -> None:
+        reported = 0
         while not self._ended.is_set():
-            if self._unpacked:
-                progress(self._unpacked)
+            # One that has to start over is shown where it was until it is there again.
+            if self._unpacked > reported:
+                reported = self._unpacked
+                progress(reported)
             with trio.move_on_after(_LOOK):
                 await self._ended.wait()
         if self._error is None:
@@ -214,6 +217,7 @@ class DirectoryStage:
         """Make the tree of all that comes, as often as that is started over."""
         staging, digest = self._staging, self._descriptor.digest
         since = staging.commits.failures
+        past = Past()
         if self._sink.committed:
             path = staging.content.path(digest)
         else:
@@ -225,12 +229,14 @@ class DirectoryStage:
             async with staging.scratch.name("tree") as target:
                 alone = staging.limiter.borrowed_tokens == 1
                 arrival = Arrival(
-                    path, self._growth, self._descriptor, target, self._see, alone=alone
+                    *(path, self._growth, self._descriptor, target, self._see),
+                    alone=alone,
+                    past=past,
                 )
                 try:
                     with staging.commits.expecting():
                         unpacked = await staging.trees.builder.follow(arrival)
-                except StartedOver:
+                except (StartedOver, Recalled, WorkerLost):
                     continue
                 if not unpacked.needs_lower:
                     self._tree = stored_tree(unpacked, unpacked.diff_id)

@@ -7,6 +7,7 @@ layer is unpacked once more through what is below, into a tree of that one chain
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +24,7 @@ from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
 from .._entries import Summary
 from .._errors import DecompressionError, UnpackError, text_of
 from .._manifest import Descriptor
-from .build import Arrival, Source, Unpack, Unpacked, build, describe, follow
+from .build import Arrival, Source, Unpack, Unpacked, build, describe
 from .catalog import (
     Catalog,
     StoredBlob,
@@ -40,6 +41,7 @@ from .commits import Commits
 from .content import Content, Partial
 from .files import disk_errors, file_name
 from .leases import Holds
+from .lending import Lending, follow_in_thread
 from .merged import MergedTree
 from .rootfs import Exporter
 from .scratch import Scratch
@@ -81,6 +83,11 @@ class Builder(Protocol):
 
     limiter: trio.CapacityLimiter
 
+    @property
+    def waiting(self) -> int:
+        """How many blobs wait for a worker, those among them that had to give one back."""
+        ...
+
     def prepare(self) -> None:
         """There will be something to do soon."""
         ...
@@ -90,25 +97,32 @@ class Builder(Protocol):
         arrival's ``target`` any more.
 
         Raises:
-            WorkerError: if the worker died of it.
+            Recalled, WorkerLost: if it is to be started over, in an empty target.
+            WorkerError: if two workers died of it, or did not answer.
         """
         ...
 
 
 @final
 class Threads:
-    """A `Builder` in threads of this process. They heed no cancellation but that of the growth."""
+    """A `Builder` in threads of this process."""
 
-    def __init__(self, unpack: Unpack, limiter: trio.CapacityLimiter) -> None:
-        self.limiter = limiter
+    def __init__(self, unpack: Unpack, number: int) -> None:
+        self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
+        self._lending = Lending(self.limiter)
+        self._threads = trio.CapacityLimiter(math.inf)
         self._unpack = unpack
+
+    @property
+    def waiting(self) -> int:
+        return self._lending.waiting
 
     def prepare(self) -> None:
         """Threads start at once."""
 
     async def follow(self, arrival: Arrival) -> Unpacked:
-        work = partial(follow, self._unpack, arrival)
-        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+        async with self._lending.lend(arrival) as loan:
+            return await follow_in_thread(self._unpack, loan, self._threads)
 
 
 @attrs.frozen
@@ -201,8 +215,9 @@ class Trees:
         self._scratch = scratch
         self._unpacker = unpacker
         # Inflating and hashing keep a core busy, and some wait for bytes that have not arrived.
-        self.threads = trio.CapacityLimiter(max(4, 2 * (os.cpu_count() or 1)))
-        self.builder: Builder = builder or Threads(unpacker.unpack, self.threads)
+        number = max(4, 2 * (os.cpu_count() or 1))
+        self.threads = trio.CapacityLimiter(number)
+        self.builder: Builder = builder or Threads(unpacker.unpack, number)
 
     def path(self, id: Digest) -> Path:
         """Where a tree is, if it is there."""

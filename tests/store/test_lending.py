@@ -1,0 +1,291 @@
+"""Workers are lent: a download that is slow, or stands still, keeps no other layer waiting."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from store.test_staging import MIB, NOISE, Watched, ignore, stage
+from store.test_unpack_errors import blob_of, tar
+from store.world import Blob, chain_of, layer_of
+
+from trio_layers import Limits, open_store
+from trio_layers._errors import StoreClosed
+from trio_layers._manifest import Descriptor
+from trio_layers._store import directory
+from trio_layers._store.build import Arrival, Past
+from trio_layers._store.growth import Growth, Recalled
+from trio_layers._store.lending import Lending, Loan
+from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._workers import open_workers
+
+Store = directory.DirectoryStore
+OpenStore = Callable[[Path], AbstractAsyncContextManager[Store]]
+
+
+def open_with_threads(path: Path) -> AbstractAsyncContextManager[Store]:
+    return directory.open_store(path, unpacker=Unpacker(Limits()))
+
+
+OPEN = pytest.mark.parametrize("open_it", [open_store, open_with_threads])
+
+
+def slow_layer(number: int) -> Blob:
+    return layer_of(**{f"slow{number}": NOISE[number:] + bytes(number)})
+
+
+async def all_lent(store: Store, waiting: int) -> None:
+    """Until no worker is idle, and so many stages wait."""
+    limiter = store._trees.builder.limiter
+    with trio.fail_after(30):
+        while store.statistics().waiting != waiting or limiter.available_tokens:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+@OPEN
+@pytest.mark.parametrize("extra", [0, 3])
+async def test_layers_that_trickle_in_hold_up_nobody(
+    open_it: OpenStore, extra: int, tmp_path: Path
+) -> None:
+    """However many there are. They are unpacked when they have come."""
+    async with open_it(tmp_path) as store:
+        count = int(store._trees.builder.limiter.total_tokens) + extra
+        slow = [slow_layer(number) for number in range(count)]
+        go_on = trio.Event()
+        told: list[list[int]] = [[] for _ in slow]
+
+        async def trickle(blob: Blob, told: list[int]) -> None:
+            async with store.stage(blob.descriptor) as staged:
+                await staged.write(blob.data[: MIB + 7])
+                await go_on.wait()
+                await staged.write(blob.data[staged.offset :])
+                await staged.finish(told.append)
+                await staged.commit(None)
+
+        async with trio.open_nursery() as nursery:
+            for blob, each in zip(slow, told, strict=True):
+                nursery.start_soon(trickle, blob, each)
+            await all_lent(store, extra)
+            for name in "abc":
+                with trio.fail_after(20):
+                    await stage(store, layer_of(**{name: name}))
+            # All but those that have got a worker again are seen to wait.
+            now = store.statistics()
+            assert now.unpacking + now.waiting == count
+            assert now.waiting >= max(extra, 1)
+            go_on.set()
+        for blob in slow:
+            assert await store.get(chain_of(blob)) is not None
+        assert all(each == sorted(each) for each in told)
+        now = store.statistics()
+        assert (now.unpacking, now.waiting) == (0, 0)
+
+
+@OPEN
+async def test_one_worker_is_enough(open_it: OpenStore, tmp_path: Path) -> None:
+    """Also where what has come of the slow layer is damaged, so that its worker only waits."""
+    damaged = blob_of(tar({"name": "a", "text": "a" * 2 * MIB})[: MIB + 1000] + bytes(9 * MIB))
+    async with open_it(tmp_path) as store:
+        store._trees.builder.limiter.total_tokens = 1
+        for blob in (slow_layer(0), damaged):
+            async with store.stage(blob.descriptor) as staged:
+                await staged.write(blob.data[:-MIB])
+                await all_lent(store, 0)
+                with trio.fail_after(20):
+                    await stage(store, layer_of(**{f"x{blob.data[20]}": "x"}))
+
+
+async def test_a_stage_that_waits_for_a_worker_can_be_left(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        store._trees.builder.limiter.total_tokens = 1
+        async with store.stage(slow_layer(0).descriptor) as first:
+            await first.write(slow_layer(0).data[:MIB])
+            async with store.stage(slow_layer(1).descriptor) as second:
+                await second.write(slow_layer(1).data[:MIB])
+                await all_lent(store, 1)
+            assert store.statistics().waiting == 0
+        assert store.statistics().unpacking == 0
+
+
+def arrival_of(size: int, number: int = 0) -> Arrival:
+    descriptor = Descriptor("", layer_of(x=f"{number}").digest, size)
+    return Arrival(Path("blob"), Growth(), descriptor, Path("target"), ignore)
+
+
+class World:
+    """Stages of one `Lending`, without workers: each test says how far those are."""
+
+    def __init__(self, workers: int) -> None:
+        self.lending = Lending(trio.CapacityLimiter(workers))
+        self.loans: dict[Arrival, Loan] = {}
+
+    async def follow(self, arrival: Arrival) -> None:
+        """Have a worker for the blob until that is complete, however often it is recalled."""
+        while True:
+            try:
+                async with self.lending.lend(arrival) as loan:
+                    self.loans[arrival] = loan
+                    recalled = trio.Event()
+                    loan.started(recalled.set)
+                    while not arrival.growth.state.complete:
+                        with trio.move_on_after(0.05):
+                            await recalled.wait()
+                            raise Recalled
+                    return
+            except Recalled:
+                continue
+            finally:
+                self.loans.pop(arrival, None)
+
+    def read_all(self, arrival: Arrival) -> None:
+        self.loans[arrival].position = arrival.growth.state.size
+
+
+@asynccontextmanager
+async def background() -> AsyncIterator[trio.Nursery]:
+    async with trio.open_nursery() as nursery:
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_one_with_the_least_to_lose_goes(autojump_clock: object) -> None:
+    world = World(2)
+    large, small, quick = (arrival_of(1 << 40, number) for number in range(3))
+    large.growth.grow(200 * MIB)
+    small.growth.grow(10 * MIB)
+    quick.growth.grow(1)
+    async with background() as nursery:
+        nursery.start_soon(world.follow, large)
+        nursery.start_soon(world.follow, small)
+        await trio.sleep(1)
+        world.read_all(large)
+        world.read_all(small)
+        quick.growth.complete()
+        await world.follow(quick)
+        assert (small.past.recalls, large.past.recalls) == (1, 0)
+
+
+async def test_a_worker_that_is_busy_is_not_recalled(autojump_clock: object) -> None:
+    """One that is behind its blob, or whose blob is about to be complete."""
+    world = World(1)
+    first, quick = arrival_of(1000 * MIB), arrival_of(1, 1)
+    first.growth.grow(500 * MIB)
+    quick.growth.grow(1)
+    quick.growth.complete()
+    async with background() as nursery:
+        nursery.start_soon(world.follow, first)
+        await trio.sleep(1)
+        nursery.start_soon(world.follow, quick)
+        await trio.sleep(10)
+        assert first.past.recalls == 0
+        first.growth.grow(1000 * MIB)
+        for position in range(500, 1000, 50):
+            world.loans[first].position = position * MIB
+            await trio.sleep(0.1)
+        first.growth.complete()
+        await trio.sleep(1)
+        assert first.past.recalls == 0
+        assert world.lending.waiting == 0
+
+
+async def test_no_work_is_thrown_away_without_end(autojump_clock: object) -> None:
+    """A blob that trickles in for hours, while small ones come all the time: each has its worker
+    soon, and what is done twice is less than twice the blob."""
+    world = World(1)
+    slow = arrival_of(150 * MIB)
+    async with background() as nursery:
+        slow.growth.grow(MIB)
+        nursery.start_soon(world.follow, slow)
+        for number in range(150):
+            await trio.sleep(1)
+            slow.growth.grow((number + 1) * MIB)
+            await trio.sleep(0.5)
+            if slow in world.loans:
+                world.read_all(slow)
+            quick = arrival_of(1, number)
+            quick.growth.grow(1)
+            quick.growth.complete()
+            with trio.fail_after(4):
+                await world.follow(quick)
+        assert slow.past.recalls > 10
+        assert slow.past.thrown_away <= 2 * slow.blob.size
+        slow.growth.complete()
+        await trio.sleep(1)
+        assert world.lending.waiting == 0
+
+
+async def test_one_that_stands_still_gives_way_to_one_that_grows(autojump_clock: object) -> None:
+    """… and not the other way round."""
+    world = World(1)
+    still, grows = arrival_of(100 * MIB), arrival_of(100 * MIB, 1)
+    still.growth.grow(MIB)
+    grows.growth.grow(MIB)
+    async with background() as nursery:
+        nursery.start_soon(world.follow, still)
+        await trio.sleep(1)
+        world.read_all(still)
+        nursery.start_soon(world.follow, grows)
+        for size in range(2, 60):
+            grows.growth.grow(size * MIB)
+            await trio.sleep(0.2)
+            if grows in world.loans:
+                world.read_all(grows)
+        assert (still.past.recalls, grows.past.recalls) == (1, 0)
+        assert grows in world.loans
+        assert world.lending.waiting == 1
+
+
+async def test_workers_that_are_closed_refuse_and_end_what_is_under_way(tmp_path: Path) -> None:
+    """In any task, whether it waits for a worker or has one."""
+    ended: list[str] = []
+
+    async def follow(number: int) -> None:
+        (tmp_path / f"{number}").write_bytes(slow_layer(0).data[:MIB])
+        growth = Growth()
+        growth.grow(MIB)
+        blob = slow_layer(0).descriptor
+        arrival = Arrival(
+            tmp_path / f"{number}", growth, blob, tmp_path / f"{number}.tree", ignore, past=Past()
+        )
+        with pytest.raises(StoreClosed):
+            await workers.follow(arrival)
+        ended.append(f"{number}")
+
+    async with trio.open_nursery() as nursery:
+        async with open_workers(Limits()) as workers:
+            count = int(workers.limiter.total_tokens) + 2
+            for number in range(count):
+                nursery.start_soon(follow, number)
+            with trio.fail_after(20):
+                while not list(tmp_path.glob("*.tree")):  # noqa: ASYNC110, ASYNC240
+                    await trio.sleep(0.01)
+            assert workers.waiting == 2
+        assert workers.limiter.borrowed_tokens == 0
+    assert len(ended) == count
+    with trio.fail_after(5):
+        await follow(count)
+    # Nothing is started for the store any more.
+    workers.prepare()
+
+
+async def test_a_slow_layer_that_is_unpacked_twice_is_right(tmp_path: Path) -> None:
+    """It begins again from the bytes that are kept, and nothing of the first tree stays."""
+    unpacker = Watched()
+    blob = slow_layer(0)
+    async with directory.open_store(tmp_path, unpacker=unpacker) as store:
+        store._trees.builder.limiter.total_tokens = 1
+        async with store.stage(blob.descriptor) as staged:
+            unpacker.reached = 2 * MIB, trio.Event()
+            await staged.write(blob.data[: 2 * MIB])
+            await unpacker.reached[1].wait()
+            with trio.fail_after(20):
+                await stage(store, layer_of(quick="quick"))
+            await staged.write(blob.data[2 * MIB :])
+            await staged.finish(ignore)
+            layer = await staged.commit(None)
+        assert unpacker.began == 3
+        assert (layer.tree / "fs" / "slow0").read_bytes() == NOISE
+    assert not list((tmp_path / "ingest").iterdir())

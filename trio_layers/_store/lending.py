@@ -1,0 +1,266 @@
+"""Workers are lent to stages, and come back: a slow download holds none that others need.
+
+A growing blob has a worker only while nobody else needs it. Where stages wait and no worker is
+idle, `Lending` recalls a worker that mostly waits for bytes, first the one with the least work to
+lose. Its stage starts over later, from the bytes that are kept:
+
+- once its blob is complete, ahead of all blobs that still grow, or
+- once a worker is idle, its blob has grown since, and the work thrown away so far is less than
+  the blob itself. So a blob is read three times at most, however often its download stops.
+
+All decisions are taken in `Lending._look`, which has no checkpoint. The stages that wait call it
+ten times a second, since no event tells how far a worker is behind its blob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final, final
+
+import attrs
+import trio
+
+from .._nursery import open_hidden_nursery
+from .build import Arrival, Unpack, Unpacked, follow
+from .growth import Abandoned, Growth, Recalled
+
+__all__ = ["Lending", "Loan", "follow_in_thread"]
+
+# Seconds between two looks while stages wait.
+_LOOK: Final = 0.1
+
+# A worker that is fewer bytes than this behind its blob keeps pace with the download. A blob
+# grows by 1 MiB at a time (`content._BATCH`).
+_NEAR: Final = 2 * 1024 * 1024
+
+# Seconds for which a worker must have kept pace with its download before a stage whose blob is
+# complete takes it. Work that took longer to do is kept for longer.
+_PATIENCE: Final = 0.25
+_MOST_PATIENCE: Final = 2.0
+_BYTES_A_SECOND: Final = 64 * 1024 * 1024
+
+# Seconds for which a blob must have stood still before another that grows takes its worker.
+_STILL: Final = 2.0
+
+# A download that ends within so many seconds, at its pace, keeps its worker.
+_SOON: Final = 1.0
+
+
+@final
+@attrs.define(eq=False)
+class Loan:
+    """The use of one worker for one blob, or the wait for it.
+
+    Attributes:
+        arrival: The blob.
+        position: How many bytes of it the worker has read.
+        is_waiting: Whether the worker waits for bytes that have not arrived.
+        recalled: Whether the worker is to put the work down.
+    """
+
+    arrival: Arrival
+    position: int = 0
+    is_waiting: Callable[[], bool] = attrs.field(default=lambda: False, repr=False)
+    recalled: bool = False
+    _put_down: Callable[[], object] | None = None
+    _granted: trio.Event = attrs.field(factory=trio.Event, repr=False)
+    # How large the blob was at the last look, and when it last grew.
+    _size: int = 0
+    _grew_at: float = 0.0
+    # Since when the worker keeps pace with the download, and how large the blob was then.
+    _paced_since: float | None = None
+    _paced_from: int = 0
+
+    def started(self, put_down: Callable[[], object] | None) -> None:
+        """The worker has begun, and ``put_down`` stops it; ``None``: it has stopped."""
+        self._put_down = put_down
+
+    def see(self, position: int) -> None:
+        """The worker has read so many bytes; in any thread."""
+        self.position = position
+        self.arrival.report(position)
+
+    @property
+    def _complete(self) -> bool:
+        return self.arrival.growth.state.complete
+
+    def _measure(self, now: float) -> None:
+        size = self.arrival.growth.state.size
+        if size != self._size or not self._grew_at:
+            self._size, self._grew_at = size, now
+        if not self.is_waiting() and size - self.position >= _NEAR:
+            self._paced_since = None
+        elif self._paced_since is None:
+            self._paced_since, self._paced_from = now, size
+
+    def _forget(self) -> None:
+        self._paced_since = None
+        self._grew_at = 0.0
+
+    def _can_wait_for(self, other: Loan, now: float) -> bool:
+        """Whether the worker should go to another stage."""
+        if self._complete or self.recalled or self._put_down is None or self._paced_since is None:
+            return False
+        paced = now - self._paced_since
+        if paced < min(max(_PATIENCE, self.position / _BYTES_A_SECOND), _MOST_PATIENCE):
+            return False
+        if not other._complete:
+            return paced >= _STILL and now - self._grew_at >= _STILL
+        left = self.arrival.blob.size - self._size
+        return left * paced > (self._size - self._paced_from) * _SOON
+
+    def _may_start(self) -> bool:
+        """Whether an idle worker may follow the blob although it is not complete."""
+        past = self.arrival.past
+        if not past.recalls:
+            return True
+        grown = self.arrival.growth.state.size > past.recalled_at
+        return grown and past.thrown_away < self.arrival.blob.size
+
+
+@final
+class Lending:
+    """Lends workers: at most as many at once as the limiter has tokens.
+
+    Args:
+        limiter: The workers; nothing else takes tokens of it.
+    """
+
+    def __init__(self, limiter: trio.CapacityLimiter) -> None:
+        self._limiter = limiter
+        self._queue: list[Loan] = []
+        self._lent: list[Loan] = []
+        self._looked_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Lending: {len(self._lent)} lent, {self.waiting} waiting>"
+
+    @property
+    def waiting(self) -> int:
+        """How many stages wait for a worker, those among them that had to give one back."""
+        return len(self._queue)
+
+    @asynccontextmanager
+    async def lend(self, arrival: Arrival) -> AsyncIterator[Loan]:
+        """Wait for a worker, and have it for the block, which raises `Recalled` if it is wanted
+        elsewhere. The wait can be cancelled."""
+        await trio.lowlevel.checkpoint()
+        loan = Loan(arrival)
+        self._queue.append(loan)
+        try:
+            self._look()
+            while not loan._granted.is_set():
+                with trio.move_on_after(_LOOK):
+                    await loan._granted.wait()
+                if not loan._granted.is_set() and self._is_time():
+                    self._look()
+            yield loan
+        except Recalled:
+            arrival.past.note_recall(loan.position, arrival.growth.state.size)
+            raise
+        finally:
+            if loan._granted.is_set():
+                self._lent.remove(loan)
+                self._limiter.release_on_behalf_of(loan)
+            else:
+                self._queue.remove(loan)
+            self._look()
+
+    def _is_time(self) -> bool:
+        return trio.current_time() - self._looked_at >= _LOOK / 2
+
+    def _look(self) -> None:
+        """Lend the workers that are idle, and recall others if that does not suffice."""
+        now = self._looked_at = trio.current_time()
+        while (loan := self._next()) is not None and self._take_token(loan):
+            self._queue.remove(loan)
+            self._lent.append(loan)
+            loan._granted.set()
+        if not self._queue:
+            # A measurement is of no use when it has a gap.
+            for loan in self._lent:
+                loan._forget()
+            return
+        for loan in (*self._lent, *self._queue):
+            loan._measure(now)
+        coming = sum(loan.recalled for loan in self._lent)
+        for wanting in self._in_order(now)[coming:]:
+            self._recall_for(wanting, now)
+
+    def _take_token(self, loan: Loan) -> bool:
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(loan)
+        except trio.WouldBlock:
+            return False
+        return True
+
+    def _next(self) -> Loan | None:
+        """The stage that gets the next worker that is idle."""
+        return (
+            _first(loan for loan in self._queue if loan._complete)
+            or _first(loan for loan in self._queue if not loan.arrival.past.recalls)
+            or _first(loan for loan in self._queue if loan._may_start())
+        )
+
+    def _in_order(self, now: float) -> list[Loan]:
+        """The stages for which a worker may be recalled, complete blobs first."""
+        complete = [loan for loan in self._queue if loan._complete]
+        growing = [
+            loan
+            for loan in self._queue
+            if not loan._complete and loan._may_start() and now - loan._grew_at < _STILL
+        ]
+        return complete + growing
+
+    def _recall_for(self, wanting: Loan, now: float) -> None:
+        able = [loan for loan in self._lent if loan._can_wait_for(wanting, now)]
+        if not able:
+            return
+        loan = min(able, key=lambda loan: loan.position)
+        loan.recalled = True
+        assert loan._put_down is not None
+        loan._put_down()
+
+
+def _first(loans: Iterable[Loan]) -> Loan | None:
+    return next(iter(loans), None)
+
+
+async def follow_in_thread(unpack: Unpack, loan: Loan, limiter: trio.CapacityLimiter) -> Unpacked:
+    """`follow` in a thread, for a loan. Cancelled or recalled, it stops at the next chunk or
+    entry, and this waits for that: a thread that writes is never left behind.
+
+    Raises:
+        Recalled: if the worker is wanted elsewhere.
+        StartedOver, Abandoned, UnpackError, StoreError: as `follow` does.
+    """
+    # Abandoned without the blob's own growth, which others follow later.
+    growth = Growth()
+    arrival = attrs.evolve(loan.arrival, growth=growth, report=loan.see)
+
+    async def abandon_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            growth.abandon()
+
+    loan.arrival.growth.listen(growth.become_unless_abandoned)
+    loan.is_waiting = growth.is_waiting
+    loan.started(growth.abandon)
+    try:
+        async with open_hidden_nursery() as nursery:
+            nursery.start_soon(abandon_when_cancelled)
+            work = partial(follow, unpack, arrival)
+            unpacked = await trio.to_thread.run_sync(work, limiter=limiter)
+            nursery.cancel_scope.cancel()
+        return unpacked
+    except Abandoned:
+        if loan.recalled and not loan.arrival.growth.state.abandoned:
+            raise Recalled from None
+        await trio.lowlevel.checkpoint_if_cancelled()
+        raise
+    finally:
+        loan.started(None)
+        loan.arrival.growth.listen(None)
