@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,8 +16,7 @@ import trio
 
 from trio_layers.testing import File, Registry, build_image, open_registry
 
-BIG = 4_000_000
-IMAGE = build_image([[File("big", bytes(BIG)), File("small", b"small")]])
+IMAGE = build_image([[File("big", random.Random(1).randbytes(4_000_000))]])
 TAGS = sorted(f"tag-{number:05}-{'x' * 100}" for number in range(2000))
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
 
