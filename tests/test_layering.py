@@ -41,6 +41,7 @@ LEVELS: dict[str, int] = {
     "_progress": 1,
     "_lifetime": 1,
     "_nursery": 1,
+    "_offload": 1,
     "_sharing": 1,
     "_util": 1,
     # The rooms.

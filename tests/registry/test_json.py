@@ -12,7 +12,7 @@ import pytest
 from trio_layers._archives.documents import check_layout, decode_docker
 from trio_layers._as_go import without_surrogates
 from trio_layers._errors import ArchiveError, ManifestError, RegistryError
-from trio_layers._json import MAX_DEPTH, AmbiguousJSON, parse_json
+from trio_layers._json import MAX_DEPTH, AmbiguousJSON, dismantle, parse_json
 from trio_layers._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -257,3 +257,13 @@ def test_a_config_of_a_million_entries_of_history_is_read() -> None:
     data = fill("{},", config(',"history":[').decode()[:-1], "{}]}")
     assert data.count(b"{}") > 1_000_000
     assert decode_config(data).diff_ids == (DIGEST,)
+
+
+def test_a_document_is_taken_apart_and_its_empty_parts_are_shared() -> None:
+    document = parse_json(b'{"a":[{},{},[],[1,[2]]],"b":{"c":[[]]}}')
+    assert isinstance(document, dict)
+    first, second, *_ = inner = document["a"]
+    assert first is second
+    dismantle(document)
+    assert (document, inner, first) == ({}, [], {})
+    assert parse_json(b"[{},[]]") == [{}, []]
