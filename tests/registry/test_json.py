@@ -130,8 +130,8 @@ def fill(unit: str, begin: str = "[", end: str = "1]") -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        b"[" * 1_000_000,
-        b'{"a":' * 400_000,
+        b"[" * 300_000,
+        b'{"a":' * 100_000,
         b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1),
         b"9" * 1_000_000,
         b"-" * 1_000_000,
@@ -188,7 +188,7 @@ def test_the_deepest_document_is_read_wherever_it_is() -> None:
     assert deep(sys.getrecursionlimit() - 200) == json.loads(data)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_agrees_with_the_standard_library(seed: int) -> None:
     chance = random.Random(seed)
     pieces = [*'{}[]",:\\ \n0123eE.-+tfn', "true", "null", '"a"', '{"a":1}', "\\u0041", "\\ud83d"]
@@ -246,11 +246,11 @@ def test_a_document_is_read_in_linear_work_and_short_steps(unit: str) -> None:
         return count
 
     begin, end = ('"', '"') if unit == "\\n" else ("[", "1]")
-    small = calls(f"{begin}{unit * 10_000}{end}".encode())
-    large = calls(f"{begin}{unit * 20_000}{end}".encode())
+    small = calls(f"{begin}{unit * 2_000}{end}".encode())
+    large = calls(f"{begin}{unit * 4_000}{end}".encode())
     assert large <= 2.2 * small
     if unit != "\\n":
-        assert large >= 20_000
+        assert large >= 4_000
 
 
 def test_a_config_of_a_million_entries_of_history_is_read() -> None:
