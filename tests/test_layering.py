@@ -44,6 +44,7 @@ LEVELS: dict[str, int] = {
     "_lifetime": 1,
     "_nursery": 1,
     "_blocks": 1,
+    "_offload": 1,
     "_output": 1,
     "_sharing": 1,
     "_util": 1,

@@ -19,7 +19,7 @@ from typing import Final
 
 from ._as_go import without_surrogates
 
-__all__ = ["MAX_DEPTH", "AmbiguousJSON", "check_names", "fold_names", "parse_json"]
+__all__ = ["MAX_DEPTH", "AmbiguousJSON", "check_names", "dismantle", "fold_names", "parse_json"]
 
 MAX_DEPTH: Final = 200
 """How deep arrays and objects may be nested. The documents of images have ten levels."""
@@ -38,6 +38,8 @@ _ESCAPES: Final = re.compile(
 _NUMBER: Final = re.compile(
     r"(-?(?:0|[1-9][0-9]{0,9999}))((?:\.[0-9]{1,9999})?(?:[eE][-+]?[0-9]{1,9999})?)(?![0-9])"
 )
+_EMPTY_OBJECT: Final[dict[str, object]] = {}
+_EMPTY_ARRAY: Final[list[object]] = []
 _WORD: Final = re.compile(r"-?[A-Za-z]+")
 _CONSTANTS: Final[dict[str, object]] = {"true": True, "false": False, "null": None}
 _NONFINITE: Final[dict[str, object]] = {
@@ -53,6 +55,9 @@ class AmbiguousJSON(ValueError):
 
 def parse_json(data: bytes, *, nonfinite: bool = False) -> object:
     """Decode a document. Lone surrogates in strings become U+FFFD, as Go's readers have them.
+
+    Nothing in the result may be changed: all empty objects in it are one, and so are empty arrays,
+    since a document has room for a million.
 
     Args:
         data: UTF-8, without a byte order mark.
@@ -72,6 +77,26 @@ def parse_json(data: bytes, *, nonfinite: bool = False) -> object:
     if _end_of_space(text, end) != len(text):
         raise _unexpected(text, end)
     return value
+
+
+def dismantle(document: object) -> None:
+    """Free a document that nobody needs any more, piece by piece.
+
+    Freed as a whole, a large one holds the GIL, and so the event loop, for as long as that takes.
+    """
+    todo = [document]
+    while todo:
+        container = todo.pop()
+        if isinstance(container, list):
+            while container:
+                value = container.pop()
+                if isinstance(value, list | dict) and value:
+                    todo.append(value)
+        elif isinstance(container, dict):
+            while container:
+                value = container.popitem()[1]
+                if isinstance(value, list | dict) and value:
+                    todo.append(value)
 
 
 def fold_names(*names: str) -> Mapping[str, str]:
@@ -125,18 +150,19 @@ class _Reader:
             if first in "{[":
                 if len(stack) + 1 >= MAX_DEPTH and container is not None:
                     raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-                inner: list[object] | dict[str, object] = {} if first == "{" else []
-                at = at + 1
+                at += 1
                 if text[at] in " \t\n\r":
                     at = _end_of_space(text, at)
                 if text[at] != ("}" if first == "{" else "]"):
                     if container is not None:
                         stack.append((container, name))
-                    container = inner
                     if first == "{":
-                        name, at = self._name(at, inner)
+                        container = {}
+                        name, at = self._name(at, container)
+                    else:
+                        container = []
                     continue
-                value = inner
+                value = _EMPTY_OBJECT if first == "{" else _EMPTY_ARRAY
                 at += 1
             elif first == '"':
                 value, at = self._string(at)

@@ -7,8 +7,10 @@ readers could take for two different things is refused (CVE-2021-41190).
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Final, NoReturn
 
@@ -17,7 +19,7 @@ import attrs
 from ._as_go import decode_base64, without_surrogates
 from ._digest import DiffID, Digest, digest_of, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
-from ._json import AmbiguousJSON, check_names, fold_names, parse_json
+from ._json import AmbiguousJSON, check_names, dismantle, fold_names, parse_json
 from ._platform import DEFAULT_OS, Platform, host_platform
 
 __all__ = [
@@ -258,7 +260,13 @@ def decode_manifest(
             f"media type {_show(media_type)} is neither that of an image manifest nor of an index"
         )
     kind = "manifest" if media_type in MANIFEST_TYPES else "index"
-    document = _decode(data, kind)
+    with _decoded(data, kind) as document:
+        return _manifest_of(document, media_type, kind, null_is_empty)
+
+
+def _manifest_of(
+    document: Mapping[str, object], media_type: str, kind: str, null_is_empty: bool
+) -> Manifest | Index:
     _check_names(document, kind, _DECISIVE, _MORE_OF_DOCUMENT)
     version = document.get("schemaVersion")
     if type(version) is not int or version != 2:
@@ -343,7 +351,13 @@ def decode_config(data: bytes, platform: Platform | None = None) -> ImageConfig:
     Raises:
         ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
     """
-    document = _decode(data, "image config")
+    with _decoded(data, "image config") as document:
+        return _config_of(document, data, platform)
+
+
+def _config_of(
+    document: Mapping[str, object], data: bytes, platform: Platform | None
+) -> ImageConfig:
     _check_names(document, "image config", _ROOTFS, _MORE_OF_CONFIG)
     rootfs = _object(document.get("rootfs"), "image config: rootfs")
     _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
@@ -414,7 +428,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
 def _platform(value: object, where: str) -> Platform:
     members = _object(value, where)
     _check_names(members, where, _NONE, _MORE_OF_PLATFORM)
-    platform = Platform(
+    platform = _shared_platform(
         _text(members.get("os"), f"{where}.os"),
         _text(members.get("architecture"), f"{where}.architecture"),
         _text(members.get("variant"), f"{where}.variant"),
@@ -443,7 +457,13 @@ def _complete(platform: Platform, default: Platform | None) -> Platform:
     )
 
 
-def _decode(data: bytes, kind: str) -> Mapping[str, object]:
+# Thousands of an index's entries have a few platforms.
+_shared_platform = functools.lru_cache(maxsize=256)(Platform)
+
+
+@contextmanager
+def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
+    """The document, for the block: it is freed afterwards."""
     if len(data) > MAX_DOCUMENT_SIZE:
         _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
@@ -452,7 +472,10 @@ def _decode(data: bytes, kind: str) -> Mapping[str, object]:
         raise ManifestError(f"{kind}: ambiguous, since {error}") from error
     except ValueError as error:
         raise ManifestError(f"{kind}: not JSON ({error})") from error
-    return _object(value, kind)
+    try:
+        yield _object(value, kind)
+    finally:
+        dismantle(value)
 
 
 def _object(value: object, where: str) -> Mapping[str, object]:

@@ -16,7 +16,7 @@ from trio_layers._errors import ManagerClosed, TransferError
 from trio_layers._progress import Progress
 from trio_layers._store.memory import MemoryLayer, MemoryStore
 
-LAYERS = 4 * WINDOW
+LAYERS = 3 * WINDOW
 
 
 class StepLog(trio.abc.Instrument):
@@ -149,7 +149,7 @@ def test_many_layers_are_let_go_of_in_short_steps(
 
 def test_a_failure_far_up_starts_no_layer_any_more() -> None:
     sources = distinct()
-    sources[300] = FakeSource("end", failing(OSError("no"), 10))
+    sources[200] = FakeSource("end", failing(OSError("no"), 10))
 
     async def main() -> None:
         async with open_download_manager(MemoryStore(), max_download_attempts=1) as manager:
@@ -159,7 +159,7 @@ def test_a_failure_far_up_starts_no_layer_any_more() -> None:
 
     run(main)
     asked = [index for index, source in enumerate(sources) if source.calls]
-    assert asked == list(range(300 + WINDOW))
+    assert asked == list(range(200 + WINDOW))
 
 
 def test_the_bottom_layer_is_held_for_the_layers_that_repeat_it() -> None:

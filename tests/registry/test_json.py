@@ -12,7 +12,7 @@ import pytest
 from trio_layers._archives.documents import check_layout, decode_docker
 from trio_layers._as_go import without_surrogates
 from trio_layers._errors import ArchiveError, ManifestError, RegistryError
-from trio_layers._json import MAX_DEPTH, AmbiguousJSON, parse_json
+from trio_layers._json import MAX_DEPTH, AmbiguousJSON, dismantle, parse_json
 from trio_layers._manifest import (
     INDEX_TYPES,
     MANIFEST_TYPES,
@@ -130,8 +130,8 @@ def fill(unit: str, begin: str = "[", end: str = "1]") -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        b"[" * 1_000_000,
-        b'{"a":' * 400_000,
+        b"[" * 300_000,
+        b'{"a":' * 100_000,
         b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1),
         b"9" * 1_000_000,
         b"-" * 1_000_000,
@@ -188,7 +188,7 @@ def test_the_deepest_document_is_read_wherever_it_is() -> None:
     assert deep(sys.getrecursionlimit() - 200) == json.loads(data)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_agrees_with_the_standard_library(seed: int) -> None:
     chance = random.Random(seed)
     pieces = [*'{}[]",:\\ \n0123eE.-+tfn', "true", "null", '"a"', '{"a":1}', "\\u0041", "\\ud83d"]
@@ -246,14 +246,24 @@ def test_a_document_is_read_in_linear_work_and_short_steps(unit: str) -> None:
         return count
 
     begin, end = ('"', '"') if unit == "\\n" else ("[", "1]")
-    small = calls(f"{begin}{unit * 10_000}{end}".encode())
-    large = calls(f"{begin}{unit * 20_000}{end}".encode())
+    small = calls(f"{begin}{unit * 2_000}{end}".encode())
+    large = calls(f"{begin}{unit * 4_000}{end}".encode())
     assert large <= 2.2 * small
     if unit != "\\n":
-        assert large >= 20_000
+        assert large >= 4_000
 
 
 def test_a_config_of_a_million_entries_of_history_is_read() -> None:
     data = fill("{},", config(',"history":[').decode()[:-1], "{}]}")
     assert data.count(b"{}") > 1_000_000
     assert decode_config(data).diff_ids == (DIGEST,)
+
+
+def test_a_document_is_taken_apart_and_its_empty_parts_are_shared() -> None:
+    document = parse_json(b'{"a":[{},{},[],[1,[2]]],"b":{"c":[[]]}}')
+    assert isinstance(document, dict)
+    first, second, *_ = inner = document["a"]
+    assert first is second
+    dismantle(document)
+    assert (document, inner, first) == ({}, [], {})
+    assert parse_json(b"[{},[]]") == [{}, []]

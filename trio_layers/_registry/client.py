@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar, TypeVarTuple, Unpack, final
 from urllib.parse import urlencode
@@ -45,6 +46,7 @@ from .._manifest import (
     decode_config,
     decode_manifest,
 )
+from .._offload import run_large
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from ..abc import BlobSink, ReportProgress
@@ -67,6 +69,7 @@ log = logging.getLogger("trio_layers.registry")
 DEFAULT_MAX_CONNECTIONS: Final = 20
 # Larger documents are decoded in a thread: 16 KiB of JSON take about a millisecond.
 INLINE_SIZE: Final = 16 * 1024
+LARGE_SIZE: Final = 256 * 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -380,12 +383,15 @@ class RegistryClient:
         wanted = platform or host_platform()
         first = await self._recall_manifest(reference, known, announce) if head_first else None
         descriptor, data, document = first or await self._find_manifest(reference, announce)
+        first = None
         for _ in range(MAX_INDEX_DEPTH):
             if not isinstance(document, Index):
                 break
             if index is None:
                 index, index_bytes = descriptor, data
-            descriptor = await _decode(_choose, data, str(reference), document, wanted)
+            last_reference = [document]
+            del document
+            descriptor = await _decode(_choose, data, str(reference), last_reference, wanted)
             data = await self._get_document(
                 reference, "manifests", _MANIFESTS, descriptor, known, announce
             )
@@ -871,9 +877,10 @@ async def _unknown(digest: Digest) -> bytes | None:
     return None
 
 
-def _choose(data: bytes, name: str, index: Index, wanted: Platform) -> Descriptor:
-    """`choose_image`, for `_decode`: its time, too, is that of the document's size."""
-    return choose_image(name, index, wanted)
+def _choose(data: bytes, name: str, last_reference: list[Index], wanted: Platform) -> Descriptor:
+    """`choose_image`, for `_decode`: its time, too, is that of the document's size. The index is
+    freed in here, which takes 20 ms for a large one."""
+    return choose_image(name, last_reference.pop(), wanted)
 
 
 def _check_image(data: bytes, manifest: Manifest) -> None:
@@ -883,4 +890,6 @@ def _check_image(data: bytes, manifest: Manifest) -> None:
 async def _decode(decode: Callable[[bytes, Unpack[Ts]], T], data: bytes, *args: *Ts) -> T:
     if len(data) <= INLINE_SIZE:
         return decode(data, *args)
-    return await trio.to_thread.run_sync(decode, data, *args)
+    if len(data) <= LARGE_SIZE:
+        return await trio.to_thread.run_sync(decode, data, *args)
+    return await run_large(partial(decode, data, *args))
