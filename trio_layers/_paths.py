@@ -80,15 +80,16 @@ def open_empty_directory(
     Raises:
         OSError: as for `open_directory`; ``ENOTEMPTY`` for one that has something in it.
     """
-    remove = None
+    remove = opens = None
     with contextlib.suppress(IsADirectoryError):  # a path such as "." is that of one
         parent, name = open_parent(path)
         stack.callback(os.close, parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, mode, dir_fd=parent)
             remove = functools.partial(os.rmdir, name, dir_fd=parent)
+            opens = functools.partial(os.open, name, _DIRECTORY, dir_fd=parent)
     try:
-        root = open_directory(path) if remove is None else os.open(name, _DIRECTORY, dir_fd=parent)
+        root = open_directory(path) if opens is None else opens()
         stack.callback(os.close, root)
         if os.listdir(root):
             raise OSError(

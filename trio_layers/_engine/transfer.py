@@ -255,7 +255,7 @@ class Transfers:
     def __init__(self, nursery: trio.Nursery, store: LayerStore, slots: Slots) -> None:
         self.store = store
         self.slots = slots
-        self.foreign = ForeignCalls()
+        self.foreign: ForeignCalls = ForeignCalls()
         self._nursery: trio.Nursery | None = nursery
         self._running: dict[bytes, Transfer] = {}
 

@@ -95,7 +95,7 @@ async def open_store(
     create = create and not read_only
     root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
     opening = open_to_read if read_only else partial(open_directory, create=create)
-    connection = await while_busy(partial(trio.to_thread.run_sync, opening, root))
+    connection = await while_busy(lambda: trio.to_thread.run_sync(opening, root))
     catalog = Catalog(connection, root)
     try:
         async with (

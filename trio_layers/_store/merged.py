@@ -85,14 +85,11 @@ class TreeStack:
     height: int = attrs.field(init=False)
     key: bytes = attrs.field(init=False, repr=False)
 
-    @height.default
-    def _count(self) -> int:
-        return 1 if self.below is None else self.below.height + 1
-
-    @key.default
-    def _hash(self) -> bytes:
-        below = b"" if self.below is None else self.below.key
-        return hashlib.sha256(below + os.fsencode(self.tree)).digest()
+    def __attrs_post_init__(self) -> None:
+        height, key = (0, b"") if self.below is None else (self.below.height, self.below.key)
+        object.__setattr__(self, "height", height + 1)
+        key = hashlib.sha256(key + os.fsencode(self.tree)).digest()
+        object.__setattr__(self, "key", key)
 
     def above(self, height: int) -> list[TreeStack]:
         """The stacks that are higher than this, the lowest first."""

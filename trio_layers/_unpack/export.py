@@ -84,8 +84,8 @@ def export(
         except OSError as error:
             raise ExportError(os.fspath(target), error.strerror) from error
         writer = _Writer(source, target, root, check_cancelled)
+        before = _RootMetadata.of(root)
         try:
-            before = _RootMetadata.of(root)
             before.close_to_others(root)
             report = writer.write(entries, root_metadata=root_metadata)
             if not root_metadata:
