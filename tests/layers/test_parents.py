@@ -222,7 +222,7 @@ def test_what_is_below_cannot_be_read(tmp_path: Path) -> None:
     unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "old"}), tmp_path / "below")
     (tmp_path / "below/fs/old").unlink()
     link = archive({"name": "new", "type": "hardlink", "linkname": "old"})
-    with pytest.raises(StoreError, match=r"'old'.*layers below") as caught:
+    with pytest.raises(StoreError, match="'old' cannot be read") as caught:
         unpack_blob(link, tmp_path / "t", MergedTree([tmp_path / "below"]))
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 

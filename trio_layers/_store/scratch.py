@@ -302,11 +302,14 @@ class Scratch:
         await trio.to_thread.run_sync(self._remove_locks)
 
     def _others(self, holders: Iterable[str]) -> dict[str, list[str]]:
-        """The other holders, and what they have in ``ingest/``."""
+        """The other holders, and what they have in ``ingest/``: but for mounts, which stay as
+        long as they are mounted, whatever became of their holder."""
         found: dict[str, list[str]] = {holder: [] for holder in holders}
         for name in os.listdir(self._ingest):
             if match := _HELD.fullmatch(name):
-                found.setdefault(match[1], []).append(name)
+                items = found.setdefault(match[1], [])
+                if not name.endswith(".mount"):
+                    items.append(name)
         for name in os.listdir(self._leases):
             if _HOLDER.fullmatch(name):
                 found.setdefault(name, [])
