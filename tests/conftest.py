@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 from _tools.docker_registry import DockerRegistry, run_docker_registry
+
+# A job in a shell's background ignores Ctrl-C, and so would the tests and the programs they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
