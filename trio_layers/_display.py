@@ -49,7 +49,7 @@ logger = logging.getLogger("trio_layers.display")
 
 INTERVAL: Final = 0.1
 """Seconds between two writes."""
-PATIENCE: Final = 1.0
+PATIENCE: Final = 0.25
 """Seconds that the stream has to take the last state, once the block has failed."""
 BACKLOG: Final = 256
 _MOST_ROWS: Final = 1000
@@ -63,9 +63,9 @@ async def open_display(
     """Show the progress of the pulls in the block: open it around them and give each the sink.
 
     Leaving the block waits until the last state is written; once the block has failed or leaving
-    is cancelled, for at most a second more. A stream that fails is left alone from then on and
-    the pulls go on: an image is worth more than its progress. An event that comes after the block,
-    or is waiting when it is left, raises `DisplayClosed`.
+    is cancelled, for at most a quarter of a second more. A stream that fails is left alone from
+    then on and the pulls go on: an image is worth more than its progress. An event that comes after
+    the block, or is waiting when it is left, raises `DisplayClosed`.
 
     Args:
         kind: What it looks like. ``tty``: a line with a bar for each layer, redrawn in place;
