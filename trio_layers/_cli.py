@@ -16,7 +16,7 @@ import trio
 
 from ._commands import COMMANDS, EXIT_FAILED, PROGRAM, complain, shown
 from ._errors import LayersError
-from ._nursery import open_hidden_nursery
+from ._nursery import leaves_of, open_hidden_nursery
 from ._output import Output
 from ._version import __version__
 
@@ -124,18 +124,10 @@ async def _run_command(arguments: argparse.Namespace) -> int:
     except BaseExceptionGroup as group:
         if group.split((LayersError, OSError))[1] is not None:
             raise
-        errors = list(_leaves(group))
+        errors = list(leaves_of(group))
     for each in errors:
         await complain(each)
     return EXIT_FAILED
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error
 
 
 class _LogFormatter(logging.Formatter):

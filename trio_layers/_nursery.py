@@ -104,7 +104,7 @@ def interruption_in(group: BaseExceptionGroup[BaseException]) -> BaseException |
 
     The errors that came with it become its context, or notes where it has one.
     """
-    for leaf in _leaves(group):
+    for leaf in leaves_of(group):
         if isinstance(leaf, KeyboardInterrupt | SystemExit):
             break
     else:
@@ -114,24 +114,25 @@ def interruption_in(group: BaseExceptionGroup[BaseException]) -> BaseException |
         others = others.split(trio.Cancelled)[1]
     if others is not None:
         if leaf.__context__ is None or _is_cancelled(leaf.__context__):
-            each = tuple(_leaves(others))
+            each = tuple(leaves_of(others))
             leaf.__context__ = each[0] if len(each) == 1 else others
         else:
-            for error in _leaves(others):
+            for error in leaves_of(others):
                 leaf.add_note(f"At the same time: {type(error).__name__}: {text_of(error)}")
     return leaf
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def leaves_of(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a group and the groups in it; of another error, itself."""
     if isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
-            yield from _leaves(part)
+            yield from leaves_of(part)
     else:
         yield error
 
 
 def _has_cancelled(error: BaseException) -> bool:
-    return any(isinstance(leaf, trio.Cancelled) for leaf in _leaves(error))
+    return any(isinstance(leaf, trio.Cancelled) for leaf in leaves_of(error))
 
 
 def _is_cancelled(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import trio
 
 from .moments import Countdown, moments
 
-__all__ = ["assert_nothing_left", "leave_at", "no_descriptor_left", "no_process_left"]
+__all__ = ["Discard", "assert_nothing_left", "leave_at", "no_descriptor_left", "no_process_left"]
 
 T = TypeVar("T")
 
@@ -60,6 +60,19 @@ async def leave_at(
                     await over.wait()
     assert countdown is not None
     return countdown.left <= 0, error
+
+
+class Discard(trio.abc.SendStream):
+    """Takes any bytes, with a checkpoint for each call."""
+
+    async def send_all(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager

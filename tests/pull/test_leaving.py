@@ -13,6 +13,7 @@ import pytest
 import trio
 from _tools.leaving import (
     LIMIT,
+    Discard,
     assert_nothing_left,
     leave_at,
     no_descriptor_left,
@@ -145,17 +146,6 @@ async def test_a_view_of_an_image_that_was_removed(loaded: bool, tmp_path: Path)
         if not loaded:
             with pytest.raises(StoreError, match="pull"):
                 await view.exists("a-1")
-
-
-class Discard(trio.abc.SendStream):
-    async def send_all(self, data: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
 
 
 async def test_a_mount_that_outlives_its_store(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 import trio
-from _tools.leaving import assert_nothing_left, leave_at, no_descriptor_left
+from _tools.leaving import Discard, assert_nothing_left, leave_at, no_descriptor_left
 from archives.world import oci_image, small_image, tar_of
 from store.world import Blob, Stream, describe, layer_of
 
@@ -44,17 +44,6 @@ async def sample(store: DirectoryStore) -> StoredImage:
 
 def ignore(position: int) -> None:
     pass
-
-
-class Sink(trio.abc.SendStream):
-    async def send_all(self, data: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
 
 
 # The calls. Each has a store with one image, and a directory beside it.
@@ -152,7 +141,7 @@ async def import_and_export(store: DirectoryStore, beside: Path) -> None:
     archive.write_bytes(tar_of(oci_image(image, f"docker.io/library/in:{number}")))
     [taken] = await import_images(store, archive)
     archive.unlink()
-    await export_images(store, taken.reference, Sink())
+    await export_images(store, taken.reference, Discard())
 
 
 CALLS: Final[list[Call]] = [
