@@ -17,6 +17,7 @@ from trio_layers._entries import (
     removal_line,
     summary_line,
 )
+from trio_layers._store import merged
 from trio_layers._store.merged import MergedTree, Surveys
 
 NAMES = (b"a", b"b", b'"t":"dir"', b"\xff\\")
@@ -109,7 +110,12 @@ def test_surveys_agree_with_the_whole(seed: int, tmp_path: Path) -> None:
                 assert found == expected
 
 
-def test_lists_are_read_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remembered", [16 * 1024, 85], ids=["default", "fewer-than-entries"])
+def test_lists_are_read_once(
+    remembered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers list the same directories again and again, which takes no more memory."""
+    monkeypatch.setattr(merged, "_DIRECTORIES", remembered)
     surveys = Surveys()
     chance = random.Random(1)
     trees = [tmp_path / str(number) for number in range(20)]

@@ -412,18 +412,19 @@ class Surveys:
 
 @final
 class _Directories:
-    """The directories of a stack that grows, and where there may be something else.
-
-    Attributes:
-        count: How many entries were put into it.
-    """
+    """The directories of a stack that grows, and where there may be something else."""
 
     def __init__(self) -> None:
-        self.count = 0
         self._stack = _Stack((), _never)
         self._height = 0
         self._paths: set[bytes] = set()
         self._others = bytearray(_PLACES)
+
+    @property
+    def count(self) -> int:
+        """The number of paths at which the stack has or had a directory. Thousands of layers may
+        list the same few."""
+        return len(self._paths)
 
     def extend(self, stack: TreeStack | None, check: Callable[[], None]) -> bool:
         """Lay over it the trees of ``stack`` that it has not; whether it could be told how."""
@@ -436,7 +437,6 @@ class _Directories:
                 entries = parse_entries(_polled(lines, check))[0]
             for entry in entries:
                 self._stack._put(entry, higher.height - 1, tree)
-            self.count += len(entries)
             self._height = higher.height
         return True
 
