@@ -169,8 +169,8 @@ async def open_source(
     Args:
         source: A path or a stream.
         shelf: Takes the blobs.
-        limits: The limits on a layer of the store. They hold for every member of an archive, since
-            any of them may turn out to be a layer.
+        limits: The limits on a layer of the store. ``max_unpacked_bytes`` holds for every member
+            of an archive, since any of them may turn out to be a layer.
 
     Raises:
         ArchiveError: if it is neither, or damaged.
