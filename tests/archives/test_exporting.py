@@ -191,7 +191,7 @@ async def test_one_of_several_platforms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 async def test_by_digest(tmp_path: Path, format: str) -> None:
-    """Of the manifest, or of the config: all names of the image, and no other image's."""
+    """A manifest's or config's digest exports its image under all names, and no other image."""
     image, other = IMAGES["plain"], small_image("another")
     async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as target:
         for name in ("a:1", "b:1"):
@@ -224,7 +224,10 @@ async def test_by_digest(tmp_path: Path, format: str) -> None:
 
 
 async def test_names_that_clash(tmp_path: Path) -> None:
-    """A docker-archive has no place for digests and platforms; an OCI layout has."""
+    """Two images with one tag are an error in a docker-archive, not in an OCI layout.
+
+    A docker-archive has no place for the digest of a name or the platform of an image.
+    """
     amd, arm = (small_image(p, platform=f"linux/{p}") for p in ("amd64", "arm64"))
     pinned = [f"r.io/x:1@{image.digest}" for image in (amd, arm)]
     async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as other:
@@ -237,7 +240,7 @@ async def test_names_that_clash(tmp_path: Path) -> None:
             assert amd.digest in str(caught.value)
             assert arm.digest in str(caught.value)
             assert not (tmp_path / "target").exists()
-        # Two names that become one tag of one image are fine.
+        # Two names of one image may become one tag.
         await put(store, amd, "r.io/x:1")
         sink = Sink()
         await export_images(store, [pinned[0], "r.io/x:1"], sink, format="docker-archive")
@@ -354,7 +357,7 @@ async def test_what_appears_meanwhile_is_not_replaced(
 async def test_another_user_exchanges_the_directory_for_a_link(
     tmp_path: Path, format: str, owner: int
 ) -> None:
-    """The archive is in that user's directory, or nowhere."""
+    """An export writes into that user's directory or fails, but never follows the link."""
     real, link, victim = plant_link(tmp_path, owner=owner)
     done = refused = 0
     async with opened(tmp_path / "store") as store:

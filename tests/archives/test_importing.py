@@ -702,7 +702,10 @@ async def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["stored", "compressed", "sparse"])
 async def test_limits_of_the_store_hold_for_all_members(tmp_path: Path, kind: str) -> None:
-    """Any member may be a layer, until the lists of images have come: it may not be larger."""
+    """No member may exceed the store's limit, even one that no image uses.
+
+    Any member may be a layer, since the lists of images may come last.
+    """
     big = tmp_path / "unused.bin"
     with big.open("wb") as file:
         file.truncate(8 << 20)
@@ -718,14 +721,14 @@ async def test_limits_of_the_store_hold_for_all_members(tmp_path: Path, kind: st
             with pytest.raises(ArchiveError, match=r"'unused.bin'.*max_unpacked_bytes is 5242880"):
                 await import_images(store, source)
             assert not leftovers(tmp_path / "store")
-        # Documents have a limit of their own.
+        # A member of 4 MiB is within the limit, and within that of documents.
         small = tar_of({**DOCKER, "unused": bytes(4 << 20)})
         [image] = await import_images(store, Stream(small))
         assert image.reference == NAME
 
 
 async def test_directories_are_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few bytes of an archive may hold millions of members that nothing is kept of."""
+    """Directories count as members: a few compressed bytes may hold millions of them."""
     monkeypatch.setattr(reading, "MAX_MEMBERS", 10)
     directories = {f"{n}/": link(f"{n}/", "", tarfile.DIRTYPE) for n in range(11)}
     async with opened(tmp_path) as store:
@@ -754,7 +757,7 @@ def many_names(count: int) -> dict[str, Members]:
 async def test_names_are_put_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """One transaction and one ``index.json`` for all; statements grow as names do."""
+    """One import writes ``index.json`` once; its SQL statements grow linearly with its names."""
     written: list[Path] = []
     replace = directory.replace_file
 
@@ -784,7 +787,7 @@ async def test_names_are_put_at_once(
 async def test_a_name_costs_later_ones_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an image with thousands of names ``index.json`` is worked out once, not for each."""
+    """An image's entry of ``index.json`` is encoded once, not for each of its names."""
     encoded: list[object] = []
     encode = layout._encode_entry
 
@@ -817,7 +820,7 @@ async def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_all_names_or_none(tmp_path: Path) -> None:
-    """A failure between two leaves neither."""
+    """If one of two images is invalid, the store puts neither."""
     async with opened(tmp_path) as store:
         [image] = await import_images(store, Stream(tar_of(OCI)))
         await store.remove(NAME)

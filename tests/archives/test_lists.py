@@ -66,7 +66,7 @@ def blobs_of(*images: BuiltImage) -> Members:
 
 
 def docker_entry(image: BuiltImage, *tags: str, **changes: object) -> dict[str, object]:
-    """An entry of ``manifest.json`` over the blobs of a layout, as Docker 25 writes it."""
+    """An entry of ``manifest.json`` whose paths are blobs of a layout, as in Docker 25."""
     return {
         "Config": blob(image.config_descriptor.digest),
         "RepoTags": list(tags) or None,
@@ -89,7 +89,13 @@ def entry_for(document: bytes, name: str = "", media_type: str = MANIFEST_TYPE) 
 
 
 def both(index: object, docker: object, members: Members) -> bytes:
-    """An archive with two lists; ``None``: without that one; bytes: as they are."""
+    """Build an archive with two lists.
+
+    Args:
+        index: The entries of ``index.json``; ``b"null"``: null; ``None``: no such file.
+        docker: ``manifest.json``, to be encoded or as bytes; ``None``: no such file.
+        members: The other files of the archive.
+    """
     lists: Members = {}
     if index is not None:
         index = None if index == b"null" else index
@@ -104,8 +110,8 @@ def manifest_with(image: BuiltImage, **changes: object) -> bytes:
     return as_json({**json.loads(image.manifest), **changes})
 
 
-# Every state of one list, with every state of the other. The names say whether the half is
-# whole, and whether it has the name.
+# test_two_lists combines every state of index.json with every state of manifest.json. A Half is one
+# list with its files, `is_whole` says whether it suffices to import the image.
 
 
 @attrs.frozen
@@ -194,12 +200,12 @@ USELESS = (
     "the unnamed manifest is missing",
     "no JSON",
 )
-"""Of which nothing can be read, not even what image it is."""
+"""States of ``index.json`` from which the importer cannot even tell the image's config."""
 
 
 @pytest.mark.parametrize("index", INDEX_HALVES)
 async def test_two_lists(tmp_path: Path, index: str) -> None:
-    """The image is imported by the half that is whole, under the names of both."""
+    """The complete list describes the image, which gets the names from both lists."""
     first = INDEX_HALVES[index]
     async with opened(tmp_path) as store:
         for name, second in DOCKER_HALVES.items():
@@ -234,7 +240,7 @@ async def test_two_lists(tmp_path: Path, index: str) -> None:
 
 
 async def test_lists_that_contradict_each_other(tmp_path: Path) -> None:
-    """One name for two images is refused with both of them; the digest of one chooses it."""
+    """One name for two images is an error with both digests, and a digest chooses one."""
     ids = {image: image.config_descriptor.digest for image in (IMAGE, OTHER)}
     cases = {
         "one name": both([named(IMAGE, NAME)], [docker_entry(OTHER, NAME)], blobs_of(IMAGE, OTHER)),
@@ -265,7 +271,7 @@ async def test_lists_that_contradict_each_other(tmp_path: Path) -> None:
 
 
 async def test_images_that_one_list_has(tmp_path: Path) -> None:
-    """The union: whichever list has an image or a name, none is dropped."""
+    """An image or a name that only one list has is imported."""
     data = both(
         [named(IMAGE, NAME), entry_of(OTHER)],
         [docker_entry(IMAGE, NAME, "demo:2"), docker_entry(THIRD), docker_entry(ARM, "arm:1")],
@@ -290,7 +296,7 @@ async def test_images_that_one_list_has(tmp_path: Path) -> None:
 
 
 async def test_a_name_for_one_image_of_an_index(tmp_path: Path) -> None:
-    """``manifest.json`` names single images: its names do not stand for all platforms."""
+    """A name in ``manifest.json`` means one image, not all platforms of its index."""
     index = build_index([IMAGE, ARM])
     members = {**blobs_of(IMAGE, ARM), blob(index.digest): index.manifest}
     data = both(
@@ -305,7 +311,7 @@ async def test_a_name_for_one_image_of_an_index(tmp_path: Path) -> None:
 
 
 async def test_the_platform_that_an_archive_lacks(tmp_path: Path) -> None:
-    """Docker saves an index with the images of some platforms: the error names those."""
+    """Docker saves an index with only some of its images: the error names their platforms."""
     index = build_index([IMAGE, ARM])
     for images in ([IMAGE], [ARM]):
         members = {**blobs_of(*images), blob(index.digest): index.manifest}
@@ -321,7 +327,7 @@ async def test_the_platform_that_an_archive_lacks(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_config_is_no_description(tmp_path: Path) -> None:
-    """Edited under its digest, a config is damage to the layout, and the lists disagree."""
+    """A config that does not match its blob path is an error if there is an ``index.json``."""
     members = blobs_of(IMAGE)
     config = as_json({**json.loads(IMAGE.config), "author": "edited"})
     members[blob(IMAGE.config_descriptor.digest)] = config
@@ -329,14 +335,17 @@ async def test_a_damaged_config_is_no_description(tmp_path: Path) -> None:
         data = both([named(IMAGE, NAME)], [docker_entry(IMAGE, NAME)], members)
         with pytest.raises(VerificationError, match="is damaged"):
             await import_images(store, Stream(data))
-        # In a docker-archive alone it is a path.
+        # Without index.json the archive is a docker-archive, whose paths promise nothing.
         data = both(None, [docker_entry(IMAGE, NAME)], members)
         [image] = await import_images(store, Stream(data))
         assert image.config.digest == digest_of(config)
 
 
 async def test_an_edited_config_under_its_old_name(tmp_path: Path) -> None:
-    """The config's path is no claim: tools edit it in place, and Docker loads that."""
+    """A docker-archive's config need not match the digest in its file name.
+
+    Tools edit configs in place, and Docker loads them.
+    """
     members = docker_members(IMAGE, "demo:1")
     [path] = [name for name in members if name.endswith(".json") and name != "manifest.json"]
     members[path] = as_json({**json.loads(IMAGE.config), "config": {"Cmd": ["edited"]}})
@@ -347,7 +356,7 @@ async def test_an_edited_config_under_its_old_name(tmp_path: Path) -> None:
 
 
 async def test_an_index_without_a_layout_beside_it(tmp_path: Path) -> None:
-    """Its images are not dropped, where a ``manifest.json`` says that it is an archive."""
+    """Beside ``manifest.json`` an ``index.json`` counts even without ``oci-layout``."""
     data = both([named(IMAGE, NAME)], [docker_entry(OTHER, "b:1")], blobs_of(IMAGE, OTHER))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = [(m.name, tar.extractfile(m)) for m in tar if m.name != "oci-layout"]
@@ -358,7 +367,10 @@ async def test_an_index_without_a_layout_beside_it(tmp_path: Path) -> None:
 
 
 async def test_a_digest_is_no_name(tmp_path: Path) -> None:
-    """The grammar has it for a tag of a repository sha256."""
+    """A name that is only a digest is ignored.
+
+    The reference grammar would parse ``sha256:…`` as a tag of a repository ``sha256``.
+    """
     index = [named(IMAGE, IMAGE.digest)]
     docker = [docker_entry(IMAGE, IMAGE.config_descriptor.digest)]
     async with opened(tmp_path) as store:
@@ -371,7 +383,7 @@ async def test_a_digest_is_no_name(tmp_path: Path) -> None:
 
 
 async def test_broken_entries_beside_artifacts(tmp_path: Path) -> None:
-    """Nothing of the layout's image is there, but for its signature: the other list has it."""
+    """If ``index.json`` has a missing image and a signature, ``manifest.json`` is used."""
     signature = ARTIFACTS["cosign's signature"]
     members = {**blobs_of(IMAGE), blob(digest_of(signature)): signature}
     index = [named(OTHER, "x.test/a:1"), entry_for(signature, "x.test/a:sig")]
@@ -388,7 +400,7 @@ async def test_broken_entries_beside_artifacts(tmp_path: Path) -> None:
 class Source:
     data: bytes
     digests: dict[str, BuiltImage]
-    """By what each image can be chosen by."""
+    """The images, by each digest that chooses one of them."""
 
 
 def two_unnamed() -> dict[str, Source]:
@@ -420,7 +432,7 @@ UNNAMED_SOURCES = two_unnamed()
 
 @pytest.mark.parametrize("kind", UNNAMED_SOURCES)
 async def test_unnamed_images_are_chosen_by_digest(tmp_path: Path, kind: str) -> None:
-    """By the digest of manifest or config, whole or its beginning; the name is the caller's."""
+    """A manifest's or config's digest, or its beginning, chooses an image without a name."""
     source = UNNAMED_SOURCES[kind]
     async with opened(tmp_path) as store:
         for digest, built in source.digests.items():
@@ -442,7 +454,7 @@ async def test_unnamed_images_are_chosen_by_digest(tmp_path: Path, kind: str) ->
 
 
 def twins() -> list[BuiltImage]:
-    """Two images whose digests begin with the same digit: there are 16 of those."""
+    """Two images whose digests begin with the same hex digit: of 17 images two must."""
     seen: dict[str, BuiltImage] = {}
     for number in range(17):
         image = small_image(str(number))
@@ -480,7 +492,7 @@ async def test_digests_that_choose_nothing(tmp_path: Path) -> None:
 
 
 async def test_unnamed_images_afterwards(tmp_path: Path) -> None:
-    """The name by digest does for all that comes afterwards."""
+    """The name of an unnamed image works in exports, imports, look-ups and removals."""
     async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as other:
         data = UNNAMED_SOURCES["layout"].data
         images = await import_images(store, Stream(data), all=True)
@@ -494,7 +506,7 @@ async def test_unnamed_images_afterwards(tmp_path: Path) -> None:
         assert await store.images(images[0].reference) == [images[0]]
         assert await store.remove(images[0].reference)
         assert await store.images() == images[1:]
-        # The store is a layout.
+        # The store's directory is an OCI layout itself.
         async with opened(tmp_path / "third") as third:
             assert await import_images(third, tmp_path / "store") == images[1:]
 
@@ -590,7 +602,7 @@ async def test_artifacts_are_no_candidates(tmp_path: Path, kind: str) -> None:
 
 
 async def test_an_image_that_cannot_be_unpacked_is_a_candidate(tmp_path: Path) -> None:
-    """An encrypted image is no artifact: it is not dropped."""
+    """An encrypted image is no artifact, so importing it is an error."""
     encrypted = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
     document = manifest_with(OTHER, layers=layer_of(encrypted))
     members = {**blobs_of(IMAGE, OTHER), blob(digest_of(document)): document}
@@ -603,7 +615,7 @@ async def test_an_image_that_cannot_be_unpacked_is_a_candidate(tmp_path: Path) -
         assert image.manifest.digest == IMAGE.digest
 
 
-# Images without layers, and configs that do not say what they are for.
+# Images without layers, and configs without a platform.
 
 
 def scratch(**config: object) -> bytes:
@@ -615,7 +627,7 @@ def scratch(**config: object) -> bytes:
 async def test_no_layers_at_all(
     tmp_path: Path, rootfs: dict[str, object], layers: dict[str, object]
 ) -> None:
-    """Docker and Go leave empty lists out, or write null."""
+    """An image without layers is imported: Docker and Go omit empty lists or write null."""
     config = scratch(rootfs={"type": "layers", **rootfs})
     entry: dict[str, object] = {"Config": "c.json", "RepoTags": ["demo:1"]}
     if layers:
@@ -647,7 +659,7 @@ async def test_no_layers_at_all(
 
 @pytest.mark.parametrize("lacking", [{"architecture": ""}, {"architecture": None, "os": ""}])
 async def test_a_config_without_a_platform(tmp_path: Path, lacking: dict[str, object]) -> None:
-    """pack writes such configs: an index says what they are for, or else the host does."""
+    """The platform comes from the index entry, or else is the host's; pack writes such configs."""
     amd, arm = (with_config(image, **lacking) for image in (IMAGE, ARM))
     host = str(host_platform())
     index = build_index([amd, arm])
@@ -682,11 +694,11 @@ def each_platform(image: BuiltImage) -> dict[str, str]:
     return dict(zip(("os", "architecture"), image.platform.split("/"), strict=True))
 
 
-# What is no archive.
+# Sources that are no archives.
 
 
 async def test_a_directory_of_skopeo(tmp_path: Path) -> None:
-    """The error says what it is and how to convert it."""
+    """The error names skopeo's dir: transport and the command that converts it."""
     members = {
         "version": b"Directory Transport Version: 1.1\n",
         "manifest.json": IMAGE.manifest,
@@ -700,7 +712,7 @@ async def test_a_directory_of_skopeo(tmp_path: Path) -> None:
 
 
 async def test_a_docker_archive_that_was_unpacked(tmp_path: Path) -> None:
-    """Its paths may lead anywhere: none is opened. One over the blobs of a layout is taken."""
+    """Only the paths of a layout's blobs are opened, since others may lead anywhere."""
     outside = tmp_path / "outside.json"
     outside.write_bytes(IMAGE.config)
     entry = docker_entry(IMAGE, NAME, Config="../outside.json")

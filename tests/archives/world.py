@@ -31,7 +31,7 @@ def small_image(text: str = "hello", **options: object) -> BuiltImage:
 
 
 def with_config(image: BuiltImage, **changes: object) -> BuiltImage:
-    """The image with other members in its config."""
+    """Change members of an image's config, and the digests that follow from it."""
     config = as_json({**json.loads(image.config), **changes})
     described = Descriptor(image.config_descriptor.media_type, digest_of(config), len(config))
     document = json.loads(image.manifest)

@@ -1,9 +1,9 @@
-"""The images that an archive or a layout lists, and the choice among them.
+"""List the images of an archive or layout, and choose among them.
 
-There are two lists: ``index.json`` of an OCI layout and ``manifest.json`` of a docker-archive. An
-archive may have both, and writers get one of them wrong (moby issues 47065, 47210 and 51389). So
-the lists are united. Entries with the same config describe the same image, and its second
-description serves where the first is useless.
+An OCI layout lists its images in ``index.json``, a docker-archive in ``manifest.json``. An archive
+may have both lists, and some writers get one of the two wrong (moby issues 47065, 47210 and 51389).
+So this module unites the lists. Entries with the same config describe the same image. If one
+description of an image is unusable, the importer tries the other one.
 """
 
 from __future__ import annotations
@@ -49,13 +49,16 @@ from .reading import LayoutDirectory, Source
 __all__ = ["Candidate", "decode", "digest_prefix", "list_images", "select"]
 
 MAX_NAMES: Final = 10_000
-"""Of all images of a source. Each costs the store a row, and ``index.json`` some bytes."""
+"""The limit on the names of all images of a source.
+
+Each name takes a row in the store's catalog and an entry in its ``index.json``."""
 
 MAX_LISTED: Final = 1_000_000
-"""The entries of all indexes of a source that are looked at, counted once for each index above
-them."""
+"""The limit on the entries that are read from all indexes of a source.
 
-_MAX_COPIES: Final = 8  # descriptions of one image that are tried
+A manifest counts again for each index that leads to it through nested indexes."""
+
+_MAX_COPIES: Final = 8  # the limit on the descriptions of one image
 _SHOWN: Final = 10
 
 T = TypeVar("T")
@@ -67,11 +70,11 @@ class _Contents:
     """The images below some entries of ``index.json``.
 
     Attributes:
-        configs: The manifest of each image, by the digest of its config.
-        manifests: The same manifests, by their own digests.
-        indexes: The indexes on the way.
-        is_whole: Whether all documents are there and valid.
-        artifacts: The manifests of something else than images.
+        configs: The descriptor of each image's manifest, by the digest of the image's config.
+        manifests: The same descriptors, by the digests of the manifests.
+        indexes: The digests of the indexes that lead to these manifests.
+        is_whole: Whether all indexes, manifests and configs are present, and the first two valid.
+        artifacts: The digests of the manifests that describe artifacts, not images.
     """
 
     configs: dict[Digest, Descriptor] = attrs.field(factory=dict)
@@ -98,15 +101,15 @@ class _Contents:
 
 @attrs.define(eq=False)
 class Candidate:
-    """One image of a source, or one for each of some platforms.
+    """One image of a source, or the images of one entry for several platforms.
 
     Attributes:
-        names: Its full names.
-        tag: Another name: a bare tag, as a rule.
-        roots: The entries of ``index.json`` that lead to it.
-        docker: Its entries in ``manifest.json``, with the digests of their configs.
-        contents: All that is below the roots.
-        config: The digest of its config, of an image that only ``manifest.json`` has.
+        names: The full names of the image.
+        tag: A name that is no full reference, usually a bare tag.
+        roots: The entries of ``index.json`` that lead to the image.
+        docker: The image's entries in ``manifest.json``, with the digests of their configs.
+        contents: The images, indexes and artifacts below the roots.
+        config: The config's digest. It is set only if ``index.json`` leads to no such image.
     """
 
     names: dict[Reference, None] = attrs.field(factory=dict)
@@ -117,7 +120,7 @@ class Candidate:
     config: Digest | None = None
 
     def __str__(self) -> str:
-        """Its names, or else its digests, for messages."""
+        """The image's names, or else its digests, for messages."""
         if self.names:
             return _listed(map(str, self.names))
         digests = [root.digest for root in self.roots]
@@ -128,13 +131,15 @@ class Candidate:
 
     @property
     def source(self) -> str:
-        """The list that has it, for messages."""
+        """The file that lists the image, for messages."""
         return INDEX if self.contents.manifests or not self.docker else DOCKER
 
     @property
     def identity(self) -> str:
-        """The digest that tells it from other images in a message: that of its config, or those
-        of its manifests for several platforms."""
+        """The digests that identify the image in a message.
+
+        This is the digest of its config, or the digests of its roots if it has several platforms.
+        """
         if self.config is not None:
             return self.config
         if len(self.contents.configs) == 1:
@@ -142,11 +147,11 @@ class Candidate:
         return _listed(root.digest for root in self.roots)
 
     def is_of(self, config: Digest | None) -> bool:
-        """Whether an image with this config is in it."""
+        """Whether the candidate has an image with this config."""
         return config is not None and (config == self.config or config in self.contents.configs)
 
     def digests(self) -> Iterator[Digest]:
-        """All that it can be chosen by: digests of manifests, indexes and configs."""
+        """The digests that choose this candidate: of manifests, indexes and configs."""
         if self.config is not None:
             yield self.config
         for root in self.roots:
@@ -156,12 +161,12 @@ class Candidate:
         yield from self.contents.configs
 
     def describe(self, image: DockerImage, config: Digest | None) -> None:
-        """Take one more description of an image in it."""
+        """Add an entry of ``manifest.json`` that describes an image of this candidate."""
         if len(self.docker) < _MAX_COPIES:
             self.docker.setdefault(attrs.evolve(image, tags=()), config)
 
     def part(self, digest: Digest) -> Candidate:
-        """The image in it that a digest of `digests` means."""
+        """The image of this candidate that a digest from `digests` denotes."""
         roots = [root for root in self.roots if root.digest == digest]
         inner = self.contents.manifests.get(digest) or self.contents.configs.get(digest)
         if inner is None:
@@ -177,8 +182,8 @@ class Listing:
     """The images of a source.
 
     Attributes:
-        candidates: All of them.
-        artifacts: The signatures, attestations and other artifacts beside them.
+        candidates: The images.
+        artifacts: The signatures, attestations and other artifacts beside the images.
     """
 
     candidates: Sequence[Candidate]
@@ -189,9 +194,9 @@ async def list_images(source: Source) -> Listing:
     """Read the lists of a source.
 
     Raises:
-        ArchiveError: if there is none, or none that can be read.
-        ManifestError: if ``index.json`` is not valid, and there is no other list.
-        VerificationError: if a config is not what its digest says.
+        ArchiveError: if the source has no list of images, or no readable one.
+        ManifestError: if ``index.json`` is not valid, and the other list has no images.
+        VerificationError: if a config does not match the digest in its path.
     """
     union = _Union(source)
     failure: Exception | None = None
@@ -228,7 +233,7 @@ async def list_images(source: Source) -> Listing:
 
 
 async def _read_index(source: Source, *, is_layout: bool) -> Sequence[Descriptor] | None:
-    """The images in ``index.json``; ``is_layout``: only of what has an ``oci-layout``, too."""
+    """Read the entries of ``index.json``; ``is_layout``: ``oci-layout`` is required."""
     layout, index = await source.read(LAYOUT), await source.read(INDEX)
     if index is None or (layout is None and is_layout):
         return None
@@ -241,7 +246,7 @@ async def _is_dir_transport(source: Source) -> bool:
     try:
         return is_dir_transport(await source.read(VERSION))
     except ArchiveError:
-        return False  # too large for one
+        return False  # larger than a document may be, so not skopeo's file
 
 
 async def _no_list(source: Source) -> ArchiveError:
@@ -254,7 +259,7 @@ async def _no_list(source: Source) -> ArchiveError:
 
 @final
 class _Union:
-    """Unites the two lists. Every step is linear in entries and names."""
+    """Unites the two lists, in time linear in entries and names."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -269,14 +274,15 @@ class _Union:
     def listing(self) -> Listing:
         images = [each for each in self._candidates if not each.contents.is_artifact]
         artifacts = [each for each in self._candidates if each.contents.is_artifact]
-        # Alone, an artifact may be an image after all; else the error says what it is.
+        # A source with artifacts alone offers them as candidates: importing one either succeeds or
+        # fails with an error that names its type.
         return Listing(images, artifacts) if images else Listing(artifacts, ())
 
     # index.json.
 
     async def add_index(self, entries: Iterable[Descriptor]) -> None:
         groups = await trio.to_thread.run_sync(_grouped, entries)
-        # Not by the entry itself, whose hash leaves out its annotations.
+        # A Descriptor's hash leaves out its annotations, so _key is the key here.
         found = {_key(root): await self._find(root) for group in groups.values() for root in group}
         await trio.to_thread.run_sync(self._add_groups, groups, found)
 
@@ -290,7 +296,7 @@ class _Union:
             images = [root for root in group if not found[_key(root)].is_artifact]
             rest = group
             if len(images) > 1 and _are_platforms(images):
-                # Entries of one name for several platforms are one image.
+                # Entries with one name for different platforms form one image.
                 self._add(name, images, [found[_key(root)] for root in images])
                 rest = [root for root in group if found[_key(root)].is_artifact]
             for root in rest:
@@ -328,7 +334,7 @@ class _Union:
         candidate.names[name] = None
         names = [name]
         if name.tag and name.digest:
-            # A docker-archive has no place for the digest.
+            # manifest.json has no place for a digest, so its entry has the tag alone.
             names.append(attrs.evolve(name, digest=None))
         for each in names:
             holders = self._by_name.setdefault(each, [])
@@ -336,14 +342,14 @@ class _Union:
                 holders.append(candidate)
 
     async def _find(self, root: Descriptor, depth: int = 0) -> _Contents:
-        """The images below an entry."""
+        """Find the images below an entry of an index."""
         known = self._known.get(_key(root))
         if known is not None:
             await trio.lowlevel.checkpoint()
             return known
         found = self._known[_key(root)] = _Contents()
         data = None
-        # One that is there is not read again for each size that it does not have.
+        # Entries may claim many wrong sizes for one blob: its known size saves reading it again.
         if self._sizes.get(root.digest, root.size) == root.size:
             data = await self._source.read(blob_path(root.digest))
         document = None
@@ -382,12 +388,13 @@ class _Union:
     def _add_all(self, images: Iterable[DockerImage], configs: Mapping[str, Digest | None]) -> None:
         useful = [config for config in configs.values() if config is not None]
         if useful and not any(each.contents.manifests for each in self._candidates):
-            # Of the images that index.json lists none is there.
+            # The source lacks all images in index.json, so those entries give way to manifest.json.
             self._candidates = [each for each in self._candidates if each.contents.is_artifact]
             self._by_name.clear()
             self._useless.clear()
         if not useful and self._by_config:
-            # Of what manifest.json lists nothing is there, but for names of what is.
+            # The source lacks every config path in manifest.json. An entry is still useful if its
+            # path names the config of an image in index.json: that image gets its names.
             images = [each for each in images if claimed_digest(each.config) in self._by_config]
         has_index = bool(self._candidates)
         for image in images:
@@ -433,7 +440,7 @@ class _Union:
     def _is_taken(
         self, name: Reference, image: DockerImage, config: Digest | None, is_there: bool
     ) -> bool:
-        """Whether an image has the name already that is the same, or may be."""
+        """Whether the name already belongs to this image, or to one that may be it."""
         holders = self._by_name.get(name, ())
         if any(each.is_of(config) for each in holders):
             return True
@@ -445,7 +452,10 @@ class _Union:
         return bool(broken)
 
     def _alone(self, config: Digest, same: list[Candidate]) -> Candidate:
-        """The candidate for this image and no other, to be given names of ``manifest.json``."""
+        """Find or make the candidate for this image alone.
+
+        The names in ``manifest.json`` mean one image, never all platforms of an index.
+        """
         for candidate in same:
             if len(candidate.contents.configs) <= 1:
                 return candidate
@@ -459,7 +469,7 @@ class _Union:
 
 
 def _grouped(entries: Iterable[Descriptor]) -> dict[Reference | str, list[Descriptor]]:
-    """Entries by their names, each blob once."""
+    """Group entries by name, with each blob once in a group."""
     groups: dict[Reference | str, dict[tuple[str, Digest, int], Descriptor]] = {}
     for entry in entries:
         groups.setdefault(name_of(entry), {}).setdefault(_key(entry), entry)
@@ -471,7 +481,7 @@ def _key(descriptor: Descriptor) -> tuple[str, Digest, int]:
 
 
 def _document(data: bytes, root: Descriptor) -> Manifest | Index | None:
-    """The document that an entry leads to; ``None`` if it is another, or not valid."""
+    """Decode an entry's document; ``None``: wrong size or digest, or not valid."""
     if len(data) != root.size or digest_of(data, root.digest) != root.digest:
         return None
     try:
@@ -481,7 +491,7 @@ def _document(data: bytes, root: Descriptor) -> Manifest | Index | None:
 
 
 def _are_platforms(roots: Iterable[Descriptor]) -> bool:
-    """Whether each entry is for a platform of its own."""
+    """Whether every entry has a platform, and no two have the same."""
     platforms = [root.platform for root in roots]
     return None not in platforms and len(set(platforms)) == len(platforms)
 
@@ -506,11 +516,13 @@ def _listed(texts: Iterable[str]) -> str:
 
 
 def digest_prefix(text: str) -> str:
-    """The beginning of a digest, as people write it: ``sha256:``, which may be left out, and any
-    number of hex digits.
+    """Normalise a digest or the beginning of one.
+
+    Args:
+        text: 1 to 64 hex digits, with or without ``sha256:`` before them.
 
     Raises:
-        InvalidDigest: if it is none.
+        InvalidDigest: if the text is anything else.
     """
     digits = text.removeprefix("sha256:")
     if not 1 <= len(digits) <= 64 or set(digits) - set("0123456789abcdef"):
@@ -527,18 +539,22 @@ async def select(
     everything: bool,
     manifest_digest: Callable[[Candidate], Awaitable[Digest | None]],
 ) -> list[tuple[Candidate, tuple[Reference, ...]]]:
-    """The images that are wanted, and the names that they get; none: one by its digest.
+    """Choose images, and the names under which the store gets them.
 
     Args:
         source: The name of the source, for messages.
         listing: The images to choose from.
         reference: The name of one image, in the source or in the store.
         prefix: The beginning of a digest of one image.
-        everything: Whether images without names are wanted as well.
-        manifest_digest: The digest of the manifest that an image of a docker-archive gets.
+        everything: Whether to choose images without names as well.
+        manifest_digest: Computes the digest of the manifest that the import makes for an image of
+            a docker-archive.
+
+    Returns:
+        The images with their names. The caller names an image without names by its digest.
 
     Raises:
-        ArchiveError: if it is not clear which image is meant.
+        ArchiveError: if no image matches, or the choice is ambiguous.
     """
     candidates = listing.candidates
     if not candidates:
@@ -555,7 +571,7 @@ async def select(
                         f"{source}: {prefix} is no image, but an artifact such as a signature: "
                         f"choose an image: {'; '.join(map(str, candidates[:_SHOWN]))}"
                     )
-            # A docker-archive does not have the digests of its images' manifests.
+            # A docker-archive has no manifests, so their digests are computed.
             made = [(each, await manifest_digest(each)) for each in candidates if each.docker]
             meant = [each for each, digest in made if digest and digest.startswith(prefix)]
         if reference is not None and len(meant) > 1:
@@ -600,14 +616,14 @@ def _check_names(source: str, candidates: Iterable[Candidate]) -> None:
 
 
 def _chosen(candidates: Iterable[Candidate], prefix: str) -> list[Candidate]:
-    """Those that have a digest that begins so: of each the part that is meant."""
+    """Find the images with a digest that begins with the prefix."""
     chosen: dict[object, Candidate] = {}
     for candidate in candidates:
         for digest in candidate.digests():
             if digest.startswith(prefix):
                 part = candidate.part(digest)
                 key = tuple(root.digest for root in part.roots) or part.config
-                # The image itself, rather than the same in an index.
+                # An image's own entry is preferred to the same image inside an index.
                 if key not in chosen or part.roots == candidate.roots:
                     chosen[key] = part
     return list(chosen.values())
@@ -631,7 +647,7 @@ def _check_one(source: str, listing: Listing, meant: Sequence[Candidate], text: 
 
 
 async def decode(source: Source, call: Callable[[bytes, *Ts], T], data: bytes, *args: *Ts) -> T:
-    """Decode a document of a source, in a worker thread."""
+    """Decode a document of a source in a worker thread."""
     try:
         return await trio.to_thread.run_sync(call, data, *args)
     except ArchiveError as error:

@@ -110,9 +110,10 @@ def blob_path(digest: Digest) -> str:
 
 
 def claimed_digest(key: str, *, config: bool = False) -> Digest | None:
-    """The digest in the name of a blob, or in that of a config in a docker-archive (``config``).
+    """The digest in a blob's path; ``config``: in a docker-archive's config path.
 
-    Only the blobs of a layout have to match theirs: a docker-archive's paths are mere paths.
+    Only the blobs of a layout must match the digests in their paths. The paths in a docker-archive
+    promise nothing.
     """
     match = (_CONFIG if config else _BLOB).match(key)
     return None if match is None else Digest(f"sha256:{match[1]}")
@@ -135,7 +136,10 @@ def name_of(descriptor: Descriptor) -> Reference | str:
 
 
 def is_id(text: str) -> bool:
-    """Whether a name is but a digest: the reference grammar has that for a repository and a tag."""
+    """Whether a name is only a digest.
+
+    The reference grammar would parse ``sha256:…`` as a tag of a repository ``sha256``.
+    """
     return _ID.match(text) is not None
 
 
@@ -170,7 +174,9 @@ def decode_docker(data: bytes) -> tuple[DockerImage, ...]:
 
 
 def decode_index(data: bytes) -> Index:
-    """Decode ``index.json``. Docker 25.0 writes an empty list as null (moby issue 47210).
+    """Decode ``index.json``.
+
+    Docker 25.0 writes an empty list of manifests as null (moby issue 47210).
 
     Raises:
         ManifestError: if it is not valid.
@@ -181,7 +187,9 @@ def decode_index(data: bytes) -> Index:
 
 
 def decode_document(data: bytes, media_type: str) -> Manifest | Index:
-    """Decode a manifest or an index of a layout. A list that is missing or null counts as empty.
+    """Decode a manifest or index of a layout.
+
+    A missing list and a null one count as empty.
 
     Raises:
         ManifestError: if it is not valid.
@@ -190,8 +198,10 @@ def decode_document(data: bytes, media_type: str) -> Manifest | Index:
 
 
 def is_dir_transport(version: bytes | None) -> bool:
-    """Whether a file ``version`` is that of a directory of skopeo's ``dir:`` transport
-    (containers/image, ``docs/containers-transports.5.md``)."""
+    """Whether a file ``version`` marks a directory of skopeo's ``dir:`` transport.
+
+    See containers/image, ``docs/containers-transports.5.md``.
+    """
     return version is not None and version.startswith(b"Directory Transport Version")
 
 

@@ -60,8 +60,8 @@ async def export_images(
 
     Args:
         store: Where from.
-        references: Which images: by their names, or by the digests of their manifests or configs
-            (``sha256:…``), each of which stands for all names that its image has in the store.
+        references: The images, by name or by the digest of their manifest or config
+            (``sha256:…``). A digest exports its image under all names that it has in the store.
         target: Where to. A file must not be there yet, and is there when it is whole. A directory
             must be empty or not there. A stream gets the archive at its own pace; closing it is
             the caller's, and cancelled or failed, part of the archive has been sent.
@@ -76,9 +76,9 @@ async def export_images(
         PlatformError: if ``platform`` is none.
         StoreError: if an image is not in the store, or lacks one of its blobs: a layer that was
             there already, from other bytes, is not pulled again. Also if a blob is damaged.
-        ExportError: if the target is there already, or cannot be written, or if two images would
-            have one name in a docker-archive, which has no place for digests and platforms.
-        InvalidDigest: if a digest is none.
+        ExportError: if the target exists already or cannot be written, or if two images would get
+            one tag in a docker-archive, which has no place for digests and platforms.
+        InvalidDigest: if a digest is malformed.
         ValueError: for a stream as an OCI layout, and for no references.
         Exception: what the stream raises.
     """
@@ -95,7 +95,7 @@ async def export_images(
         raise ValueError("there is nothing to export: name an image")
     async with store._lifetime.use(), store.lease() as lease:
         images = []
-        # Of an image with many names all but those is read once.
+        # One image may have thousands of names, so its manifest is read and held only once.
         manifests: dict[Digest, Manifest] = {}
         for image in await _stored(store, parsed, platform):
             index = None if image.index is None else image.index.digest
@@ -132,7 +132,7 @@ def _parsed(text: str) -> Reference | Digest:
 async def _stored(
     store: DirectoryStore, names: Iterable[Reference | Digest], platform: Platform | None
 ) -> list[StoredImage]:
-    """The images that are meant, each under each of its names once."""
+    """Look up the images to export, without duplicates of a name and platform."""
     found: dict[tuple[str, str | None], StoredImage] = {}
     for name in dict.fromkeys(names):
         if isinstance(name, Reference):
@@ -154,7 +154,7 @@ async def _stored(
 
 
 def _check_tags(images: Iterable[_Exported], target: object) -> None:
-    """Check that no tag of a docker-archive would stand for two images."""
+    """Check that no tag in a docker-archive would denote two images."""
     holders: dict[str, StoredImage] = {}
     for exported in images:
         for tag in _tags(exported.reference):
@@ -239,8 +239,11 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
 
 
 def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
-    """The ``manifest.json`` of images: their names, where their configs and their layers are. One
-    that has several names has them all at one place, and of two with one name the first has it."""
+    """Encode ``manifest.json`` for images: names, config paths and layer paths.
+
+    An image with several names has one entry with all of them. If two images share a name, the
+    first one gets it.
+    """
     tags: dict[str, dict[str, None]] = {}
     paths: dict[str, tuple[str, ...]] = {}
     holders: dict[str, str] = {}

@@ -70,11 +70,11 @@ MAX_LAYERS: Final = 100_000
 times."""
 
 NAMELESS: Final = "localhost/unnamed"
-"""The repository in the reference of an image that has no name: its digest follows."""
+"""The repository in the reference of an image without a name; a digest follows."""
 
 _SHOWN: Final = 20
 
-# The errors of a description that cannot be used, so that another one of the image is tried.
+# These errors mean that one description of an image is unusable, so the next one is tried.
 _USELESS: Final = (ArchiveError, ManifestError, PlatformError, VerificationError)
 
 
@@ -92,10 +92,11 @@ async def import_images(
 
     It takes what ``docker save``, podman, skopeo, buildah, containerd and `export_images` write:
     docker-archives, OCI archives, and OCI layouts in directories. What it is shows in what is in
-    it, not in its name. An archive may be compressed, by gzip, zstd, bzip2 or xz. Where one is
-    both, as Docker 25 writes them, the images of both lists are taken. Entries with the same
-    config are one image: it gets the names of both, and the layout's manifest if that is whole.
-    Signatures, attestations and other artifacts beside images are passed over.
+    it, not in its name. An archive may be compressed, by gzip, zstd, bzip2 or xz. Docker 25 writes
+    archives that are both a docker-archive and an OCI archive; the images of both lists are
+    imported. Entries with the same config are one image, which gets the names from both lists. Its
+    manifest is the layout's if that is complete. Signatures, attestations and other artifacts
+    beside images are skipped.
 
     Whatever the source says is verified: blobs by their names, layers by the diff IDs in the
     image's config. What an OCI layout has keeps its digests. A docker-archive has no manifests:
@@ -104,22 +105,23 @@ async def import_images(
     is usual, not at all.
 
     Images get the names they have in the source. Bare tags, as ``skopeo copy … oci:DIR:TAG``
-    writes them, are no names. An image without a name is stored as
-    ``localhost/unnamed@sha256:…``, with the digest of its manifest or index, if it is chosen by
-    its digest alone, or if all are imported.
+    writes them, are no names. An image without a name is imported if ``digest`` chooses it or
+    ``all`` is set. Its name in the store is ``localhost/unnamed@sha256:…``, with the digest of its
+    index, or of its manifest if it has no index.
 
     Args:
         store: Where to.
         source: A directory, a file, or a stream, which is read to its end; closing it is the
             caller's. It is never held in memory as a whole.
         reference: What the image is to be called, whatever it is called in the source. If there
-            are several, only that one is taken that has this name, or else the tag of it. With a
-            digest, the image that has it is taken: its manifest, its index, or its config, in
-            whose place the reference gets the manifest's. A digest alone is one for ``digest``.
-        digest: Chooses one image by the digest of its manifest, index or config (Docker's image
-            ID), or by the beginning of that; ``sha256:`` may be left out. It keeps its names
-            unless there is a ``reference``.
-        all: Whether images without names are imported, too.
+            are several, only that one is taken that has this name, or else the tag of it. A
+            digest in the reference chooses the image with this manifest, index or config. The
+            stored reference has the manifest's digest in place of a config's. A ``reference``
+            that is only a digest (``sha256:…``) has the effect of ``digest``.
+        digest: The digest of one image's manifest, index or config (Docker's image ID), or the
+            beginning of this digest; ``sha256:`` may be left out. The image keeps its names
+            unless ``reference`` gives another.
+        all: Whether to import images without names as well.
         platform: Which of an index's images; ``None``: the host's, or what there is if there is
             no index. Others are not imported.
         progress: Takes the events of unpacking; see `DownloadManager.download`.
@@ -128,7 +130,7 @@ async def import_images(
         What was put into the store, in the order of the source, each name by itself.
 
     If this is cancelled or fails no image is put, and nothing of it is visible in the store but
-    whole layers and blobs, which are removed when nobody needs them.
+    whole layers and blobs, which garbage collection removes unless another image needs them.
 
     Raises:
         ArchiveError: if it is no archive or layout, is damaged, or lacks something; if it has an
@@ -139,7 +141,7 @@ async def import_images(
         RegistrationError: if a layer cannot be unpacked; its ``reason`` says why.
         InvalidReference: if ``reference`` does not follow the grammar.
         InvalidDigest: if ``digest`` is neither a digest nor the beginning of one.
-        ValueError: if all images are wanted, and one by its name or digest.
+        ValueError: if ``all`` is combined with ``reference`` or ``digest``.
         StoreError: for what the store's disk does.
         OSError: if the source cannot be read.
         Exception: what the stream or ``progress`` raises.
@@ -244,18 +246,18 @@ class _Image:
 
 @final
 class _Finder:
-    """Finds images of a source for a platform: all parts of them, put into the batch."""
+    """Finds a source's images for a platform, and adds their blobs to the batch."""
 
     def __init__(self, source: Source, shelf: Shelf, platform: Platform | None) -> None:
         self._source = source
         self._shelf = shelf
         self._platform = platform
-        # A manifest, or an index, may be reached from any number of indexes.
+        # Any number of indexes may lead to one manifest or index, so each is decoded only once.
         self._found: dict[tuple[Descriptor, Platform | None], _Image] = {}
         self._entries: dict[Descriptor, Descriptor] = {}
 
     async def find(self, candidate: Candidate, names: tuple[Reference, ...]) -> _Image:
-        """The image of a candidate, under these names."""
+        """Find the image of a candidate, and give it these names."""
         called = str(names[0] if names else candidate)
         if not candidate.contents.manifests and candidate.docker:
             image = await self._find_in_docker(candidate, called, self._platform)
@@ -263,7 +265,8 @@ class _Finder:
         try:
             image = await self._find_oci(candidate.roots, called)
         except _USELESS as error:
-            # One image of an index is for this platform, as the others are for theirs.
+            # An index has one image for each platform, so manifest.json may replace only the one
+            # for the wanted platform.
             is_index = len(candidate.roots) > 1 or bool(candidate.contents.indexes)
             wanted = self._platform or (host_platform() if is_index else None)
             try:
@@ -277,7 +280,11 @@ class _Finder:
         return attrs.evolve(image, names=names)
 
     async def manifest_digest(self, candidate: Candidate) -> Digest | None:
-        """The digest of the manifest that an image of a docker-archive gets, if it is whole."""
+        """Compute the manifest digest of a docker-archive's image.
+
+        Returns:
+            The digest; ``None`` if the image is incomplete or invalid.
+        """
         try:
             image = await self._find_in_docker(candidate, str(candidate), None)
         except _USELESS:
@@ -287,7 +294,7 @@ class _Finder:
     # By index.json.
 
     async def _find_oci(self, roots: Sequence[Descriptor], called: str) -> _Image:
-        """By the rules of `RegistryClient.resolve`."""
+        """Find an image by the rules of `RegistryClient.resolve_image`."""
         source = self._source
         name = f"{source.name}: {called}"
         wanted = self._platform or host_platform()
@@ -319,7 +326,7 @@ class _Finder:
         return attrs.evolve(image, index=None if index is None else _plain(index))
 
     async def _entry_of(self, index: Descriptor, name: str, wanted: Platform) -> Descriptor:
-        """The entry of an index for a platform."""
+        """Choose the entry of an index for a platform."""
         key = _plain(index)
         if key not in self._entries:
             data = await _document(self._source, index)
@@ -329,7 +336,7 @@ class _Finder:
         return self._entries[key]
 
     async def _find_manifest(self, descriptor: Descriptor, said: Platform | None) -> _Image:
-        """The image of a manifest, for the platform that the entry of an index says it has."""
+        """Find the image of a manifest; ``said`` is the platform in its index entry."""
         key = (_plain(descriptor), said)
         if key in self._found:
             return self._found[key]
@@ -350,7 +357,8 @@ class _Finder:
         if document.layers or await _is_strict(data, descriptor.media_type):
             await self._take(descriptor)
         else:
-            # A list of layers that is null, as Go may write it, is not one by the specification.
+            # The specification requires a list of layers, but Go may write null for an empty one.
+            # So the store gets a new manifest with an empty list.
             data = encode_manifest(document.config, ())
             manifest = Descriptor(MANIFEST_TYPES[0], digest_of(data), len(data))
             await self._shelf.keep(manifest.digest, data)
@@ -374,7 +382,7 @@ class _Finder:
     async def _find_in_docker(
         self, candidate: Candidate, called: str, platform: Platform | None
     ) -> _Image:
-        """The first of its descriptions that is whole."""
+        """Find an image by the first usable one of its entries in ``manifest.json``."""
         failure: Exception | None = None
         for image in candidate.docker:
             try:
@@ -416,7 +424,7 @@ class _Finder:
 
 
 def _promised(source: Source, image: _Image, names: tuple[Reference, ...]) -> tuple[Reference, ...]:
-    """The names of an image, whose digests must be its own; without any: one by its digest."""
+    """Check the digests in an image's names, or name it by its own digest."""
     digest = image.manifest.digest if image.index is None else image.index.digest
     if not names:
         return (attrs.evolve(parse_reference(NAMELESS), tag=None, digest=digest),)
@@ -435,7 +443,10 @@ def _promised(source: Source, image: _Image, names: tuple[Reference, ...]) -> tu
 
 
 async def _choose(source: Source, name: str, index: Index, wanted: Platform) -> Descriptor:
-    """The entry for a platform, which is there: archives leave out what is for others."""
+    """Choose the entry of an index for a platform, and check that its manifest is present.
+
+    Archives often leave out the images for other platforms.
+    """
     descriptor = await trio.to_thread.run_sync(choose_image, name, index, wanted)
     if await source.read(blob_path(descriptor.digest)) is not None:
         return descriptor
@@ -453,7 +464,7 @@ async def _choose(source: Source, name: str, index: Index, wanted: Platform) -> 
 
 
 async def _is_strict(data: bytes, media_type: str) -> bool:
-    """Whether a manifest is one by the specification, too."""
+    """Whether a manifest is valid without reading missing or null lists as empty."""
     try:
         await trio.to_thread.run_sync(decode_manifest, data, media_type)
     except ManifestError:

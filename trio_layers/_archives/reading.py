@@ -101,7 +101,7 @@ class Source(Protocol):
         ...
 
     async def digest(self, path: str) -> Digest | None:
-        """What a document hashes to; ``None`` if there is none."""
+        """The digest of a document; ``None`` if the source lacks it."""
         ...
 
     async def take(self, path: str) -> Item | None:
@@ -169,7 +169,8 @@ async def open_source(
     Args:
         source: A path or a stream.
         shelf: Takes the blobs.
-        limits: Of the store's layers: any member of an archive may turn out to be one.
+        limits: The limits on a layer of the store. ``max_unpacked_bytes`` holds for every member
+            of an archive, since any of them may turn out to be a layer.
 
     Raises:
         ArchiveError: if it is neither, or damaged.
@@ -224,7 +225,8 @@ class Archive:
         self._shelf = shelf
         self._items: dict[str, _Found] = {}
         self._held = 0
-        # An archive holds several layers, and its paths are none of a layer's.
+        # An archive holds several layers, and its own paths are no paths of a layer. So only the
+        # ratio and the window of the store's limits apply to the whole archive.
         whole = Limits(
             max_ratio=limits.max_ratio,
             max_ratio_from=limits.max_ratio_from,
@@ -239,7 +241,8 @@ class Archive:
                 if members > MAX_MEMBERS:
                     raise ArchiveError(f"{name} has more than {MAX_MEMBERS} members")
                 source.entry = member.name
-                # A document has a limit of its own, and no layer is refused here that is as small.
+                # Documents have their own limit, MAX_DOCUMENT_SIZE. So a member up to that size
+                # passes here even if max_unpacked_bytes is smaller.
                 if member.size > max(limits.max_unpacked_bytes, MAX_DOCUMENT_SIZE):
                     raise LimitExceeded(
                         f"{shown(os.fsdecode(member.name))}: a file of {member.size} bytes; "
@@ -362,7 +365,7 @@ class LayoutDirectory:
 
     def _read(self, path: str) -> bytes | None:
         if path not in _DOCUMENTS and claimed_digest(path) is None:
-            return None  # a path of a docker-archive, which may lead anywhere
+            return None  # a docker-archive's path may lead outside the directory: do not open it
         try:
             with _open_file(self._path / path) as file:
                 # One byte more shows that there is more.

@@ -124,7 +124,7 @@ def write_directory(
             root, remove = open_empty_directory(stack, target, mode=0o777)
         directories = Directories(root)
         stack.callback(directories.close)
-        made: dict[bytes, bool] = {}  # and whether it is a directory
+        made: dict[bytes, bool] = {}  # path -> whether it is a directory
         try:
             for path, content in entries:
                 check_cancelled()
