@@ -243,7 +243,7 @@ def _decode_token(body: bytes, began: float) -> _Token | None:
     token = document.get("token") or document.get("access_token")
     refresh = document.get("refresh_token")
     lifetime = document.get("expires_in")
-    # What is no number is not greater either.
+    # "not x > y" also catches NaN, because comparisons with NaN are false.
     if not isinstance(lifetime, int | float) or not lifetime > MIN_TOKEN_LIFETIME:
         lifetime = MIN_TOKEN_LIFETIME
     if not _fit(token):
