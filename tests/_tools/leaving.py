@@ -18,7 +18,7 @@ __all__ = ["assert_nothing_left", "leave_at", "no_descriptor_left", "no_process_
 T = TypeVar("T")
 
 LIMIT = 20
-"""Seconds in which all must be over. The rule is one second; a loaded machine may need more."""
+"""The time limit in seconds. The rule is one second, but a loaded machine may need more."""
 
 
 async def leave_at(
@@ -33,7 +33,7 @@ async def leave_at(
         block: Opens the object.
         call: Makes one or more calls on the object.
         at: The moment, counted from 1, of the call's task and its child tasks.
-        expected: The only error that the call may raise.
+        expected: The type of the only error that the call may raise.
 
     Returns:
         Whether the call lasted until that moment, and the name of the error it raised.

@@ -241,7 +241,7 @@ async def test_a_server_that_asks_to_wait(part: str, code: int, autojump_clock: 
         open_registry_client(client=http) as client,
     ):
         if part == "/token":
-            await client.fetch_blob(APP, BLOB, MemorySink())  # a layer waits, too
+            await client.fetch_blob(APP, BLOB, MemorySink())  # this also obeys Retry-After
         else:
             await client.resolve_image(APP)
     assert flaky.answered[0] - flaky.failed[0] == pytest.approx(30)

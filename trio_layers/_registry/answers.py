@@ -101,7 +101,8 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
     # and no storage: its refusal is final.
     asks = status == 401 and "WWW-Authenticate" in answer.headers
     sent_there = sent_there and not (asks or (status == 404 and said))
-    # 408 is the server's own timeout; 416 without a range is a confused cache.
+    # 408 is the server's own timeout, and 416 to a request without a Range comes from a confused
+    # cache: another attempt may succeed.
     final = 400 <= status < 500 and status not in (408, 416, 429) and not sent_there
     error = RegistryError(text, host=host, status=status)
     match status:

@@ -316,8 +316,11 @@ class BlobFetch:
         return None
 
     async def _wrong(self, resumed: bool) -> VerificationError:
-        """What is there is not the blob. If it is from one answer alone, another one may be the
-        same; else what was there before may be to blame."""
+        """Empty the sink, and make the error for wrong bytes.
+
+        The error is final if all bytes came in one response. Otherwise the sink's earlier bytes may
+        have been wrong, and another attempt may succeed.
+        """
         await self._start_over()
         self._unfit = True
         digest, source = self.descriptor.digest, self._source

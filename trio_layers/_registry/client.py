@@ -276,9 +276,9 @@ class RegistryClient:
     async def resolve(self, reference: Reference | str) -> Descriptor:
         """Ask which manifest or index a reference stands for now.
 
-        A HEAD request does, which Docker Hub does not count as a pull. A registry that refuses
-        it, for whatever reason, or leaves out the digest or the size, is asked for the document
-        itself.
+        The client sends a HEAD request, which Docker Hub does not count as a pull. If the registry
+        refuses HEAD with any status, omits the digest or the size, or names another digest than
+        the reference's, the client fetches the document itself.
 
         Returns:
             What the registry says: media type, digest and size. Nothing of it is verified
@@ -312,7 +312,8 @@ class RegistryClient:
             except RegistryError as error:
                 if never_connected(error.__cause__):
                     raise
-                # Some refuse HEAD alone, with any status; if not, GET will say so.
+                # Some registries refuse HEAD alone, with any status. If GET fails, too, its error is
+                # raised.
                 log.debug("HEAD is refused, and GET tried: %s", error)
             return await _fetch_manifest(site, reference)
 
@@ -516,8 +517,11 @@ class RegistryClient:
         sink: BlobSink,
         progress: ReportProgress = _tell_nobody,
     ) -> None:
-        """Bring a blob into a sink, which may have some of it already; returns when all of it
-        is there and verified. One attempt: what it raises says whether another is worth it.
+        """Fetch a blob into a sink, which may hold its beginning already.
+
+        This returns once the sink holds the whole blob, verified. Failures are not retried, except
+        after a ``Retry-After`` or, once, after wrong bytes. Another call may succeed unless the
+        error is caused by `DoNotRetry`.
 
         A blob that its descriptor embeds (see `Descriptor.data`) needs no request. Any other blob
         is requested from the sink's end on, by Range. A server that sends the whole blob instead

@@ -136,7 +136,7 @@ def _checked(variable: str, value: str) -> str:
     try:
         url = parse_url(text)
     except InvalidURL:
-        # The reason may quote a password.
+        # Do not show InvalidURL's text, because it may quote a password.
         reason = "it is no URL of a proxy"
     else:
         if url.scheme not in ("http", "https", "socks5", "socks5h"):

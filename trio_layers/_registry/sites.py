@@ -179,7 +179,8 @@ class Site:
                     yield answer
                     return
                 error = await read_error(answer, what, sent_there=answer.redirected)
-            # Not while a connection waits: somebody may have to be asked for a password.
+            # Answer challenges once the connection is released, because the source of the
+            # credentials may wait for a person to type a password.
             if answer.redirected:
                 if answer.status == 401 and await redirected.refused(answer):
                     continue

@@ -30,7 +30,7 @@ from .transport import Transport
 __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]
 
 MAX_TOKEN_SIZE: Final = 1024 * 1024
-# Larger answers are decoded in a thread.
+# Larger answers are decoded in a thread, to keep the event loop responsive.
 INLINE_SIZE: Final = 16 * 1024
 # The specification's default, and the least that it has servers give, for old clients' sake.
 MIN_TOKEN_LIFETIME: Final = 60.0

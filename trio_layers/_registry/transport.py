@@ -522,7 +522,8 @@ async def _read_body(
             chunk: bytes | None = None
             began = trio.current_time()
             try:
-                # Bytes that make no chunk, such as those of its size, do not end this wait.
+                # Bytes that complete no chunk, such as a chunk's size line, do not extend this
+                # deadline.
                 with trio.CancelScope(deadline=began + stall_limit - behind), discreet():
                     part = await anext(stream)
                     # Reading a body in memory, or one of many small chunks, is no checkpoint.
