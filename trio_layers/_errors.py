@@ -319,7 +319,7 @@ class MountError(StoreError):
 
 
 class StoreNotFound(StoreError):
-    """A directory contains no store, and the caller asked not to create one.
+    """The directory contains no store, and none was to be created.
 
     Pull or import an image first, or name another directory.
     """

@@ -82,7 +82,7 @@ def parse_json(data: bytes, *, nonfinite: bool = False) -> object:
 
 
 def dismantle(document: object) -> None:
-    """Empty a document that is no longer needed, one container at a time.
+    """Empty a document that is no longer needed, piece by piece.
 
     Python holds the GIL, and so stops the event loop, while it frees a large document as a whole.
     """
@@ -139,7 +139,7 @@ class _Reader:
         self._constants = _CONSTANTS | _NONFINITE if nonfinite else _CONSTANTS
 
     def read(self, at: int) -> tuple[object, int]:
-        """Return the value that begins at a position, and the position after it."""
+        """Return the value at a position, and the position after it."""
         text = self._text
         # The containers around the current one. Each object is paired with the name of the member
         # that is being read.

@@ -464,7 +464,7 @@ _shared_platform = functools.lru_cache(maxsize=256)(Platform)
 
 @contextmanager
 def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
-    """Decode a JSON object for the block, and free it piece by piece afterwards."""
+    """Decode a JSON object for the block, and free it afterwards."""
     if len(data) > MAX_DOCUMENT_SIZE:
         _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
@@ -551,9 +551,10 @@ def _check_flag(value: object, where: str) -> None:
 
 
 def _data(value: object, where: str, digest: Digest, size: int) -> bytes | None:
-    """Decode the content that a descriptor embeds; ``None`` if it has another digest or size.
+    """Decode a descriptor's embedded content.
 
-    Other readers ignore embedded content, so wrong content does not make the document invalid.
+    ``None`` stands for content with another digest or size, or for none at all. Other readers
+    ignore embedded content, so wrong content does not make the document invalid.
     """
     try:
         data = decode_base64(_text(value, where))

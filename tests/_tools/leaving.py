@@ -1,4 +1,4 @@
-"""Ends an object's block at an exact moment of a call in another task."""
+"""Ends an object's block at an exact moment of another task's call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def leave_at(
     at: int,
     expected: type[Exception],
 ) -> tuple[bool, str | None]:
-    """End an object's block at a moment of a call in another task.
+    """End an object's block at a moment of another task's call.
 
     Args:
         block: Opens the object.
@@ -81,7 +81,7 @@ def _descriptors() -> dict[str, str]:
 
 
 def assert_nothing_left(store: Path) -> None:
-    """Check that a store has no lease and no temporary file, except partial downloads."""
+    """Check that a store has no leases, and no temporary files but partial downloads."""
     with closing(sqlite3.connect(store / "catalog.sqlite")) as connection:
         assert connection.execute("SELECT * FROM leases").fetchall() == []
     assert os.listdir(store / "leases") == []

@@ -434,7 +434,7 @@ async def test_manifests_need_tokens_too() -> None:
 
 @pytest.mark.parametrize("blank", ["", " ", "   ", "\t", " \t ", "\x0b", "\x0c", "\xa0"])
 def test_white_space_in_challenges(blank: str) -> None:
-    """Challenges may have any white space between parameters, and around "=" and ","."""
+    """White space may surround parameters, "=" and "," in challenges."""
     begin = blank or " "
     text = f'{blank}Bearer{begin}realm{blank}={blank}"https://t"{blank},{blank}service=s{blank}'
     [challenge] = parse_challenges([text])

@@ -1,4 +1,4 @@
-"""Bodies that a server encodes without being asked, and bodies that it only labels as encoded."""
+"""Bodies with an unrequested ``Content-Encoding``, true or false."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def refused(client: RegistryClient, encoding: str) -> None:
 
 
 async def test_a_manifest_without_a_digest() -> None:
-    """Without a digest, the body that starts like JSON counts: as received, or decoded."""
+    """Without a digest, only a body that starts like JSON is accepted."""
     server = Encoding("gzip", length=False)
 
     def serve(request: httpx.Request) -> httpx.Response:
@@ -199,7 +199,7 @@ async def test_wrong_all_the_same(
 @pytest.mark.parametrize("length", [True, False], ids=["length", "chunked"])
 @pytest.mark.parametrize("empty", [True, False], ids=["members", "zeros"])
 async def test_a_bomb(empty: bool, length: bool) -> None:
-    """The client soon stops reading a gzip bomb, or endless empty gzip members."""
+    """The client soon stops reading gzip bombs and endless empty members."""
     member = gzip.compress(b"") if empty else gzip.compress(bytes(5_000_000))
     count = 400_000 // len(member) if empty else 50
     bodies: list[Body] = []

@@ -1,4 +1,4 @@
-"""Challenges that a registry sends at ``/v2/`` alone, or that another host sends."""
+"""Challenges that come from ``/v2/`` alone, or from another host."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ async def test_a_public_repository_costs_no_request_more() -> None:
 
 @pytest.mark.parametrize("root", [200, 404, 500])
 async def test_a_root_without_a_challenge(root: int) -> None:
-    """The first refusal is raised. After a 500, the next call asks ``/v2/`` again."""
+    """The first refusal is raised, and only a 500 is asked again."""
     hiding = Hiding(404, root=root)
     async with hiding.client(USER) as client:
         for _ in range(2):
@@ -244,7 +244,7 @@ async def test_an_anonymous_token_of_another_host(
 
 @pytest.mark.parametrize("bearer", [False, True])
 async def test_another_hosts_own_login(bearer: bool) -> None:
-    """A login that is configured for the redirect's target is sent to the target alone."""
+    """The login for the redirect's target is sent to no other host."""
     challenge = f'Bearer realm="{TOKENS}/t"' if bearer else "Basic"
     good = "Bearer friends" if bearer else basic(FRIEND)
     leading = Leading(challenge, good, {basic(FRIEND): "friends"})
@@ -300,7 +300,7 @@ async def test_docker_hubs_login_where_a_registry_leads_there() -> None:
 
 
 async def test_a_chain_of_hosts_that_all_want_something_ends() -> None:
-    """A request ends after a few challenges, even if each redirect leads to another host."""
+    """A request ends after a few challenges, even from different hosts."""
     network = Network()
     hosts = iter(range(1000))
 

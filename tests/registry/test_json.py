@@ -117,7 +117,7 @@ def test_a_list_of_tags_with_two_lists_is_refused() -> None:
     ids=range(4),
 )
 def test_names_that_differ_are_no_doubles(decode: Callable[[bytes], object], data: bytes) -> None:
-    """A mapping may have keys that differ only in case, as in Go."""
+    """A mapping's keys may differ only in case, as in Go."""
     decode(data)
 
 
@@ -179,7 +179,7 @@ def test_values_that_no_reader_can_hold_are_typed_errors() -> None:
 
 
 def test_the_deepest_document_is_read_wherever_it_is() -> None:
-    """The decoder does not recurse, so the depth of its caller's stack does not matter."""
+    """The decoder does not recurse, so it needs little of the stack."""
     data = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
 
     def deep(levels: int) -> object:
@@ -229,7 +229,7 @@ def test_it_agrees_with_the_standard_library(seed: int) -> None:
 
 @pytest.mark.parametrize("unit", ["{},", '"",', "[],", "1,", '{"a":[{}]},', "\\n"])
 def test_a_document_is_read_in_linear_work_and_short_steps(unit: str) -> None:
-    """The number of calls grows with the document, so that threads can switch in between."""
+    """The number of calls grows with the document, so threads can switch."""
 
     def calls(data: bytes) -> int:
         count = 0

@@ -1,4 +1,4 @@
-"""Ends the client's block at every step of each call in another task.
+"""Ends the client's block at each step of another task's calls.
 
 Each call returns or raises `ClientClosed`, and leaves no connection or task behind.
 """
@@ -55,7 +55,7 @@ SHORT = frozenset({"resolve", "get_blob", "open_blob_and_leave_early"})
 
 
 class World:
-    """An in-memory registry with tokens, and a second one that redirects to it."""
+    """An in-memory registry with tokens, and one that redirects to it."""
 
     def __init__(self) -> None:
         self.fake = FakeRegistry()
@@ -137,7 +137,7 @@ def built() -> BuiltImage:
 
 @pytest.mark.parametrize("name", ["resolve_image", "blob"])
 async def test_at_every_step_over_sockets(name: str, built: BuiltImage) -> None:
-    """The error of our own closed httpx client never comes out of a call."""
+    """No call raises the error of our own closed httpx client."""
     blob = built.layers[0].descriptor
 
     async def read(client: RegistryClient, repository: str) -> None:
@@ -232,7 +232,7 @@ async def test_a_read_that_waits_when_the_block_is_left() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 async def test_a_given_client_that_is_closed(name: str) -> None:
-    """The error names the httpx client if its owner closed it too early."""
+    """The error tells if the owner closed the httpx client too early."""
     world = World()
     async with world.network.client() as http, open_registry_client(client=http) as client:
         await CALLS[name](client, "r.example/team/app")

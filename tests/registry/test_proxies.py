@@ -90,7 +90,7 @@ def test_which_variable_counts() -> None:
     ],
 )
 def test_a_proxy_that_cannot_be_used(value: str, shown: str) -> None:
-    """The error names the variable and its value without a login; other URLs still work."""
+    """The error shows the variable without a login; other URLs still work."""
     proxies = Proxies({"HTTPS_PROXY": value, "NO_PROXY": "b.example"})
     with pytest.raises(NetworkSettingError) as caught:
         proxies.find(URL("https://a.example"))

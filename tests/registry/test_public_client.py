@@ -251,7 +251,7 @@ async def test_a_link_is_no_way_to_write_a_url() -> None:
     ],
 )
 async def test_a_link_that_cannot_be_read(link: str) -> None:
-    """An unreadable link raises an error, because the list would look complete without it."""
+    """An unreadable link is an error, because pages would be missing."""
     network = tags_server({"": ({"tags": ["a", "b"]}, link), "b": ({"tags": ["c"]}, None)})
     with pytest.raises(RegistryError, match="a link to the next page that cannot be read"):
         await tags_of(network)
@@ -284,7 +284,7 @@ async def test_an_only_page_that_links_to_itself(link: str) -> None:
 
 @pytest.mark.parametrize("status", [400, 422])
 async def test_a_registry_that_does_not_take_the_number(status: int) -> None:
-    """A registry that refuses ``n`` is asked without it, and its pages are followed."""
+    """A registry that refuses ``n`` is asked for pages without it."""
 
     def handler(request: httpx.Request) -> httpx.Response:
         query = parse_qs(request.url.query.decode())

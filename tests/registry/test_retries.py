@@ -46,7 +46,7 @@ BLOB = describe(CONTENT)
 
 @attrs.define(eq=False)
 class Flaky:
-    """Fails the first ``times`` requests with ``part`` in their URL, and answers all others."""
+    """Fails the first ``times`` requests whose URL contains ``part``."""
 
     inner: Handler
     failure: Handler
@@ -264,7 +264,10 @@ async def test_a_wait_is_cancelled(autojump_clock: MockClock) -> None:
 
 
 async def test_the_countdown(autojump_clock: MockClock) -> None:
-    """Each second is announced in docker's words; a slow listener does not prolong the wait."""
+    """Each second is announced, and slow listeners do not prolong the wait.
+
+    The words are docker's.
+    """
     flaky = Flaky(serving(), status(503, Retry_After="3"), 1, "/manifests/")
     said: list[tuple[str, float]] = []
 
@@ -396,7 +399,7 @@ async def test_a_round_that_ends_well(mirrored: Path, autojump_clock: MockClock)
 
 @pytest.mark.parametrize("kind", ["tags", "referrers"])
 async def test_pages(kind: str, autojump_clock: MockClock) -> None:
-    """Each page has its own attempts, and no page is requested again after a success."""
+    """Each page has its own attempts, and is not requested after a success."""
     failures = {str(page): MAX_ATTEMPTS - 1 for page in range(5)}
     asked: list[str] = []
 
@@ -440,7 +443,10 @@ async def test_no_referrers_api_is_no_failure_that_passes(autojump_clock: MockCl
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 410])
 async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockClock) -> None:
-    """The registry is asked for a new URL, and a storage's 401 does not suggest a login."""
+    """The registry is asked for a new URL.
+
+    The error for a storage's 401 suggests no login.
+    """
     registry = FakeRegistry()
     registry.add_image(tag="1", layers=[CONTENT])
     signed: list[str] = []
@@ -502,7 +508,7 @@ async def test_a_registry_that_redirects_to_another(autojump_clock: MockClock) -
 
 
 async def test_a_token_server_that_redirects(autojump_clock: MockClock) -> None:
-    """A token server's refusal after a redirect is final: its URL has no signature."""
+    """A token server's refusal after a redirect is final."""
     there = f"{TOKENS}/token"
 
     def serve(request: httpx.Request) -> httpx.Response:
@@ -537,7 +543,7 @@ def lying(times: float) -> Flaky:
 @pytest.mark.parametrize("kind", ["layer", "blob", "config"])
 @pytest.mark.parametrize("times", [1, 2, 9])
 async def test_wrong_bytes(kind: str, times: int, autojump_clock: MockClock) -> None:
-    """Wrong bytes are fetched once more, at once; the second error is final.
+    """Wrong bytes are fetched once more; the second error is final.
 
     The error names the host.
     """

@@ -121,7 +121,7 @@ def test_newer_arm64_variants_run_older_ones() -> None:
     ],
 )
 def test_variants_by_other_names(specifier: str, expected: str) -> None:
-    """Variants such as ``8`` and ``v8`` are equal, in requests and in offers."""
+    """Variants such as ``8`` and ``v8`` are equal."""
     wanted = parse_platform(specifier)
     assert str(wanted.normalized()) == expected
     system, architecture, variant = specifier.split("/")
@@ -170,7 +170,7 @@ def test_manifest_members() -> None:
 
 
 def test_content_in_a_descriptor() -> None:
-    """Embedded content is kept if its digest and size match, and ignored otherwise."""
+    """Embedded content is ignored unless its digest and size match."""
     good = as_json(describe(b"x"), data="eA==")
     for wrong in ("eQ==", "eHg=", ""):
         other = as_json(describe(b"x"), data=wrong)
@@ -182,7 +182,7 @@ def test_content_in_a_descriptor() -> None:
 
 
 def test_parameters_of_media_types() -> None:
-    """Parameters and the case of letters do not matter in any media type."""
+    """Media types are compared without parameters and case."""
     written = "Application/vnd.oci.image.Manifest.v1+json ; charset=utf-8"
     layer = as_json(describe(b"x")) | {"mediaType": OCI_LAYER.upper() + ";a=b"}
     settings = as_json(describe(b"{}", f"{OCI_CONFIG};charset=utf-8"))
@@ -352,13 +352,13 @@ def test_invalid_configs(data: bytes, message: str) -> None:
 def test_a_config_that_does_not_say_what_it_is_for(
     members: dict[str, object], listed: Platform | None, expected: Platform
 ) -> None:
-    """The index's entry completes the platform of a config, or else the host's platform."""
+    """The index's entry, or else the host, completes a config's platform."""
     assert decode_config(config(**members), listed).platform == expected
 
 
 @pytest.mark.parametrize("rootfs", [{"type": "layers"}, {"type": "layers", "diff_ids": None}])
 def test_a_config_without_diff_ids_has_no_layers(rootfs: dict[str, object]) -> None:
-    """Docker omits an empty list, and Go writes null for a nil list."""
+    """Docker omits an empty list, and Go writes nil as null."""
     assert decode_config(config(rootfs=rootfs)).diff_ids == ()
 
 

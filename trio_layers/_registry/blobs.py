@@ -307,7 +307,7 @@ class BlobFetch:
         raise await self._wrong(resumed)
 
     def _make_decoder(self, answer: Answer, end: int) -> ContentDecoder | None:
-        """Make a decoder if this body, which ends at ``end`` in the blob, needs one."""
+        """Make a decoder if this body, up to ``end``, needs one."""
         coding, size = coding_of(answer), end - self.sink.offset
         length = answer.headers.get("Content-Length", "")
         if coding and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):

@@ -312,8 +312,8 @@ class RegistryClient:
             except RegistryError as error:
                 if never_connected(error.__cause__):
                     raise
-                # Some registries refuse HEAD alone, with any status. If GET fails, too, its error is
-                # raised.
+                # Some registries refuse HEAD alone, with any status. If GET fails as well, the
+                # error of GET is raised.
                 log.debug("HEAD is refused, and GET tried: %s", error)
             return await _fetch_manifest(site, reference)
 
@@ -483,8 +483,10 @@ class RegistryClient:
     async def open_blob(
         self, reference: Reference | str, blob: Descriptor | str
     ) -> AsyncIterator[BlobChunks]:
-        """Fetch a blob piece by piece, for as long as the block runs: it holds a connection, and
-        is not resumed if that breaks. Failed requests are retried until an answer begins.
+        """Fetch a blob piece by piece during the block.
+
+        The block holds a connection, and the blob is not resumed if that breaks. Failed requests
+        are retried until an answer begins.
 
         Args:
             reference: In whose repository it is; its tag does not matter.

@@ -1,4 +1,4 @@
-"""Decodes bodies with a ``Content-Encoding`` that the request did not ask for (RFC 9110, 8.4).
+"""Decodes bodies with an unrequested ``Content-Encoding`` (RFC 9110, 8.4).
 
 Requests ask for ``identity``. Some proxies compress the body nevertheless. Some stores send the
 blob unchanged, and describe the blob's own compression in ``Content-Encoding``. So the client first
@@ -44,10 +44,10 @@ class NotEncoded(Exception):
 
 
 def coding_of(answer: Answer) -> str | None:
-    """Return the content coding of a response; ``None`` if it cannot be decoded.
+    """Return a response's content coding, if it can be decoded.
 
-    ``None`` also stands for a body without coding, and for one with several codings: no server is
-    known to send those.
+    ``None`` stands for no coding, an unknown coding, or several codings: no server is known to send
+    several.
     """
     said = ",".join(answer.headers.get_list("Content-Encoding")).strip().lower()
     return said if said in _BY_MAGIC or said == "deflate" else None
@@ -68,7 +68,7 @@ def looks_like_json(data: bytes) -> bool:
 
 
 def slices_of(chunk: bytes) -> Iterator[bytes]:
-    """Cut a chunk into slices that each take a few milliseconds to decode."""
+    """Cut a chunk into slices that decode in a few milliseconds each."""
     return (chunk[start : start + SLICE] for start in range(0, len(chunk), SLICE))
 
 
@@ -161,7 +161,7 @@ class _Inflater:
 
 
 async def read_fitting(answer: Answer, limit: int, fits: Callable[[bytes], bool]) -> bytes:
-    """Read a small body, and decode it if only the decoded bytes fit.
+    """Read a small body; decode it if only the decoded bytes fit.
 
     Args:
         answer: The response, with its body unread.

@@ -108,7 +108,10 @@ _Place: TypeAlias = tuple[tuple[str, str], ...]
 
 
 def _place(query: str) -> _Place:
-    """Return a query's position in a list: its sorted parameters without the page size."""
+    """Return a query's sorted parameters without the page size.
+
+    Two queries with equal results lead to the same position in a list.
+    """
     members = parse_qsl(query, keep_blank_values=True)
     return tuple(sorted(member for member in members if member[0] != "n"))
 

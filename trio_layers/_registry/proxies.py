@@ -41,7 +41,7 @@ class Proxies:
         self._environment = environment
 
     def find(self, url: URL) -> str | None:
-        """Return the URL of the proxy for a request; ``None`` for a direct request.
+        """Return the proxy's URL for a request; ``None`` if none is needed.
 
         Raises:
             NetworkSettingError: if the variable for this URL names a proxy that cannot be used.
@@ -114,7 +114,7 @@ def _address(text: str) -> Address | None:
 
 
 def _split_port(text: str) -> tuple[str, str]:
-    """Split host and port as Go's ``net.SplitHostPort`` does; the port may be empty."""
+    """Split host and port like Go's ``net.SplitHostPort``; the port may be empty."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     return (host, port) if colon and (":" not in host or bracketed) else (text, "")

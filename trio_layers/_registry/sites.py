@@ -414,8 +414,9 @@ async def ask_in_turn(
 ) -> T:
     """Try each site in turn until one succeeds, as containerd does.
 
-    Any failure at one site leads to the next. When all sites have failed, the sites with transient
-    failures are tried in another round.
+    A registry, verification or manifest error at one site leads to the next site; any other error
+    is raised at once. When all sites have failed, the sites with transient failures are tried in
+    another round.
 
     Sites that could not be reached a moment ago are tried last, and only if no other site has
     failed with a final error.
@@ -468,7 +469,7 @@ async def ask_in_turn(
 
 
 def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
-    """Yield the sites in the order in which to try them, unreachable ones last.
+    """Yield the sites in the order of trying, unreachable sites last.
 
     The caller adds each failure to ``failures`` between two sites. If a registry or mirror has
     failed with a final error, the unreachable sites are not yielded: their earlier errors are added
