@@ -81,10 +81,10 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
 
     The error quotes the first error of the body (distribution specification, "Error Codes"), but
     no secret that was sent to the server. Client errors are final (see `give_up`), except for 408,
-    416, and 429 with a ``Retry-After`` of at most `PATIENCE` or none. A client error of a host
-    that the registry redirected to is not final, because the next redirect has another URL, whose
-    signature has not expired. A 404 with a registry's error text, and a 401 with a challenge, are
-    final there, too.
+    416 and 429. A 429 or 503 with a ``Retry-After`` of more than `PATIENCE` is final, too. A client
+    error of a host that the registry redirected to is not final, because the next redirect has
+    another URL, whose signature has not expired. A 404 with a registry's error text, and a 401 with
+    a challenge, are final there, too.
 
     Args:
         answer: What is no success, with its body unread.

@@ -111,7 +111,11 @@ class BlobChunks:
         return chunk
 
     def _make_decoder(self) -> ContentDecoder | None:
-        """Make a decoder if the body is encoded and its length is not the blob's."""
+        """Make a decoder for an encoded body, if it needs one.
+
+        A body is read as received if its Content-Length is the blob's size, or if that size is
+        unknown.
+        """
         coding = coding_of(self._answer)
         length = self._answer.headers.get("Content-Length")
         if coding is None or self._size is None or length == str(self._size):
