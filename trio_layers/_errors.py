@@ -130,8 +130,8 @@ class RegistryError(LayersError):
     Attributes:
         host: The host (and port) that was asked.
         status: The HTTP status it answered with, ``None`` if there was no answer.
-        transient: Whether the same request may succeed a moment later: the connection failed, or
-            the server was busy.
+        transient: Whether the same request may succeed a moment later, because the connection
+            failed or the server was busy.
     """
 
     def __init__(
@@ -161,10 +161,12 @@ class CredentialsError(DoNotRetry):
 
 
 class NetworkSettingError(DoNotRetry):
-    """An environment variable names a proxy or certificates that cannot be used. Mend or unset it.
+    """An environment variable names an unusable proxy, certificate or log file.
+
+    Correct or unset the variable.
 
     Attributes:
-        variable: Its name, such as ``HTTPS_PROXY`` or ``SSL_CERT_FILE``.
+        variable: The variable's name, such as ``HTTPS_PROXY`` or ``SSL_CERT_FILE``.
     """
 
     def __init__(self, variable: str, problem: str, advice: str) -> None:
@@ -239,16 +241,18 @@ class RegistrationError(LayersError):
 
 
 class ManagerClosed(LayersError):
-    """The block of the download manager or puller was left, during the call or before it."""
+    """The download manager's or puller's block ended, before or during the call."""
 
 
 class ClientClosed(LayersError):
-    """The block of the registry client was left, during the call or before it; or the httpx client
-    that it was given is closed."""
+    """The registry client's block ended, before or during the call.
+
+    An httpx client that was passed to the registry client and has been closed raises this, too.
+    """
 
 
 class DisplayClosed(LayersError):
-    """An event came to a display whose block was left."""
+    """A display received an event after its block had ended."""
 
 
 # What a layer holds.
@@ -294,11 +298,11 @@ class StoreError(DoNotRetry):
 
 
 class StoreBusy(StoreError):
-    """Another process held the store's catalog for too long. Try again."""
+    """Another process locked the store's catalog for too long. Try again."""
 
 
 class StoreClosed(StoreError):
-    """The store's block was left, during the call or before it."""
+    """The store's block ended, before or during the call."""
 
 
 class StoreFull(StoreError):
@@ -315,8 +319,10 @@ class MountError(StoreError):
 
 
 class StoreNotFound(StoreError):
-    """A directory has no store in it, and none was to be made. Pull or import an image first, or
-    name another directory."""
+    """The directory contains no store, and none was to be created.
+
+    Pull or import an image first, or name another directory.
+    """
 
 
 class UnsupportedStore(StoreError):
@@ -347,7 +353,7 @@ class ExportError(LayersError):
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether an error is, holds, or was caused by, a `DoNotRetry`."""
+    """Return whether an error is, contains or was caused by a `DoNotRetry`."""
     return any(isinstance(each, DoNotRetry) for each in _all_behind(error))
 
 
@@ -356,7 +362,7 @@ def _all_behind(error: BaseException) -> Iterator[BaseException]:
     while todo:
         this = todo.pop()
         yield this
-        # An exception may be false: a class of others may have a length.
+        # Compare with None: an exception class with __len__() may have false instances.
         cause = this.__cause__
         behind = [this.__context__ if cause is None and not this.__suppress_context__ else cause]
         if isinstance(this, BaseExceptionGroup):
@@ -368,7 +374,11 @@ def _all_behind(error: BaseException) -> Iterator[BaseException]:
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, or its type where it says nothing or cannot say it."""
+    """Return an error's text, or its type's name.
+
+    The type's name stands in for a text that is empty, or that cannot be made because ``__str__``
+    raises.
+    """
     try:
         text = str(error)
     except Exception:

@@ -1,12 +1,12 @@
-"""JSON documents from strangers, read in one way only.
+"""Decodes untrusted JSON, and refuses documents that decoders read in different ways.
 
-Readers differ about a document that names a member twice: some take the first, others the last,
-and Go's take both, one over the other. Such a document is refused, since it would be one image to
-us and another to the tool that checked it. The grammar is that of RFC 8259.
+JSON decoders differ about an object that has a member twice: some take the first value, others the
+last, and Go's decoder merges both. This decoder refuses such a document, because it could mean one
+image here and another image to the tool that checked it. The grammar is that of RFC 8259.
 
-The reader is a loop in Python, not the standard library's scanner in C. That one holds the GIL, and
-so the event loop, for as long as a document takes: 250 ms for 4 MiB of empty objects, and a second
-with a hook for each. It also recurses as deep as the document does.
+The decoder is a loop in Python, because the standard library's C scanner holds the GIL, and so
+stops the event loop, until a document's end: 250 ms for 4 MiB of empty objects, and a second with
+a hook for each object. The C scanner also recurses once per level of nesting.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from ._as_go import without_surrogates
 __all__ = ["MAX_DEPTH", "AmbiguousJSON", "check_names", "dismantle", "fold_names", "parse_json"]
 
 MAX_DEPTH: Final = 200
-"""How deep arrays and objects may be nested. The documents of images have ten levels."""
+"""The most levels of nested arrays and objects. Documents of images have ten."""
 
-# Integers up to 64 bits are exact, as in Go. Longer ones would take quadratic time.
+# The longest integer that is decoded exactly: 64 bits have at most 20 characters. Longer numbers
+# become floats, because int() takes quadratic time.
 _MAX_DIGITS: Final = 20
 
-# No match is longer than a millisecond of work: the GIL is held for all of one.
+# The repetitions have limits because `re` holds the GIL for a whole match: each match takes at
+# most a millisecond.
 _SPACE: Final = re.compile(r"[ \t\n\r]{0,65536}")
 _STRING: Final = re.compile(r'"([^"\\\x00-\x1f]{0,65536})"')
 _PLAIN: Final = re.compile(r'[^"\\\x00-\x1f]{1,65536}')
@@ -50,23 +52,23 @@ _NONFINITE: Final[dict[str, object]] = {
 
 
 class AmbiguousJSON(ValueError):
-    """Readers differ about the document: an object names a member twice, or in an odd way."""
+    """Decoders differ about a document: a member occurs twice, or is misspelt."""
 
 
 def parse_json(data: bytes, *, nonfinite: bool = False) -> object:
-    """Decode a document. Lone surrogates in strings become U+FFFD, as Go's readers have them.
+    """Decode a JSON document.
 
-    Nothing in the result may be changed: all empty objects in it are one, and so are empty arrays,
-    since a document has room for a million.
+    Lone surrogates in strings become U+FFFD, as in Go's decoder. The caller must not change the
+    result: all empty objects in it are the same object, and all empty arrays the same list, because
+    a document has room for a million of them.
 
     Args:
-        data: UTF-8, without a byte order mark.
-        nonfinite: Whether ``NaN`` and infinities are taken, which Python writes though JSON has
-            none.
+        data: The document in UTF-8, without a byte order mark.
+        nonfinite: Whether to accept ``NaN`` and infinities. JSON has none, but Python writes them.
 
     Raises:
-        AmbiguousJSON: if an object in it names a member twice.
-        ValueError: if it is not JSON, or is nested deeper than `MAX_DEPTH`.
+        AmbiguousJSON: if an object in the document has a member twice.
+        ValueError: if the document is not JSON, or is nested deeper than `MAX_DEPTH`.
     """
     text = data.decode()
     reader = _Reader(text, nonfinite)
@@ -80,9 +82,9 @@ def parse_json(data: bytes, *, nonfinite: bool = False) -> object:
 
 
 def dismantle(document: object) -> None:
-    """Free a document that nobody needs any more, piece by piece.
+    """Empty a document that is no longer needed, piece by piece.
 
-    Freed as a whole, a large one holds the GIL, and so the event loop, for as long as that takes.
+    Python holds the GIL, and so stops the event loop, while it frees a large document as a whole.
     """
     todo = [document]
     while todo:
@@ -100,24 +102,24 @@ def dismantle(document: object) -> None:
 
 
 def fold_names(*names: str) -> Mapping[str, str]:
-    """Names of members by what Go's readers compare."""
+    """Map each name's case-folded form, which Go's decoder compares, to the name."""
     return {name.casefold(): name for name in names}
 
 
 def check_names(
     members: Iterable[str], exact: Mapping[str, str], others: Mapping[str, str] | None = None
 ) -> None:
-    """Check that all readers find the same members in an object.
+    """Check that all decoders find the same members in an object.
 
-    Go's readers take a name in any case for a field's, and other readers do not.
+    Go's decoder matches a member to a field in any case, and other decoders do not.
 
     Args:
         members: The names in the object.
-        exact: Names, by `fold_names`, that must be spelt so.
-        others: Names that must not be there in two spellings.
+        exact: Names from `fold_names` that may occur in this spelling only.
+        others: Names from `fold_names` that may occur in one spelling only, whichever that is.
 
     Raises:
-        AmbiguousJSON: if readers differ.
+        AmbiguousJSON: if decoders differ.
     """
     seen: dict[str, str] = {}
     for name in members:
@@ -137,9 +139,10 @@ class _Reader:
         self._constants = _CONSTANTS | _NONFINITE if nonfinite else _CONSTANTS
 
     def read(self, at: int) -> tuple[object, int]:
-        """The value that begins there, and where it ends."""
+        """Return the value at a position, and the position after it."""
         text = self._text
-        # The open containers: of objects, with the name whose value comes next.
+        # The containers around the current one. Each object is paired with the name of the member
+        # that is being read.
         stack: list[tuple[list[object] | dict[str, object], str]] = []
         name = ""
         value: object
@@ -195,7 +198,7 @@ class _Reader:
                 return value, at
 
     def _name(self, at: int, members: object) -> tuple[str, int]:
-        """The name of a member, and where its value begins."""
+        """Return a member's name, and the position of its value."""
         text = self._text
         if text[at] != '"':
             raise _unexpected(text, at)

@@ -90,7 +90,8 @@ _POINTER: Final = fold_names("mediaType", "digest", "size")
 _ROOTFS: Final = fold_names("rootfs")
 _DIFF_IDS: Final = fold_names("type", "diff_ids")
 
-# What else is read of each object. Other spellings of these are common, and harmless alone.
+# The other members that are read from each object. Another spelling of one of these is common, and
+# harmless unless the object has two spellings.
 _MORE_OF_DOCUMENT: Final = fold_names("annotations", "artifactType", "subject")
 _MORE_OF_POINTER: Final = fold_names("urls", "annotations", "platform", "artifactType", "data")
 _PLATFORM: Final = ("os", "architecture", "variant", "os.version", "os.features")
@@ -129,8 +130,8 @@ class Descriptor:
         annotations: What the publisher says of it.
         platform: In an index, what the manifest is for; ``None`` if it does not say.
         artifact_type: In a list of referrers, what they are; ``None`` if it does not say.
-        data: The content itself, where the descriptor has it (OCI ``descriptor.md``, "data") and
-            it is that of digest and size; ``None`` otherwise.
+        data: The blob's bytes, where the descriptor embeds them (OCI ``descriptor.md``, "data")
+            and they match its digest and size; ``None`` otherwise.
     """
 
     media_type: str
@@ -241,9 +242,9 @@ def decode_manifest(
 
     Args:
         data: The document as it was served.
-        media_type: What it was served as: this decides what it is.
-        null_is_empty: Whether ``layers`` and ``manifests`` may be missing or null and count as
-            empty then, as in Go's decoders. The specification requires arrays.
+        media_type: The media type that the server sent. It decides between manifest and index.
+        null_is_empty: Whether a missing or null ``layers`` or ``manifests`` counts as empty, as
+            in Go's decoders. The specification requires arrays.
 
     Raises:
         ManifestError: if it is of another type, larger than `MAX_DOCUMENT_SIZE`, not valid, or
@@ -316,15 +317,15 @@ def check_image(manifest: Manifest) -> None:
 
 
 def is_artifact(manifest: Manifest) -> bool:
-    """Tell artifacts, signatures and attestations from images.
+    """Return whether a manifest is an artifact's, a signature's or an attestation's.
 
-    An image with layers of an unsupported kind is an image still. `check_image` refuses both.
+    An image with layers of an unsupported type still counts as an image; `check_image` refuses it.
     """
     if manifest.config.media_type not in _CONFIG_TYPES:
         return True
     if manifest.artifact_type is not None and manifest.artifact_type not in _CONFIG_TYPES:
         return True
-    # A signature of cosign's has the config of an image.
+    # The config's type alone does not tell: cosign's signatures have an image config.
     types = [layer.media_type for layer in manifest.layers]
     return bool(types) and not any(each.startswith(_LAYER_PREFIXES) for each in types)
 
@@ -345,8 +346,8 @@ def decode_config(data: bytes, platform: Platform | None = None) -> ImageConfig:
 
     Args:
         data: The document as it was served.
-        platform: Completes a config without operating system or architecture, which pack and ko
-            write: the platform in the entry of an index. ``None``: the host's.
+        platform: The platform that the index entry names. It completes a config without operating
+            system or architecture, as pack and ko write them. ``None``: the host's platform.
 
     Raises:
         ManifestError: if it is larger than `MAX_DOCUMENT_SIZE` or not valid.
@@ -363,7 +364,7 @@ def _config_of(
     _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
     if rootfs.get("type") != "layers":
         _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
-    # Docker leaves out an empty list (moby image/rootfs.go), and Go writes one that is nil as null.
+    # Docker omits an empty list (moby image/rootfs.go), and Go writes a nil list as null.
     value = rootfs.get("diff_ids")
     diff_ids = [] if value is None else _list(value, "image config: rootfs.diff_ids")
     _check_history(document)
@@ -442,7 +443,7 @@ def _platform(value: object, where: str) -> Platform:
 
 
 def _complete(platform: Platform, default: Platform | None) -> Platform:
-    """Fill in the members that a config leaves empty."""
+    """Fill in the operating system or architecture that a config lacks."""
     if platform.os and platform.architecture:
         return platform
     if default is None or not default.architecture:
@@ -457,13 +458,13 @@ def _complete(platform: Platform, default: Platform | None) -> Platform:
     )
 
 
-# Thousands of an index's entries have a few platforms.
+# An index may have thousands of entries, but they name few platforms: equal platforms are shared.
 _shared_platform = functools.lru_cache(maxsize=256)(Platform)
 
 
 @contextmanager
 def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
-    """The document, for the block: it is freed afterwards."""
+    """Decode a JSON object for the block, and free it afterwards."""
     if len(data) > MAX_DOCUMENT_SIZE:
         _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
@@ -535,7 +536,7 @@ def _check_history(document: Mapping[str, object]) -> None:
     history = document.get("history")
     for index, value in enumerate([] if history is None else _list(history, "history")):
         if value == {}:
-            continue  # a million of these fit into a document
+            continue  # save time: a million empty entries fit into a document
         where = f"image config: history[{index}]"
         entry = _optional_object(value, where)
         _time(entry.get("created"), f"{where}.created")
@@ -550,8 +551,11 @@ def _check_flag(value: object, where: str) -> None:
 
 
 def _data(value: object, where: str, digest: Digest, size: int) -> bytes | None:
-    """The content in a descriptor, if it is the content that the descriptor names. Other readers
-    ignore it, so a wrong one does not make the document wrong."""
+    """Decode a descriptor's embedded content.
+
+    ``None`` stands for content with another digest or size, or for none at all. Other readers
+    ignore embedded content, so wrong content does not make the document invalid.
+    """
     try:
         data = decode_base64(_text(value, where))
     except ValueError:
@@ -565,7 +569,7 @@ def _check_names(
     exact: Mapping[str, str],
     others: Mapping[str, str] | None = None,
 ) -> None:
-    """`check_names`, of an object of an image's documents."""
+    """Call `check_names`, and raise `ManifestError` for an ambiguous object."""
     try:
         check_names(members, exact, others)
     except AmbiguousJSON as error:
@@ -589,7 +593,7 @@ def _digest(value: object, where: str) -> Digest:
 
 
 def _plain_type(media_type: str) -> str:
-    """A media type without its parameters, in lower case (RFC 9110, 8.3.1)."""
+    """Return a media type without parameters, in lower case (RFC 9110, 8.3.1)."""
     return media_type.partition(";")[0].strip().lower()
 
 

@@ -148,9 +148,9 @@ def order(requested: Platform, platforms: Sequence[Platform | None]) -> list[int
     """The indices of all platforms that ``requested`` can run, the best first.
 
     The exact one comes first, then lesser variants and what the processor runs as well (``386``
-    on ``amd64``, ``arm`` on ``arm64``); among equals the one that uses most of the features asked
-    for wins, then the first listed. ``None`` stands for an image that does not say: it may be
-    anything, and comes last.
+    on ``amd64``, ``arm`` on ``arm64``). Among equals, the platform with the most of the requested
+    OS features wins, then the first listed. ``None`` stands for an image that does not name its
+    platform: it may be for any, and comes last.
     """
     wanted = [platform.normalized() for platform in _compatible(requested.normalized())]
     ranked: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""Leave an object's block while a call on it runs in another task, at exact moments."""
+"""Ends an object's block at an exact moment of another task's call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Discard", "assert_nothing_left", "leave_at", "no_descriptor_left", "
 T = TypeVar("T")
 
 LIMIT = 20
-"""Seconds in which all must be over. The rule is one second; a loaded machine may need more."""
+"""The time limit in seconds. The rule is one second, but a loaded machine may need more."""
 
 
 async def leave_at(
@@ -27,13 +27,13 @@ async def leave_at(
     at: int,
     expected: type[Exception],
 ) -> tuple[bool, str | None]:
-    """Leave the block at a moment of the call, which another task makes.
+    """End an object's block at a moment of another task's call.
 
     Args:
-        block: Gives the object.
-        call: The call, or several, on it.
-        at: The moment, counted from 1, of the call's task and those below it.
-        expected: The only error that the call may raise.
+        block: Opens the object.
+        call: Makes one or more calls on the object.
+        at: The moment, counted from 1, of the call's task and its child tasks.
+        expected: The type of the only error that the call may raise.
 
     Returns:
         Whether the call lasted until that moment, and the name of the error it raised.
@@ -89,12 +89,12 @@ def _descriptors() -> dict[str, str]:
         try:
             found[number] = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:
-            pass  # the listing's own
+            pass  # listdir()'s own descriptor is closed by now
     return found
 
 
 def assert_nothing_left(store: Path) -> None:
-    """No lock, no lease, and nothing in the making but what a download left to be resumed."""
+    """Check that a store has no leases, and no temporary files but partial downloads."""
     with closing(sqlite3.connect(store / "catalog.sqlite")) as connection:
         assert connection.execute("SELECT * FROM leases").fetchall() == []
     assert os.listdir(store / "leases") == []

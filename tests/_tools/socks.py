@@ -1,5 +1,4 @@
-"""A SOCKS 5 proxy (RFC 1928, RFC 1929): it connects to names and addresses, with or without a
-login."""
+"""A SOCKS 5 proxy with an optional login (RFC 1928, RFC 1929)."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ class SocksProxy:
     """A running proxy.
 
     Attributes:
-        host: Host and port.
-        login: ``name:password`` without which nothing goes through; ``None``: nobody is asked.
-        garbage: Sent in place of each answer.
-        refuses: A reply code in place of success.
-        asked: The hosts and ports that it was asked for.
+        host: The proxy's host and port.
+        login: The required login, as ``name:password``. ``None``: the proxy requires no login.
+        garbage: The bytes that replace each of the proxy's replies.
+        refuses: The error code that replaces success in replies; 0 for none.
+        asked: The hosts and ports that clients have asked for.
     """
 
     host: str
@@ -34,7 +33,7 @@ class SocksProxy:
 
     @property
     def url(self) -> str:
-        """As it stands in the environment."""
+        """The proxy's URL, as an environment variable names it."""
         return f"socks5://{'' if self.login is None else self.login + '@'}{self.host}"
 
     async def handle(self, client: trio.SocketStream) -> None:
@@ -42,7 +41,7 @@ class SocksProxy:
             try:
                 await self._handle(client)
             except (trio.BrokenResourceError, EOFError):
-                pass  # one of both went
+                pass  # the client or the server has closed its connection
 
     async def _handle(self, client: trio.SocketStream) -> None:
         _, count = await _read(client, 2)
@@ -102,7 +101,7 @@ async def _pass_on(source: trio.SocketStream, target: trio.SocketStream) -> None
 async def run_socks_proxy(
     *, login: str | None = None, garbage: bytes | None = None, refuses: int = 0
 ) -> AsyncIterator[SocksProxy]:
-    """Run one on a free port of 127.0.0.1, for as long as the block lasts."""
+    """Run a proxy on a free port of 127.0.0.1 during the block."""
     async with open_hidden_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listeners[0].socket.getsockname()[1]

@@ -434,7 +434,7 @@ async def test_manifests_need_tokens_too() -> None:
 
 @pytest.mark.parametrize("blank", ["", " ", "   ", "\t", " \t ", "\x0b", "\x0c", "\xa0"])
 def test_white_space_in_challenges(blank: str) -> None:
-    """Any kind and number of it may stand between parameters, and around their parts."""
+    """White space may surround parameters, "=" and "," in challenges."""
     begin = blank or " "
     text = f'{blank}Bearer{begin}realm{blank}={blank}"https://t"{blank},{blank}service=s{blank}'
     [challenge] = parse_challenges([text])

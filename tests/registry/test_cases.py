@@ -245,7 +245,7 @@ async def test_http_range(case: Case) -> None:
     descriptor = Descriptor("application/octet-stream", digest_of(content), case["descriptor_size"])
     sink, server = MemorySink(case["have"].encode()), RangeServer(case)
     if case["expected"]["spec"]["action"] == "fail-verification":
-        server.repeat = True  # one more attempt comes first, and would end well
+        server.repeat = True  # wrong bytes are fetched once more before the error is final
     network = Network(**{"https://registry.example": server})
     reference = parse_reference("registry.example/team/app")
     attempts: list[LayersError | None] = []

@@ -80,7 +80,7 @@ async def test_image_by_tag() -> None:
 
 
 async def test_content_that_a_descriptor_holds() -> None:
-    """It needs no request if it is the content; if it is not, the blob is fetched."""
+    """Embedded content saves the request; wrong embedded content is ignored."""
     registry = FakeRegistry()
     registry.add_image(tag="latest", layers=[b"one", b"two"])
     media_type, data = registry.manifests["latest"]

@@ -1,4 +1,4 @@
-"""Bodies that come encoded, although nobody asked for that, and those that are only called so."""
+"""Bodies with an unrequested ``Content-Encoding``, true or false."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CODINGS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 class Encoding:
-    """A registry whose answers are encoded."""
+    """A registry that encodes its responses."""
 
     def __init__(self, coding: str, *, length: bool) -> None:
         self.name, self.encode = CODINGS[coding]
@@ -99,8 +99,10 @@ class Encoding:
 @pytest.mark.parametrize("length", [True, False], ids=["length", "chunked"])
 @pytest.mark.parametrize("coding", CODINGS)
 async def test_all_of_it(coding: str, length: bool) -> None:
-    """Tokens, manifests, configs, lists and blobs come out right, whether they are encoded or only
-    said to be."""
+    """Tokens, manifests, configs, lists and blobs are read correctly.
+
+    The server encodes their bodies, or only labels them as encoded.
+    """
     server = Encoding(coding, length=length)
     network = Network(**{HOST: server})
     async with network.client() as http, open_registry_client(client=http) as client:
@@ -113,11 +115,12 @@ async def test_all_of_it(coding: str, length: bool) -> None:
         sink = MemorySink()
         await client.fetch_blob(APP, BLOB, sink, Report())
         assert sink.data == CONTENT
-        # What is there is gone on from, or dropped.
+        # The sink's bytes are resumed, or dropped.
         sink = MemorySink(CONTENT[:777])
         await client.fetch_blob(APP, BLOB, sink, Report())
         assert sink.data == CONTENT
-        # A stream cannot be started over: without a length it is taken at the header's word.
+        # A stream cannot be restarted. So open_blob() believes Content-Encoding if no
+        # Content-Length shows whether the body is the plain blob.
         if length or coding != "called so":
             async with client.open_blob(APP, BLOB) as chunks:
                 assert b"".join([chunk async for chunk in chunks]) == CONTENT
@@ -133,7 +136,7 @@ async def refused(client: RegistryClient, encoding: str) -> None:
 
 
 async def test_a_manifest_without_a_digest() -> None:
-    """Nothing tells which it is but that one of them is JSON."""
+    """Without a digest, only a body that starts like JSON is accepted."""
     server = Encoding("gzip", length=False)
 
     def serve(request: httpx.Request) -> httpx.Response:
@@ -196,7 +199,7 @@ async def test_wrong_all_the_same(
 @pytest.mark.parametrize("length", [True, False], ids=["length", "chunked"])
 @pytest.mark.parametrize("empty", [True, False], ids=["members", "zeros"])
 async def test_a_bomb(empty: bool, length: bool) -> None:
-    """What expands without end is left early, and so is what never becomes a byte."""
+    """The client soon stops reading gzip bombs and endless empty members."""
     member = gzip.compress(b"") if empty else gzip.compress(bytes(5_000_000))
     count = 400_000 // len(member) if empty else 50
     bodies: list[Body] = []

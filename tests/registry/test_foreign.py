@@ -112,7 +112,7 @@ async def test_no_other_blob_is_asked_for_elsewhere(media_type: str) -> None:
     network = Network(**{FIRST: sends(), HOST: lacks})
     with pytest.raises(NotFound):
         await fetch(network, foreign(FIRST, media_type=media_type))
-    # The registry alone, and there its root, since there are credentials to show.
+    # Only the registry gets requests. The one for /v2/ is made because there are credentials.
     assert {request.url.host for request in network.requests} == {"registry.example"}
 
 

@@ -1,4 +1,4 @@
-"""Challenges that do not come with the refusal: at ``/v2/`` alone, or from another host."""
+"""Challenges that come from ``/v2/`` alone, or from another host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def basic(credentials: Credentials) -> str:
 
 
 class Hiding:
-    """A registry that challenges at ``/v2/`` alone, and hides its names from the anonymous."""
+    """A registry that hides its repositories and sends challenges at ``/v2/`` alone."""
 
     def __init__(self, status: int, challenge: str = 'Basic realm="x"', root: int = 401) -> None:
         self.status, self.challenge, self.root = status, challenge, root
@@ -63,7 +63,7 @@ class Hiding:
 
 
 class open_client:
-    """A registry client on a network in memory, for as long as the block runs."""
+    """Open a registry client on an in-memory network for the block."""
 
     def __init__(self, network: Network, credentials: CredentialsFor | None, **options) -> None:
         self.http = network.client()
@@ -91,8 +91,10 @@ BEARER = f'Bearer realm="{TOKENS}/t",service="s",scope="repository:user/image:pu
 async def test_a_registry_that_challenges_at_its_root_alone(
     status: int, challenge: str, credentials: CredentialsFor
 ) -> None:
-    """Credentials are sent as its root wants them, which is asked once for all repositories. The
-    root's scope is not the repository's."""
+    """The challenge of ``/v2/`` decides how credentials are sent.
+
+    One request to ``/v2/`` serves all repositories. Its challenge's scope is not used.
+    """
     hiding = Hiding(status, challenge)
     hiding.network.requests.clear()
     async with hiding.client(credentials) as client:
@@ -119,7 +121,7 @@ async def test_nobody_without_credentials_asks_the_root(credentials: Credentials
 
 
 async def test_a_public_repository_costs_no_request_more() -> None:
-    """Where the anonymous have been answered a 404 means that there is nothing."""
+    """After an anonymous success, a 404 causes no request to ``/v2/``."""
     registry = FakeRegistry()
     registry.add_image(tag="1")
     network = Network(**{HOST: registry})
@@ -135,7 +137,7 @@ async def test_a_public_repository_costs_no_request_more() -> None:
 
 @pytest.mark.parametrize("root", [200, 404, 500])
 async def test_a_root_without_a_challenge(root: int) -> None:
-    """The refusal stands. A root that cannot tell now is asked again the next time."""
+    """The first refusal is raised, and only a 500 is asked again."""
     hiding = Hiding(404, root=root)
     async with hiding.client(USER) as client:
         for _ in range(2):
@@ -155,7 +157,7 @@ async def test_many_at_once_ask_the_root_once() -> None:
 
 @pytest.mark.parametrize("challenge", ['Basic realm="x"', BEARER])
 async def test_wrong_credentials_do_not_shut_out_the_anonymous(challenge: str) -> None:
-    """What is public is found after a refusal as it was before."""
+    """After a refused login, the next request is anonymous again."""
     hiding = Hiding(404, challenge)
     hiding.good.clear()
     async with hiding.client(FRIEND) as client:
@@ -167,7 +169,7 @@ async def test_wrong_credentials_do_not_shut_out_the_anonymous(challenge: str) -
 
 
 async def test_a_source_that_cannot_tell() -> None:
-    """The registry's refusal comes out, and says so."""
+    """The registry's error includes the error of the credentials' source."""
 
     async def broken(repository: str, refused: Credentials | None) -> Credentials | None:
         await trio.lowlevel.checkpoint()
@@ -179,7 +181,7 @@ async def test_a_source_that_cannot_tell() -> None:
 
 
 async def test_a_root_that_is_redirected_gets_no_credentials() -> None:
-    """The challenge of another host is not for this one's credentials."""
+    """A challenge from another host is not answered with this host's credentials."""
     hiding = Hiding(404)
 
     def away(request: httpx.Request) -> httpx.Response:
@@ -197,11 +199,11 @@ async def test_a_root_that_is_redirected_gets_no_credentials() -> None:
     assert not any("Authorization" in each.headers for each in hiding.network.requests)
 
 
-# Registries that lead to another.
+# Registries that redirect to another registry.
 
 
 class Leading:
-    """A registry that redirects every request to another one, which wants a login."""
+    """A registry that redirects every request to another registry with a login."""
 
     def __init__(self, challenge: str, good: str, tokens: Mapping[str, str] = {}) -> None:
         self.challenge, self.good, self.tokens = challenge, good, tokens
@@ -227,8 +229,10 @@ class Leading:
 async def test_an_anonymous_token_of_another_host(
     credentials: CredentialsFor | None, scope: str
 ) -> None:
-    """The host that challenges is answered, and its token is kept; the login of the first one
-    goes to nobody."""
+    """The redirect's target gets an anonymous token, which is kept.
+
+    The login for the first host is sent to no host.
+    """
     leading = Leading(f'Bearer realm="{TOKENS}/t"{scope}', "Bearer free", {"": "free"})
     async with open_client(leading.network, credentials) as client:
         for _ in range(2):
@@ -240,7 +244,7 @@ async def test_an_anonymous_token_of_another_host(
 
 @pytest.mark.parametrize("bearer", [False, True])
 async def test_another_hosts_own_login(bearer: bool) -> None:
-    """The login of the host that challenges is used, where there is one by its name."""
+    """The login for the redirect's target is sent to no other host."""
     challenge = f'Bearer realm="{TOKENS}/t"' if bearer else "Basic"
     good = "Bearer friends" if bearer else basic(FRIEND)
     leading = Leading(challenge, good, {basic(FRIEND): "friends"})
@@ -265,7 +269,7 @@ async def test_another_host_that_wants_a_login_that_is_not_there(
 
 
 async def test_both_want_a_login() -> None:
-    """Each gets its own."""
+    """Each host gets its own login."""
     leading = Leading("Basic", basic(FRIEND))
 
     def leads(request: httpx.Request) -> httpx.Response:
@@ -282,7 +286,7 @@ async def test_both_want_a_login() -> None:
 
 
 async def test_docker_hubs_login_where_a_registry_leads_there() -> None:
-    """Its host has another name than its images."""
+    """The login for docker.io is sent to Docker Hub's host, registry-1.docker.io."""
     leading = Leading("Basic", basic(FRIEND))
     leading.network.hosts["https://registry-1.docker.io"] = leading.other
 
@@ -296,7 +300,7 @@ async def test_docker_hubs_login_where_a_registry_leads_there() -> None:
 
 
 async def test_a_chain_of_hosts_that_all_want_something_ends() -> None:
-    """Another host each time, which asks for a token: the refusals of one request are counted."""
+    """A request ends after a few challenges, even from different hosts."""
     network = Network()
     hosts = iter(range(1000))
 
@@ -318,7 +322,7 @@ async def test_a_chain_of_hosts_that_all_want_something_ends() -> None:
 
 
 async def test_a_redirect_over_sockets() -> None:
-    """Two registries of this machine, with one login each."""
+    """A local server redirects to a local registry, which wants a login."""
     built = build_image([[File("f", b"x")]])
     async with open_registry(auth=BasicAuth("friend", "other-s3cret")) as registry:
         registry.add(built, "team/app:1")
@@ -329,7 +333,7 @@ async def test_a_redirect_over_sockets() -> None:
                 while chunk := await stream.receive_some():
                     data += chunk
                     if data.startswith(b"\x16"):
-                        return  # the question whether this server speaks TLS
+                        return  # the client tests whether this server speaks TLS
                     if data.endswith(b"\r\n\r\n"):
                         target = data.split(b" ", 2)[1].decode()
                         head = "HTTP/1.1 307 Moved\r\nContent-Length: 0\r\n"

@@ -1,4 +1,4 @@
-"""One reader of JSON: what it takes is RFC 8259's grammar, and it takes each document one way."""
+"""The JSON decoder accepts RFC 8259's grammar, and refuses ambiguous documents."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def test_a_list_of_tags_with_two_lists_is_refused() -> None:
     ids=range(4),
 )
 def test_names_that_differ_are_no_doubles(decode: Callable[[bytes], object], data: bytes) -> None:
-    """Keys of a mapping count in each case, as they do in Go."""
+    """A mapping's keys may differ only in case, as in Go."""
     decode(data)
 
 
 def fill(unit: str, begin: str = "[", end: str = "1]") -> bytes:
-    """The largest document of its kind."""
+    """Repeat a unit up to the largest document size."""
     count = (MAX_DOCUMENT_SIZE - len(begin) - len(end)) // len(unit.encode())
     return (begin + unit * count + end).encode()
 
@@ -174,12 +174,12 @@ def test_values_that_no_reader_can_hold_are_typed_errors() -> None:
     for size in ("1e999", "9" * 5000, "-1", "1.5", "2e0"):
         with pytest.raises(ManifestError, match="not a number of bytes"):
             as_manifest(manifest(layer=LAYER.replace('"size":1', f'"size":{size}')))
-    # Members that nobody reads may hold them, as in Go.
+    # Unknown members may hold such values, as in Go.
     as_manifest(manifest(',"x":[1e999,123456789012345678901234567890,"\\u0000","\\ud800"]'))
 
 
 def test_the_deepest_document_is_read_wherever_it_is() -> None:
-    """Nothing recurses, so that the caller's own depth does not matter."""
+    """The decoder does not recurse, so it needs little of the stack."""
     data = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
 
     def deep(levels: int) -> object:
@@ -229,7 +229,7 @@ def test_it_agrees_with_the_standard_library(seed: int) -> None:
 
 @pytest.mark.parametrize("unit", ["{},", '"",', "[],", "1,", '{"a":[{}]},', "\\n"])
 def test_a_document_is_read_in_linear_work_and_short_steps(unit: str) -> None:
-    """No call into C reads more than a part of it: the interpreter can change threads between."""
+    """The number of calls grows with the document, so threads can switch."""
 
     def calls(data: bytes) -> int:
         count = 0

@@ -1,6 +1,6 @@
-"""The client's block is left while other tasks are in its calls, at every step of each.
+"""Ends the client's block at each step of another task's calls.
 
-A call ends with its answer or with `ClientClosed`, and nothing of it is left.
+Each call returns or raises `ClientClosed`, and leaves no connection or task behind.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SHORT = frozenset({"resolve", "get_blob", "open_blob_and_leave_early"})
 
 
 class World:
-    """A registry that wants a token, in memory, and one that redirects there."""
+    """An in-memory registry with tokens, and one that redirects to it."""
 
     def __init__(self) -> None:
         self.fake = FakeRegistry()
@@ -87,8 +87,10 @@ async def leave_at(
     name: str,
     **options: object,
 ) -> tuple[bool, list[str]]:
-    """Leave the block when the call's task has made so many steps; whether it got so far, and how
-    the call ended."""
+    """Leave the block after a number of steps of the call's task.
+
+    Returns whether the call lasted that long, and how the call ended.
+    """
     ended: list[str] = []
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
@@ -118,7 +120,8 @@ async def test_at_every_step(name: str) -> None:
     async with world.network.client() as http:
         reached = True
         while reached:
-            # Odd and even ones are the two ends of a step; those of long calls are sampled.
+            # Odd and even numbers are the two ends of a step. Every third one is tested of long
+            # calls.
             step += 1 if name in SHORT else 3
             reached, [ended] = await leave_at(step, CALLS[name], "r.example/team/app", client=http)
             outcomes.add(ended)
@@ -134,7 +137,7 @@ def built() -> BuiltImage:
 
 @pytest.mark.parametrize("name", ["resolve_image", "blob"])
 async def test_at_every_step_over_sockets(name: str, built: BuiltImage) -> None:
-    """With our own httpx client, which is closed then: its error is never seen."""
+    """No call raises the error of our own closed httpx client."""
     blob = built.layers[0].descriptor
 
     async def read(client: RegistryClient, repository: str) -> None:
@@ -154,7 +157,7 @@ async def test_at_every_step_over_sockets(name: str, built: BuiltImage) -> None:
 
 
 async def test_a_call_after_the_block() -> None:
-    """It says so at once, and asks nobody."""
+    """A call after the block raises `ClientClosed` and sends no request."""
     world = World()
     async with world.network.client() as http:
         async with open_registry_client(client=http) as client:
@@ -167,7 +170,7 @@ async def test_a_call_after_the_block() -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 async def test_a_blob_that_is_open_when_the_block_is_left(own: bool, built: BuiltImage) -> None:
-    """It cannot be read any more; its block can be left, and raises what its body does."""
+    """Reading the blob raises `ClientClosed`, and its block can still be left."""
     async with open_registry() as registry, httpx.AsyncClient() as http:
         registry.add(built, "team/app:1")
         client_left, blob_open = trio.Event(), trio.Event()
@@ -196,7 +199,7 @@ async def test_a_blob_that_is_open_when_the_block_is_left(own: bool, built: Buil
 
 
 async def test_a_read_that_waits_when_the_block_is_left() -> None:
-    """A server that sends nothing does not hold it up."""
+    """The client's block ends even if a server sends nothing."""
 
     async def silent(stream: trio.SocketStream) -> None:
         await stream.receive_some()
@@ -229,7 +232,7 @@ async def test_a_read_that_waits_when_the_block_is_left() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 async def test_a_given_client_that_is_closed(name: str) -> None:
-    """By its owner, before the registry client: the error says which."""
+    """The error tells if the owner closed the httpx client too early."""
     world = World()
     async with world.network.client() as http, open_registry_client(client=http) as client:
         await CALLS[name](client, "r.example/team/app")
@@ -241,7 +244,7 @@ async def test_a_given_client_that_is_closed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resolve_image", "fetch_blob", "referrers"])
 async def test_a_given_client_that_is_closed_at_any_step(name: str, built: BuiltImage) -> None:
-    """Over sockets, which are closed under a call's feet."""
+    """The owner closes the httpx client and its sockets during a call."""
     blob = built.layers[0].descriptor
 
     async def fetch(client: RegistryClient, repository: str) -> None:
@@ -284,7 +287,7 @@ async def test_a_given_client_that_is_closed_at_any_step(name: str, built: Built
 
 
 class Endless(httpx.AsyncByteStream):
-    """A body in memory that never ends, and never waits."""
+    """An endless body in memory, whose iteration has no checkpoint."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -301,8 +304,10 @@ class Endless(httpx.AsyncByteStream):
 
 @pytest.mark.parametrize("layers", [0, 3])
 async def test_a_body_without_checkpoints(layers: int) -> None:
-    """It is not read after its block is left, whatever generators it comes through, and these are
-    closed; nor does it keep others from running."""
+    """A body without checkpoints is not read once its block has ended.
+
+    All generators around the body are closed, and other tasks run between its chunks.
+    """
     body = Endless()
 
     async def through(chunks):
@@ -327,4 +332,4 @@ async def test_a_body_without_checkpoints(layers: int) -> None:
                 async for _ in chunks:
                     pass
         assert scope.cancelled_caught
-    gc.collect()  # a generator that is left would be told of
+    gc.collect()  # trio warns of generators that were not closed

@@ -543,7 +543,7 @@ async def test_a_registry_on_this_machine_that_no_file_names(tmp_path: Path) -> 
         reference = parse_reference(registry.add(build_image([[]]), "team/app:1"))
         challenge = {"WWW-Authenticate": 'Bearer realm="http://plain.invalid/token"'}
         registry.inject("/v2/team/*", Reply(401, headers=challenge))
-        # For HEAD and for GET.
+        # HEAD and GET each get one redirect.
         registry.inject("/v2/team/*", Redirect("http://plain.invalid"), times=2)
         for said in ("wants a token .* no HTTPS", "redirects to http://plain.invalid"):
             with pytest.raises(RegistryError, match=said):

@@ -1,4 +1,4 @@
-"""Which proxy the environment names for a URL, as Go's httpproxy decides it."""
+"""Chooses proxies from the environment as Go's httpproxy package does."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PROXY = "http://proxy.example:3128"
 )
 @pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
 def test_no_proxy(name: str, entry: str, excluded: list[str], asked: list[str]) -> None:
-    """Names with and without what is below, ports, addresses, networks, and all."""
+    """``NO_PROXY`` has names, subdomains, ports, addresses, networks and ``*``."""
     proxies = Proxies({"ALL_PROXY": PROXY, name: entry})
     for url in excluded:
         assert proxies.find(URL(url)) is None, url
@@ -52,7 +52,7 @@ def test_no_proxy(name: str, entry: str, excluded: list[str], asked: list[str]) 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:5000", "127.0.0.1", "127.9.9.9", "[::1]"])
 def test_this_machine_needs_no_proxy(host: str) -> None:
-    """Neither does it look at what the variables are."""
+    """For this machine, even invalid variables are ignored."""
     for value in (PROXY, "socks4://nowhere"):
         proxies = Proxies({"HTTP_PROXY": value, "HTTPS_PROXY": value, "NO_PROXY": "a.example"})
         assert proxies.find(URL(f"http://{host}/v2/")) is None
@@ -60,7 +60,10 @@ def test_this_machine_needs_no_proxy(host: str) -> None:
 
 
 def test_which_variable_counts() -> None:
-    """Lower case before upper, the scheme's own before that for all; and none of a request's."""
+    """Lower case precedes upper case, and a scheme's variable precedes ``ALL_PROXY``.
+
+    A CGI program ignores ``HTTP_PROXY``, because a request can set it.
+    """
     http, https = URL("http://a.example"), URL("https://a.example")
     assert Proxies({"HTTPS_PROXY": "p1", "https_proxy": "p2"}).find(https) == "http://p2"
     assert Proxies({"HTTPS_PROXY": "p1", "https_proxy": ""}).find(https) is None
@@ -87,7 +90,7 @@ def test_which_variable_counts() -> None:
     ],
 )
 def test_a_proxy_that_cannot_be_used(value: str, shown: str) -> None:
-    """The error names the variable and its value, without a login; what needs no proxy goes on."""
+    """The error shows the variable without a login; other URLs still work."""
     proxies = Proxies({"HTTPS_PROXY": value, "NO_PROXY": "b.example"})
     with pytest.raises(NetworkSettingError) as caught:
         proxies.find(URL("https://a.example"))

@@ -220,7 +220,7 @@ async def test_only_the_query_of_a_link_counts(link: str) -> None:
 
 
 async def test_several_link_fields() -> None:
-    """The next page may be in any of them."""
+    """Any of several ``Link`` fields may name the next page."""
 
     def handler(request: httpx.Request) -> httpx.Response:
         if "last" in str(request.url):
@@ -251,7 +251,7 @@ async def test_a_link_is_no_way_to_write_a_url() -> None:
     ],
 )
 async def test_a_link_that_cannot_be_read(link: str) -> None:
-    """Without the pages that follow, the list would look complete."""
+    """An unreadable link is an error, because pages would be missing."""
     network = tags_server({"": ({"tags": ["a", "b"]}, link), "b": ({"tags": ["c"]}, None)})
     with pytest.raises(RegistryError, match="a link to the next page that cannot be read"):
         await tags_of(network)
@@ -268,7 +268,7 @@ async def test_a_link_that_cannot_be_read(link: str) -> None:
     ],
 )
 async def test_a_last_page_that_links_to_itself(link: str) -> None:
-    """All tags are there, each once."""
+    """The list has all tags, each once."""
     pages = {
         "": ({"tags": ["a", "b"]}, "<?last=b&n=2>; rel=next"),
         "b": ({"tags": ["c"]}, link),
@@ -284,7 +284,7 @@ async def test_an_only_page_that_links_to_itself(link: str) -> None:
 
 @pytest.mark.parametrize("status", [400, 422])
 async def test_a_registry_that_does_not_take_the_number(status: int) -> None:
-    """It is asked again without one, and its own pages are followed."""
+    """A registry that refuses ``n`` is asked for pages without it."""
 
     def handler(request: httpx.Request) -> httpx.Response:
         query = parse_qs(request.url.query.decode())

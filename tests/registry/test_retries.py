@@ -1,4 +1,4 @@
-"""A request that fails for a reason that passes is made again; any other is not."""
+"""Transient failures are retried, and final ones are not."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ BLOB = describe(CONTENT)
 
 @attrs.define(eq=False)
 class Flaky:
-    """Fails the first ``times`` requests whose URL holds ``part``, and answers all others."""
+    """Fails the first ``times`` requests whose URL contains ``part``."""
 
     inner: Handler
     failure: Handler
     times: float
     part: str = ""
-    challenged: bool = False  # leave those alone that have no token yet
+    challenged: bool = False  # requests without a token do not fail
     failed: list[float] = attrs.field(factory=list)
     answered: list[float] = attrs.field(factory=list)
 
@@ -133,7 +133,7 @@ REQUESTS: dict[str, tuple[str, Callable[[RegistryClient], Awaitable[object]]]] =
 
 
 def serving() -> Handler:
-    """A registry that wants tokens, which it gives itself."""
+    """Make a registry that requires tokens and is its own token server."""
     registry = FakeRegistry()
     registry.add_image(tag="1", layers=[CONTENT])
 
@@ -156,7 +156,7 @@ def serving() -> Handler:
 @pytest.mark.parametrize("failure", TRANSIENT)
 @pytest.mark.parametrize("request_", REQUESTS)
 async def test_a_transient_failure(request_: str, failure: str, autojump_clock: MockClock) -> None:
-    """Four in a row are nothing but time."""
+    """A request succeeds after four transient failures."""
     part, ask = REQUESTS[request_]
     flaky = Flaky(
         serving(), TRANSIENT[failure], MAX_ATTEMPTS - 1, part, challenged=request_ != "token"
@@ -188,7 +188,10 @@ async def test_any_other_failure(part: str, failure: str, autojump_clock: MockCl
 
 
 async def test_when_it_is_made_again(autojump_clock: MockClock) -> None:
-    """At random times, on average half of 0.5, 1, 2 and 4 seconds apart; five times in all."""
+    """Five attempts have random pauses between them.
+
+    Their averages are half of 0.5, 1, 2 and 4 seconds.
+    """
     flaky = Flaky(FakeRegistry(), status(503), 99)
     async with (
         Network(**{HOST: flaky}).client() as http,
@@ -231,21 +234,21 @@ async def test_a_tick_that_is_none(tick: float) -> None:
 @pytest.mark.parametrize("part", ["/token", "/manifests/", "/blobs/"])
 @pytest.mark.parametrize("code", [429, 503])
 async def test_a_server_that_asks_to_wait(part: str, code: int, autojump_clock: MockClock) -> None:
-    """It gets its time, the token server among them."""
+    """The client waits for ``Retry-After`` of registries and token servers."""
     flaky = Flaky(serving(), status(code, Retry_After="30"), 1, part)
     async with (
         Network(**{HOST: flaky}).client() as http,
         open_registry_client(client=http) as client,
     ):
         if part == "/token":
-            await client.fetch_blob(APP, BLOB, MemorySink())  # a layer waits, too
+            await client.fetch_blob(APP, BLOB, MemorySink())  # this also obeys Retry-After
         else:
             await client.resolve_image(APP)
     assert flaky.answered[0] - flaky.failed[0] == pytest.approx(30)
 
 
 async def test_a_wait_is_cancelled(autojump_clock: MockClock) -> None:
-    """At once, and nothing is left of it."""
+    """A cancelled wait ends at once and holds no connection."""
     flaky = Flaky(FakeRegistry(), status(503, Retry_After="30"), 99)
     async with (
         Network(**{HOST: flaky}).client() as http,
@@ -261,7 +264,10 @@ async def test_a_wait_is_cancelled(autojump_clock: MockClock) -> None:
 
 
 async def test_the_countdown(autojump_clock: MockClock) -> None:
-    """Each second is announced, in docker's words, and a slow listener does not add to it."""
+    """Each second is announced, and slow listeners do not prolong the wait.
+
+    The words are docker's.
+    """
     flaky = Flaky(serving(), status(503, Retry_After="3"), 1, "/manifests/")
     said: list[tuple[str, float]] = []
 
@@ -299,7 +305,7 @@ async def test_a_listener_that_fails(autojump_clock: MockClock) -> None:
 
 
 async def test_a_layer_has_the_countdown_of_its_download(autojump_clock: MockClock) -> None:
-    """`fetch_blob` is one attempt: whoever counts down asks again."""
+    """`fetch_blob` does not retry a plain 503: the download manager does."""
     flaky = Flaky(FakeRegistry(), status(503), 9)
     async with (
         Network(**{HOST: flaky}).client() as http,
@@ -324,9 +330,9 @@ def mirrored(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("mirror", "registry", "asked", "error"),
     [
-        # The next host first, and then another round.
+        # After a failure, the next host is tried first, and then another round begins.
         (status(503), status(503), ["mirror", "registry"] * MAX_ATTEMPTS, RegistryError),
-        # Each is asked until it has said something for good.
+        # Each host is retried until its error is final.
         (status(404), status(503), ["mirror"] + ["registry"] * MAX_ATTEMPTS, RegistryError),
         (status(503), status(404), ["mirror", "registry"] + ["mirror"] * 4, NotFound),
         (
@@ -336,7 +342,7 @@ def mirrored(tmp_path: Path) -> Path:
             RegistryError,
         ),
         (status(404), status(404), ["mirror", "registry"], NotFound),
-        # A host that cannot be reached rests, and the other's word stands.
+        # An unreachable mirror is not retried if the registry's error is final.
         (
             raises(httpx.ConnectError("refused")),
             status(401),
@@ -349,7 +355,7 @@ def mirrored(tmp_path: Path) -> Path:
             ["mirror", "registry"] * MAX_ATTEMPTS,
             RegistryError,
         ),
-        # It asks for more than anybody waits; the mirror does not.
+        # The registry's Retry-After is too long, so only the mirror is retried.
         (
             status(503),
             status(429, Retry_After="100"),
@@ -388,12 +394,12 @@ async def test_a_round_that_ends_well(mirrored: Path, autojump_clock: MockClock)
     assert len(network.requests) == 4
 
 
-# Lists go on with the page that failed.
+# Lists are retried from the failed page on.
 
 
 @pytest.mark.parametrize("kind", ["tags", "referrers"])
 async def test_pages(kind: str, autojump_clock: MockClock) -> None:
-    """Each page has its own attempts, and none is asked for twice in vain."""
+    """Each page has its own attempts, and is not requested after a success."""
     failures = {str(page): MAX_ATTEMPTS - 1 for page in range(5)}
     asked: list[str] = []
 
@@ -432,12 +438,15 @@ async def test_no_referrers_api_is_no_failure_that_passes(autojump_clock: MockCl
     assert len(network.requests) == 2
 
 
-# Where the registry redirects to.
+# Redirects.
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 410])
 async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockClock) -> None:
-    """The registry is asked for a new one; whose it is says nothing of a login."""
+    """The registry is asked for a new URL.
+
+    The error for a storage's 401 suggests no login.
+    """
     registry = FakeRegistry()
     registry.add_image(tag="1", layers=[CONTENT])
     signed: list[str] = []
@@ -471,7 +480,7 @@ async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockCloc
         assert "login" not in str(caught.value)
         await client.fetch_blob(APP, BLOB, sink, Report())
         assert sink.data == CONTENT
-        # There is an end of it.
+        # The retries end if every URL has expired.
         signed.clear()
         good = 99
         with pytest.raises(RegistryError, match=f"answered {code}"):
@@ -480,7 +489,7 @@ async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockCloc
 
 
 async def test_a_registry_that_redirects_to_another(autojump_clock: MockClock) -> None:
-    """It is a registry that says what it does not have, and no storage: that is final."""
+    """A registry's 404 after a redirect is final, unlike a storage's."""
     network = Network(
         **{
             HOST: lambda request: httpx.Response(
@@ -499,7 +508,7 @@ async def test_a_registry_that_redirects_to_another(autojump_clock: MockClock) -
 
 
 async def test_a_token_server_that_redirects(autojump_clock: MockClock) -> None:
-    """A login that is refused there is refused: nothing was signed."""
+    """A token server's refusal after a redirect is final."""
     there = f"{TOKENS}/token"
 
     def serve(request: httpx.Request) -> httpx.Response:
@@ -534,7 +543,10 @@ def lying(times: float) -> Flaky:
 @pytest.mark.parametrize("kind", ["layer", "blob", "config"])
 @pytest.mark.parametrize("times", [1, 2, 9])
 async def test_wrong_bytes(kind: str, times: int, autojump_clock: MockClock) -> None:
-    """One more attempt, at once; if that is wrong, too, it is final, and the host is named."""
+    """Wrong bytes are fetched once more; the second error is final.
+
+    The error names the host.
+    """
     flaky, sink = lying(times), MemorySink()
     ask: dict[str, Callable[[RegistryClient], Awaitable[object]]] = {
         "layer": lambda client: client.fetch_blob(APP, BLOB, sink, Report()),
@@ -561,7 +573,7 @@ async def test_wrong_bytes(kind: str, times: int, autojump_clock: MockClock) -> 
 async def test_wrong_bytes_of_one_host(
     times: int, mirrored: Path, autojump_clock: MockClock
 ) -> None:
-    """The one more attempt is the other host's, if that has the blob."""
+    """After wrong bytes, the second attempt goes to the other host."""
     mirror, registry = lying(times), lying(times if times > 1 else 0)
     sink = MemorySink()
     async with (
@@ -605,7 +617,7 @@ async def test_wrong_bytes_of_the_only_host_that_has_it(
     ],
 )
 async def test_head_is_refused(failure: str, autojump_clock: MockClock) -> None:
-    """GET says it all, without a pause."""
+    """After any failed HEAD, GET follows without a pause."""
     registry = FakeRegistry()
     image = registry.add_image(tag="1")
     refuse = {
@@ -637,11 +649,11 @@ async def test_head_is_refused(failure: str, autojump_clock: MockClock) -> None:
         assert trio.current_time() == began
 
 
-# What is asked for.
+# Request headers.
 
 
 async def test_accept() -> None:
-    """Blobs of any kind, and manifests of ours first, then any."""
+    """``Accept`` lists known manifest types before ``*/*``; blobs may have any type."""
     network = Network(**{HOST: serving()})
     async with (
         network.client() as http,

@@ -121,7 +121,7 @@ def test_newer_arm64_variants_run_older_ones() -> None:
     ],
 )
 def test_variants_by_other_names(specifier: str, expected: str) -> None:
-    """A number is the variant of that number, both in what is asked for and in what is there."""
+    """Variants such as ``8`` and ``v8`` are equal."""
     wanted = parse_platform(specifier)
     assert str(wanted.normalized()) == expected
     system, architecture, variant = specifier.split("/")
@@ -131,7 +131,10 @@ def test_variants_by_other_names(specifier: str, expected: str) -> None:
 
 
 def test_features_that_were_asked_for_are_preferred() -> None:
-    """Of two images that fit, the one that has more of them; a better variant counts more."""
+    """Among equal platforms, the one with the most requested features wins.
+
+    A better architecture or variant takes precedence.
+    """
     plain, one, both = (
         Platform("linux", "amd64", os_features=features) for features in ((), ("a",), ("b", "a"))
     )
@@ -167,7 +170,7 @@ def test_manifest_members() -> None:
 
 
 def test_content_in_a_descriptor() -> None:
-    """It is kept if it is the content, and ignored otherwise, as other readers do."""
+    """Embedded content is ignored unless its digest and size match."""
     good = as_json(describe(b"x"), data="eA==")
     for wrong in ("eQ==", "eHg=", ""):
         other = as_json(describe(b"x"), data=wrong)
@@ -179,7 +182,7 @@ def test_content_in_a_descriptor() -> None:
 
 
 def test_parameters_of_media_types() -> None:
-    """They do not count, nor does the case of letters, wherever a type stands."""
+    """Media types are compared without parameters and case."""
     written = "Application/vnd.oci.image.Manifest.v1+json ; charset=utf-8"
     layer = as_json(describe(b"x")) | {"mediaType": OCI_LAYER.upper() + ";a=b"}
     settings = as_json(describe(b"{}", f"{OCI_CONFIG};charset=utf-8"))
@@ -349,13 +352,13 @@ def test_invalid_configs(data: bytes, message: str) -> None:
 def test_a_config_that_does_not_say_what_it_is_for(
     members: dict[str, object], listed: Platform | None, expected: Platform
 ) -> None:
-    """An index may say so; else it is for the host."""
+    """The index's entry, or else the host, completes a config's platform."""
     assert decode_config(config(**members), listed).platform == expected
 
 
 @pytest.mark.parametrize("rootfs", [{"type": "layers"}, {"type": "layers", "diff_ids": None}])
 def test_a_config_without_diff_ids_has_no_layers(rootfs: dict[str, object]) -> None:
-    """Docker leaves an empty list out, and Go writes null for one that was never made."""
+    """Docker omits an empty list, and Go writes nil as null."""
     assert decode_config(config(rootfs=rootfs)).diff_ids == ()
 
 

@@ -79,16 +79,17 @@ def _quota(field: str) -> tuple[int | None, int | None]:
 async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> RegistryError:
     """The error that stands for an answer; the caller raises it.
 
-    Its text has the first error of the body, which registries write as the distribution
-    specification's "Error Codes" have it, but nothing that they were sent. A client error is one
-    to give up at, unless it asks for patience, or comes from a host that the registry redirected
-    to: the next redirect has another URL, whose signature has not expired. A 404 in a registry's
-    words is final there, too, and so is a login that such a host asks for.
+    The error quotes the first error of the body (distribution specification, "Error Codes"), but
+    no secret that was sent to the server. Client errors are final (see `give_up`), except for 408,
+    416 and 429. A 429 or 503 with a ``Retry-After`` of more than `PATIENCE` is final, too. A client
+    error of a host that the registry redirected to is not final, because the next redirect has
+    another URL, whose signature has not expired. A 404 with a registry's error text, and a 401 with
+    a challenge, are final there, too.
 
     Args:
         answer: What is no success, with its body unread.
         what: What was asked for, in words.
-        sent_there: Whether the registry redirected to this host.
+        sent_there: Whether a registry redirected to this host.
 
     Raises:
         RegistryError: if the connection breaks meanwhile.
@@ -96,11 +97,12 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
     said = answer.readable(_first_error(await answer.read(MAX_ERROR_SIZE)))
     host, status = answer.host, answer.status
     text = f"{host} answered {status} for {what}{said and ': '}{said}"
-    # A registry that others redirect to, and not some storage, says what it does not know or asks
-    # for a login.
+    # A redirect's target that sends a challenge, or an error text with a 404, is a registry itself
+    # and no storage: its refusal is final.
     asks = status == 401 and "WWW-Authenticate" in answer.headers
     sent_there = sent_there and not (asks or (status == 404 and said))
-    # 408 is the server's own timeout; 416 without a range is a confused cache.
+    # 408 is the server's own timeout, and 416 to a request without a Range comes from a confused
+    # cache: another attempt may succeed.
     final = 400 <= status < 500 and status not in (408, 416, 429) and not sent_there
     error = RegistryError(text, host=host, status=status)
     match status:

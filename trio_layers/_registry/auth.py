@@ -51,7 +51,7 @@ class Challenge:
 
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# White space is a blank or a tab (RFC 9110, 5.6.3); servers have been seen to send other kinds.
+# RFC 9110, 5.6.3 allows spaces and tabs only, but some servers send other white space.
 _SCHEME = re.compile(rf"({_TOKEN})(\s*)")
 # The last alternatives are a quoted string without an end, and nothing: they count as empty.
 _PARAMETER = re.compile(rf'({_TOKEN})(?:\s*=\s*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)")|=".*\Z|=)')
@@ -114,7 +114,7 @@ class _Repository:
     """What is known of a repository: what its registry asks, and who asks it."""
 
     challenge: Challenge | None = None
-    # An anonymous request has succeeded: a 404 means what it says.
+    # An anonymous request has succeeded, so a 404 does not mean that the repository is hidden.
     is_public: bool = False
     login: Shared[Credentials] = attrs.field(factory=Shared[Credentials])
 
@@ -137,13 +137,13 @@ class Authenticator:
         known = self._repositories.get(key)
         if known is None:
             if len(self._repositories) >= MAX_REPOSITORIES:
-                # A challenge that is forgotten costs one request more.
+                # Forgetting a challenge costs one more request.
                 del self._repositories[next(iter(self._repositories))]
             known = self._repositories[key] = _Repository()
         return Access(self, reference, known)
 
     def knows(self, reference: Reference) -> bool:
-        """Whether the reference's repository has asked for a login."""
+        """Return whether the reference's repository has sent a challenge."""
         known = self._repositories.get((reference.domain, reference.path))
         return known is not None and known.challenge is not None
 
@@ -250,19 +250,19 @@ class Access:
         return await self._renew() and self._credentials.basic() is not None
 
     def granted(self) -> None:
-        """Learn from a success."""
+        """Note a success: without an Authorization field, the repository is public."""
         if self._sent is None:
             self._known.is_public = True
 
     async def hidden(self, answer: Answer, ask_root: AskRoot) -> bool:
-        """Learn from a refusal without a challenge; whether asking again may help.
+        """Look for a login after a refusal; return whether to ask again.
 
-        Some registries challenge at ``/v2/`` alone, and hide from the anonymous which repositories
-        there are. They are asked there only if there are credentials to show.
+        Some registries send challenges at ``/v2/`` alone, and hide private repositories from
+        anonymous requests. ``/v2/`` is requested only if there are credentials for the registry.
 
         Args:
             answer: The refusal: a 401, 403 or 404. It may be closed.
-            ask_root: Gives the challenges of ``/v2/``.
+            ask_root: Returns the challenges of ``/v2/``.
 
         Raises:
             CredentialsError: as for `authorization`.
@@ -282,14 +282,18 @@ class Access:
             return False
         if known.challenge is None:
             if here is None:
-                # The scope at /v2/ is none of this repository's; GitHub's is an example.
+                # Drop the scope of /v2/, because it is not this repository's (GitHub's is an
+                # example). The repository's own scope takes its place.
                 parameters = {**challenge.parameters, "scope": ""}
                 challenge = attrs.evolve(challenge, parameters=parameters)
             known.challenge = challenge
         return True
 
     def failed(self) -> None:
-        """Forget a challenge of ``/v2/`` whose answer was refused: the anonymous may see more."""
+        """Forget the challenge if a login that `hidden` suggested was refused.
+
+        An anonymous request may succeed where these credentials do not.
+        """
         if self._asked_root:
             self._known.challenge = None
 
@@ -338,13 +342,14 @@ class Access:
 class RedirectedAccess:
     """Answers the challenges of hosts to which one request is redirected.
 
-    Each host gets its own login, or an anonymous token: never the login of the registry that
-    redirects there, which has chosen the host.
+    Each host gets the login that is configured for its own name, or an anonymous token. It never
+    gets the login of the registry that redirects there, because that registry has chosen the host.
 
     Args:
-        authenticator: That of the hosts. It has credentials by name only.
+        authenticator: The authenticator for redirect targets. It has no login that is meant for
+            any host.
         reference: The repository that the registry was asked for.
-        url: The URL of the registry that was asked, whose origin has an `Access` of its own.
+        url: The URL that the registry was asked for. Its origin has an `Access` of its own.
     """
 
     def __init__(self, authenticator: Authenticator, reference: Reference, url: URL) -> None:
@@ -355,7 +360,9 @@ class RedirectedAccess:
         self._refusals = 0
 
     async def authorization(self, url: URL) -> str | None:
-        """The Authorization field for a redirect's target; ``None``: none, as far as is known.
+        """Return the Authorization field for a redirect's target, if it needs one.
+
+        ``None``: the target has sent no challenge so far, or is the registry itself.
 
         Raises:
             LayersError: as for `Access.authorization`.
@@ -367,7 +374,7 @@ class RedirectedAccess:
         return await self._access(there).authorization()
 
     async def refused(self, answer: Answer) -> bool:
-        """Learn from a 401 of a redirect's target; whether asking again may help.
+        """Answer a 401 of a redirect's target; return whether to ask again.
 
         Raises:
             CredentialsError: as for `Access.authorization`.
@@ -394,12 +401,12 @@ class RedirectedAccess:
 
 AskRoot: TypeAlias = Callable[[], Awaitable[Sequence[Challenge]]]
 
-# Of a URL of the distribution protocol.
+# Finds the repository in the path of a distribution API URL.
 _REPOSITORY = re.compile(r"(?:/.*)?/v2/([^?#]{1,255})/(?:manifests|blobs|tags|referrers)/")
 
 
 def _usable(challenges: Iterable[Challenge]) -> Challenge | None:
-    """The challenge to answer: Bearer before Basic."""
+    """Choose the challenge to answer: Bearer before Basic."""
     challenges = list(challenges)
     bearer = (each for each in challenges if each.scheme == "bearer" and "realm" in each.parameters)
     basic = (each for each in challenges if each.scheme == "basic")

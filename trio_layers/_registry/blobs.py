@@ -74,7 +74,7 @@ class BlobChunks:
         VerificationError: in place of the end, if it is not that of the digest; at once if there
             is more than its size.
         RegistryError: if the connection breaks, or nothing comes for as long as the stall limit.
-        ClientClosed: if the client's block was left.
+        ClientClosed: if the client's block has ended.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BlobChunks:
         return self
 
     async def __anext__(self) -> bytes:
-        # The end of an iteration cannot pass through a context manager.
+        # Raise StopAsyncIteration outside the context manager: it would become a RuntimeError.
         async with self._lifetime.use():
             chunk = await self._next()
         if chunk is None:
@@ -111,7 +111,11 @@ class BlobChunks:
         return chunk
 
     def _make_decoder(self) -> ContentDecoder | None:
-        """A decoder, if the body is encoded: it is not as long as the blob."""
+        """Make a decoder for an encoded body, if it needs one.
+
+        A body is read as received if its Content-Length is the blob's size, or if that size is
+        unknown.
+        """
         coding = coding_of(self._answer)
         length = self._answer.headers.get("Content-Length")
         if coding is None or self._size is None or length == str(self._size):
@@ -154,7 +158,7 @@ async def _next_or_none(chunks: AsyncIterator[bytes]) -> bytes | None:
 async def write_embedded(
     data: bytes, descriptor: Descriptor, sink: BlobSink, progress: ReportProgress
 ) -> None:
-    """Bring a blob that its descriptor holds, and that is verified, into a sink."""
+    """Write the verified blob that a descriptor embeds to a sink."""
     if sink.offset > 0:
         await sink.restart()
     await sink.write(data)
@@ -169,8 +173,8 @@ class BlobFetch:
     """One attempt to bring a blob into a sink; see `RegistryClient.fetch_blob`.
 
     Attributes:
-        decoding: Whether bodies that are encoded for the way are decoded. They are taken as they
-            are first, unless their length shows that this cannot be the blob.
+        decoding: Whether all bodies with a ``Content-Encoding`` are decoded. The first attempt
+            decodes only a body whose length is not the blob's.
     """
 
     descriptor: Descriptor
@@ -192,7 +196,7 @@ class BlobFetch:
         except (RegistryError, VerificationError):
             if not (self._unfit and self._as_is) or self.decoding:
                 raise
-        # The bytes as they came are not the blob, and some of them were said to be encoded.
+        # The received bytes are not the blob, and some had a Content-Encoding: decode them.
         self.decoding, self.started_over = True, False
         await self._start_over()
         await self._fetch()
@@ -218,7 +222,7 @@ class BlobFetch:
     def _range(self) -> dict[str, str]:
         if self.sink.offset == 0:
             return {}
-        # With its end, as some servers know no other (go-containerregistry's, for one).
+        # Name the range's end, because some servers require one (go-containerregistry's registry).
         fields = {"Range": f"bytes={self.sink.offset}-{self.descriptor.size - 1}"}
         tag = self.tags.get(self.descriptor.digest)
         if tag is not None:
@@ -307,7 +311,7 @@ class BlobFetch:
         raise await self._wrong(resumed)
 
     def _make_decoder(self, answer: Answer, end: int) -> ContentDecoder | None:
-        """A decoder, if the body has to be decoded; it ends at ``end`` in the blob."""
+        """Make a decoder if this body, up to ``end``, needs one."""
         coding, size = coding_of(answer), end - self.sink.offset
         length = answer.headers.get("Content-Length", "")
         if coding and (self.decoding or (length.isdecimal() and int(length[:20]) != size)):
@@ -316,8 +320,11 @@ class BlobFetch:
         return None
 
     async def _wrong(self, resumed: bool) -> VerificationError:
-        """What is there is not the blob. If it is from one answer alone, another one may be the
-        same; else what was there before may be to blame."""
+        """Empty the sink, and make the error for wrong bytes.
+
+        The error is final if all bytes came in one response. Otherwise the sink's earlier bytes may
+        have been wrong, and another attempt may succeed.
+        """
         await self._start_over()
         self._unfit = True
         digest, source = self.descriptor.digest, self._source

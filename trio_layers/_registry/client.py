@@ -67,14 +67,15 @@ __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_regist
 log = logging.getLogger("trio_layers.registry")
 
 DEFAULT_MAX_CONNECTIONS: Final = 20
-# Larger documents are decoded in a thread: 16 KiB of JSON take about a millisecond.
+# Larger documents are decoded in a thread, because 16 KiB of JSON already take a millisecond.
 INLINE_SIZE: Final = 16 * 1024
 LARGE_SIZE: Final = 256 * 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-# Some servers refuse what they do not call by the same name (RFC 9110, 12.5.1): hence "*/*".
+# "*/*" is there because some servers answer 406 if they know a document by another media type than
+# those listed (RFC 9110, 12.5.1).
 _MANIFESTS: Final = {"Accept": ", ".join((*MANIFEST_TYPES, *INDEX_TYPES, "*/*"))}
 _BLOBS: Final = {"Accept": "*/*"}
 _JSON: Final = {"Accept": "application/json, */*"}
@@ -83,7 +84,7 @@ _REFERRERS: Final = {"Accept": f"{INDEX_TYPES[0]}, */*"}
 _PAGE: Final = 1000
 """How many tags are asked for at once: no registry known to us allows more."""
 _NO_LENGTH: Final = (400, 416, 422, 501)
-"""Answers of registries that do not take the number of tags that they are asked for."""
+"""Statuses of registries that refuse this page size."""
 _NO_REFERRERS: Final = (400, 404, 405, 406, 501)
 """Answers of registries that do not know such requests."""
 
@@ -169,9 +170,9 @@ async def open_registry_client(
     Args:
         client: Sends the requests, and is closed by whoever made it. It must allow
             ``max_connections`` connections, and nothing else should use it meanwhile: see
-            encode/httpcore#961. ``None``: one of our own, which takes proxies and certificates
-            from the environment when a request needs them, asks this machine without a proxy, and
-            closes its connections at the end.
+            encode/httpcore#961. ``None``: clients of our own. They take proxies and certificates
+            from the environment when a request needs them, use no proxy for this machine, and
+            are closed when the block ends.
         credentials: For those who ask for them. They are sent over plain HTTP only where that
             may be used at all.
         plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
@@ -184,11 +185,12 @@ async def open_registry_client(
             answer is so many seconds behind 1 KiB/s, or has not begun for several times as long
             (see ``docs/compatibility.md``, "Patience").
         max_connections: How many requests are under way at once; more wait.
-        retry_tick: Seconds that a second of the pauses between two attempts lasts.
+        retry_tick: Scales the random pauses between attempts: their seconds last this many real
+            seconds.
 
     Raises:
         ValueError: if ``max_connections`` is less than 1, if ``stall_limit`` or ``retry_tick`` is
-            not more than 0, or if ``tls_verify`` is switched off for a client that was given.
+            not more than 0, or if ``tls_verify`` is false and ``client`` is given.
         HostsError: if ``hosts_dir`` is no directory. What is in it is looked at when a registry is
             first asked.
     """
@@ -233,16 +235,17 @@ class RegistryClient:
     """Asks registries for images and whatever else they have. It comes from
     `open_registry_client`.
 
-    References are `Reference` values, or texts as `parse_reference` takes them. Each request is
-    made at one host after the other, where there are several. A transient failure (no connection,
-    a body cut short, a stall, 408, 429, 5xx) is followed by other attempts, five in all, after
-    random pauses of at most 0.5, 1, 2 and 4 seconds; `fetch_blob` alone is one attempt.
+    References are `Reference` values, or texts as `parse_reference` takes them. A registry with
+    several hosts is tried host by host. After a transient failure (no connection, a body cut short,
+    a stall, 408, 429, 5xx) the client retries, with at most five attempts in all and random pauses
+    of at most 0.5, 1, 2 and 4 seconds. `fetch_blob` retries only if a host sends ``Retry-After``.
 
     All of it may be used by any number of tasks at once. A call that is cancelled leaves
     nothing behind but what a sink was given.
 
-    Leaving the block of `open_registry_client` ends each call under way with `ClientClosed`, in
-    whichever task it runs, and waits for that. A later call raises it at once.
+    When the block of `open_registry_client` ends, each call under way in any task raises
+    `ClientClosed`, and the block waits for these calls. Every later call raises `ClientClosed` at
+    once.
     """
 
     def __init__(self, connections: Connections, sites: Sites, retry_tick: float) -> None:
@@ -273,16 +276,17 @@ class RegistryClient:
     async def resolve(self, reference: Reference | str) -> Descriptor:
         """Ask which manifest or index a reference stands for now.
 
-        A HEAD request does, which Docker Hub does not count as a pull. A registry that refuses
-        it, for whatever reason, or leaves out the digest or the size, is asked for the document
-        itself.
+        The client sends a HEAD request, which Docker Hub does not count as a pull. If the registry
+        refuses HEAD with any status, omits the digest or the size, or names another digest than
+        the reference's, the client fetches the document itself.
 
         Returns:
             What the registry says: media type, digest and size. Nothing of it is verified
             before the document is there.
 
         Raises:
-            VerificationError: if it sends another document than that of the reference's digest.
+            VerificationError: if the registry sends a document with another digest than the
+                reference's.
             LayersError: as for `resolve_image`, where it is no matter of the document.
         """
         reference = _parsed(reference)
@@ -308,7 +312,8 @@ class RegistryClient:
             except RegistryError as error:
                 if never_connected(error.__cause__):
                     raise
-                # Some refuse HEAD alone, with any status; if not, GET will say so.
+                # Some registries refuse HEAD alone, with any status. If GET fails as well, the
+                # error of GET is raised.
                 log.debug("HEAD is refused, and GET tried: %s", error)
             return await _fetch_manifest(site, reference)
 
@@ -343,8 +348,8 @@ class RegistryClient:
             head_first: Whether ``known`` probably gives the first document, too, once its digest is
                 known. That is asked for first then, as by `resolve`: where ``known`` does not give
                 it, or there is none, this is a request more.
-            announce: Is told ``Retrying in 2 seconds`` and the like before further attempts. What
-                it raises comes out as it is.
+            announce: Receives a text such as ``Retrying in 2 seconds``, once a second, before each
+                further attempt. Its exceptions pass through unchanged.
 
         Raises:
             PlatformError: if there is no image for the platform.
@@ -357,8 +362,9 @@ class RegistryClient:
             InvalidDigest: if the reference's digest is not a SHA-256 one.
             InvalidReference: if it does not follow the grammar, or its domain cannot be a host.
             HostsError: if what is configured for it cannot be used.
-            NetworkSettingError: if a proxy or certificates of the environment cannot be used.
-            ClientClosed: if the client's block is left, or was.
+            NetworkSettingError: if an environment variable names an unusable proxy or certificate
+                file.
+            ClientClosed: if the client's block ended, before or during the call.
         """
         reference = _parsed(reference)
         if platform is not None and not isinstance(platform, Platform):
@@ -477,8 +483,10 @@ class RegistryClient:
     async def open_blob(
         self, reference: Reference | str, blob: Descriptor | str
     ) -> AsyncIterator[BlobChunks]:
-        """Fetch a blob piece by piece, for as long as the block runs: it holds a connection, and
-        is not resumed if that breaks. Until the answer begins there are other attempts.
+        """Fetch a blob piece by piece during the block.
+
+        The block holds a connection, and the blob is not resumed if that breaks. Failed requests
+        are retried until an answer begins.
 
         Args:
             reference: In whose repository it is; its tag does not matter.
@@ -511,11 +519,14 @@ class RegistryClient:
         sink: BlobSink,
         progress: ReportProgress = _tell_nobody,
     ) -> None:
-        """Bring a blob into a sink, which may have some of it already; returns when all of it
-        is there and verified. One attempt: what it raises says whether another is worth it.
+        """Fetch a blob into a sink, which may hold its beginning already.
 
-        A blob that its descriptor holds (see `Descriptor.data`) needs no request. Any other
-        continues where the sink ends, by Range. A server that sends the whole blob instead
+        This returns once the sink holds the whole blob, verified. Failures are not retried, except
+        after a ``Retry-After`` or, once, after wrong bytes. Another call may succeed unless the
+        error is caused by `DoNotRetry`.
+
+        A blob that its descriptor embeds (see `Descriptor.data`) needs no request. Any other blob
+        is requested from the sink's end on, by Range. A server that sends the whole blob instead
         is taken at that; one that cannot continue there, or says that it continues elsewhere,
         is asked for the whole. Never is more read than the descriptor's size, but for a chunk.
         ``Downloading`` is reported for each chunk, in bytes of the blob, then
@@ -535,13 +546,14 @@ class RegistryClient:
         Raises:
             InvalidDigest: if its digest is not a SHA-256 one, as sinks have them.
             VerificationError: if the bytes are not those of the digest, or too many. The sink
-                is empty then. If all came in one answer, and that twice, from two hosts where
-                there are, it is caused by `DoNotRetry`; if what was there before may be to blame,
-                another attempt may do better.
-            RegistryError: as for `resolve_image`; caused by `DoNotRetry` for statuses of the
-                client's fault, except 408, 416 and 429, and those of hosts that the registry
-                redirected to. Also if nothing, or too little, came for
-                as long as the stall limit.
+                is empty then. The error is caused by `DoNotRetry` if the wrong bytes came twice,
+                each time as the whole blob in one answer, and from two hosts where there are two.
+                It is not if the sink's earlier bytes may have been wrong: another attempt may
+                succeed then.
+            RegistryError: as for `resolve_image`; also if no bytes, or too few, arrived for the
+                stall limit. The error is caused by `DoNotRetry` for client error statuses, except
+                408, 416 and 429, and except most of those from a host that the registry redirected
+                to.
         """
         reference = _parsed(reference)
         parse_digest(descriptor.digest)
@@ -567,7 +579,8 @@ class RegistryClient:
                     decoding.add(site)
                 if not of_another or is_final(error):
                     raise
-            # What the other sent may be to blame. It is dropped: now all of it from this one.
+            # The previous host's bytes may have been the wrong ones. The sink has dropped them, so
+            # fetch the whole blob from this host.
             await fetch.run()
 
         await trio.lowlevel.checkpoint()  # there may be nothing left to fetch
@@ -592,7 +605,7 @@ class RegistryClient:
         reference = _parsed(reference)
         what = f"the tags of {reference.name}"
         retries = self._retries()
-        # What a host has sent stays: another attempt goes on with the page that failed.
+        # Keep the pages that each host has sent: the next attempt continues at the failed page.
         begun: dict[Site, tuple[Pages, dict[str, None]]] = {}
 
         async def attempt(site: Site) -> tuple[str, ...]:
@@ -674,7 +687,7 @@ class RegistryClient:
             try:
                 async for page in pages:
                     if page.media_type != INDEX_TYPES[0]:
-                        # What is at every path of some servers.
+                        # Some servers send the same page for every path.
                         text = f"{page.host} sent something else than {what}"
                         raise NotFound(text, host=page.host, status=404)
                     document = await _decode(decode_manifest, page.data, page.media_type)
@@ -683,7 +696,7 @@ class RegistryClient:
                     retries.reset()
             except RegistryError as error:
                 if error.status in _NO_REFERRERS:
-                    give_up(error)  # there is no such API here, and that does not pass
+                    give_up(error)  # this host lacks the API, so do not retry
                 elif is_transient(error):
                     begun[site] = pages, found
                 raise
@@ -807,7 +820,7 @@ def _descriptor_of(answer: Answer) -> Descriptor | None:
         digest = parse_digest(answer.headers.get("Docker-Content-Digest", ""))
     except InvalidDigest:  # also one of another algorithm
         return None
-    if coding_of(answer) is not None:  # then it is the size of the encoded body
+    if coding_of(answer) is not None:  # Content-Length is the encoded body's
         return None
     if not answer.media_type or answer.media_type.startswith("text/") or not _SIZE.fullmatch(size):
         return None
@@ -820,7 +833,7 @@ async def _fetch_manifest(site: Site, reference: Reference) -> tuple[Descriptor,
     async with site.ask(reference, path, what, _MANIFESTS) as answer:
         promised = reference.digest or answer.headers.get("Docker-Content-Digest")
         if promised is not None and not promised.startswith("sha256:"):
-            promised = None  # a digest of another algorithm is one that cannot be checked
+            promised = None  # only SHA-256 can be checked
 
         def fits(data: bytes) -> bool:
             return looks_like_json(data) if promised is None else digest_of(data) == promised
@@ -878,8 +891,11 @@ async def _unknown(digest: Digest) -> bytes | None:
 
 
 def _choose(data: bytes, name: str, last_reference: list[Index], wanted: Platform) -> Descriptor:
-    """`choose_image`, for `_decode`: its time, too, is that of the document's size. The index is
-    freed in here, which takes 20 ms for a large one."""
+    """Call `choose_image` in `_decode`, because its time grows with the document.
+
+    The list's only reference to the index is popped, so that the index is freed in here, too: this
+    takes 20 ms for a large one.
+    """
     return choose_image(name, last_reference.pop(), wanted)
 
 

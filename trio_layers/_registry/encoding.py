@@ -1,8 +1,8 @@
-"""Bodies that are encoded for the way although nobody asked for that (RFC 9110, 8.4).
+"""Decodes bodies with an unrequested ``Content-Encoding`` (RFC 9110, 8.4).
 
-Requests ask for ``identity``. Some proxies compress all the same; some stores name the coding of
-the blob itself, which then is no coding of the body. So the bytes are taken as they are first, and
-decoded if they are not those of the digest.
+Requests ask for ``identity``. Some proxies compress the body nevertheless. Some stores send the
+blob unchanged, and describe the blob's own compression in ``Content-Encoding``. So the client first
+compares the bytes as received with the digest, and decodes them only if they do not match.
 """
 
 from __future__ import annotations
@@ -30,49 +30,57 @@ __all__ = [
     "slices_of",
 ]
 
-# Bytes by which an encoded body may be longer than twice the plain one.
+# An encoded body may have twice the bytes of the plain body, and this many more.
 SLACK: Final = 64 * 1024
-# Bytes that are decoded without a pause: those of empty members take some milliseconds.
+# Bytes that are decoded between two checkpoints. Even if they hold only empty gzip members, they
+# take just a few milliseconds.
 SLICE: Final = 4 * 1024
 
 _BY_MAGIC: Final = {"gzip": "gzip", "x-gzip": "gzip", "zstd": "zstd"}
 
 
 class NotEncoded(Exception):
-    """The bytes of a body are not encoded as its header says."""
+    """A body's bytes do not have the encoding that its header names."""
 
 
 def coding_of(answer: Answer) -> str | None:
-    """The coding of an answer's body; ``None`` if there is none, or none that can be undone here.
-    Of several, one upon the other, there is no case known."""
+    """Return a response's content coding, if it can be decoded.
+
+    ``None`` stands for no coding, an unknown coding, or several codings: no server is known to send
+    several.
+    """
     said = ",".join(answer.headers.get_list("Content-Encoding")).strip().lower()
     return said if said in _BY_MAGIC or said == "deflate" else None
 
 
 def named_encoding(answer: Answer) -> str:
-    """The encoding in words, to follow a statement about the body; empty if there is none."""
+    """Describe the response's encoding for an error message; empty without an encoding."""
     said = readable(", ".join(answer.headers.get_list("Content-Encoding")))
     return f" (with Content-Encoding {said})" if said not in ("", "identity") else ""
 
 
 def looks_like_json(data: bytes) -> bool:
-    """Whether this may be a JSON document whose digest is not known."""
+    """Return whether the data may be a JSON object or array.
+
+    This stands in for the check of a digest where the digest is unknown.
+    """
     return data.lstrip()[:1] in (b"{", b"[")
 
 
 def slices_of(chunk: bytes) -> Iterator[bytes]:
-    """A chunk in slices that are decoded in a few milliseconds each."""
+    """Cut a chunk into slices that decode in a few milliseconds each."""
     return (chunk[start : start + SLICE] for start in range(0, len(chunk), SLICE))
 
 
 @final
 class ContentDecoder:
-    """Undoes a coding piece by piece, in bounded memory.
+    """Decodes a body piece by piece, in bounded memory.
 
     Args:
-        coding: As `coding_of` gives it.
-        size: The most bytes that may come out. Input far longer than that is refused, too: empty
-            members have no end otherwise.
+        coding: The coding that `coding_of` returned.
+        size: The expected size of the plain body. Input of more than twice this size and `SLACK`
+            is refused, because a stream of empty members would never end. The caller limits the
+            output.
     """
 
     def __init__(self, coding: str, size: int) -> None:
@@ -81,10 +89,10 @@ class ContentDecoder:
         self._input_left = 2 * size + SLACK
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The plain bytes that ``data`` completes.
+        """Decode more data, and yield plain bytes.
 
         Raises:
-            NotEncoded: if the data are not encoded so, or too long.
+            NotEncoded: if the data have another encoding, or are too long.
         """
         self._input_left -= len(data)
         if self._input_left < 0:
@@ -92,7 +100,7 @@ class ContentDecoder:
         yield from self._codec.feed(data)
 
     def finish(self) -> Iterator[bytes]:
-        """The plain bytes that the end of the data completes.
+        """Yield the plain bytes that remain at the end of the data.
 
         Raises:
             NotEncoded: if the data end too early.
@@ -124,7 +132,7 @@ class _ByMagic:
 
 @final
 class _Inflater:
-    """``deflate``: zlib's format by the standard, bare deflate from some servers."""
+    """Decodes ``deflate``: zlib's format by RFC 9110, raw deflate from some servers."""
 
     def __init__(self) -> None:
         self._codec = zlib.decompressobj()
@@ -153,13 +161,13 @@ class _Inflater:
 
 
 async def read_fitting(answer: Answer, limit: int, fits: Callable[[bytes], bool]) -> bytes:
-    """Read a small body: as it is, or decoded if only that fits.
+    """Read a small body; decode it if only the decoded bytes fit.
 
     Args:
-        answer: With its body unread.
-        limit: The most bytes that the plain body may have; if it has more, only its beginning is
-            returned, longer than ``limit`` all the same.
-        fits: Whether this is the body. It may run in a thread.
+        answer: The response, with its body unread.
+        limit: The most bytes that the plain body may have. Of a longer body, only a beginning of
+            more than ``limit`` bytes is returned.
+        fits: Returns whether the bytes are the expected body.
     """
     coding = coding_of(answer)
     data = await answer.read(2 * limit + SLACK if coding else limit)

@@ -20,7 +20,7 @@ def registry_of(domain: str) -> str:
 
 
 def domain_of(host: str) -> str:
-    """The name that images of the registry at this host have."""
+    """Return the domain in references to the registry at this host."""
     return next((domain for domain, there in _REGISTRY_OF.items() if there == host), host)
 
 

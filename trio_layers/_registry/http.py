@@ -84,12 +84,12 @@ _SENT_TWICE: Final = frozenset({"GET", "HEAD"})
 def new_client(
     context: ssl.SSLContext, max_connections: int, proxy: str | None = None
 ) -> AsyncClient:
-    """Make one of our own.
+    """Make an httpx client that ignores the environment and keeps no cookies.
 
     Args:
-        context: The certificates.
-        max_connections: How many connections it may have.
-        proxy: The URL of the proxy for all its requests.
+        context: The TLS settings and certificates.
+        max_connections: The most connections of its pool.
+        proxy: The URL of the proxy for all its requests; ``None`` for direct requests.
     """
     client = AsyncClient(
         verify=context,
@@ -158,8 +158,10 @@ async def send(client: AsyncClient, request: Request) -> Response:
 
 
 async def close_connection(response: Response) -> None:
-    """Close the connection of an answer whose client is closed: httpcore's pool has forgotten one
-    that was being made when it was closed."""
+    """Close the connection of a response whose client has been closed.
+
+    A pool that is closed while a connection is being made forgets that connection (httpcore).
+    """
     stream = response.extensions.get("network_stream")
     if isinstance(stream, httpcore.AsyncNetworkStream):
         await stream.aclose()
@@ -171,7 +173,8 @@ async def _send_once(client: AsyncClient, request: Request, way: _Way) -> Respon
     except HTTPError:
         raise
     except Exception as error:
-        # httpcore takes a SOCKS proxy's answer for what it should be, and comes in one piece.
+        # httpcore expects a SOCKS proxy's reply to be correct and to arrive in one piece. Any other
+        # reply raises an exception that is not httpx's.
         if not way.greets_socks:
             raise
         text = "the SOCKS proxy did not answer as it should"
@@ -187,7 +190,7 @@ class _Way:
         self.unowned: list[httpcore.AsyncNetworkStream] = []
         # The request has begun to be sent, on a connection that was not made for it.
         self.kept = False
-        # A SOCKS proxy is asked for its way to the server.
+        # The SOCKS handshake with the proxy is under way.
         self.greets_socks = False
         self._connected = False
 
@@ -215,20 +218,23 @@ def _closed_unanswered(error: BaseException) -> bool:
 
 
 def connection_failed(error: Exception) -> bool:
-    """Whether it was the connection that failed a request: it was refused, reset or silent, or it
-    ended before the answer did. Otherwise the request, or what was answered, is at fault."""
+    """Return whether a request failed because of its connection.
+
+    The connection was refused, reset or silent, or it ended before the response did. For any other
+    error, the request or the response is at fault.
+    """
     if isinstance(error, RemoteProtocolError):
-        # httpx has no types of its own for an answer that is cut short.
+        # httpx has no exception types for a response that is cut short.
         return str(error).startswith(("Server disconnected", "peer closed connection"))
     if isinstance(error, ProxyError):
-        # The proxy's status, if it speaks HTTP.
+        # An HTTP proxy's error begins with its status.
         status = str(error)[:3]
         return not status.isdecimal() or status in ("408", "429") or status >= "500"
     return isinstance(error, NetworkError | TimeoutException)
 
 
 def never_connected(error: BaseException | None) -> bool:
-    """Whether a request failed before there was a connection to send it on."""
+    """Return whether a request failed before its connection was made."""
     return isinstance(error, ConnectError | ConnectTimeout)
 
 

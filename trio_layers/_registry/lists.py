@@ -31,8 +31,8 @@ OpenPage: TypeAlias = Callable[[str], AbstractAsyncContextManager[Answer]]
 """Asks for the page with this query."""
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-# RFC 8288, section 3; and a target without brackets, as some registries write it, which ends at a
-# semicolon, at white space, or at a comma before white space or the next link.
+# The grammar of RFC 8288, section 3. Some registries write a target without brackets: it ends at a
+# semicolon, at white space, or at a comma before white space, the next link or the field's end.
 _TARGET = re.compile(r"[\s,]*(?:<([^<>]*)>|([^<>;\s,](?:[^<>;\s,]|,(?![\s<]|\Z))*))")
 _PARAMETER = re.compile(
     r"""\s*;\s*(?P<name>[^\s=;,]*)\s*(?:=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<token>[^\s;,]*)))?"""
@@ -89,10 +89,10 @@ class Pages:
         try:
             following = next_query(fields, self._ending)
         except ValueError:
-            # Without it the list would look complete.
+            # Ignoring the link would make a truncated list look complete.
             raise self._endless(answer, "a link to the next page that cannot be read") from None
         if following is not None and _place(following) == place:
-            # The last page of some registries: what follows it is the same again.
+            # Some registries' last page links to itself.
             following = None
         if following is not None and _place(following) in self._seen:
             raise self._endless(answer, "a page that is followed by one that was there before")
@@ -108,21 +108,27 @@ _Place: TypeAlias = tuple[tuple[str, str], ...]
 
 
 def _place(query: str) -> _Place:
-    """Where in a list a query is, however it is written, and whatever a page's length is."""
+    """Return a query's sorted parameters without the page size.
+
+    Two queries with equal results lead to the same position in a list.
+    """
     members = parse_qsl(query, keep_blank_values=True)
     return tuple(sorted(member for member in members if member[0] != "n"))
 
 
 def next_query(fields: Sequence[str], ending: str) -> str | None:
-    """Which query leads to the page after that with these ``Link`` fields (RFC 8288); ``None``: it
-    is the last. Only the query counts: a list does not go on at another host or path.
+    """Return the next page's query from ``Link`` fields (RFC 8288).
+
+    ``None``: this page is the last. A link's host and path are ignored, because all pages of a list
+    are requested from the host and path of the first.
 
     Args:
         fields: The fields' values.
-        ending: The last part of the list's path.
+        ending: The last part of the list's path. A link without a query must lead there.
 
     Raises:
-        ValueError: if there is a next page, and no query that leads to it.
+        ValueError: if a field cannot be read, or the next page's link has no query and another
+            path.
     """
     links = [link for field in fields for link in _links(field)]
     following = [target for target, relations in links if relations and "next" in relations]
@@ -130,7 +136,7 @@ def next_query(fields: Sequence[str], ending: str) -> str | None:
     if not following:
         return None
     if not following[0]:
-        return None  # the page itself, in a URL's grammar
+        return None  # an empty link leads to this page itself
     path, mark, query = following[0].partition("#")[0].partition("?")
     if not mark and path and unquote(path).rpartition("/")[2] != ending:
         raise ValueError("there is no query in it")
@@ -138,7 +144,7 @@ def next_query(fields: Sequence[str], ending: str) -> str | None:
 
 
 def _links(field: str) -> Iterator[tuple[str, list[str] | None]]:
-    """The targets of a ``Link`` field, each with its relations; ``None`` if it names none.
+    """Yield a ``Link`` field's targets, each with its relations or ``None``.
 
     Raises:
         ValueError: if the field cannot be read.
@@ -172,7 +178,8 @@ def decode_tags(data: bytes, host: str) -> list[str]:
         document = None
     found: object = False
     if isinstance(document, dict):
-        # Without the member, or with null, the list is empty. Go's readers take it in any case.
+        # A missing member or null is an empty list, unless the document reports errors. Go's
+        # decoder accepts the name in any case.
         empty = False if document.get("errors") else None
         found = next((document[name] for name in document if name.lower() == "tags"), empty)
     if found is None:

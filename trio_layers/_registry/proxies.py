@@ -1,9 +1,9 @@
-"""Reads the proxies that the environment names, and chooses one for a URL.
+"""Chooses a URL's proxy from the environment.
 
-The variables are curl's: ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, where a
-name in lower case wins. ``NO_PROXY`` is read as Go's programs read it
-(``golang.org/x/net/http/httpproxy/proxy.go``). A value is looked at when a URL needs it: a command
-without a request, or a registry on this machine, never fails for it.
+The variables are curl's: ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``. A
+variable in lower case takes precedence. ``NO_PROXY`` has the syntax that Go's programs accept
+(``golang.org/x/net/http/httpproxy/proxy.go``). A variable is checked only when a URL needs it, so
+an unusable proxy breaks neither a command without requests nor a request to this machine.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Matcher: TypeAlias = Callable[[str, int], bool]
-"""Whether a host, in lower case, is asked without a proxy at a port."""
+"""Returns whether a host (in lower case) and port need no proxy."""
 
 
 @final
 class Proxies:
-    """The proxies of one environment.
+    """Finds proxies in a set of environment variables.
 
     Args:
-        environment: The variables. Later changes of it count.
+        environment: The variables. They are read at each call, so later changes count.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
 
     def find(self, url: URL) -> str | None:
-        """The URL of the proxy for a request; ``None``: the request needs none.
+        """Return the proxy's URL for a request; ``None`` if none is needed.
 
         Raises:
             NetworkSettingError: if the variable for this URL names a proxy that cannot be used.
@@ -60,7 +60,7 @@ class Proxies:
         if name in self._environment:
             return name, self._environment[name].strip()
         if name == "http_proxy" and "REQUEST_METHOD" in self._environment:
-            # A CGI program has a request's field "Proxy" in there (CVE-2016-5385).
+            # In a CGI program, HTTP_PROXY holds the request's header "Proxy" (CVE-2016-5385).
             return upper, ""
         return upper, self._environment.get(upper, "").strip()
 
@@ -72,7 +72,7 @@ class Proxies:
 
 
 def _matcher(text: str) -> Matcher:
-    """The meaning of one entry of ``NO_PROXY``. A malformed entry matches nothing."""
+    """Compile one entry of ``NO_PROXY``. A malformed entry matches nothing."""
     text = text.strip()
     if text == "*":
         return lambda host, port: True
@@ -88,14 +88,14 @@ def _matcher(text: str) -> Matcher:
     name = name.removeprefix("*") if name.startswith("*.") else name
     if not name:
         return lambda host, port: False
-    # A name stands for those below it, too; one that begins with a dot for those alone.
+    # A name matches itself and its subdomains; a name with a leading dot, the subdomains alone.
     itself = "" if name.startswith(".") else _as_ascii(name)
     below = _as_ascii(name) if name.startswith(".") else f".{itself}"
     return lambda host, port: (host == itself or host.endswith(below)) and wanted in ("", str(port))
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    # Python takes an address alone, and a mask in place of a length, for a network, Go does not.
+    # ip_network() also accepts a lone address, and a mask in place of a prefix length. Go does not.
     if not re.fullmatch(r"[0-9a-f:.]+/[0-9]{1,3}", text):
         return None
     try:
@@ -114,7 +114,7 @@ def _address(text: str) -> Address | None:
 
 
 def _split_port(text: str) -> tuple[str, str]:
-    """Host and port, as Go's ``net.SplitHostPort`` has them; without a port the text itself."""
+    """Split host and port like Go's ``net.SplitHostPort``; the port may be empty."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     return (host, port) if colon and (":" not in host or bracketed) else (text, "")
@@ -136,7 +136,7 @@ def _checked(variable: str, value: str) -> str:
     try:
         url = parse_url(text)
     except InvalidURL:
-        # The reason may quote a password.
+        # Do not show InvalidURL's text, because it may quote a password.
         reason = "it is no URL of a proxy"
     else:
         if url.scheme not in ("http", "https", "socks5", "socks5h"):
@@ -148,16 +148,17 @@ def _checked(variable: str, value: str) -> str:
             advice = "install trio-layers[socks], or unset the variable"
         else:
             return text
-    # Where the text was raised is in no traceback: it may hold a password.
+    # Raise outside the except block: the InvalidURL error may quote a password, and must not become
+    # the context of this one.
     raise NetworkSettingError(variable, f"{setting_shown(value)} cannot be used: {reason}", advice)
 
 
-# What stands where a port should, if it is none: half a login whose host is missing.
+# Text where a port should stand, if it is not a port: the rest of a login without a host.
 _NO_PORT = re.compile(r"(?<=[^:/]):(?!//)(?![0-9]{1,5}(?:[/?#]|\Z))[^\[\]]*\Z")
 
 
 def setting_shown(value: str) -> str:
-    """A variable's value, fit for a message, without a login."""
+    """Format a variable's value for a message, without any login in it."""
     shown = without_login(value)
     if "[" not in shown:
         shown = _NO_PORT.sub(":…", shown)

@@ -1,4 +1,4 @@
-"""Other attempts at requests that failed for reasons that pass."""
+"""Retries requests after transient failures."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ __all__ = ["MAX_ATTEMPTS", "Announce", "Retries", "is_transient"]
 log = logging.getLogger("trio_layers.registry")
 
 MAX_ATTEMPTS: Final = 5
-"""All attempts at one request, the first among them."""
+"""The number of attempts at one request, including the first."""
 FIRST_DELAY: Final = 0.5
-"""Seconds, at most, before the second attempt; each further delay is twice as long."""
+"""The longest pause before the second attempt, in seconds. Each further pause may be twice as
+long."""
 
 Announce: TypeAlias = Callable[[str], Awaitable[object]]
-"""Shows the words of a countdown to the caller."""
+"""Shows the text of a countdown to the caller."""
 
 
 def is_transient(error: LayersError) -> bool:
-    """Whether the request that failed may succeed a moment later."""
+    """Return whether the failed request may succeed a moment later."""
     return isinstance(error, RegistryError) and error.transient and not is_final(error)
 
 
 @final
 @attrs.define(eq=False)
 class Retries:
-    """The attempts that one request may take, and the pauses between them.
+    """Counts the attempts at one request, and pauses between them.
 
     The pause before attempt n is a random time of at most ``0.5 * 2 ** (n - 2)`` seconds ("full
-    jitter"), so that clients that one failure hits do not come back together. A host that sends
-    ``Retry-After`` gets the time that it asks for, a minute in all.
+    jitter"), so that many clients that fail at once do not retry at once. A ``Retry-After`` is
+    obeyed instead, while all of one request's waits together are no longer than a minute.
 
     Args:
-        announce: Shows each countdown; ``None``: nothing does.
-        tick: Seconds that a second of the random pauses lasts.
-        only_if_asked: Whether there are other attempts only where a host asks to wait: for a
-            layer's blob, which has Docker's countdown.
+        announce: Shows each countdown. ``None``: no countdown is shown.
+        tick: Scales the random pauses: their seconds last this many real seconds.
+        only_if_asked: Whether to retry only if a host sends ``Retry-After``. This is for a layer's
+            blob, which the download manager retries with Docker's countdown.
     """
 
     announce: Announce | None = None
@@ -56,7 +57,7 @@ class Retries:
     _patience: float = attrs.field(default=PATIENCE, init=False)
 
     def reset(self) -> None:
-        """Count from the start: the request succeeded, and another one follows."""
+        """Restart the count, because a request succeeded and another one follows."""
         self._failures = 0
         self._patience = PATIENCE
 
@@ -64,10 +65,10 @@ class Retries:
         """Wait for the next attempt.
 
         Args:
-            errors: The transient failures of this attempt, of several hosts if there are.
+            errors: The transient failures of this attempt, one for each host that failed so.
 
         Returns:
-            ``False``, at once, if there is to be no other attempt.
+            ``True`` after the pause; ``False``, without a pause, if no other attempt is due.
         """
         waits = [each.retry_after for each in errors if isinstance(each, RateLimited)]
         asked = max((wait for wait in waits if wait is not None), default=None)
@@ -79,7 +80,8 @@ class Retries:
             self._patience -= asked
             if self._patience < 0:
                 return False
-            # The first time the host's word counts alone, also if it asks for no time at all.
+            # The first retry follows Retry-After exactly, even if that is 0. Later retries wait at
+            # least for the random pause.
             delay = asked if self._failures == 1 else max(asked, delay)
         log.info("attempt %d in %.1f seconds: %s", self._failures + 1, delay, errors[-1])
         await self._count_down(delay)

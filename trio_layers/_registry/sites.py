@@ -57,9 +57,9 @@ REST: Final = 60.0
 # URLs of layers, of which it is known with which entity tag they began.
 MAX_ELSEWHERE: Final = 1000
 
-# Answers that registries give the anonymous for a repository whose name they hide.
+# Statuses with which registries hide a private repository from anonymous requests.
 _MAY_HIDE: Final = (401, 403, 404)
-# Answers of ``/v2/`` that will be the same next time.
+# Statuses of ``/v2/`` that are permanent, so that its challenges can be remembered.
 _TELLING: Final = (200, 401, 404)
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class Site:
         urls: Where its API may be, in the order in which to try.
         transport: Speaks to it.
         authenticator: Knows how it wants to be asked.
-        others: Knows how hosts that it redirects to want to be asked.
+        others: Authenticates requests to the hosts that it redirects to.
         upstream: The registry that it stands for; ``None`` if it is that itself.
         capabilities: What it is good for: ``pull``, ``resolve``, ``referrers``.
     """
@@ -179,7 +179,8 @@ class Site:
                     yield answer
                     return
                 error = await read_error(answer, what, sent_there=answer.redirected)
-            # Not while a connection waits: somebody may have to be asked for a password.
+            # Answer challenges once the connection is released, because the source of the
+            # credentials may wait for a person to type a password.
             if answer.redirected:
                 if answer.status == 401 and await redirected.refused(answer):
                     continue
@@ -197,7 +198,7 @@ class Site:
             raise error
 
     async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
-        """The challenges of ``/v2/``; none if it has none, or cannot tell now."""
+        """Return the challenges of ``/v2/``; none if the request fails."""
         root, found, _ = base.path.partition("/v2/")
         url = base.copy_with(path=f"{root}/v2/") if found else base
         what = "how it wants to be asked"
@@ -334,7 +335,7 @@ class Sites:
             trust=self._trust_of(host, str(found.directory)),
             connect_limit=host.dial_timeout,
         )
-        await self._connections.check(manner.trust)  # certificates that are no good show here
+        await self._connections.check(manner.trust)  # raises HostsError for unusable certificates
         transport = Transport(self._connections, plain_http=plain_http, manner=manner)
         # Credentials without a name are for the registries that references name.
         credentials = self._credentials if itself else _named(self._credentials)
@@ -365,7 +366,11 @@ class Sites:
 
 
 def _named(credentials: CredentialsFor | None) -> CredentialsFor | None:
-    """The credentials for hosts that no reference names: not those that name no host."""
+    """Return the credentials for hosts that no reference names.
+
+    Credentials that are not tied to a host (a single `Credentials`) are for the registries that
+    references name, and no other host gets them.
+    """
     return None if isinstance(credentials, Credentials) else credentials
 
 
@@ -407,24 +412,26 @@ def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], 
 async def ask_in_turn(
     sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
 ) -> T:
-    """Make an attempt at each site until one succeeds, as containerd does: whatever is wrong with
-    one, the next may do better. After a transient failure there is another round, at the sites
-    that failed so.
+    """Try each site in turn until one succeeds, as containerd does.
 
-    Who could not be reached a moment ago is passed over; but before all is given up, unless some
-    other has said for good that there is nothing, they are asked all the same.
+    A registry, verification or manifest error at one site leads to the next site; any other error
+    is raised at once. When all sites have failed, the sites with transient failures are tried in
+    another round.
 
-    Where one site alone sent all the bytes, and they are wrong, and no other site has them, that
-    site is asked once more: a disk or a proxy may have damaged them on the way.
+    Sites that could not be reached a moment ago are tried last, and only if no other site has
+    failed with a final error.
+
+    If exactly one site sent a wrong blob or document, and all sites' errors are final, that site is
+    tried once more: a disk or a proxy may have damaged the bytes on the way.
 
     Args:
-        sites: The hosts, in the order in which to ask them; the registry itself is the last.
-        attempt: Asks one of them.
+        sites: The hosts, in the order in which to try them. The registry itself is the last.
+        attempt: Makes the request at one site.
         retries: Decides on another round, and waits for it.
 
     Raises:
-        LayersError: as the attempt does at the last of the sites, with what was wrong with the
-            others; it is one to give up at only if all of them are.
+        LayersError: the error of the last site, with the other sites' errors in its text. It is
+            final only if the errors of all sites are.
     """
     failures: dict[SiteT, LayersError] = {}
     wrong: list[SiteT] = []
@@ -444,7 +451,7 @@ async def ask_in_turn(
         hopeful = [
             site
             for site in sites
-            # A mirror that cannot be reached is not waited for where the registry's word stands.
+            # If the registry's answer is final, do not wait for mirrors that cannot be reached.
             if is_transient(failures[site]) and not (settled and site.trouble)
         ]
         if await retries.wait([failures[site] for site in hopeful]):
@@ -462,11 +469,15 @@ async def ask_in_turn(
 
 
 def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
-    """The sites in the order in which to ask them. Those that are passed over go to ``failures``,
-    which the caller fills meanwhile."""
+    """Yield the sites in the order of trying, unreachable sites last.
+
+    The caller adds each failure to ``failures`` between two sites. If a registry or mirror has
+    failed with a final error, the unreachable sites are not yielded: their earlier errors are added
+    to ``failures``.
+    """
     resting = {site: trouble for site in sites if (trouble := site.trouble)}
     yield from [site for site in sites if site not in resting]
-    # A layer's URLs have no say in what the registry has.
+    # Errors of a foreign layer's URLs do not count: they say nothing about the registry's blobs.
     if any(isinstance(site, Site) and is_final(error) for site, error in failures.items()):
         failures |= resting
     else:

@@ -30,7 +30,7 @@ from .transport import Transport
 __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]
 
 MAX_TOKEN_SIZE: Final = 1024 * 1024
-# Larger answers are decoded in a thread.
+# Larger answers are decoded in a thread, to keep the event loop responsive.
 INLINE_SIZE: Final = 16 * 1024
 # The specification's default, and the least that it has servers give, for old clients' sake.
 MIN_TOKEN_LIFETIME: Final = 60.0
@@ -243,7 +243,7 @@ def _decode_token(body: bytes, began: float) -> _Token | None:
     token = document.get("token") or document.get("access_token")
     refresh = document.get("refresh_token")
     lifetime = document.get("expires_in")
-    # What is no number is not greater either.
+    # "not x > y" also catches NaN, because comparisons with NaN are false.
     if not isinstance(lifetime, int | float) or not lifetime > MIN_TOKEN_LIFETIME:
         lifetime = MIN_TOKEN_LIFETIME
     if not _fit(token):

@@ -63,7 +63,7 @@ CONNECT_LIMIT: Final = 30.0
 PROBE_LIMIT: Final = 5.0
 # Bytes.
 MAX_SKIPPED: Final = 64 * 1024
-# Generators that a body's chunks come through: httpx's and httpcore's are five.
+# The most nested generators of a body. httpx and httpcore together have five.
 MAX_CHAIN: Final = 20
 
 Method: TypeAlias = Literal["GET", "HEAD", "POST"]
@@ -87,7 +87,7 @@ class Answer:
         location: Where it redirects to; ``None`` if it does not.
         chunks: The body as it arrives, without any decoding of its content.
         secrets: Gives what it was sent that others must not see.
-        url: The URL that answered.
+        url: The URL that this response came from.
     """
 
     host: str
@@ -130,13 +130,14 @@ class Answer:
 class Connections:
     """The httpx clients, and one limiter over all of them.
 
-    There is one client for all hosts that are trusted alike and reached by the same proxy. Ours are
-    made when a request needs them, by the environment of that moment, and are closed when the block
-    is left. Each allows as many connections as the limiter, so that nobody ever waits in its pool.
+    Hosts with the same certificates and the same proxy share one client. Our own clients are made
+    when a request needs them, read the environment at that moment, and are closed when the block
+    ends. Each allows as many connections as the limiter, so that no request waits in its pool.
 
     Args:
-        client: For hosts that need no certificates of their own. It is not closed. ``None``: ours.
-        usual: The trust in those hosts, for our own clients.
+        client: For hosts without certificates of their own. It is not closed. ``None``: clients of
+            our own.
+        usual: The TLS trust for those hosts, in our own clients.
         max_connections: How many requests are under way at once.
         stall_limit: After how many seconds without a byte a request is given up, or with fewer
             than `LEAST_RATE` has for them.
@@ -156,7 +157,7 @@ class Connections:
         self._usual = usual
         self._max_connections = max_connections
         self._proxies = Proxies(os.environ)
-        # By trust, where `None` is in nobody, and by the URL of a proxy.
+        # The keys are a trust and a proxy's URL. The trust `None` accepts no certificate.
         self._clients: dict[tuple[Trust | None, str | None], AsyncClient] = {}
         self._contexts: dict[Trust, ssl.SSLContext] = {}
         self._making = trio.Lock()
@@ -175,29 +176,29 @@ class Connections:
                 await client.aclose()
 
     async def check(self, trust: Trust | None) -> None:
-        """Load the certificates of a host, if it has any of its own.
+        """Load a host's own certificates, if it has any.
 
         Raises:
-            HostsError: if they cannot be used.
+            HostsError: if the certificates cannot be used.
         """
         try:
             if trust is not None:
                 await self._context(trust)
         except NetworkSettingError:
-            pass  # the request says so, if it needs them
+            pass  # a request that needs the environment's certificates raises this error again
 
     async def client(self, trust: Trust | None, url: URL, *, probe: bool = False) -> AsyncClient:
-        """The client for a request.
+        """Return the client for a request.
 
         Args:
-            trust: The host's own; ``None``: the usual one.
-            url: Where the request goes.
-            probe: Whether the request only finds out if the host speaks TLS.
+            trust: The host's own trust. ``None``: the usual trust.
+            url: The URL of the request.
+            probe: Whether the request only tests whether the host speaks TLS.
 
         Raises:
             HostsError: if the host's certificates cannot be used.
-            NetworkSettingError: if the environment's proxy or certificates cannot be used. This
-                machine is asked without them as far as can be.
+            NetworkSettingError: if the environment names an unusable proxy or certificate file.
+                Plain HTTP and probes on this machine do not need either, and go without.
         """
         if trust is None and self._given is not None:
             return self._given
@@ -297,8 +298,8 @@ class Transport:
             what: What is asked for, in words, for errors.
             headers: Go to whoever answers in the end.
             authorization: Goes to the origin of ``url`` alone.
-            authorize_redirected: Gives the Authorization field for another host that the request
-                is redirected to. No connection is held meanwhile.
+            authorize_redirected: Returns the Authorization field for another host that the request
+                is redirected to. No connection is held while it runs.
             method: ``HEAD``: the same without its body.
 
         Raises:
@@ -481,7 +482,8 @@ async def _open_body(
 
     They come through a chain of async generators, httpx's and httpcore's. To close the outermost
     leaves the others to the garbage collector, and trio says so, in a `ResourceWarning` each.
-    A cancelled read goes through all of them from the inside, at the next checkpoint.
+    So the body is read once more in a cancelled scope: the cancellation is raised in the innermost
+    generator, and ends all of them.
     """
     chunks = _read_body(client, response, host, what, stall_limit)
     try:
@@ -493,7 +495,7 @@ async def _open_body(
                 async for _ in chunks:
                     pass
             except (RegistryError, ClientClosed):
-                pass  # nobody wants the rest any more
+                pass  # the caller has left the body, so its errors no longer matter
         with trio.move_on_after(CLOSE_GRACE, shield=True), discreet():
             await response.aclose()
             if client.is_closed:
@@ -520,10 +522,11 @@ async def _read_body(
             chunk: bytes | None = None
             began = trio.current_time()
             try:
-                # Bytes that make no chunk, such as those of its size, do not end this wait.
+                # Bytes that complete no chunk, such as a chunk's size line, do not extend this
+                # deadline.
                 with trio.CancelScope(deadline=began + stall_limit - behind), discreet():
                     part = await anext(stream)
-                    # A body in memory, and one of many small chunks, has none of its own.
+                    # Reading a body in memory, or one of many small chunks, is no checkpoint.
                     await trio.lowlevel.checkpoint()
                     chunk = part
             except StopAsyncIteration:
@@ -552,10 +555,10 @@ async def _read_body(
 
 
 async def _close_chain(stream: AsyncIterator[bytes]) -> None:
-    """Close async generators that iterate over one another, the innermost first.
+    """Close nested async generators, the innermost first.
 
-    Python closes the outermost alone, and leaves the others to the garbage collector. Those that
-    have ended already are passed over.
+    Closing the outermost generator leaves those inside it to the garbage collector. Closing one
+    that has ended has no effect.
     """
     chain: list[object] = [stream]
     for _ in range(MAX_CHAIN):
@@ -585,12 +588,13 @@ def _failed(text: str, host: str, error: Exception) -> RegistryError:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another connection may do better than the one that failed so."""
+    """Return whether a new connection may succeed after this failure."""
     for cause in _causes(error):
         if isinstance(cause, socket.gaierror):
-            return cause.errno == socket.EAI_AGAIN  # else the name is wrong
+            return cause.errno == socket.EAI_AGAIN  # the other errors are permanent
         if isinstance(cause, ssl.SSLError):
-            # Closed in the midst of TLS; all else, such as a certificate, stays as it is.
+            # A connection that broke within TLS may succeed again. Other TLS errors, such as an
+            # invalid certificate, are permanent.
             return isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
     return connection_failed(error)
 

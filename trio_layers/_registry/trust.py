@@ -41,7 +41,7 @@ def make_context(trust: Trust) -> ssl.SSLContext:
 
     Raises:
         HostsError: if a file cannot be used. It names the file.
-        NetworkSettingError: if the environment names certificates that cannot be used.
+        NetworkSettingError: if an environment variable names an unusable certificate or log file.
     """
     context = _environments_context(verify=trust.verify)
     if trust.verify:
@@ -62,18 +62,18 @@ def make_context(trust: Trust) -> ssl.SSLContext:
 
 
 def trust_nobody() -> ssl.SSLContext:
-    """A context that reads no file and accepts no certificate."""
+    """Make an SSL context that reads no file and accepts no certificate."""
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _environments_context(*, verify: bool) -> ssl.SSLContext:
-    """The usual certificates, or those that the environment names in their place."""
+    """Load certifi's certificates, or those that the environment names instead."""
     if not verify:
         return create_ssl_context(verify=False)
-    # These are the variables that httpx and Python's ssl read, in their order.
+    # httpx and Python's ssl read these variables in this order.
     file, directories = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if not file and directories and not any(map(os.path.isdir, directories.split(":"))):
-        # OpenSSL takes one that is not there for an empty one.
+        # OpenSSL treats a missing directory like an empty one, without an error.
         raise _unset("SSL_CERT_DIR", directories, "it is no directory of certificates")
     try:
         return create_ssl_context(verify=True)
