@@ -192,12 +192,20 @@ class Site:
                         continue
                 except CredentialsError as trouble:
                     error.args = (f"{error}; {trouble}",)
+                except RegistryError as trouble:
+                    # Whether the refusal stands is not known yet.
+                    error.args = (f"{error}; {trouble}",)
+                    error.transient, error.__cause__ = True, trouble
             if answer.status in (401, 403):
                 access.failed()
             raise error
 
     async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
-        """The challenges of ``/v2/``; none if it has none, or cannot tell now."""
+        """The challenges of ``/v2/``; none if it has none, or cannot tell.
+
+        Raises:
+            RegistryError: if it may tell a moment later.
+        """
         root, found, _ = base.path.partition("/v2/")
         url = base.copy_with(path=f"{root}/v2/") if found else base
         what = "how it wants to be asked"
@@ -213,6 +221,8 @@ class Site:
         try:
             return await self._root.get(lambda _: True, ask)
         except RegistryError as error:
+            if is_transient(error):
+                raise
             log.info("%s is not asked with credentials: %s", self.name, error)
             return ()
 
