@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import ssl
+import time
 from functools import partial
 
 import httpx
@@ -280,6 +281,32 @@ async def test_a_large_document_is_decoded_off_the_loop() -> None:
     trio.lowlevel.remove_instrument(instrument)
     assert len(image.config_bytes) > 100_000
     assert 1 in threads
+
+
+async def test_a_long_list_of_tags_does_not_hold_up_the_loop() -> None:
+    """Its tags are put together in a thread, too, which gives way."""
+    tags = [f"{number:x}" for number in range(400_000)]
+    body = json.dumps({"tags": tags}, separators=(",", ":")).encode()
+    network = Network(**{"https://registry.example": lambda _: httpx.Response(200, content=body)})
+    longest = 0.0
+    began = time.thread_time()
+
+    class Instrument(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            nonlocal began
+            began = time.thread_time()
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            nonlocal longest
+            longest = max(longest, time.thread_time() - began)
+
+    async with network.client() as http, open_registry_client(client=http) as client:
+        trio.lowlevel.add_instrument(instrument := Instrument())
+        found = await client.tags(APP)
+        await trio.lowlevel.checkpoint()  # ends the last step
+        trio.lowlevel.remove_instrument(instrument)
+    assert found == tuple(tags)
+    assert longest < 0.05
 
 
 async def test_a_reference_by_another_algorithm() -> None:
