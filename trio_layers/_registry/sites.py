@@ -29,6 +29,7 @@ from .._errors import (
     HostsError,
     LayersError,
     ManifestError,
+    RateLimited,
     RegistryError,
     VerificationError,
     is_final,
@@ -457,6 +458,8 @@ async def ask_in_turn(
             # A mirror that cannot be reached is not waited for where the registry's word stands.
             if is_transient(failures[site]) and not (settled and site.trouble)
         ]
+        # Who asks to wait does not hold up the others: their retries come first.
+        hopeful = [site for site in hopeful if not _asks_to_wait(failures[site])] or hopeful
         if await retries.wait([failures[site] for site in hopeful]):
             turns = hopeful
         elif len(wrong) == 1 and all(map(is_final, failures.values())):
@@ -469,6 +472,10 @@ async def ask_in_turn(
     told = last._again()
     told.args = ("; before that, ".join([str(last), *map(str, others)]),)
     raise told from next((each for each in (last, *others) if not is_final(each)), last)
+
+
+def _asks_to_wait(error: LayersError) -> bool:
+    return isinstance(error, RateLimited) and bool(error.retry_after)
 
 
 def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
