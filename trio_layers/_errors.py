@@ -242,7 +242,7 @@ class ManagerClosed(LayersError):
     """The block of the download manager or puller was left, during the call or before it."""
 
 
-class ClientClosed(LayersError):
+class ClientClosed(DoNotRetry):
     """The block of the registry client was left, during the call or before it; or the httpx client
     that it was given is closed."""
 

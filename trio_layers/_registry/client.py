@@ -225,7 +225,7 @@ async def open_registry_client(
 
 
 def _closed() -> ClientClosed:
-    return give_up(ClientClosed("the registry client is closed: its block was left"))
+    return ClientClosed("the registry client is closed: its block was left")
 
 
 @final
