@@ -244,7 +244,7 @@ class ManagerClosed(LayersError):
     """The download manager's or puller's block ended, before or during the call."""
 
 
-class ClientClosed(LayersError):
+class ClientClosed(DoNotRetry):
     """The registry client's block ended, before or during the call.
 
     An httpx client that was passed to the registry client and has been closed raises this, too.

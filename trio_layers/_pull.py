@@ -15,6 +15,7 @@ from ._arguments import check_choice, check_path, check_seconds, check_sink, che
 from ._blocks import opens_block
 from ._digest import Digest
 from ._engine.download import DownloadManager, open_download_manager
+from ._engine.foreign import tell
 from ._errors import ManagerClosed, StoreError
 from ._image import (
     ImageLayer,
@@ -260,7 +261,7 @@ class Puller:
             nonlocal announced
             assert progress is not None
             announced = True
-            await progress(Progress(str(reference), action))
+            await tell(progress, Progress(str(reference), action))
 
         resolved = await self._registry.resolve_image(
             reference,

@@ -348,6 +348,14 @@ async def test_no_valid_token(body: bytes) -> None:
     )
 
 
+async def test_a_scope_that_no_url_can_hold() -> None:
+    server = TokenRegistry()
+    server.challenge = f'Bearer realm="{TOKENS}/token",scope="{"ä" * 15_000}"'.encode()
+    with pytest.raises(AuthenticationError, match="more than a URL can hold") as caught:
+        await fetch_once(server.network)
+    assert is_final(caught.value)
+
+
 @pytest.mark.parametrize(
     "realm",
     [

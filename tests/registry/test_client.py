@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import ssl
+import threading
 from functools import partial
 
 import httpx
@@ -40,6 +41,7 @@ from trio_layers._errors import (
 from trio_layers._platform import Platform, host_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import ResolvedImage, open_registry_client
+from trio_layers._registry.lists import decode_tags
 
 HOST = "https://registry.example"
 APP = parse_reference("registry.example/team/app")
@@ -280,6 +282,25 @@ async def test_a_large_document_is_decoded_off_the_loop() -> None:
     trio.lowlevel.remove_instrument(instrument)
     assert len(image.config_bytes) > 100_000
     assert 1 in threads
+
+
+async def test_a_long_list_of_tags_is_put_together_off_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tags = [f"{number:x}" for number in range(40_000)]
+    body = json.dumps({"tags": tags}, separators=(",", ":")).encode()
+    network = Network(**{"https://registry.example": lambda _: httpx.Response(200, content=body)})
+    threads: set[int] = set()
+
+    def decode(data: bytes, host: str) -> list[str]:
+        threads.add(threading.get_ident())
+        return list(decode_tags(data, host))
+
+    monkeypatch.setattr("trio_layers._registry.client.decode_tags", decode)
+    async with network.client() as http, open_registry_client(client=http) as client:
+        assert await client.tags(APP) == tuple(tags)
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_a_reference_by_another_algorithm() -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from registry.fakes import (
     is_final,
 )
 
+from trio_layers._digest import digest_of
 from trio_layers._errors import RegistryError, VerificationError
 from trio_layers._manifest import MAX_DOCUMENT_SIZE
 from trio_layers._reference import parse_reference
@@ -133,6 +135,21 @@ async def refused(client: RegistryClient, encoding: str) -> None:
         async with client.open_blob(APP, BLOB) as chunks:
             async for _ in chunks:
                 pass
+
+
+async def test_hashes_are_computed_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+
+    def compute(data: bytes, *like: str) -> str:
+        threads.add(threading.get_ident())
+        return digest_of(data, *like)
+
+    monkeypatch.setattr("trio_layers._registry.client.digest_of", compute)
+    network = Network(**{HOST: Encoding("gzip", length=True)})
+    async with network.client() as http, open_registry_client(client=http) as client:
+        assert await client.get_blob(APP, BLOB) == CONTENT
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_a_manifest_without_a_digest() -> None:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import trio
 from registry.fakes import FakeRegistry, Network
+from trio.testing import MockClock
 
 from trio_layers import (
     AuthenticationError,
@@ -21,6 +22,7 @@ from trio_layers import (
     open_registry_client,
 )
 from trio_layers._registry.credentials import CredentialsFor
+from trio_layers._registry.retries import MAX_ATTEMPTS
 from trio_layers.testing import BasicAuth, File, build_image, open_registry
 
 HOST, OTHER, TOKENS = "https://r.example", "https://other.example", "https://tokens.example"
@@ -135,16 +137,33 @@ async def test_a_public_repository_costs_no_request_more() -> None:
     assert not any("Authorization" in each.headers for each in network.requests)
 
 
-@pytest.mark.parametrize("root", [200, 404, 500])
-async def test_a_root_without_a_challenge(root: int) -> None:
-    """The first refusal is raised, and only a 500 is asked again."""
+@pytest.mark.parametrize("root", [200, 403, 404, 500])
+async def test_a_root_without_a_challenge(root: int, autojump_clock: MockClock) -> None:
+    """The first refusal is raised. A 403 or 500 is asked again in the next call."""
     hiding = Hiding(404, root=root)
     async with hiding.client(USER) as client:
         for _ in range(2):
             with pytest.raises(NotFound):
                 await client.get_manifest(APP)
-    assert hiding.count("/v2/") == (2 if root == 500 else 1)
+    assert hiding.count("/v2/") == {403: 2, 500: 2 * MAX_ATTEMPTS}.get(root, 1)
     assert hiding.network.secrets("r.example") == [None] * len(hiding.network.requests)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_root_that_fails_once(status: int, autojump_clock: MockClock) -> None:
+    """What it would have said is waited for: the refusal is not the last word."""
+    hiding = Hiding(status, root=503)
+
+    def recover(request: httpx.Request) -> httpx.Response:
+        answer = hiding(request)
+        if request.url.path == "/v2/":
+            hiding.root = 401
+        return answer
+
+    hiding.network.hosts[HOST] = recover
+    async with hiding.client(USER) as client:
+        await client.resolve_image(APP)
+    assert hiding.count("/v2/") == 2
 
 
 async def test_many_at_once_ask_the_root_once() -> None:

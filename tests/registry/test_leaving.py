@@ -12,7 +12,7 @@ import httpx
 import pytest
 import trio
 from _tools.moments import moments
-from registry.fakes import FakeRegistry, MemorySink, Network, as_json, describe
+from registry.fakes import FakeRegistry, MemorySink, Network, as_json, describe, is_final
 from trio.testing import wait_all_tasks_blocked
 
 from trio_layers import ClientClosed, RegistryClient, open_registry_client
@@ -228,6 +228,35 @@ async def test_a_read_that_waits_when_the_block_is_left() -> None:
                 await wait_all_tasks_blocked(0.05)
             await ended.wait()
             nursery.cancel_scope.cancel()
+
+
+async def test_no_other_attempt_follows() -> None:
+    """Whether a call was under way, in a pause, or came later; or the given client was closed."""
+    errors: list[ClientClosed] = []
+    world = World()
+
+    async def call() -> None:
+        with pytest.raises(ClientClosed) as caught:
+            await client.fetch_blob("r.example/team/app", BLOB, MemorySink())
+        errors.append(caught.value)
+
+    async def close(request: httpx.Request) -> httpx.Response:
+        await http.aclose()
+        raise httpx.ReadError("closed")
+
+    async def hang(request: httpx.Request) -> httpx.Response:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    for serve in (hang, lambda request: httpx.Response(429, headers={"Retry-After": "9"}), close):
+        world.network.hosts["https://r.example"] = serve
+        async with world.network.client() as http, trio.open_nursery() as nursery:
+            async with open_registry_client(client=http) as client:
+                nursery.start_soon(call)
+                await wait_all_tasks_blocked()
+            await call()
+    assert len(errors) == 6
+    assert all(map(is_final, errors))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -382,6 +382,28 @@ async def test_rounds(
     assert [request.url.host.partition(".")[0] for request in network.requests] == asked
 
 
+async def test_a_mirror_that_asks_to_wait(mirrored: Path, autojump_clock: MockClock) -> None:
+    """The registry's retries are neither later for it, nor fewer."""
+    there = FakeRegistry()
+    there.add_image(tag="1")
+    registry = Flaky(there, status(503), MAX_ATTEMPTS - 1)
+    network = Network(**{HOST: registry, MIRROR: status(429, Retry_After="40")})
+    async with (
+        network.client() as http,
+        open_registry_client(client=http, hosts_dir=mirrored) as client,
+    ):
+        await client.get_manifest(APP)
+        assert trio.current_time() < 0.5 + 1 + 2 + 4
+        hosts = [request.url.host.partition(".")[0] for request in network.requests]
+        assert hosts == ["mirror"] + ["registry"] * MAX_ATTEMPTS
+        # There is nobody else to ask: it is waited for.
+        network.hosts[HOST] = status(404)
+        network.hosts[MIRROR] = Flaky(there, status(429, Retry_After="40"), 1)
+        began = trio.current_time()
+        await client.get_manifest(APP)
+        assert trio.current_time() - began >= 40
+
+
 async def test_a_round_that_ends_well(mirrored: Path, autojump_clock: MockClock) -> None:
     there = FakeRegistry()
     there.add_image(tag="1")

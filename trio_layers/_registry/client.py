@@ -227,7 +227,7 @@ async def open_registry_client(
 
 
 def _closed() -> ClientClosed:
-    return give_up(ClientClosed("the registry client is closed: its block was left"))
+    return ClientClosed("the registry client is closed: its block was left")
 
 
 @final
@@ -624,7 +624,7 @@ class RegistryClient:
             pages, tags = begun.pop(site, (Pages(query, what, open_page, "list"), {}))
             try:
                 async for page in pages:
-                    tags.update(dict.fromkeys(await _decode(decode_tags, page.data, page.host)))
+                    await _decode(_add_tags, page.data, page.host, tags)
                     retries.reset()
             except RegistryError as error:
                 if is_transient(error):
@@ -690,9 +690,7 @@ class RegistryClient:
                         # Some servers send the same page for every path.
                         text = f"{page.host} sent something else than {what}"
                         raise NotFound(text, host=page.host, status=404)
-                    document = await _decode(decode_manifest, page.data, page.media_type)
-                    assert isinstance(document, Index)
-                    found.update(dict.fromkeys(document.manifests))
+                    await _decode(_add_referrers, page.data, page.media_type, found)
                     retries.reset()
             except RegistryError as error:
                 if error.status in _NO_REFERRERS:
@@ -897,6 +895,22 @@ def _choose(data: bytes, name: str, last_reference: list[Index], wanted: Platfor
     takes 20 ms for a large one.
     """
     return choose_image(name, last_reference.pop(), wanted)
+
+
+def _add_tags(data: bytes, host: str, tags: dict[str, None]) -> None:
+    """Add a page's tags, one at a time.
+
+    One call into C for all of them would hold the GIL for 200 ms.
+    """
+    for tag in decode_tags(data, host):
+        tags[tag] = None
+
+
+def _add_referrers(data: bytes, media_type: str, found: dict[Descriptor, None]) -> None:
+    index = decode_manifest(data, media_type)
+    assert isinstance(index, Index)
+    for each in index.manifests:
+        found[each] = None
 
 
 def _check_image(data: bytes, manifest: Manifest) -> None:

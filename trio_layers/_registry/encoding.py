@@ -167,13 +167,20 @@ async def read_fitting(answer: Answer, limit: int, fits: Callable[[bytes], bool]
         answer: The response, with its body unread.
         limit: The most bytes that the plain body may have. Of a longer body, only a beginning of
             more than ``limit`` bytes is returned.
-        fits: Returns whether the bytes are the expected body.
+        fits: Returns whether the bytes are the expected body. It runs in a thread, since a hash
+            may take some milliseconds.
     """
     coding = coding_of(answer)
     data = await answer.read(2 * limit + SLACK if coding else limit)
-    if coding is None or (len(data) <= limit and fits(data)):
+    if coding is None:
         return data
-    decoded = await trio.to_thread.run_sync(_decode, data, coding, limit)
+    return await trio.to_thread.run_sync(_fitting, data, coding, limit, fits)
+
+
+def _fitting(data: bytes, coding: str, limit: int, fits: Callable[[bytes], bool]) -> bytes:
+    if len(data) <= limit and fits(data):
+        return data
+    decoded = _decode(data, coding, limit)
     return decoded if decoded is not None and fits(decoded) else data
 
 

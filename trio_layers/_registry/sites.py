@@ -29,6 +29,7 @@ from .._errors import (
     HostsError,
     LayersError,
     ManifestError,
+    RateLimited,
     RegistryError,
     VerificationError,
     is_final,
@@ -193,12 +194,20 @@ class Site:
                         continue
                 except CredentialsError as trouble:
                     error.args = (f"{error}; {trouble}",)
+                except RegistryError as trouble:
+                    # The challenge may come with another attempt, so the refusal is not final.
+                    error.args = (f"{error}; {trouble}",)
+                    error.transient, error.__cause__ = True, trouble
             if answer.status in (401, 403):
                 access.failed()
             raise error
 
     async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
-        """Return the challenges of ``/v2/``; none if the request fails."""
+        """Return the challenges of ``/v2/``; none if it has none, or its refusal is final.
+
+        Raises:
+            RegistryError: if another attempt may succeed.
+        """
         root, found, _ = base.path.partition("/v2/")
         url = base.copy_with(path=f"{root}/v2/") if found else base
         what = "how it wants to be asked"
@@ -214,6 +223,8 @@ class Site:
         try:
             return await self._root.get(lambda _: True, ask)
         except RegistryError as error:
+            if is_transient(error):
+                raise
             log.info("%s is not asked with credentials: %s", self.name, error)
             return ()
 
@@ -454,6 +465,8 @@ async def ask_in_turn(
             # If the registry's answer is final, do not wait for mirrors that cannot be reached.
             if is_transient(failures[site]) and not (settled and site.trouble)
         ]
+        # A host that asks to wait does not delay the retries of the others.
+        hopeful = [site for site in hopeful if not _asks_to_wait(failures[site])] or hopeful
         if await retries.wait([failures[site] for site in hopeful]):
             turns = hopeful
         elif len(wrong) == 1 and all(map(is_final, failures.values())):
@@ -466,6 +479,10 @@ async def ask_in_turn(
     told = last._again()
     told.args = ("; before that, ".join([str(last), *map(str, others)]),)
     raise told from next((each for each in (last, *others) if not is_final(each)), last)
+
+
+def _asks_to_wait(error: LayersError) -> bool:
+    return isinstance(error, RateLimited) and bool(error.retry_after)
 
 
 def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:

@@ -188,13 +188,14 @@ class Tokens:
             try:
                 url = url.copy_with(params=parameters)
             except InvalidURL:
-                raise give_up(
+                error = give_up(
                     AuthenticationError(
                         f"{reference.domain} wants a token for more than a URL can hold",
                         host=reference.domain,
                         status=401,
                     )
-                ) from None
+                )
+                raise error from error.__cause__
             asking = self._transport.get(url, what, authorization=_basic(grant.credentials))
         else:
             form = {

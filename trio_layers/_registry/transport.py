@@ -573,7 +573,7 @@ async def _close_chain(stream: AsyncIterator[bytes]) -> None:
 
 def _given_is_closed() -> ClientClosed:
     text = "the httpx client that was given is closed: keep it open as long as the registry client"
-    return give_up(ClientClosed(text))
+    return ClientClosed(text)
 
 
 def _through(proxy: str | None) -> str:
