@@ -22,7 +22,8 @@ def open_hidden_nursery() -> AbstractAsyncContextManager[trio.Nursery]:
     several things went wrong, and for a task's `BaseException` that is no `Exception`, the
     group stays. Cancelled tasks do not count; if there is nothing else, one `trio.Cancelled`
     comes out. The nursery raises `KeyboardInterrupt` and `SystemExit` alone, from the body and
-    from tasks (see `interruption_in`).
+    from tasks (see `interruption_in`). Only a group that the body itself raised stays as it is, if
+    no task failed.
     """
     return _HiddenNursery()
 
