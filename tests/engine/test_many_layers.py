@@ -55,7 +55,7 @@ def repeated() -> list[FakeSource]:
 
 
 def mixed() -> list[FakeSource]:
-    """Sources with repeated keys, far apart and adjacent, and some unique keys."""
+    """Sources with most keys four times, far apart; 20 adjacent repeats; 20 unique keys."""
     keys = [str(index % (LAYERS // 4)) for index in range(LAYERS)]
     keys[10:30] = ["a"] * 20
     keys[40:60] = [f"once {index}" for index in range(20)]
@@ -72,7 +72,7 @@ CASES = pytest.mark.parametrize(
 def test_a_pull_of_many_layers_has_few_tasks(
     make: Callable[[], list[FakeSource]], pulls: int, with_sink: bool
 ) -> None:
-    """The window bounds the tasks and each step's work, not the layers."""
+    """The window, not the number of layers, bounds tasks and steps."""
     log, store = StepLog(), MemoryStore()
 
     async def sink(progress: Progress) -> None:
