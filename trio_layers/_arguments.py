@@ -1,4 +1,7 @@
-"""Checks of callers' arguments. The errors name the argument and the accepted values."""
+"""Checks of callers' arguments.
+
+The errors name the argument and the accepted values.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ __all__ = [
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a `ValueError` that lists the choices, unless the value is one of them."""
+    """Raise a `ValueError` that lists the choices for any other value."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
 
@@ -45,7 +48,7 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raise a `TypeError` for a non-number, a `ValueError` unless it is positive."""
+    """Raise a `TypeError` for a non-number, a `ValueError` unless positive."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is no number: pass seconds")
     if math.isnan(value) or value <= 0:

@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 PATIENCE: Final = 1.0
-"""Seconds for writing the rest of the log once the command is cancelled."""
+"""Seconds for writing the rest of the log of a cancelled command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,10 @@ class _Signals:
 
 
 async def _until_signal(arguments: argparse.Namespace, signals: _Signals) -> int:
-    """Run the command. The first signal cancels it, and clean-up still runs."""
+    """Run the command until its end or the first signal.
+
+    The signal cancels the command, and the command's clean-up still runs.
+    """
     code = EXIT_FAILED
 
     async def watch(task_status: trio.TaskStatus[None]) -> None:

@@ -638,7 +638,7 @@ async def say(*values: object) -> None:
 
 
 async def say_lines(lines: Sequence[str]) -> None:
-    """Write lines to stdout in a thread, as the reader may stop reading."""
+    """Write lines to stdout in a thread, as the reader may stop."""
     if lines:
         await write_text(sys.stdout, "\n".join(lines) + "\n")
 

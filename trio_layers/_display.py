@@ -53,7 +53,10 @@ PATIENCE: Final = 0.25
 """Seconds that the stream has to take the last state, once the block has failed."""
 BACKLOG: Final = 256
 _MOST_ROWS: Final = 1000
-"""Maximum number of rows in the last picture of bars, which takes about a second to draw."""
+"""Maximum number of rows in the last picture of bars.
+
+Drawing so many rows takes about a second.
+"""
 
 
 @opens_block
@@ -307,7 +310,7 @@ class _Bars:
             self._live.stop()
 
     def _picture(self, now: float, room: int) -> Table:
-        """A table of at most ``room`` rows. Finished rows are left out first."""
+        """A table that fits in ``room`` lines, without finished rows if needed."""
         rows = list(self._rows.values())
         if len(rows) < room:
             return _table(rows, now)

@@ -58,7 +58,10 @@ def layers_of(
 
 
 async def off_the_loop(layers: int, work: Callable[[], T]) -> T:
-    """Run work on an image's layers, in a thread for more than 256. A checkpoint."""
+    """Run work on an image's layers, in a thread for many layers.
+
+    This function is a checkpoint in any case.
+    """
     if layers > _FEW:
         return await trio.to_thread.run_sync(work)
     await trio.lowlevel.checkpoint()

@@ -41,7 +41,7 @@ async def clean_up_in_thread(step: Callable[[*Ts], T], *args: *Ts) -> T:
 
 @final
 class Lifetime:
-    """Tracks the running calls on one object, and cancels them at its end.
+    """Tracks the running calls on one object, and cancels them on closing.
 
     Args:
         error: Returns a new error for each call on the closed object, and for each call that was
@@ -152,11 +152,11 @@ S = TypeVar("S", bound=_HasLifetime)
 def while_open(
     method: Callable[Concatenate[S, P], Awaitable[T]],
 ) -> Callable[Concatenate[S, P], CoroutineType[object, object, T]]:
-    """Run each call of an async method inside `Lifetime.use` of its object's ``_lifetime``."""
+    """Run each call of an async method inside its object's `Lifetime.use`."""
 
     @functools.wraps(method)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         async with self._lifetime.use():
             return await method(self, *args, **kwargs)
 
-    return call  # type: ignore[return-value]  # mypy takes it for a Coroutine
+    return call  # type: ignore[return-value]  # mypy infers a Coroutine

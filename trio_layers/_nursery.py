@@ -64,13 +64,16 @@ class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
         try:
             raise_alone(error)
         finally:
-            del error, raised  # they hold this frame
+            del error, raised  # break the reference cycle with this frame
 
 
 def _what_matters(
     group: BaseExceptionGroup[BaseException], raised: BaseException | None
 ) -> BaseException:
-    """The exception for the caller: one from the body or a task, or a group of several."""
+    """The exception that the nursery's caller should see.
+
+    This is a single exception of the body or a task, or a group of several.
+    """
     errors = [error for error in group.exceptions if not _is_cancelled(error)]
     if raised is not None and not _has_cancelled(raised):
         if not errors:
@@ -84,7 +87,7 @@ def _what_matters(
 
 
 def raise_alone(error: BaseException) -> NoReturn:
-    """Raise an error out of a group, and keep the error's own context.
+    """Raise an error out of a group, with the error's own context.
 
     Python would replace the context by the error that is being handled: the group, or the error of
     a body. trio's nursery restores the context in the same way.
@@ -96,7 +99,7 @@ def raise_alone(error: BaseException) -> NoReturn:
         value = sys.exc_info()[1]
         assert value is not None
         value.__context__ = context
-        del error, value, context  # they hold this frame
+        del error, value, context  # break the reference cycle with this frame
 
 
 def interruption_in(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

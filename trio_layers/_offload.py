@@ -1,4 +1,4 @@
-"""Runs CPU-bound work in a thread, because it would block the event loop."""
+"""Runs CPU-bound work in a thread, outside the event loop."""
 
 from __future__ import annotations
 

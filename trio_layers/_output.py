@@ -1,4 +1,4 @@
-"""Writes text to a stream that may block: an unread pipe, a stopped terminal.
+"""Text output to streams that may block: unread pipes, stopped terminals.
 
 Threads do the writing, and a cancelled writer abandons a blocked thread. If the stream is a file,
 threads write to its descriptor, not to its buffer: Python needs the buffer's lock when the
@@ -48,7 +48,7 @@ class Output:
         )
 
     def leave(self) -> None:
-        """Close our descriptor, or let a blocked thread close it on its return."""
+        """Close our descriptor; a blocked thread closes it on its return."""
         with self._lock:
             self._left = True
             if not self._busy:

@@ -326,7 +326,7 @@ class Puller:
         policy: PullPolicy,
         progress: ProgressSink | None,
     ) -> Image:
-        """Get an image into the store, and keep it until the stack closes."""
+        """Get an image into the store, with a lease until `stack` closes."""
         if policy != "always":
             whole = policy == "missing"  # with "never", damage causes an error, not a new pull
             image = await self._find_stored(stack, reference, platform, whole=whole)
@@ -381,7 +381,7 @@ class Puller:
         *,
         whole: bool,
     ) -> Image | None:
-        """Find an image in the store, and keep it until the stack closes.
+        """Find an image in the store, with a lease until `stack` closes.
 
         Returns:
             The image, or ``None`` if the store lacks it. With ``whole`` also ``None`` for an image
@@ -443,7 +443,7 @@ def _parsed(
 
 
 def _storable_digests(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> list[Digest]:
-    """The digests of all parts of an image, for the lease during its download.
+    """The digests of all parts of an image, for its lease.
 
     Raises:
         ManifestError: as `check_storable` does.

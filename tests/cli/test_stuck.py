@@ -29,7 +29,7 @@ async def registry() -> AsyncIterator[Registry]:
 
 @asynccontextmanager
 async def command(*arguments: str, **options: object) -> AsyncIterator[trio.Process]:
-    """Run the command in a process, and kill it at the block's end."""
+    """Run the command in a process that the block's end kills."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-P", "-m", "trio_layers", *arguments],
         **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options},

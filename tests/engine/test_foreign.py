@@ -37,7 +37,7 @@ class WordsOfNoType(Exception):
 
 
 class Empty(Exception):
-    """An exception with a false truth value, as a foreign class may have."""
+    """An exception with a false truth value, as in foreign code."""
 
     def __len__(self) -> int:
         return 0
@@ -80,7 +80,7 @@ def _debug(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def bounded(main: Callable) -> object:
-    """Run on a virtual clock, and fail a hanging run after an hour."""
+    """Run on a virtual clock, with a time limit of one hour."""
 
     async def watched() -> object:
         async def watch() -> None:
@@ -99,7 +99,7 @@ def pull_of(
     until: float = 1800,
     progress: Callable | None = None,
 ) -> MemoryStore:
-    """Pull the sources in a new trio run, and leave the pull's block."""
+    """Pull the sources in a new trio run, and leave the block."""
     store = MemoryStore() if store is None else store
 
     async def main() -> None:
@@ -123,7 +123,7 @@ def pull_of(
     ids=lambda each: type(each).__name__,
 )
 def test_error_without_words(place: str, error: Exception, text: str) -> None:
-    """The pull fails with the type's name in place of the error's text."""
+    """The pull's error has the type's name in place of the text."""
     source, other = FakeSource("a"), FakeSource("b", after(100))
     store = MemoryStore()
 
@@ -326,7 +326,7 @@ def test_source_that_interrupts(place: str, error: type[BaseException]) -> None:
 
 
 def test_sink_can_be_interrupted() -> None:
-    """The engine defers Ctrl-C, but not in a sink, which may be stuck."""
+    """The engine does not defer Ctrl-C in a sink, which may hang."""
 
     async def sink(event) -> None:
         ctrl_c()
@@ -359,7 +359,10 @@ PLACES = (
 
 
 class CtrlCAtLine:
-    """A trace function that raises SIGINT before the n-th executed line of the engine.
+    """A trace function that raises SIGINT before one line of the engine.
+
+    Args:
+        line: The number of the executed line, from 1.
 
     Only lines inside the program's main function count, not those of trio's start and end.
     """
@@ -424,7 +427,7 @@ def interrupted_at(line: int) -> bool:
     finally:
         sys.settrace(before)
     assert all(source.closed <= 1 for source in mine + theirs)
-    # Ctrl-C may arrive before a pull gets its sources; a pull closes only sources that it got.
+    # Ctrl-C may arrive before a pull gets its sources. A pull closes only the sources it got.
     assert all(source.closed == 1 for source in mine + theirs if source.calls)
     assert not store.layers, f"at line {line}"
     return trace.left <= 0

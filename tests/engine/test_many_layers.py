@@ -1,4 +1,4 @@
-"""Images with thousands of layers: bounded work in each step, linear in total."""
+"""Images with thousands of layers: bounded steps and linear work in total."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = 3 * WINDOW
 
 
 class StepLog(trio.abc.Instrument):
-    """An instrument that counts the tasks woken by each step of a task.
+    """An instrument that counts the tasks that each step wakes.
 
     Attributes:
         most_woken: The maximum number of tasks that one step woke, started or cancelled.
@@ -55,7 +55,10 @@ def repeated() -> list[FakeSource]:
 
 
 def mixed() -> list[FakeSource]:
-    """Sources with most keys four times, far apart; 20 adjacent repeats; 20 unique keys."""
+    """Sources with repeated keys, far apart and adjacent, and unique keys.
+
+    Most keys occur four times. One key occurs 20 times in a row, and 20 keys occur once.
+    """
     keys = [str(index % (LAYERS // 4)) for index in range(LAYERS)]
     keys[10:30] = ["a"] * 20
     keys[40:60] = [f"once {index}" for index in range(20)]
@@ -185,7 +188,7 @@ def test_the_bottom_layer_is_held_for_the_layers_that_repeat_it() -> None:
 
 
 def test_hashes_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pull hashes the chain IDs of existing and base layers once each."""
+    """A pull hashes each chain ID of existing and base layers once."""
     calls = 0
 
     class Counted(MemoryStore):

@@ -380,7 +380,10 @@ def is_thinned(
 def test_repeated_records_are_compared_one_by_one(
     ours: list, may_lack_from: float | None, good: bool
 ) -> None:
-    """``theirs`` has records at 1 and 5; a failed pull may lack later ones."""
+    """``theirs`` has records at seconds 1 and 5.
+
+    A failed pull may lack the records from ``may_lack_from`` on.
+    """
     records = [[[time, "chain"] for time in times] for times in (ours, [1, 5])]
     assert (later_or_more("it", *records, may_lack_from) == []) is good
 

@@ -252,7 +252,10 @@ class Store:
         return self._work.get(diff_id, self._work.get("*", {}))
 
     async def put(self, content: bytes, parent: str | None) -> StoredLayer:
-        """Register the unpacked content of a stage. This work overlaps with no reads."""
+        """Register the unpacked content of a stage.
+
+        This work follows the last read, so the work overlaps with no download.
+        """
         diff_id, start = diff_id_of(content), now()
         record = {"parent": parent or "", "diff_id": diff_id, "chain": None, "error": None}
         below = self._hold(parent)

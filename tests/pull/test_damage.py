@@ -170,7 +170,7 @@ async def test_a_pull_mends_what_nobody_has_met(tmp_path: Path, name: str) -> No
 
 
 async def test_a_tree_for_one_parent_is_mended(tmp_path: Path) -> None:
-    """The upper layer has a hard link to a file in the lower layer.
+    """The upper layer has a hard link into the lower layer.
 
     The upper tree therefore belongs to one parent, and is unpacked again on that parent.
     """
@@ -187,7 +187,7 @@ async def test_a_tree_for_one_parent_is_mended(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_blob_is_told_when_it_is_unpacked_again(tmp_path: Path) -> None:
-    """The error blames the store: the blob was verified on its arrival."""
+    """The error does not blame the registry: the arriving blob was verified."""
     image = build_image([[File("a", data=b"a")], [HardLink("b", "a")]])
     other = build_image([[File("a", data=b"other")], [HardLink("b", "a")]])
     async with open_registry() as registry, open_puller(tmp_path) as puller:

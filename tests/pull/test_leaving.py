@@ -35,7 +35,7 @@ from trio_layers import (
 )
 from trio_layers.testing import File, Registry, build_image, open_registry
 
-# The tests leave at every STRIDE-th checkpoint of a pull; the environment can ask for more.
+# The tests leave at every STRIDE-th step of a pull. The environment can ask for more steps.
 STRIDE: Final = 7 if os.environ.get("TRIO_LAYERS_CANCELLATIONS") == "all" else 61
 SECONDS: Final = float(os.environ.get("TRIO_LAYERS_LEAVING", "6"))
 """The duration of `test_random_times`."""
@@ -125,7 +125,10 @@ async def check_view(image: Image) -> None:
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["not-loaded", "loaded"])
 async def test_a_view_of_an_image_that_was_removed(loaded: bool, tmp_path: Path) -> None:
-    """The files are gone, so methods raise an error rather than deny their existence."""
+    """The image's files were collected, so methods raise an error.
+
+    The answer "no such file" would be wrong, as the image has the files.
+    """
     async with open_registry() as registry, open_puller(tmp_path / "store") as puller:
         async with puller.pull(registry.add(IMAGE, NAME)) as image:
             view = image.rootfs

@@ -537,7 +537,7 @@ async def test_a_tree_that_somebody_else_mounts(tmp_path: Path) -> None:
 async def test_another_user_exchanges_the_target_for_another_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With mount(2) as the only system call, leaving still unmounts our own mount."""
+    """With mount(2) alone, leaving the block still unmounts our own mount."""
 
     def missing(*args: object) -> int:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

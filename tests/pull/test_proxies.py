@@ -301,7 +301,7 @@ async def test_certificates_of_hosts_toml(
 async def test_a_socks_proxy(
     variable: str, login: str | None, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proxy gets host names, as perhaps only the proxy can resolve them."""
+    """The proxy gets host names, because perhaps only the proxy resolves these."""
     monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
     async with run_socks_proxy(login=login) as proxy:
         if login is not None:
@@ -369,7 +369,7 @@ BROKEN = [
 async def test_a_setting_that_cannot_be_used(
     variable: str, value: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names the setting, and no request is made in spite of it.
+    """The error names the setting, and the client sends no request.
 
     Calls that need no request, and requests to this machine, still work.
     """
@@ -402,7 +402,7 @@ async def test_a_setting_that_cannot_be_used_and_this_machine(
 async def test_certificates_that_cannot_be_used_and_tls_on_this_machine(
     authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TLS to this machine needs the certificates, so the error names the variable.
+    """The error names the variable, as TLS to this machine needs certificates.
 
     The client sends no request without TLS.
     """

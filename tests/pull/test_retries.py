@@ -51,7 +51,10 @@ class Events:
 
 
 async def pull(store: Path, reference: str, sink: Events | None = None, **options: int) -> None:
-    """Pull, and unpack in threads: starting processes would take most of the time."""
+    """Pull an image, and unpack its layers in threads.
+
+    Starting worker processes would take longer than the rest of the test.
+    """
     with trio.fail_after(30):
         async with (
             directory.open_store(store, unpacker=Unpacker(Limits())) as opened,
@@ -139,7 +142,7 @@ class Head(Fault):
     ids=repr,
 )
 async def test_the_second_pull_where_head_is_refused(fault: Fault, tmp_path: Path) -> None:
-    """The first pull sends no HEAD, and the second falls back to GET."""
+    """The first pull needs no HEAD; the second falls back to GET."""
     async with open_registry() as registry:
         reference = registry.add(BUILT, "team/app:1")
         registry.inject(PLACES["manifest"], Head(fault), times=None)
@@ -178,7 +181,7 @@ async def test_a_layer_with_a_wrong_byte(times: int, redirected: bool, tmp_path:
 
 
 async def test_a_signed_url_that_has_expired(tmp_path: Path) -> None:
-    """The next attempt at a layer gets a new URL from the registry."""
+    """The next attempt at a layer asks the registry for another URL."""
     async with open_registry() as registry, open_registry() as storage:
         reference = registry.add(BUILT, "team/app:1")
         storage.add(BUILT, "team/app:1")

@@ -30,7 +30,7 @@ class ForeignCalls:
         self._calls: deque[tuple[Callable[[], object], str]] = deque()
 
     def later(self, call: Callable[[], object], failed: str) -> None:
-        """Queue a call, and the log message for an `Exception` from the call."""
+        """Queue a call, with the log message for an `Exception` from it."""
         self._calls.append((call, failed))
 
     @trio.lowlevel.enable_ki_protection

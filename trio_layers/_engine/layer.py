@@ -155,7 +155,7 @@ class LayerJob:
     async def _register(
         self, transfer: Transfer, register: Callable[[ChainID | None], Awaitable[Layer]]
     ) -> None:
-        """Register the layer in the store, and inform the transfer and the source.
+        """Register the layer, and pass it to the transfer and the source.
 
         The store may complete a registration although the transfer was cancelled. The layer then
         exists, so the source learns its diff ID, as in moby. The transfer has no watchers any

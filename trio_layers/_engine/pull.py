@@ -140,7 +140,7 @@ class Pull:
         self._transfers.foreign.run()
 
     def _end_with(self, failure: Callable[[], Exception]) -> None:
-        """End the pull with an error, unless an earlier error has ended the pull."""
+        """End the pull with an error; the first error counts."""
         if self._failure is not None:
             return
         self._failure = failure

@@ -55,7 +55,7 @@ class Watcher(Protocol):
 
 
 def manager_closed() -> ManagerClosed:
-    """A new error for a call on a manager whose block was left."""
+    """A new error for a call on a manager after its block."""
     return ManagerClosed("the download manager was closed")
 
 
@@ -116,9 +116,10 @@ class Transfer:
         self._watchers[watcher] = None
 
     def let_go(self, watcher: Watcher) -> None:
-        """Remove a watcher; without watchers the transfer is cancelled or releases its layer.
+        """Remove a watcher.
 
-        The caller must run the queued foreign calls once its own state change is complete.
+        The last watcher's removal cancels a running transfer, or releases the layer of an ended
+        one. The caller must run the queued foreign calls once its own state change is complete.
         """
         # A cancelled transfer lets go of its parent, and so on down. A loop bounds the stack depth.
         todo: list[tuple[Transfer, Watcher]] = [(self, watcher)]
