@@ -34,8 +34,7 @@ class Output:
         self._stream = stream
         self._file = _own_file(stream)
         self._flushed = False
-        # Abandoned threads may hold all tokens of trio's default limiter, so this object has its
-        # own.
+        # Other work may hold all tokens of trio's default limiter, so this object has its own.
         self._limiter = trio.CapacityLimiter(1)
         self._lock = threading.Lock()
         self._busy = False

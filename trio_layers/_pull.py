@@ -101,7 +101,8 @@ async def open_store(
     Raises:
         StoreNotFound: if there is no store, and ``create`` is false or ``read_only`` is true.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
-            user. Nothing in it is changed.
+            user. Nothing in it is changed. With ``read_only`` another user's store is accepted, but
+            a store that an older version made is not.
         StoreReadOnly: if it cannot be written.
         StoreError: for what else the disk does.
 
@@ -384,8 +385,8 @@ class Puller:
         """Find an image in the store, with a lease until `stack` closes.
 
         Returns:
-            The image, or ``None`` if the store lacks it. With ``whole`` also ``None`` for an image
-            with visible damage.
+            The image, or ``None`` if the store lacks the image. With ``whole`` also ``None`` if a
+            quick check finds damage, or an earlier reader has found some.
         """
         stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
@@ -444,6 +445,8 @@ def _parsed(
 
 def _storable_digests(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> list[Digest]:
     """The digests of all parts of an image, for its lease.
+
+    The lease must hold all of them from the download's first byte on.
 
     Raises:
         ManifestError: as `check_storable` does.

@@ -109,7 +109,7 @@ class Row:
 
 
 def transient(fault: Fault, always: Wrong | None = RegistryError, **more: object) -> Row:
-    """A fault that a retry overcomes, for documents as well as layers."""
+    """A fault that a retry overcomes after one hit, also for documents."""
     return Row(fault, None, always, document_attempts=MAX_ATTEMPTS, **more)  # type: ignore[arg-type]
 
 

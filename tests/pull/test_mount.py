@@ -494,7 +494,10 @@ async def test_a_copy_in_another_namespace(tmp_path: Path, way: str) -> None:
 
 
 async def test_a_mount_needs_no_lease(tmp_path: Path) -> None:
-    """A collection by another process keeps the layers of a mount."""
+    """A collection by another process keeps the files under a mount.
+
+    The collection does remove the layers from the catalog.
+    """
     async with open_store(tmp_path / "store") as store:
         layer = await fill(store)
         view = await store.rootfs(layer)
