@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from _tools.docker_registry import DockerRegistry, run_docker_registry
 
-# A job in a shell's background ignores Ctrl-C, and so would the tests and the programs they start.
+# A shell starts background jobs with SIGINT ignored. The tests and their child processes would
+# inherit this, and the tests of Ctrl-C would fail.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""Wrong uses of the public functions: each error says the right one."""
+"""Wrong uses of the public functions: each error shows the right use."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_methods_awaited(method: Callable) -> None:
 
 
 def test_group_with_an_interruption() -> None:
-    """It comes out alone of what is not the caller's body."""
+    """Entering and leaving raise the interruption alone, unlike the caller's body."""
 
     @opens_block
     async def block(at: str):
@@ -137,7 +137,7 @@ async def enter(block) -> None:
 async def test_arguments_of_what_opens(
     make: Callable, error: type[Exception], text: str, tmp_path: Path
 ) -> None:
-    """Nothing is made for a call that cannot be meant."""
+    """A call with wrong arguments creates no store."""
     with pytest.raises(error, match=text):
         await enter(make(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
@@ -169,7 +169,7 @@ async def test_arguments_of_what_opens(
 async def test_arguments_of_a_pull(
     options: dict, error: type[Exception], text: str, tmp_path: Path
 ) -> None:
-    """No registry is asked."""
+    """A pull with wrong arguments fails before any request."""
     reference = options.pop("reference", "127.0.0.1:1/nowhere:1")
     async with open_puller(tmp_path) as puller:
         with pytest.raises(error, match=text):

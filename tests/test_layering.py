@@ -167,7 +167,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
             found.append(f"{module}: imports {root}, which has no place in LIBRARIES")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id == "print":  # it would block trio's thread
+            if node.func.id == "print":  # print() can block trio's thread
                 found.append(f"{module}: prints")
             if node.func.id == "open" and here not in FILES:
                 found.append(f"{module}: opens a file")

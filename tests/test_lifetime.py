@@ -1,4 +1,4 @@
-"""A lifetime: open, closing, closed, whichever task leaves first."""
+"""Lifetimes: open, closing or closed, in any order of leaving tasks."""
 
 import pytest
 import trio

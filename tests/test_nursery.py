@@ -1,4 +1,4 @@
-"""What comes out of a nursery that callers need not know of."""
+"""The exceptions that a hidden nursery raises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def fail_when_stopped(error: BaseException) -> None:
 
 
 async def nested(error: BaseException, *more: BaseException) -> None:
-    """A task with a nursery of its own, as libraries have."""
+    """Fail in a nursery of its own, as a library's task may."""
     async with trio.open_nursery() as nursery:
         for each in more:
             nursery.start_soon(fail_when_stopped, each)
@@ -106,13 +106,13 @@ def test_one_error_comes_as_it_is() -> None:
 
 
 def test_group_that_the_body_raised_comes_as_it_is() -> None:
-    """Even one with an interruption: the nursery is the caller's own."""
+    """The nursery keeps the body's group, even with an interruption inside."""
     group = BaseExceptionGroup("mine", [KeyboardInterrupt()])
     assert outcome((trio.sleep_forever,), body=group) is group
 
 
 def test_error_that_has_no_text() -> None:
-    """trio's nursery makes one of what its body raises."""
+    """trio's own nursery would format the body's error, and fail."""
 
     class Speechless(Exception):
         def __repr__(self) -> str:
@@ -155,7 +155,7 @@ def test_signal_while_the_nursery_waits() -> None:
 
 @AS_THEY_ARE
 def test_interruption_in_a_call(error: BaseException) -> None:
-    """It comes alone out of the calls on objects with a block, too."""
+    """`Lifetime.use` raises an interruption alone, too."""
     lifetime = Lifetime(lambda: ManagerClosed("closed"))
     kind = type(error)
     beside = OSError("beside")

@@ -1,4 +1,4 @@
-"""Large work of the processor leaves the loop to one thread at a time."""
+"""Large CPU-bound functions run in one thread at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_one_runs_at_a_time_and_a_wait_can_be_cancelled() -> None:
                 go_on.set()
             assert sorted(done) == [0, 1, 2]
 
-    for _ in range(2):  # each loop has a lane of its own
+    for _ in range(2):  # each trio run has its own limiter
         begun.clear()
         go_on.clear()
         done.clear()

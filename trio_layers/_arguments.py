@@ -1,4 +1,7 @@
-"""Checks of what callers pass: errors that name the argument and say what it takes."""
+"""Checks of callers' arguments.
+
+The errors name the argument and the accepted values.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ __all__ = [
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a `ValueError` that lists the choices, unless the value is one of them."""
+    """Raise a `ValueError` that lists the choices for any other value."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
 
@@ -30,14 +33,14 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], advice:
 
 
 def check_path(name: str, value: object, advice: str = "the path of a directory") -> None:
-    """Raise a `TypeError` for what is no path, a `ValueError` for an empty one."""
+    """Raise a `TypeError` for a non-path, a `ValueError` for an empty path."""
     check_type(name, value, (str, os.PathLike), advice)
     if value == "":
         raise ValueError(f"{name}='' is empty: pass {advice}, such as '.'")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Raise a `TypeError` for what is no whole number, a `ValueError` for one below ``least``."""
+    """Raise a `TypeError` for a non-integer, a `ValueError` below ``least``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is no whole number: pass an int")
     if value < least:
@@ -45,7 +48,7 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raise a `TypeError` for what is no number, a `ValueError` unless it is positive."""
+    """Raise a `TypeError` for a non-number, a `ValueError` unless positive."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is no number: pass seconds")
     if math.isnan(value) or value <= 0:
@@ -53,7 +56,7 @@ def check_seconds(name: str, value: object) -> None:
 
 
 def check_sink(value: object) -> None:
-    """Raise a `TypeError` unless a progress sink, or ``None``, can be called."""
+    """Raise a `TypeError` unless a progress sink is callable or ``None``."""
     if value is not None and not callable(value):
         raise TypeError(
             f"progress={value!r} cannot be called: pass an async function that takes a Progress, "
@@ -62,7 +65,7 @@ def check_sink(value: object) -> None:
 
 
 def check_methods(what: str, value: object, methods: Iterable[str], protocol: str) -> None:
-    """Raise a `TypeError` that names the methods that an object lacks of a protocol."""
+    """Raise a `TypeError` that names the protocol's methods an object lacks."""
     missing = [name for name in methods if not callable(getattr(value, name, None))]
     if missing:
         raise TypeError(

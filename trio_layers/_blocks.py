@@ -1,7 +1,7 @@
-"""Public context managers: `contextlib.asynccontextmanager`, with better manners.
+"""Public context managers: `contextlib.asynccontextmanager` with checks and Ctrl-C protection.
 
-Wrong uses get an error that says the right one, and Ctrl-C never comes between the steps of
-entering or leaving.
+A wrong use, such as ``with`` or ``await``, raises an error that shows the right one. Ctrl-C never
+interrupts the steps of entering or leaving.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ T = TypeVar("T")
 def opens_block(
     function: Callable[P, AsyncIterator[T]],
 ) -> Callable[P, AbstractAsyncContextManager[T]]:
-    """Make an asynchronous generator function a context manager, as ``asynccontextmanager`` does.
+    """Turn an asynchronous generator function into a context manager function.
 
-    Entering and leaving are protected from Ctrl-C, which a checkpoint in them delivers.
-    `KeyboardInterrupt` and `SystemExit` come out of them alone, not in a group.
+    Entering and leaving are protected from Ctrl-C: only a checkpoint raises `KeyboardInterrupt`.
+    Entering and leaving raise `KeyboardInterrupt` and `SystemExit` alone, not in a group.
     """
-    # The generator's own frames: Ctrl-C meets them while an exception is thrown in.
+    # The generator's frames need the protection, too: Ctrl-C can arrive while the manager throws
+    # an exception into the generator.
     open_it = asynccontextmanager(trio.lowlevel.enable_ki_protection(function))
 
     @functools.wraps(function)
@@ -83,7 +84,7 @@ class _Block(AbstractAsyncContextManager[T]):
                 raise
         raise_alone(interruption)
 
-    # Hidden from type checkers, which find these uses by themselves.
+    # Without these methods type checkers report the wrong uses by themselves.
     if not TYPE_CHECKING:
 
         def __await__(self) -> NoReturn:

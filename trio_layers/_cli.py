@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 PATIENCE: Final = 1.0
-"""Seconds that a terminal has to take the rest of the log once the command is cancelled."""
+"""Seconds for writing the rest of the log of a cancelled command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signals.restored():
             code = trio.run(_until_signal, arguments, signals)
         stdout = sys.stdout
-        if stdout is not None and not stdout.closed:  # it may be closed from the start
+        if stdout is not None and not stdout.closed:  # None: closed at the program's start
             stdout.flush()
         return code
     except BrokenPipeError:  # whoever read our result has left
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseExceptionGroup as group:
         if group.subgroup(KeyboardInterrupt) is None:
             raise
-        return signals.code or EXIT_INTERRUPTED  # the second signal, with what it broke
+        return signals.code or EXIT_INTERRUPTED  # the second signal, in a group with other errors
 
 
 def _nobody_reads() -> int:
     try:
-        sys.stdout.close()  # otherwise the interpreter complains at its exit
+        sys.stdout.close()  # otherwise the interpreter prints an error at its exit
     except BrokenPipeError:
         pass
     return EXIT_FAILED
@@ -66,10 +66,10 @@ def _nobody_reads() -> int:
 
 @final
 class _Signals:
-    """What signals do: the first cancels the command, the second interrupts its clean-up.
+    """Signal handlers: the first signal cancels, the second interrupts the clean-up.
 
     Attributes:
-        code: The exit code that the first one means; ``None`` before it.
+        code: The exit code for the first signal; ``None`` before any signal.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class _Signals:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Leave SIGTERM as it was."""
+        """Restore the previous SIGTERM handler at the end of the block."""
         before = signal.getsignal(signal.SIGTERM)
         try:
             yield
@@ -92,12 +92,15 @@ class _Signals:
                 self.code = 128 + number
                 break
         interrupt = signal.getsignal(signal.SIGINT)
-        if callable(interrupt):  # trio's, unless SIGINT is ignored
+        if callable(interrupt):  # trio's handler, unless SIGINT is ignored
             signal.signal(signal.SIGTERM, lambda number, frame: interrupt(signal.SIGINT, frame))
 
 
 async def _until_signal(arguments: argparse.Namespace, signals: _Signals) -> int:
-    """Run the command; the first signal cancels it, so that everything is left in order."""
+    """Run the command until its end or the first signal.
+
+    The signal cancels the command, and the command's clean-up still runs.
+    """
     code = EXIT_FAILED
 
     async def watch(task_status: trio.TaskStatus[None]) -> None:
@@ -113,11 +116,11 @@ async def _until_signal(arguments: argparse.Namespace, signals: _Signals) -> int
 
 
 async def _run_command(arguments: argparse.Namespace) -> int:
-    """Run the command, and tell on stderr why it failed."""
+    """Run the command, and print its errors on stderr."""
     run: Callable[[argparse.Namespace], Awaitable[int]] = arguments.run
     try:
         return await run(arguments)
-    except BrokenPipeError:  # whoever read our result has left
+    except BrokenPipeError:  # the reader of our output is gone
         return _nobody_reads()
     except (LayersError, OSError) as error:
         errors: list[BaseException] = [error]
@@ -137,7 +140,7 @@ class _LogFormatter(logging.Formatter):
 
 @final
 class _LogWriter(logging.Handler):
-    """Has a thread write records to stderr: a slow terminal must not hold trio up."""
+    """A log handler that writes in a thread, as terminals can block."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -149,22 +152,22 @@ class _LogWriter(logging.Handler):
         self._lines.put(self.format(record) + "\n")
 
     def finish(self) -> None:
-        """Nothing more will come."""
+        """Tell the writing thread that no more records will come."""
         self._lines.put(None)
 
     def write(self) -> None:
-        """Write what comes, in a thread, until nothing more will."""
+        """Write records until `finish`. For a worker thread."""
         while (line := self._lines.get()) is not None:
             try:
                 self._output.write(line)
                 self._output.flush()
             except (OSError, ValueError):
-                pass  # a log that nobody reads
+                pass  # the log's reader is gone
 
 
 @asynccontextmanager
 async def _logging(verbose: bool) -> AsyncIterator[None]:
-    """Show the library's log on stderr. Leaving waits until it is written."""
+    """Write the library's log to stderr. Leaving waits until all is written."""
     stderr = sys.stderr
     if not verbose or stderr is None:
         yield
@@ -175,7 +178,8 @@ async def _logging(verbose: bool) -> AsyncIterator[None]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
-    # Once all is over or cancelled, a terminal that takes no more has a second.
+    # A terminal may accept no more text, so a cancelled command waits at most `PATIENCE` seconds
+    # for the log.
     shield = trio.CancelScope(shield=True)
     written = trio.Event()
 

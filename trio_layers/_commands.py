@@ -164,7 +164,7 @@ def _open_display(arguments: argparse.Namespace) -> AbstractAsyncContextManager[
 
 @asynccontextmanager
 async def _open_to_read(arguments: argparse.Namespace) -> AsyncIterator[DirectoryStore]:
-    """A store that is there: with leases, or as it is where it cannot be written."""
+    """Open an existing store, read-only if it cannot be written."""
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(open_store(arguments.store, create=False))
@@ -176,7 +176,7 @@ async def _open_to_read(arguments: argparse.Namespace) -> AsyncIterator[Director
 async def _enter_to_read(
     stack: AsyncExitStack, arguments: argparse.Namespace, error: LayersError
 ) -> DirectoryStore:
-    """Open the store without writing; ``error`` says why it cannot be opened otherwise."""
+    """Open the store read-only. If that fails, too, raise ``error``."""
     try:
         return await stack.enter_async_context(open_store(arguments.store, read_only=True))
     except StoreNotFound:
@@ -638,7 +638,7 @@ async def say(*values: object) -> None:
 
 
 async def say_lines(lines: Sequence[str]) -> None:
-    """Write lines to stdout, whose reader may be slow, or gone, or never go on."""
+    """Write lines to stdout in a thread, as the reader may stop."""
     if lines:
         await write_text(sys.stdout, "\n".join(lines) + "\n")
 
@@ -661,7 +661,7 @@ async def warn(text: str, about: str | None = None) -> None:
     try:
         await write_text(sys.stderr, shown(line) + "\n")
     except (OSError, ValueError):
-        pass  # nobody is left to be told
+        pass  # stderr is broken, so there is no place for a message
 
 
 def shown(text: str) -> str:

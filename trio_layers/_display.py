@@ -53,7 +53,10 @@ PATIENCE: Final = 0.25
 """Seconds that the stream has to take the last state, once the block has failed."""
 BACKLOG: Final = 256
 _MOST_ROWS: Final = 1000
-"""Rows of the last picture of bars, which takes about a second to draw."""
+"""Maximum number of rows in the last picture of bars.
+
+Drawing so many rows takes about a second.
+"""
 
 
 @opens_block
@@ -62,10 +65,11 @@ async def open_display(
 ) -> AsyncIterator[ProgressSink]:
     """Show the progress of the pulls in the block: open it around them and give each the sink.
 
-    Leaving the block waits until the last state is written; once the block has failed or leaving
-    is cancelled, for at most a quarter of a second more. A stream that fails is left alone from
-    then on and the pulls go on: an image is worth more than its progress. An event that comes after
-    the block, or is waiting when it is left, raises `DisplayClosed`.
+    Leaving the block waits until the last state is written. Once the block has failed, or leaving
+    is cancelled, this wait takes at most another quarter of a second. After a write error the
+    display writes nothing more, and the pulls continue: an image is worth more than its progress.
+    The sink raises `DisplayClosed` for an event after the block, or one that still waits when the
+    block is left.
 
     Args:
         kind: What it looks like. ``tty``: a line with a bar for each layer, redrawn in place;
@@ -82,7 +86,7 @@ async def open_display(
     check_choice("kind", kind, get_args(DisplayKind))
     lifetime = Lifetime(_closed)
     stream = stream or sys.stderr
-    if kind == "none" or stream is None:  # Python has no stderr where the descriptor is closed
+    if kind == "none" or stream is None:  # sys.stderr is None for a closed descriptor
 
         async def ignore(progress: Progress) -> None:
             async with lifetime.use():
@@ -297,7 +301,7 @@ class _Bars:
                 row.event = event
         if not self._live.is_started:
             self._live.start()
-        # A row costs rich a millisecond, whether it fits on the terminal or not.
+        # rich needs a millisecond for each row, even for rows that don't fit on the terminal.
         self._live.update(self._picture(now, self._console.height), refresh=True)
 
     def close(self) -> None:
@@ -306,7 +310,7 @@ class _Bars:
             self._live.stop()
 
     def _picture(self, now: float, room: int) -> Table:
-        """As many rows as there is room for; what is done goes first."""
+        """A table that fits in ``room`` lines, without finished rows if needed."""
         rows = list(self._rows.values())
         if len(rows) < room:
             return _table(rows, now)

@@ -26,7 +26,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Work on so many layers takes about a millisecond, and as long as to go to a thread and back.
+# Work on 256 layers takes about a millisecond, as long as the round trip to a worker thread.
 _FEW: Final = 256
 
 
@@ -58,7 +58,10 @@ def layers_of(
 
 
 async def off_the_loop(layers: int, work: Callable[[], T]) -> T:
-    """Do some work on an image's layers: in a thread if they are many. A checkpoint."""
+    """Run work on an image's layers, in a thread for many layers.
+
+    This function is a checkpoint in any case.
+    """
     if layers > _FEW:
         return await trio.to_thread.run_sync(work)
     await trio.lowlevel.checkpoint()

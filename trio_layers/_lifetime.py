@@ -1,8 +1,8 @@
-"""The lifetime of an object with a block: open, closing, closed, and nothing else.
+"""The lifetime of an object with a block: open, closing or closed.
 
 Every public async method of such an object runs inside `Lifetime.use`. Leaving the block calls
-`Lifetime.close`, which cancels each call under way, in whichever task it runs, and waits for its
-end. Only then does the block close its resources, so no call ever meets a closed connection.
+`Lifetime.close`, which cancels each running call, in any task, and waits for its end. The block
+closes its resources only afterwards, so no call ever meets a closed connection.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Close: TypeAlias = Callable[[], Awaitable[object]]
 
 
 async def clean_up_in_thread(step: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Run a blocking step of a clean-up in a worker thread. It is not cancelled.
+    """Run a blocking clean-up step in a worker thread, shielded from cancellation.
 
-    No limiter holds it back: abandoned threads may have all tokens of trio's default one, and
-    a cancelled task would wait for them.
+    The step has a limiter of its own. Abandoned threads may hold all tokens of trio's default
+    limiter, and a shielded clean-up would then wait for these threads.
     """
     with trio.CancelScope(shield=True):
         return await trio.to_thread.run_sync(step, *args, limiter=trio.CapacityLimiter(1))
@@ -41,11 +41,11 @@ async def clean_up_in_thread(step: Callable[[*Ts], T], *args: *Ts) -> T:
 
 @final
 class Lifetime:
-    """Counts the calls under way on one object, and ends them when its block is left.
+    """Tracks the running calls on one object, and cancels them on closing.
 
     Args:
-        error: Makes the error that a call on the closed object raises, and that a call under way
-            raises when the block is left. A new object for each call.
+        error: Returns a new error for each call on the closed object, and for each call that was
+            running when the block was left.
     """
 
     def __init__(self, error: Callable[[], LayersError]) -> None:
@@ -64,17 +64,19 @@ class Lifetime:
         return self._open
 
     def check(self) -> None:
-        """Raise the error of a closed object, unless this one is open."""
+        """Raise the object's error for closed objects, unless the object is open."""
         if not self._open:
             raise self._error()
 
     @opens_block
     async def use(self) -> AsyncIterator[None]:
-        """Run one call in the block. `close` cancels it, and it raises the error of a closed
-        object then. A call may contain others on the same object.
+        """Run one call on the object inside this block.
 
-        The body of a public context manager, which is the caller's code, does not belong in
-        here: only its entry does.
+        `close` cancels the call, which then raises the error for closed objects. A call may make
+        other calls on the same object.
+
+        A public context manager puts only its entry inside this block, never its body: the body
+        is the caller's code.
 
         Cancellation: a caller that is itself cancelled gets `trio.Cancelled`, not the error.
         """
@@ -85,7 +87,8 @@ class Lifetime:
             try:
                 yield
             except BaseExceptionGroup as group:
-                # Libraries, and trio's own connecting, have nurseries that callers do not know of.
+                # Libraries, and trio's own connection attempts, wrap Ctrl-C in the groups of
+                # nurseries that callers do not know of.
                 interruption = interruption_in(group)
                 if interruption is None:
                     raise
@@ -101,14 +104,14 @@ class Lifetime:
 
     @contextmanager
     def own(self, close: Close) -> Iterator[None]:
-        """Have `close` call this one, too, unless the block in here ends before.
+        """Let `Lifetime.close` free a resource that this block still holds.
 
-        For a resource of a caller's block, such as a lock: leaving the object's block frees it
-        although the caller's block goes on.
+        A caller's block may hold a resource, such as a lock, longer than the object is open.
+        Leaving the object's block frees the resource although the caller's block continues.
 
         Args:
-            close: Frees the resource. It runs when no call is under way any more, must not
-                raise, and must bear to be called twice.
+            close: Frees the resource. `Lifetime.close` calls this function once no other call is
+                running. The function must not raise, and must allow a second call.
         """
         key = object()
         self._owned[key] = close
@@ -118,11 +121,11 @@ class Lifetime:
             self._owned.pop(key, None)
 
     async def close(self) -> None:
-        """Take no more calls, cancel those under way, wait until they have ended, and free what
-        the object owns.
+        """Refuse new calls, cancel the running ones, and free owned resources.
 
-        The wait is shielded, and has no deadline: the calls use the resources that the block
-        closes next. Every step of a call is cancellable or short.
+        The wait for the end of the running calls is shielded and has no deadline, because these
+        calls use the resources that the block closes next. Every step of a call is cancellable or
+        short.
         """
         self._open = False
         for scope in tuple(self._calls):
@@ -131,7 +134,7 @@ class Lifetime:
             with trio.CancelScope(shield=True):
                 await self._quiet.wait()
         with trio.CancelScope(shield=True):
-            # The oldest first: it may hold others, and frees them in its own way.
+            # The oldest resource goes first: it may own younger ones and free them itself.
             while self._owned:
                 key = next(iter(self._owned))
                 close = self._owned.pop(key)
@@ -149,11 +152,11 @@ S = TypeVar("S", bound=_HasLifetime)
 def while_open(
     method: Callable[Concatenate[S, P], Awaitable[T]],
 ) -> Callable[Concatenate[S, P], CoroutineType[object, object, T]]:
-    """Run each call of an async method inside `Lifetime.use` of its object's ``_lifetime``."""
+    """Run each call of an async method inside its object's `Lifetime.use`."""
 
     @functools.wraps(method)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         async with self._lifetime.use():
             return await method(self, *args, **kwargs)
 
-    return call  # type: ignore[return-value]  # mypy takes it for a Coroutine
+    return call  # type: ignore[return-value]  # mypy infers a Coroutine

@@ -21,16 +21,17 @@ def open_hidden_nursery() -> AbstractAsyncContextManager[trio.Nursery]:
     What the body raises comes out as it is, and so does a single `Exception` of a task. Where
     several things went wrong, and for a task's `BaseException` that is no `Exception`, the
     group stays. Cancelled tasks do not count; if there is nothing else, one `trio.Cancelled`
-    comes out. `KeyboardInterrupt` and `SystemExit` come out alone (see `interruption_in`),
-    wherever they were raised.
+    comes out. The nursery raises `KeyboardInterrupt` and `SystemExit` alone, from the body and
+    from tasks (see `interruption_in`). Only a group that the body itself raised stays as it is, if
+    no task failed.
     """
     return _HiddenNursery()
 
 
 @final
 class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
-    # A class, not a generator under `asynccontextmanager`: Ctrl-C in the code of that would leave
-    # the nursery open.
+    # This is a class, because Ctrl-C in the code of `asynccontextmanager` would leave the nursery
+    # of a generator open.
 
     def __init__(self) -> None:
         self._manager = trio.open_nursery()
@@ -50,8 +51,8 @@ class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
         try:
             if raised is None or _has_cancelled(raised):
                 return await self._manager.__aexit__(kind, raised, traceback)
-            # Only a cancellation is a matter of trio's nursery. Of other errors it makes a text,
-            # and stays open if that fails; and it breaks up groups.
+            # trio's nursery gets cancellations only. It would format any other error, and stay
+            # open if the formatting failed; it would also break up groups.
             self._nursery.cancel_scope.cancel()
             await self._manager.__aexit__(None, None, None)
             return False
@@ -63,14 +64,16 @@ class _HiddenNursery(AbstractAsyncContextManager[trio.Nursery]):
         try:
             raise_alone(error)
         finally:
-            del error, raised  # they hold this frame
+            del error, raised  # break the reference cycle with this frame
 
 
 def _what_matters(
     group: BaseExceptionGroup[BaseException], raised: BaseException | None
 ) -> BaseException:
-    """The one exception that the caller should see of a nursery's group and its body, or a group
-    of several."""
+    """The exception that the nursery's caller should see.
+
+    This is a single exception of the body or a task, or a group of several.
+    """
     errors = [error for error in group.exceptions if not _is_cancelled(error)]
     if raised is not None and not _has_cancelled(raised):
         if not errors:
@@ -84,10 +87,10 @@ def _what_matters(
 
 
 def raise_alone(error: BaseException) -> NoReturn:
-    """Raise an error that a group held, with the context that it has.
+    """Raise an error out of a group, with the error's own context.
 
-    Python would make the error that is being handled its context: the group, or what a body raised.
-    trio's nursery undoes that likewise.
+    Python would replace the context by the error that is being handled: the group, or the error of
+    a body. trio's nursery restores the context in the same way.
     """
     context = error.__context__
     try:
@@ -96,13 +99,14 @@ def raise_alone(error: BaseException) -> NoReturn:
         value = sys.exc_info()[1]
         assert value is not None
         value.__context__ = context
-        del error, value, context  # they hold this frame
+        del error, value, context  # break the reference cycle with this frame
 
 
 def interruption_in(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
-    """The first `KeyboardInterrupt` or `SystemExit` of a group, to be raised alone.
+    """The first `KeyboardInterrupt` or `SystemExit` of a group, for raising alone.
 
-    The errors that came with it become its context, or notes where it has one.
+    The other errors of the group become the interruption's context. If the interruption already
+    has a context, the other errors become notes.
     """
     for leaf in leaves_of(group):
         if isinstance(leaf, KeyboardInterrupt | SystemExit):

@@ -1,4 +1,4 @@
-"""Work of the processor that would hold up the event loop, done in a thread."""
+"""Runs CPU-bound work in a thread, outside the event loop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _lane: Final[trio.lowlevel.RunVar[trio.CapacityLimiter]] = trio.lowlevel.RunVar(
 
 
 async def run_large(work: Callable[[], T]) -> T:
-    """Run a large piece of work in a thread, after those that came before.
+    """Run a large CPU-bound function in a thread, one at a time.
 
-    Each thread that computes keeps the GIL for 5 ms at a time. With ten of them the event loop gets
-    its turn every 50 ms, and none is faster for it. So there is one. Work of a few milliseconds
-    shall not wait here: it is for the usual threads.
+    A computing thread keeps the GIL for 5 ms at a time. With ten such threads the event loop would
+    run every 50 ms, and no thread would finish sooner. So one thread computes, and other calls
+    queue. Functions that take a few milliseconds should use trio's usual threads instead of this
+    queue.
 
-    Waiting can be cancelled; the work itself is finished.
+    Cancellation: a queued call is cancelled; a function that has started runs to its end.
     """
     try:
         lane = _lane.get()

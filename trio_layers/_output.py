@@ -1,7 +1,8 @@
-"""Text for a stream that may take no more: a pipe that nobody reads, a stopped terminal.
+"""Text output to streams that may block: unread pipes, stopped terminals.
 
-Threads write, and a thread that is stuck is left behind. It holds no lock of the stream's buffer,
-which Python needs at its exit: where the stream is a file, the buffer is passed by.
+Threads do the writing, and a cancelled writer abandons a blocked thread. If the stream is a file,
+threads write to its descriptor, not to its buffer: Python needs the buffer's lock when the
+interpreter exits, and a blocked thread must not hold that lock.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ class Output:
     `write`, `flush` and the properties are for code in those threads, such as rich's.
 
     Args:
-        stream: It is not closed.
+        stream: The stream to write to. `Output` never closes it.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._file = _own_file(stream)
         self._flushed = False
-        # A limiter of its own: other work may hold all the usual threads.
+        # Other work may hold all tokens of trio's default limiter, so this object has its own.
         self._limiter = trio.CapacityLimiter(1)
         self._lock = threading.Lock()
         self._busy = False
         self._left = False
 
     async def in_thread(self, call: Callable[[], object]) -> None:
-        """Make a call that writes. Cancelled, it goes on in its thread, which nobody waits for."""
+        """Run a writing function in a thread. Cancellation abandons the thread."""
         await trio.to_thread.run_sync(
             self._call, call, abandon_on_cancel=True, limiter=self._limiter
         )
 
     def leave(self) -> None:
-        """Let go of the stream; a thread that is still stuck does so when it comes back."""
+        """Close our descriptor; a blocked thread closes it on its return."""
         with self._lock:
             self._left = True
             if not self._busy:
@@ -72,7 +73,7 @@ class Output:
         if self._file is not None:
             self._file.close()
 
-    # For code in the threads.
+    # The methods below are for code in the threads.
 
     @property
     def encoding(self) -> str:
@@ -92,7 +93,7 @@ class Output:
         if self._file is None:
             return self._stream.write(text)
         if not self._flushed:
-            self._stream.flush()  # what others have written comes first
+            self._stream.flush()  # text in the stream's own buffer comes first
             self._flushed = True
         if self._stream.closed:
             raise ValueError("write to closed file")
@@ -105,11 +106,11 @@ class Output:
 
 
 async def write_text(stream: TextIO | None, text: str) -> None:
-    """Write text to standard output or error, wherever these go.
+    """Write text to standard output or standard error, in a thread.
 
-    Cancellation: part of the text may be written, or may be written later.
+    Cancellation: part of the text may be written, and an abandoned thread may write the rest later.
     """
-    if stream is None:  # Python has none where the descriptor is closed
+    if stream is None:  # Python sets sys.stdout and sys.stderr to None for closed descriptors
         await trio.lowlevel.checkpoint()
         return
     output = Output(stream)
@@ -125,7 +126,7 @@ async def write_text(stream: TextIO | None, text: str) -> None:
 
 
 def write_all(file: io.FileIO, data: bytes | bytearray | memoryview) -> None:
-    """Write all bytes, also to a file that others have made non-blocking."""
+    """Write all bytes, even if another process made the file non-blocking."""
     rest = memoryview(data)
     while rest:
         written = file.write(rest)
@@ -138,13 +139,13 @@ def write_all(file: io.FileIO, data: bytes | bytearray | memoryview) -> None:
 
 
 def _own_file(stream: TextIO) -> io.FileIO | None:
-    """A descriptor of our own for the file under a text stream of Python's; ``None`` for others."""
-    # What derives from it may do something else with the text.
+    """A duplicate of a text stream's file descriptor, or ``None`` without one."""
+    # A subclass may change the text on its way to the file, so a subclass is not bypassed.
     if type(stream) is not io.TextIOWrapper:
         return None
     try:
         return io.FileIO(os.dup(stream.fileno()), "wb")
-    except (ValueError, OSError) as error:  # closed, or no file
+    except (ValueError, OSError) as error:  # the stream is closed, or has no file
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         return None

@@ -93,16 +93,17 @@ async def open_store(
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         limits: How much a layer may hold that is unpacked in the block. Layers that are there
             stay, whatever they hold.
-        create: Whether a store is made where there is none.
-        read_only: Whether nothing is written: for a store on a read-only file system, or as root
-            for another user's. It is read as it is when it is opened. Leases keep nothing then:
-            what others remove and collect meanwhile is gone. What would write raises
-            `StoreReadOnly`.
+        create: Whether to make a store if there is none.
+        read_only: Whether to open the store without writing, for a read-only file system, or as
+            root for another user's store. Reads see the store's state at opening. Leases protect
+            nothing in this mode: other processes may remove and collect images meanwhile. Methods
+            that write raise `StoreReadOnly`.
 
     Raises:
-        StoreNotFound: if there is no store, and none is to be made.
+        StoreNotFound: if there is no store, and ``create`` is false or ``read_only`` is true.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
-            user. Nothing in it is changed.
+            user. Nothing in it is changed. With ``read_only`` another user's store is accepted, but
+            a store that an older version made is not.
         StoreReadOnly: if it cannot be written.
         StoreError: for what else the disk does.
 
@@ -155,8 +156,8 @@ async def open_puller(
         max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
             90 connections.
         max_download_attempts: How often a layer is tried before its pulls fail.
-        retry_tick: Seconds between two steps of the countdown to another attempt at a layer;
-            those between attempts at other requests scale with it.
+        retry_tick: Seconds between two steps of the countdown to another attempt at a layer. The
+            waits between attempts at other requests are proportional to ``retry_tick``.
         limits: How much a layer may hold; ``None``: the defaults, or those of an open store.
 
     Raises:
@@ -248,7 +249,7 @@ class Puller:
             HostsError: if what ``hosts_dir`` has for the registry cannot be used.
             RegistryError: if it cannot be had; its subclasses say why.
             VerificationError: if what came is not what was asked for.
-            ManagerClosed: if the puller's block was left, before or meanwhile.
+            ManagerClosed: if the puller's block was left before or during the call.
         """
         return await self._resolve(*_parsed(reference, platform), None)
 
@@ -272,7 +273,7 @@ class Puller:
             announce=None if progress is None else announce,
         )
         if announced:
-            # Else the countdown would be the last word on a terminal.
+            # Without this event the retry countdown would stay on the terminal.
             await announce(Status.DOWNLOAD_COMPLETE)
         return resolved
 
@@ -299,20 +300,20 @@ class Puller:
                 an image that the store has under this reference, for this platform, is taken
                 as it is, and with ``"never"`` there is no other: both do without a network then.
             progress: Takes the pull's events; see `DownloadManager.download`. There are none for
-                an image that is taken from the store. Further attempts at a manifest, a config or
-                a token show as ``Retrying in 2 seconds`` and the like, by the reference's ID, in
-                full: ``docker.io/library/debian:12``.
+                an image that is taken from the store. Retries of requests for a manifest, a config
+                or a token cause events such as ``Retrying in 2 seconds``. Their ID is the full
+                reference, such as ``docker.io/library/debian:12``.
 
         Raises:
             LayersError: as `resolve` and `DownloadManager.download` do.
             StoreError: if the image is not in the store, and never to be pulled.
-            ManagerClosed: if the puller's block was left, before or meanwhile.
-            ValueError: for another policy.
+            ManagerClosed: if the puller's block was left before or during the entry.
+            ValueError: for an unknown policy.
         """
         check_choice("policy", policy, get_args(PullPolicy))
         check_sink(progress)
         reference, platform = _parsed(reference, platform)
-        # Leaving the puller ends the entry in any task, but not the caller's block.
+        # Leaving the puller's block cancels this entry in any task, but not the caller's block.
         async with self._lifetime.use(), AsyncExitStack() as entering:
             image = await self._enter(entering, reference, platform, policy, progress)
             stack = entering.pop_all()
@@ -327,9 +328,9 @@ class Puller:
         policy: PullPolicy,
         progress: ProgressSink | None,
     ) -> Image:
-        """Get an image into the store. It stays there until the stack is left."""
+        """Get an image into the store, with a lease until `stack` closes."""
         if policy != "always":
-            whole = policy == "missing"  # else an error tells of the damage
+            whole = policy == "missing"  # with "never", damage causes an error, not a new pull
             image = await self._find_stored(stack, reference, platform, whole=whole)
             if image is not None:
                 return image
@@ -342,13 +343,13 @@ class Puller:
         layers = tuple(source.layer for source in sources)
         digests = await off_the_loop(count, partial(_storable_digests, resolved, layers))
         await stack.enter_async_context(self._store.lease(*digests))
-        # One look-up for all layers, where they are there.
+        # If the store has the top layer, this one look-up finds all layers.
         top = await self._store.find(layers[-1].chain_id) if layers else None
         download = self._manager.download(sources, progress=progress)
         rootfs = await stack.enter_async_context(download)
         del top
         check_diff_ids(layers, rootfs)
-        # Not that of ``rootfs``, which would be hashed once more.
+        # ``rootfs.chain_id`` would hash the whole chain once more.
         chain = layers[-1].chain_id if layers else None
         await self._store.put_image(
             str(resolved.reference),
@@ -382,8 +383,12 @@ class Puller:
         *,
         whole: bool,
     ) -> Image | None:
-        """An image of the store, kept there until the stack is left; ``None`` if there is none, or
-        it is to be ``whole`` and damage was found in it."""
+        """Find an image in the store, with a lease until `stack` closes.
+
+        Returns:
+            The image, or ``None`` if the store lacks the image. With ``whole`` also ``None`` if a
+            quick check finds damage, or an earlier reader has found some.
+        """
         stored = choose_stored(await self._store.images(str(reference)), platform)
         if stored is None:
             return None
@@ -392,7 +397,7 @@ class Puller:
         async with AsyncExitStack() as lease:
             await lease.enter_async_context(self._store.lease(*held))
             if await self._store.image(stored.reference, stored.platform) != stored:
-                return None  # removed, or replaced, before it was held
+                return None  # the image was removed or replaced before the lease
             if whole and not await self._store.looks_whole(stored):
                 return None
             manifest_bytes = await self._store.read_blob(stored.manifest.digest)
@@ -440,7 +445,9 @@ def _parsed(
 
 
 def _storable_digests(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> list[Digest]:
-    """All that an image consists of: what its lease has to hold from the first byte on.
+    """The digests of all parts of an image, for its lease.
+
+    The lease must hold all of them from the download's first byte on.
 
     Raises:
         ManifestError: as `check_storable` does.

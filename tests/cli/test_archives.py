@@ -89,7 +89,7 @@ async def test_by_stdout_and_stdin(tmp_path: Path) -> None:
 
 
 def test_images_without_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """By digest, or all of them; the name that they get does for the other commands."""
+    """Import unnamed images by digest or --all, and use their generated names."""
     other = small_image("other")
     members = oci_members([entry_of(IMAGE), entry_of(other)], IMAGE, other)
     archive = write(tmp_path / "archive", tar_of(members))

@@ -1,4 +1,4 @@
-"""Commands whose reader is slow, stuck or gone: real processes, pipes and signals."""
+"""Commands with a slow, blocked or closed output, in real processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def registry() -> AsyncIterator[Registry]:
 
 @asynccontextmanager
 async def command(*arguments: str, **options: object) -> AsyncIterator[trio.Process]:
-    """The command, as a process that ends with the block at the latest."""
+    """Run the command in a process that the block's end kills."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-P", "-m", "trio_layers", *arguments],
         **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options},
@@ -50,7 +50,7 @@ async def command(*arguments: str, **options: object) -> AsyncIterator[trio.Proc
 
 @pytest.fixture
 def full_pipe() -> Iterator[int]:
-    """The writing end of a pipe that takes no more."""
+    """The writing end of a pipe with a full buffer."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
@@ -71,7 +71,7 @@ def add_tags(registry: Registry) -> str:
 
 @SIGNALS
 async def test_reader_that_stops(number: signal.Signals, registry: Registry) -> None:
-    """The list is larger than a pipe."""
+    """The output is larger than a pipe's buffer, so the command blocks."""
     async with command("tags", add_tags(registry), stderr=subprocess.PIPE) as process:
         assert await process.stdout.receive_some(1)
         process.send_signal(number)
@@ -115,7 +115,7 @@ async def test_reader_of_bytes_that_stops(line: str, registry: Registry, tmp_pat
 async def test_stuck_stderr(
     options: list[str], full_pipe: int, registry: Registry, tmp_path: Path
 ) -> None:
-    """Neither progress nor the log holds up the pull, nor then the end."""
+    """Blocked progress or log output delays neither the pull nor its cancellation."""
     reference = registry.add(IMAGE, "sample:1")
     arguments = ["pull", "--store", str(tmp_path), *options, reference]
     async with command(*arguments, stderr=full_pipe) as process:

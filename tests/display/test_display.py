@@ -277,7 +277,7 @@ async def test_bars_end_with_all_layers_in_place(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_bars_of_many_layers_draw_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work and output are those of a terminal's height, not of the number of layers."""
+    """The terminal's height, not the number of layers, bounds the drawn rows."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "10")
@@ -324,11 +324,11 @@ async def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch)
         assert terminal.text() == "a: Pulling fs layer\r\n"
 
 
-# A file that takes no more.
+# A stream that blocks.
 
 
 class FullPipe:
-    """A pipe that nobody reads, and its writing end as a text stream."""
+    """An unread pipe, with its writing end as a text stream."""
 
     def __init__(self) -> None:
         self.reader, writer = os.pipe()
@@ -341,7 +341,7 @@ class FullPipe:
             os.set_blocking(writer, True)
 
     def read(self) -> bytes:
-        """All that there is now."""
+        """All bytes that are in the pipe now."""
         data = os.read(self.reader, 1 << 20)
         return data.lstrip(b"x")
 
@@ -366,7 +366,7 @@ async def cancel_when_blocked(scope: trio.CancelScope) -> None:
 async def test_leaving_that_is_cancelled_gives_a_stuck_stream_up(
     kind: _display.DisplayKind, pipe: FullPipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The block has ended well, and waits for its last words to be taken."""
+    """The block has succeeded, and its end waits for the blocked stream."""
     monkeypatch.setattr(_display, "PATIENCE", 0.01)
     with trio.fail_after(10), trio.CancelScope() as scope:
         async with open_display(kind, stream=pipe.stream) as sink:
@@ -376,7 +376,7 @@ async def test_leaving_that_is_cancelled_gives_a_stuck_stream_up(
 
 
 async def test_leaving_waits_for_a_slow_reader(pipe: FullPipe) -> None:
-    """As long as nobody cancels it: all is written then."""
+    """Without a cancellation, leaving waits until the reader has taken all lines."""
     left = trio.Event()
 
     async def show() -> None:
@@ -410,7 +410,7 @@ async def test_what_the_stream_holds_comes_first() -> None:
 
 
 def test_stuck_stream_does_not_hold_up_the_exit_of_the_program() -> None:
-    """Nor does Python die of a lock that a thread left behind holds."""
+    """An abandoned thread holds no lock that the interpreter needs at exit."""
     program = """
 import sys, trio, trio_layers
 

@@ -183,7 +183,10 @@ def test_reading_the_layer(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.streamed
 def test_store_that_finishes_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    """The layer exists then: its source is told, it is released, and the pull waited for it."""
+    """The store ignores the cancellation, so the source learns the diff ID.
+
+    The engine releases the layer, and the pull waits for the registration.
+    """
     source = FakeSource("a")
     assert cancelled_at(0.5, [source], store=DeafStore()) == 1
     assert outcomes(caplog) == []

@@ -1,4 +1,4 @@
-"""Sources, stores, sinks and log handlers that fail in odd ways: nothing waits for ever."""
+"""Odd failures of sources, stores, sinks and log handlers: no task hangs."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class WordsOfNoType(Exception):
 
 
 class Empty(Exception):
-    """An exception that is false, as a group of others may be."""
+    """An exception with a false truth value, as in foreign code."""
 
     def __len__(self) -> int:
         return 0
 
 
 class Unique(LayersError):
-    """An error of ours, derived by others, that cannot be made again."""
+    """A foreign subclass of `LayersError` that cannot be copied."""
 
     def __new__(cls, *, key: str) -> Unique:
         return super().__new__(cls, "there is one of me")
@@ -64,7 +64,7 @@ class Frozen(LayersError):
 
 
 class Interrupting(logging.Handler):
-    """A handler of the log that raises."""
+    """A log handler that raises an exception."""
 
     def __init__(self, error: Callable[[], BaseException]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _debug(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def bounded(main: Callable) -> object:
-    """Run on a virtual clock, on which whatever waits for ever is found out after an hour."""
+    """Run on a virtual clock, with a time limit of one hour."""
 
     async def watched() -> object:
         async def watch() -> None:
@@ -99,7 +99,7 @@ def pull_of(
     until: float = 1800,
     progress: Callable | None = None,
 ) -> MemoryStore:
-    """Pull, in a task of its own, and leave."""
+    """Pull the sources in a new trio run, and leave the block."""
     store = MemoryStore() if store is None else store
 
     async def main() -> None:
@@ -123,7 +123,7 @@ def pull_of(
     ids=lambda each: type(each).__name__,
 )
 def test_error_without_words(place: str, error: Exception, text: str) -> None:
-    """It comes to the pull all the same, by the name of its type."""
+    """The pull's error has the type's name in place of the text."""
     source, other = FakeSource("a"), FakeSource("b", after(100))
     store = MemoryStore()
 
@@ -149,7 +149,7 @@ def test_error_without_words(place: str, error: Exception, text: str) -> None:
 
 @pytest.mark.parametrize("error", [Unique(key="a"), Frozen("stays as it is")], ids=str)
 def test_error_that_cannot_be_copied(error: LayersError) -> None:
-    """Each pull has one of its own all the same."""
+    """Each pull still raises an error object of its own."""
     errors: list[TransferError] = []
 
     async def main() -> None:
@@ -172,7 +172,7 @@ def test_error_that_cannot_be_copied(error: LayersError) -> None:
 
 
 def test_cause_that_is_false() -> None:
-    """An error counts as a cause whatever its truth is."""
+    """The engine follows a cause with a false truth value, too."""
     error = Empty()
     error.__cause__ = DoNotRetry("never")
     outer = OSError("outer")
@@ -194,7 +194,7 @@ def ctrl_c() -> None:
 @pytest.mark.parametrize("until", [5, 0.5], ids=["succeeds", "cancelled"])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_close_that_interrupts(index: int, until: float, error: type[BaseException] | None) -> None:
-    """It comes out alone, when all sources are closed and all layers released."""
+    """The interruption comes out alone, after all closes and releases."""
     sources = [FakeSource(key, after(1)) for key in "abc"]
 
     def close() -> None:
@@ -237,7 +237,10 @@ def test_close_and_id_that_fail() -> None:
 @pytest.mark.parametrize("error", [OSError, *INTERRUPTIONS])
 @pytest.mark.parametrize("until", [1800, 2.5], ids=["succeeds", "cancelled"])
 def test_release_that_fails(error: type[BaseException], until: float) -> None:
-    """All others are released; an error is logged, an interruption comes out alone."""
+    """The engine still releases the other layers.
+
+    An error is logged, and an interruption comes out alone.
+    """
     released: list[str] = []
 
     class Store(MemoryStore):
@@ -271,7 +274,7 @@ def handler_that_raises(error: Callable[[], BaseException]) -> Iterator[None]:
 
 
 def test_log_handler_that_fails() -> None:
-    """What becomes of a layer does not depend on it."""
+    """A failing log handler does not change the outcome of a layer."""
     source = FakeSource("a", failing(OSError("gone")))
     with (
         handler_that_raises(lambda: ValueError("cannot log")),
@@ -323,7 +326,7 @@ def test_source_that_interrupts(place: str, error: type[BaseException]) -> None:
 
 
 def test_sink_can_be_interrupted() -> None:
-    """Ctrl-C is deferred by the engine, and not by code of others that may be stuck."""
+    """The engine does not defer Ctrl-C in a sink, which may hang."""
 
     async def sink(event) -> None:
         ctrl_c()
@@ -345,7 +348,7 @@ def test_sink_that_is_not_asynchronous() -> None:
     assert source.closed == 1
 
 
-# Ctrl-C in any line.
+# Ctrl-C at any line.
 
 ENGINE = Path(trio_layers.__file__).parent / "_engine"
 PLACES = (
@@ -356,8 +359,13 @@ PLACES = (
 
 
 class CtrlCAtLine:
-    """Raises the signal before a given line of the engine is run, inside of the program's main
-    function: how trio begins and ends is not our matter."""
+    """A trace function that raises SIGINT before one line of the engine.
+
+    Args:
+        line: The number of the executed line, from 1.
+
+    Only lines inside the program's main function count, not those of trio's start and end.
+    """
 
     def __init__(self, line: int) -> None:
         self.left = line
@@ -374,7 +382,7 @@ class CtrlCAtLine:
 
 
 def interrupted_at(line: int) -> bool:
-    """Run two pulls that share, repeat and retry; tell whether Ctrl-C came at all."""
+    """Run pulls that share, repeat and retry layers; return whether Ctrl-C came."""
     store = MemoryStore()
     attempts = iter([failing(OSError("once"))])
 
@@ -419,14 +427,14 @@ def interrupted_at(line: int) -> bool:
     finally:
         sys.settrace(before)
     assert all(source.closed <= 1 for source in mine + theirs)
-    # Those that a pull was handed are closed; Ctrl-C may come before that.
+    # Ctrl-C may arrive before a pull gets its sources. A pull closes only the sources it got.
     assert all(source.closed == 1 for source in mine + theirs if source.calls)
     assert not store.layers, f"at line {line}"
     return trace.left <= 0
 
 
 def test_ctrl_c_in_any_line() -> None:
-    """Nothing hangs, is closed twice or never, or stays in the store."""
+    """No task hangs, each source closes once, and no layer stays."""
     lines = 1
     while interrupted_at(lines):
         lines *= 2

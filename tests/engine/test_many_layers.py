@@ -1,4 +1,4 @@
-"""Images of thousands of layers: bounded work in each step of the loop, linear work in all."""
+"""Images with thousands of layers: bounded steps and linear work in total."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LAYERS = 3 * WINDOW
 
 
 class StepLog(trio.abc.Instrument):
-    """Counts the work of each step by the tasks that it wakes.
+    """An instrument that counts the tasks that each step wakes.
 
     Attributes:
-        most_woken: The most tasks that one step has woken, started or cancelled.
-        most_tasks: The most tasks that were there at once.
+        most_woken: The maximum number of tasks that one step woke, started or cancelled.
+        most_tasks: The maximum number of tasks at one time.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,10 @@ def repeated() -> list[FakeSource]:
 
 
 def mixed() -> list[FakeSource]:
-    """Each key four times, far apart and next to one another, and some keys once."""
+    """Sources with repeated keys, far apart and adjacent, and unique keys.
+
+    Most keys occur four times. One key occurs 20 times in a row, and 20 keys occur once.
+    """
     keys = [str(index % (LAYERS // 4)) for index in range(LAYERS)]
     keys[10:30] = ["a"] * 20
     keys[40:60] = [f"once {index}" for index in range(20)]
@@ -72,7 +75,7 @@ CASES = pytest.mark.parametrize(
 def test_a_pull_of_many_layers_has_few_tasks(
     make: Callable[[], list[FakeSource]], pulls: int, with_sink: bool
 ) -> None:
-    """However many layers there are, tasks and the work of a step are bounded by the window."""
+    """The window, not the number of layers, bounds tasks and steps."""
     log, store = StepLog(), MemoryStore()
 
     async def sink(progress: Progress) -> None:
@@ -92,7 +95,7 @@ def test_a_pull_of_many_layers_has_few_tasks(
                 nursery.start_soon(pull)
 
     run(main)
-    assert store.layers == {}  # every reference was given back
+    assert store.layers == {}  # the pulls released every reference
     assert log.most_tasks < (1 + pulls) * WINDOW + 20
     assert log.most_woken < 2 * WINDOW
 
@@ -104,7 +107,7 @@ def test_a_pull_of_many_layers_has_few_tasks(
 def test_many_layers_are_let_go_of_in_short_steps(
     make: Callable[[], list[FakeSource]], pulls: int, how: str, unlimited: bool
 ) -> None:
-    """A pull that ends in the middle wakes no more tasks at once than the window has."""
+    """The window bounds the tasks that an aborted pull wakes at once."""
     log, store = StepLog(), MemoryStore()
     given: list[FakeSource] = []
     middle = LAYERS // 2 + 1
@@ -163,7 +166,7 @@ def test_a_failure_far_up_starts_no_layer_any_more() -> None:
 
 
 def test_the_bottom_layer_is_held_for_the_layers_that_repeat_it() -> None:
-    """Its transfer has long ended, and another pull has let go of it."""
+    """The bottom layer's transfer ended long before the top layer repeats it."""
     store = MemoryStore()
     keys = ["bottom", *map(str, range(3 * WINDOW)), "bottom"]
 
@@ -185,7 +188,7 @@ def test_the_bottom_layer_is_held_for_the_layers_that_repeat_it() -> None:
 
 
 def test_hashes_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chain IDs of what is there, and of a base, are computed once for each layer."""
+    """A pull hashes each chain ID of existing and base layers once."""
     calls = 0
 
     class Counted(MemoryStore):

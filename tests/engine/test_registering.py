@@ -1,5 +1,8 @@
-"""Registrations that finish although nobody wants them any more, in scenarios like the recorded
-ones: the outcome is worked out by hand from moby's code."""
+"""Registrations that finish after their last pull was cancelled.
+
+The scenarios have the form of the recorded ones. Their outcomes are derived by hand from moby's
+code.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,18 @@ def chain(*contents: str) -> str:
 
 @attrs.frozen
 class Case:
-    """A scenario, and what becomes of it.
+    """A scenario and its expected outcome.
 
     Attributes:
-        pulls: By name: its layers, when it starts, and when it is cancelled.
-        ends: By name: when it ends, and its error.
+        pulls: Pull name -> layers, start time and time of its cancellation.
+        ends: Pull name -> end time and error.
         registered: [time, source] of each call of ``registered``.
         register: [time, chain, error] of each registration.
         release: [time, chain] of each release.
-        complete: By name: the layers that the pull sees complete.
-        register_work: What registering takes, by content.
-        seconds: How long a download takes, by content; otherwise 1.
-        fails: Whose download fails for good.
+        complete: Pull name -> layers for which the pull sees ``Pull complete``.
+        register_work: Content -> duration and result of its registration.
+        seconds: Content -> duration of its download; the default is 1.
+        fails: The contents of which the download fails permanently.
     """
 
     pulls: dict[str, tuple[str, float, float | None]]
@@ -164,7 +167,7 @@ CASES = {
     "and twice in vain": Case(
         pulls={"p": ("ab", 0, 4), "q": ("ab", 4.5, 9)},
         ends={"p": (5, CANCELED), "q": (9.5, CANCELED)},
-        # The lower layer's transfer is gone at 4, that of the upper one stops at 5.
+        # The lower layer's transfer is gone at 4, the upper layer's transfer stops at 5.
         registered=[[3, "p/0"], [5, "p/1"], [7.5, "q/0"], [9.5, "q/1"]],
         register=[
             [3, chain("a"), None],
@@ -184,7 +187,7 @@ CASES = {
         pulls={"p": ("abc", 0, None)},
         seconds={"c": 2},
         fails="c",
-        # The pull waits for what it was the last to watch.
+        # The pull waits for transfers of which it was the last watcher.
         ends={"p": (3, "gone")},
         registered=[[3, "p/0"]],
         register=[[3, chain("a"), None]],
@@ -197,7 +200,7 @@ CASES = {
 @pytest.mark.parametrize("staged", [False, True], ids=["streamed", "staged"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_registration_finishes(case: Case, staged: bool) -> None:
-    """The source is told of a layer that exists, and the layer is released."""
+    """The source learns the diff ID, and the engine releases the layer."""
     for seed in SEEDS:
         world = World(case.scenario(), staged=staged)
         run(world.play, seed)
@@ -221,7 +224,10 @@ def test_registration_finishes(case: Case, staged: bool) -> None:
 
 
 class DeafStage(MemoryStore):
-    """Each commit takes a second, and finishes although cancelled; leaving is a checkpoint."""
+    """A store with one-second commits that ignore cancellation.
+
+    Leaving a stage is a checkpoint.
+    """
 
     @asynccontextmanager
     async def stage(self, descriptor, waiting=None) -> AsyncIterator[MemoryStage]:
@@ -246,7 +252,7 @@ class DeafStage(MemoryStore):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_commit_that_has_begun(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends as a registration does that finishes all the same; one that waits is given up."""
+    """A started commit completes despite the cancellation; a waiting one never starts."""
     monkeypatch.setattr(FakeSource, "staged", True)
     sources = [FakeSource("a"), FakeSource("b"), FakeSource("c")]
     store = DeafStage()
@@ -272,7 +278,7 @@ def test_commit_that_has_begun(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_source_that_fails_when_it_is_told_too_late() -> None:
-    """The layer is given back, and the pull ends by its cancellation."""
+    """The engine releases the layer, and the pull ends as cancelled."""
 
     class Store(MemoryStore):
         async def register(self, stream, parent, descriptor=None):

@@ -159,8 +159,11 @@ def test_unpacking_overlaps_with_the_download() -> None:
 
 
 def test_unpacking_overlaps_with_that_of_other_layers() -> None:
-    """One after the other they are read for two seconds each; staged, all of them but for the last
-    piece of the slow one at the bottom are read when that has arrived."""
+    """The fast layers are unpacked during the download of the slow one.
+
+    Without stages each layer is read for two seconds, one after the other. With stages only the
+    last piece of the slow bottom layer is unread at the end of its download.
+    """
     body = {"body": {"chunk": 30, "chunk_seconds": 1}}
     fast, slow = {"seconds": 1, **body}, {"seconds": 10, **body}
     layers = (slow, fast, fast)
@@ -706,7 +709,7 @@ def test_cancelled_in_a_method_of_the_stage(
     outcomes = cancelled_outcomes(store, [source], caplog, 7 if deaf else 5)
     registering = name in ("finish", "commit")
     if deaf and name == "commit":
-        assert outcomes == []  # it succeeded, and nobody wants the layer
+        assert outcomes == []  # the commit succeeded despite the cancellation
     else:
         assert outcomes == ["layer registration cancelled" if registering else "context canceled"]
     assert store.entered == store.left

@@ -115,9 +115,13 @@ def differences(world: World, expected: dict, recorded_close: dict) -> list[str]
 
 
 def staged_differences(world: World, expected: dict, recorded_close: dict) -> list[str]:
-    """DESIGN: it agrees in outcome, errors, diff IDs, downloads, closes, order of words and of
-    registration; ends and registrations may come earlier, never later. FORMAT.md: after a pull's
-    failure or cancellation the store may lack what a streamed run still did to it."""
+    """The forbidden differences between a staged run and the recorded, streamed one.
+
+    DESIGN: both runs agree in outcome, errors, diff IDs, downloads, closes, and the order of words
+    and of registrations. Ends and registrations may come earlier, never later. FORMAT.md: after a
+    pull's failure or cancellation a staged run may lack changes to the store that the streamed run
+    still made.
+    """
     problems: list[str] = []
     words = beginning if has_gzip(world.scenario) else str
     failed_at = min(
@@ -180,8 +184,11 @@ def staged_differences(world: World, expected: dict, recorded_close: dict) -> li
 
 
 def later_or_more(what: str, ours: list, theirs: list, may_lack_from: float | None) -> list[str]:
-    """Whether ``ours`` has what ``theirs`` has, as often, and none of it later. Both are lists of
-    [time, ...]; what ``theirs`` has at ``may_lack_from`` or later may be missing."""
+    """Problems with records of ``ours`` that are missing, later or too many.
+
+    Both arguments are lists of [time, ...]. Records of ``theirs`` at ``may_lack_from`` or later
+    may be missing in ``ours``.
+    """
     problems = []
     times: dict[str, tuple[list, list]] = defaultdict(lambda: ([], []))
     for index, records in enumerate((ours, theirs)):
@@ -190,7 +197,7 @@ def later_or_more(what: str, ours: list, theirs: list, may_lack_from: float | No
     for record, (mine, other) in times.items():
         mine.sort(), other.sort()
         needed = [t for t in other if may_lack_from is None or t < may_lack_from]
-        # What may be missing is paired from the end: a later one may be there all the same.
+        # Any of the optional records may be missing, so the times are also paired from the end.
         pairs = [*zip(mine, needed, strict=False), *zip(mine[::-1], other[::-1], strict=False)]
         if not len(needed) <= len(mine) <= len(other) or any(a > b for a, b in pairs):
             problems.append(f"{what} {record}:\n  ours     {mine}\n  expected {other}")
@@ -198,8 +205,10 @@ def later_or_more(what: str, ours: list, theirs: list, may_lack_from: float | No
 
 
 def out_of_order(ours: list, theirs: list) -> list[str]:
-    """Which of ``ours`` comes before one that it follows in ``theirs``. Both are lists of
-    [time, chain, parent], in which a chain may come again."""
+    """Problems with registrations of ``ours`` in the opposite order to ``theirs``.
+
+    Both arguments are lists of [time, chain, parent], in which a chain may occur repeatedly.
+    """
     place = {occurrence: index for index, (_, occurrence) in enumerate(by_occurrence(ours))}
     known = [(time, each) for time, each in by_occurrence(theirs) if each in place]
     return [
@@ -211,7 +220,7 @@ def out_of_order(ours: list, theirs: list) -> list[str]:
 
 
 def by_occurrence(records: list) -> list[tuple[float, tuple[str, int]]]:
-    """The time of each registration, with its chain and how often that was registered before."""
+    """Each registration's time, with its chain and the count of earlier ones."""
     seen: Counter[str] = Counter()
     result = []
     for time, chain, _ in records:
@@ -221,7 +230,7 @@ def by_occurrence(records: list) -> list[tuple[float, tuple[str, int]]]:
 
 
 def registrations(log: dict) -> list:
-    """[time, chain, parent] of those that succeeded, in order, with repeats."""
+    """[time, chain, parent] of each successful registration, in order of time."""
     return [
         [record["end"], record["chain"], record["parent"]]
         for record in sorted(log["register"], key=lambda record: record["end"])
@@ -371,7 +380,10 @@ def is_thinned(
 def test_repeated_records_are_compared_one_by_one(
     ours: list, may_lack_from: float | None, good: bool
 ) -> None:
-    """With those at seconds 1 and 5, of which a failed pull excuses the later ones."""
+    """``theirs`` has records at seconds 1 and 5.
+
+    A failed pull may lack the records from ``may_lack_from`` on.
+    """
     records = [[[time, "chain"] for time in times] for times in (ours, [1, 5])]
     assert (later_or_more("it", *records, may_lack_from) == []) is good
 

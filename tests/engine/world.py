@@ -193,7 +193,7 @@ class Store:
                 parent = above
 
     def _hold(self, chain: str | None) -> StoredLayer | None:
-        """A parent, which stays while a layer is registered on it."""
+        """Add a reference to a parent for the duration of a registration."""
         if chain is None:
             return None
         self.references[chain] += 1
@@ -225,7 +225,8 @@ class Store:
     ) -> StoredLayer:
         first = FirstRead(stream)
         record = {"parent": parent or "", "diff_id": None, "chain": None, "error": None}
-        # As moby's store: the pull that wanted the parent may let go of it meanwhile.
+        # As in moby's store, the registration holds the parent, because the pull that wanted the
+        # parent may release it meanwhile.
         below = self._hold(parent)
         try:
             content = await decompressed(first)
@@ -251,7 +252,10 @@ class Store:
         return self._work.get(diff_id, self._work.get("*", {}))
 
     async def put(self, content: bytes, parent: str | None) -> StoredLayer:
-        """Register what a stage has unpacked: what follows the last read overlaps with nothing."""
+        """Register the unpacked content of a stage.
+
+        This work follows the last read, so the work overlaps with no download.
+        """
         diff_id, start = diff_id_of(content), now()
         record = {"parent": parent or "", "diff_id": diff_id, "chain": None, "error": None}
         below = self._hold(parent)

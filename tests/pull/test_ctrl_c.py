@@ -1,4 +1,7 @@
-"""Ctrl-C in a program that uses the library: it comes out of `trio.run` alone, and all is left."""
+"""Ctrl-C in a program that uses the library.
+
+`trio.run` raises a plain `KeyboardInterrupt`, and all blocks are left.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ IMAGE = build_image([[File(f"{n}-{i}", bytes(100_000)) for i in range(5)] for n 
 
 @pytest.mark.parametrize("lines", [1, 6, None])
 async def test_ctrl_c_while_an_image_is_pulled(lines: int | None, tmp_path: Path) -> None:
-    """It comes after so many lines of output; ``None``: in the block of the pull."""
+    """Send Ctrl-C after ``lines`` lines of output; ``None``: in the pull's block."""
     async with open_registry() as registry:
         reference = registry.add(IMAGE, "library/sample:1")
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), reference]

@@ -1,4 +1,4 @@
-"""Damage in a store: the error says what to do, and following it helps."""
+"""Damage in a store: the advice in the error repairs the image."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ each_damage = pytest.mark.parametrize("name", DAMAGES)
 
 
 async def use(store: DirectoryStore, reference: str, target: Path) -> None:
-    """Read all that there is of the image."""
+    """Read the whole image: its files and its blobs."""
     [image] = await store.images(reference)
     await (await store.rootfs(image.chain_id)).export(target / "rootfs")
     await export_images(store, reference, target / "archive")
@@ -130,7 +130,7 @@ async def test_a_pull_mends_what_an_error_told(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["tree: file gone", "layer: changed", "config: gone"])
 async def test_an_import_mends_it_in_another_process(tmp_path: Path, name: str) -> None:
-    """Also where the image was removed first, and nobody collected."""
+    """An import repairs the damage, even after a removal without a collection."""
     path, target = tmp_path / "store", tmp_path / "target"
     target.mkdir()
     async with open_store(path) as store:
@@ -170,7 +170,10 @@ async def test_a_pull_mends_what_nobody_has_met(tmp_path: Path, name: str) -> No
 
 
 async def test_a_tree_for_one_parent_is_mended(tmp_path: Path) -> None:
-    """Its layer has a hard link to a file below, and is unpacked again through that."""
+    """The upper layer has a hard link into the lower layer.
+
+    The upper tree therefore belongs to one parent, and is unpacked again on that parent.
+    """
     image = build_image([[File("a", data=b"a")], [HardLink("b", "a")]])
     async with open_registry() as registry, open_puller(tmp_path) as puller:
         reference = registry.add(image, "demo:1")
@@ -184,7 +187,7 @@ async def test_a_tree_for_one_parent_is_mended(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_blob_is_told_when_it_is_unpacked_again(tmp_path: Path) -> None:
-    """It was verified when it came, so the registry is not to blame."""
+    """The error does not blame the registry: the arriving blob was verified."""
     image = build_image([[File("a", data=b"a")], [HardLink("b", "a")]])
     other = build_image([[File("a", data=b"other")], [HardLink("b", "a")]])
     async with open_registry() as registry, open_puller(tmp_path) as puller:

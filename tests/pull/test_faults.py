@@ -89,10 +89,10 @@ class Row:
         fault: What goes wrong.
         once: What a document's pull ends with, if the fault hits once; ``None``: with the image.
             A layer is tried again, unless the error is in `final`.
-        document_attempts: How often a document is asked for if it hits each time.
+        document_attempts: The number of requests for a document, if the fault hits each time.
         always: What a pull ends with if it hits each time; ``None``: it is no fault.
-        final: Where no other attempt is made; but a blob that came in one piece and is wrong is
-            asked for once more.
+        final: The places without another attempt. One exception: a wrong blob that came in one
+            piece is requested once more.
         places: Where it makes sense.
         most: Requests in an attempt: one more with credentials, or without a range.
         tokens: Whether the registry wants tokens when all is well.
@@ -109,7 +109,7 @@ class Row:
 
 
 def transient(fault: Fault, always: Wrong | None = RegistryError, **more: object) -> Row:
-    """It is nothing if it hits once: also a document is asked for again."""
+    """A fault that a retry overcomes after one hit, also for documents."""
     return Row(fault, None, always, document_attempts=MAX_ATTEMPTS, **more)  # type: ignore[arg-type]
 
 
@@ -161,7 +161,7 @@ ROWS = {
     ),
     "timeout": transient(Reply(408)),
     "bad gateway": transient(Reply(502)),
-    # A host that asks to wait gets its way within an attempt, also at a layer.
+    # The client obeys a short Retry-After within one attempt, for layers, too.
     "too many for a moment": transient(
         Reply(429, headers={"Retry-After": "0"}), RateLimited, most=MAX_ATTEMPTS
     ),
@@ -282,7 +282,7 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
         if document:
             attempts = row.document_attempts
         elif row.final == ("blob",):
-            attempts = 3 if place == "rest" else 2  # all of it in one piece, twice
+            attempts = 3 if place == "rest" else 2  # the whole blob is requested twice
         elif place in row.final:
             attempts = 1
         assert asked(registry, place) <= row.most * attempts

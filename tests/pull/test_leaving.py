@@ -1,4 +1,7 @@
-"""Pullers and stores are left while pulls run in other tasks: each pull ends, typed errors only."""
+"""Pullers and stores are left while pulls run in other tasks.
+
+Each pull ends, and raises typed errors only.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,10 @@ from trio_layers import (
 )
 from trio_layers.testing import File, Registry, build_image, open_registry
 
-# Of the moments of a pull, one of so many is tried; the environment asks for more.
+# The tests leave at every STRIDE-th step of a pull. The environment can ask for more steps.
 STRIDE: Final = 7 if os.environ.get("TRIO_LAYERS_CANCELLATIONS") == "all" else 61
 SECONDS: Final = float(os.environ.get("TRIO_LAYERS_LEAVING", "6"))
-"""How long blocks are left at random times."""
+"""The duration of `test_random_times`."""
 
 NAME: Final = "library/app:1"
 IMAGE: Final = build_image(
@@ -56,7 +59,7 @@ async def test_a_puller_at_moments_of_a_pull(tmp_path: Path) -> None:
         reference = registry.add(IMAGE, NAME)
         for at in itertools.count(1, STRIDE):
             path = tmp_path / str(at)
-            # The store's error is for the view, after the pull's entry.
+            # After the pull's entry, the image's view raises the store's error.
             more, error = await leave_at(
                 open_puller(path), lambda puller: pull(puller, reference), at, LayersError
             )
@@ -104,7 +107,7 @@ async def test_calls_on_what_was_left(tmp_path: Path) -> None:
 
 
 async def check_view(image: Image) -> None:
-    """Each method of a view says that its store was closed."""
+    """Check that each method of the view raises `StoreClosed`."""
     view = image.rootfs
     for call in (view.stat, view.exists, view.readlink, view.read_bytes):
         with pytest.raises(StoreClosed):
@@ -123,7 +126,10 @@ async def check_view(image: Image) -> None:
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["not-loaded", "loaded"])
 async def test_a_view_of_an_image_that_was_removed(loaded: bool, tmp_path: Path) -> None:
-    """The files are gone, which is no answer to the question whether the image has them."""
+    """The image's files were collected, so methods raise an error.
+
+    The answer "no such file" would be wrong, as the image has the files.
+    """
     async with open_registry() as registry, open_puller(tmp_path / "store") as puller:
         async with puller.pull(registry.add(IMAGE, NAME)) as image:
             view = image.rootfs
@@ -149,7 +155,7 @@ async def test_a_view_of_an_image_that_was_removed(loaded: bool, tmp_path: Path)
 
 
 async def test_a_mount_that_outlives_its_store(tmp_path: Path) -> None:
-    """It is gone with the store: another process may remove the layers under it."""
+    """Leaving the store unmounts: another process may then remove the layers."""
     async with open_registry() as registry, trio.open_nursery() as outside:
         mounted, go_on = trio.Event(), trio.Event()
 
@@ -170,8 +176,11 @@ async def test_a_mount_that_outlives_its_store(tmp_path: Path) -> None:
 
 
 async def test_random_times(tmp_path: Path) -> None:
-    """Real sockets, disk and processes: some pulls share layers, and the puller, its store or
-    a pull's own task leaves first. All end within the limit, and leave nothing."""
+    """Leave blocks at random times, with real sockets, disk and processes.
+
+    Some pulls share layers, and the puller, its store or a pull's own task leaves first. All pulls
+    end within the limit, and leave no files or processes behind.
+    """
     rng = random.Random(16)
     end = trio.current_time() + SECONDS
     rounds = errors = 0

@@ -439,8 +439,11 @@ async def test_killed_while_mounted(tmp_path: Path) -> None:
 
 
 async def test_a_mount_outlives_its_process_with_its_trees(tmp_path: Path, way: str) -> None:
-    """A target stays mounted when its process is killed. So nothing of it is deleted, until it is
-    unmounted; nor while a copy of the mount is in another place."""
+    """The store keeps the trees of a mount whose process was killed.
+
+    The target stays mounted without its process. The store deletes the trees only once the target
+    and its bind mount elsewhere are unmounted.
+    """
     target, copy, store = tmp_path / "target", tmp_path / "copy", tmp_path / "store"
     target.mkdir()
     copy.mkdir()
@@ -468,7 +471,7 @@ async def test_a_mount_outlives_its_process_with_its_trees(tmp_path: Path, way: 
 
 
 async def test_a_copy_in_another_namespace(tmp_path: Path, way: str) -> None:
-    """A container was started with the mount: it keeps it when the block is left."""
+    """A container in another mount namespace keeps the mount after the block."""
     store = tmp_path / "store"
     async with open_view(store) as view:
         async with view.mount(writable=True) as path:
@@ -491,7 +494,10 @@ async def test_a_copy_in_another_namespace(tmp_path: Path, way: str) -> None:
 
 
 async def test_a_mount_needs_no_lease(tmp_path: Path) -> None:
-    """Another process removes the image and collects, while its files are mounted."""
+    """A collection by another process keeps the files under a mount.
+
+    The collection does remove the layers from the catalog.
+    """
     async with open_store(tmp_path / "store") as store:
         layer = await fill(store)
         view = await store.rootfs(layer)
@@ -509,7 +515,7 @@ async def test_a_mount_needs_no_lease(tmp_path: Path) -> None:
 
 
 async def test_a_tree_that_somebody_else_mounts(tmp_path: Path) -> None:
-    """As a layer of an overlay that other software makes, by its path."""
+    """Other software mounts trees by their paths, as layers of an overlay."""
     target = tmp_path / "target"
     target.mkdir()
     async with open_store(tmp_path / "store") as store:
@@ -534,7 +540,7 @@ async def test_a_tree_that_somebody_else_mounts(tmp_path: Path) -> None:
 async def test_another_user_exchanges_the_target_for_another_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where only mount(2) is allowed: the mount that is taken away in the end is ours."""
+    """With mount(2) alone, leaving the block still unmounts our own mount."""
 
     def missing(*args: object) -> int:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -88,7 +88,7 @@ class World:
         self.check()
 
     async def fail_again(self) -> RegistryError:
-        """Ask for the image's digest, which needs a request in any case."""
+        """Resolve the image, which needs a request even after a pull."""
         with pytest.raises(RegistryError) as caught:
             async with open_puller(self.directory / "store", credentials=CREDENTIALS) as puller:
                 await puller.resolve(self.reference)
@@ -301,7 +301,7 @@ async def test_certificates_of_hosts_toml(
 async def test_a_socks_proxy(
     variable: str, login: str | None, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gets names, not addresses: only the proxy may know them."""
+    """The proxy gets host names, because perhaps only the proxy resolves these."""
     monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
     async with run_socks_proxy(login=login) as proxy:
         if login is not None:
@@ -337,7 +337,7 @@ async def test_a_socks_proxy_that_refuses(
 async def test_a_socks_proxy_without_the_extra(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names the extra, and nothing is asked without the proxy."""
+    """The error names the extra, and no request bypasses the proxy."""
     monkeypatch.setattr("trio_layers._registry.proxies.find_spec", lambda name: None)
     monkeypatch.setenv("ALL_PROXY", f"socks5://{LOGIN}@127.0.0.1:1080")
     with pytest.raises(NetworkSettingError) as caught:
@@ -369,8 +369,10 @@ BROKEN = [
 async def test_a_setting_that_cannot_be_used(
     variable: str, value: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops neither what needs no request nor what this machine has, and nothing is asked in
-    spite of it. The error names it."""
+    """The error names the setting, and the client sends no request.
+
+    Calls that need no request, and requests to this machine, still work.
+    """
     monkeypatch.setenv(variable, value)
     async with open_puller(world.directory / "store", credentials=CREDENTIALS) as puller:
         assert await puller.store.images() == []
@@ -400,7 +402,10 @@ async def test_a_setting_that_cannot_be_used_and_this_machine(
 async def test_certificates_that_cannot_be_used_and_tls_on_this_machine(
     authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Certificates are needed here: the error names the variable, and nothing goes without TLS."""
+    """The error names the variable, as TLS to this machine needs certificates.
+
+    The client sends no request without TLS.
+    """
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -413,7 +418,7 @@ async def test_certificates_that_cannot_be_used_and_tls_on_this_machine(
 async def test_settings_count_when_a_request_needs_them(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is mended while the puller is open is good."""
+    """A setting that is corrected while the puller is open takes effect."""
     monkeypatch.setenv("SSL_CERT_FILE", str(world.directory / "late.pem"))
     monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
     async with open_puller(world.directory / "store", credentials=CREDENTIALS) as puller:

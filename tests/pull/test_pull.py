@@ -470,7 +470,7 @@ class TestBadInput:
             )
 
     async def test_layer_that_was_changed_on_the_way(self, stored: Stored) -> None:
-        """Wrong from its first byte to its last: one more attempt, and no other."""
+        """The client requests a corrupt layer exactly once more."""
         built = build_image([BIG], compression="none")
         digest = built.layers[0].descriptor.digest
         async with open_registry() as registry:
@@ -611,7 +611,11 @@ class TestBadInput:
 
 
 async def test_configs_that_leave_things_out(tmp_path: Path) -> None:
-    """No platform: that of the index's entry, or the host's. No diff IDs: no layers."""
+    """Configs without a platform or without diff IDs.
+
+    The platform of the index's entry, or else of the host, replaces a missing platform. An image
+    without diff IDs has no layers.
+    """
     host = str(host_platform())
     amd, arm = (
         with_config(small_image(platform=platform), os="", architecture="")

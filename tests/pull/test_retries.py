@@ -1,4 +1,4 @@
-"""Requests besides those for layers are made again, too, and the countdown is seen."""
+"""Retries of requests other than those for layers, with a visible countdown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PLACES = {
 
 
 class Events:
-    """A sink that remembers."""
+    """A progress sink that records its events."""
 
     def __init__(self) -> None:
         self.events: list[Progress] = []
@@ -51,7 +51,10 @@ class Events:
 
 
 async def pull(store: Path, reference: str, sink: Events | None = None, **options: int) -> None:
-    """Unpacked in threads, since to start a process takes longer than all the rest."""
+    """Pull an image, and unpack its layers in threads.
+
+    Starting worker processes would take longer than the rest of the test.
+    """
     with trio.fail_after(30):
         async with (
             directory.open_store(store, unpacker=Unpacker(Limits())) as opened,
@@ -73,14 +76,14 @@ async def pull(store: Path, reference: str, sink: Events | None = None, **option
 )
 @pytest.mark.parametrize("place", PLACES)
 async def test_the_countdown_is_shown(place: str, fault: Fault, tmp_path: Path) -> None:
-    """By the image's reference, and not as its last word."""
+    """The countdown's ID is the reference, and another event follows the countdown."""
     async with open_registry(auth=TokenAuth()) as registry:
         reference = registry.add(BUILT, "team/app:1")
         registry.inject(PLACES[place], fault, times=2)
         events = Events()
         await pull(tmp_path, reference, events)
     shown = events.of(reference)
-    # A connection that was kept, and ends, costs no attempt.
+    # A fault on a kept-alive connection costs no attempt: the request is made again at once.
     assert shown[:-1] in (["Retrying in 1 second"] * 2, ["Retrying in 1 second"])
     assert shown[-1] == "Download complete"
 
@@ -125,7 +128,7 @@ async def test_a_countdown_is_cancelled(tmp_path: Path) -> None:
 
 @attrs.frozen
 class Head(Fault):
-    """A fault of HEAD requests alone."""
+    """A fault that hits HEAD requests only."""
 
     fault: Fault
 
@@ -139,7 +142,7 @@ class Head(Fault):
     ids=repr,
 )
 async def test_the_second_pull_where_head_is_refused(fault: Fault, tmp_path: Path) -> None:
-    """The first pull has no use for HEAD, and the second does without."""
+    """The first pull needs no HEAD; the second falls back to GET."""
     async with open_registry() as registry:
         reference = registry.add(BUILT, "team/app:1")
         registry.inject(PLACES["manifest"], Head(fault), times=None)
@@ -157,8 +160,10 @@ async def test_the_second_pull_where_head_is_refused(fault: Fault, tmp_path: Pat
 @pytest.mark.parametrize("redirected", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
 async def test_a_layer_with_a_wrong_byte(times: int, redirected: bool, tmp_path: Path) -> None:
-    """One more attempt, within the first of the engine's; then the pull has failed. The host that
-    sent it is named."""
+    """The client requests the layer once more, within the engine's first attempt.
+
+    If the layer is wrong again, the pull fails with an error that names the host that sent it.
+    """
     async with open_registry() as registry, open_registry() as storage:
         reference = registry.add(BUILT, "team/app:1")
         storage.add(BUILT, "team/app:1")
@@ -176,7 +181,7 @@ async def test_a_layer_with_a_wrong_byte(times: int, redirected: bool, tmp_path:
 
 
 async def test_a_signed_url_that_has_expired(tmp_path: Path) -> None:
-    """A layer's next attempt gets another from the registry."""
+    """The next attempt at a layer asks the registry for another URL."""
     async with open_registry() as registry, open_registry() as storage:
         reference = registry.add(BUILT, "team/app:1")
         storage.add(BUILT, "team/app:1")

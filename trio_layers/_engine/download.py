@@ -36,8 +36,8 @@ async def open_download_manager(
     """Open a manager, in whose block layers are downloaded into ``store``.
 
     The manager's nursery is where the downloads run that pulls share. Leaving the block cancels
-    what still runs, pulls in other tasks among it, and waits until it has stopped; those pulls
-    raise `ManagerClosed`. What the block raises comes out as it is.
+    all running downloads and pulls, also pulls in other tasks, and waits for their end. Cancelled
+    pulls raise `ManagerClosed`. The block's own exception comes out unchanged.
 
     Args:
         store: Where layers go.
@@ -48,7 +48,7 @@ async def open_download_manager(
 
     Raises:
         ValueError: for less than 1 attempt, a negative limit, or a tick that is not positive.
-        TypeError: for what is no number or no store.
+        TypeError: for an option of another type than a number, or a store that lacks a method.
     """
     check_methods("the store", store, ("get", "register", "release"), "LayerStore")
     slots = Slots(max_concurrent_downloads)
@@ -62,7 +62,8 @@ async def open_download_manager(
             finally:
                 transfers.close()
     finally:
-        # The end of the transfers has ended most pulls. One may be in a sink, or ask the store.
+        # The end of the transfers has ended most pulls. A pull may still await a progress sink or
+        # the store.
         await lifetime.close()
 
 
@@ -148,7 +149,7 @@ class DownloadManager:
                 pull, whose ``__cause__`` is the original.
             TransferError: likewise, for an original that is no `LayersError`.
             ManagerClosed: if the manager has been left.
-            TypeError: for a source without a method, or a sink that is no asynchronous function.
+            TypeError: for a source that lacks a method, or a sink that is not asynchronous.
             Exception: what a source's ``diff_id``, the store's ``get`` or the progress sink
                 raised, as it is.
         """

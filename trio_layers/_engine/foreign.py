@@ -1,7 +1,7 @@
-"""Calls to code that is not the engine's: sources, stores, sinks, handlers of the log.
+"""Calls to foreign code: layer sources, stores, progress sinks and log handlers.
 
-Such code may fail in any way, `KeyboardInterrupt` included. A change of state therefore calls none
-of it: the change notes the calls, and makes them when it is complete.
+Foreign code may raise anything, even `KeyboardInterrupt`. A state change therefore only queues its
+calls to foreign code, and runs the queue once the change is complete.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ logger = logging.getLogger("trio_layers.engine")
 
 @final
 class ForeignCalls:
-    """The calls that changes of state have left to make, in order."""
+    """A queue of calls to foreign code that state changes have deferred."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Callable[[], object], str]] = deque()
 
     def later(self, call: Callable[[], object], failed: str) -> None:
-        """Note a call, and the words to log if it raises an `Exception`."""
+        """Queue a call, with the log message for an `Exception` from it."""
         self._calls.append((call, failed))
 
     @trio.lowlevel.enable_ki_protection
     def run(self) -> None:
-        """Make all calls, although some fail.
+        """Run all queued calls, even if some of them fail.
 
         Raises:
-            BaseException: the first one that is no `Exception`, such as `KeyboardInterrupt`.
+            BaseException: the first exception that is no `Exception`, such as `KeyboardInterrupt`.
         """
         run_all(self._each())
 
@@ -56,7 +56,7 @@ class ForeignCalls:
 
 
 def run_all(calls: Iterable[Callable[[], object]]) -> None:
-    """Make all calls, although some fail, and raise the first error then."""
+    """Run all calls, even if some fail, then raise the first error."""
     first: BaseException | None = None
     for call in calls:
         try:
@@ -74,18 +74,18 @@ def run_all(calls: Iterable[Callable[[], object]]) -> None:
 
 
 def log(level: int, message: str, *args: object, error: BaseException | None = None) -> None:
-    """Log, and go on if a handler fails: it must not decide what becomes of a layer."""
+    """Log a message. A failing log handler must not fail a layer."""
     try:
         logger.log(level, message, *args, exc_info=error)
     except Exception:
-        pass  # the handlers of `logging` itself print such errors
+        pass  # the standard handlers of `logging` print their own errors
 
 
 async def tell(sink: ProgressSink, event: Progress) -> None:
-    """Hand an event to a sink, which Ctrl-C may interrupt.
+    """Pass an event to a progress sink, which Ctrl-C may interrupt.
 
     Raises:
-        TypeError: if the sink is no asynchronous function.
+        TypeError: if the sink is not an asynchronous function.
     """
     answer = sink(event)
     if not inspect.isawaitable(answer):
@@ -97,7 +97,7 @@ async def tell(sink: ProgressSink, event: Progress) -> None:
         await _interruptible(answer)
     finally:
         if inspect.iscoroutine(answer):
-            answer.close()  # it may not have begun
+            answer.close()  # a coroutine that never began would cause a RuntimeWarning
 
 
 @trio.lowlevel.disable_ki_protection

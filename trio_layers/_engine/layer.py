@@ -58,7 +58,8 @@ class LayerJob:
             error = await self._fetch_staged(self.store, self.source, transfer)
         else:
             error = await self._fetch_streamed(transfer)
-        # A pull that has let go of the layer sees nothing more of it.
+        # The scope is cancelled once the last pull has let go of the layer: no pull then gets
+        # another event for the layer.
         if error is None and not transfer.scope.cancel_called:
             transfer.report(Status.PULL_COMPLETE)
         return error
@@ -90,7 +91,7 @@ class LayerJob:
         size = source.descriptor.size
 
         def waiting(count: int) -> None:
-            # Another process brings it: to people that is this pull's download.
+            # Another process downloads the blob. Users see that process's progress as this pull's.
             transfer.report(Status.DOWNLOADING, count, size)
 
         async with store.stage(source.descriptor, waiting) as stage:
@@ -107,7 +108,7 @@ class LayerJob:
                     return self.parent.error
                 if error is not None:
                     return _registration_error(error)
-            # A commit that has not begun is given up; one that has begun may finish.
+            # A cancellation prevents the commit from starting. A started commit may finish.
             await trio.lowlevel.checkpoint_if_cancelled()
             await self._register(transfer, stage.commit)
         return None
@@ -154,10 +155,11 @@ class LayerJob:
     async def _register(
         self, transfer: Transfer, register: Callable[[ChainID | None], Awaitable[Layer]]
     ) -> None:
-        """Hand the layer to the store, and then to the transfer, and tell the source.
+        """Register the layer, and pass it to the transfer and the source.
 
-        A store may finish although the transfer was cancelled. The layer exists then, so the
-        source is told, as in moby, and the transfer, which nobody watches, releases the layer.
+        The store may complete a registration although the transfer was cancelled. The layer then
+        exists, so the source learns its diff ID, as in moby. The transfer has no watchers any
+        more, so the transfer releases the layer.
         """
         below = self.base
         if self.parent is not None:
@@ -177,7 +179,7 @@ class LayerJob:
 
 def _registration_error(error: Exception) -> RegistrationError | StoreClosed:
     if isinstance(error, StoreClosed):
-        return error  # Nothing is wrong with the layer.
+        return error  # the store was closed; the layer itself is sound
     if isinstance(error, DecompressionError):
         problem = "could not get decompression stream"
     else:

@@ -4,9 +4,9 @@ A pull asks for its layers bottom first. Those at the bottom that the store has 
 there; each other one becomes a transfer, or joins the transfer of another pull. Downloads run
 side by side; each layer is registered once the one below it is.
 
-A pull asks for a bounded number of layers ahead of the lowest that is not registered yet. So an
-image of 10,000 layers has no more tasks, and no longer a step in which all of them are let go,
-than one of that number. Docker's own images have at most 127 layers.
+A pull requests a bounded number of layers (`WINDOW`) ahead of its lowest unregistered layer. An
+image with 10,000 layers therefore needs no more tasks than an image with `WINDOW` layers, and
+letting go of all watched transfers takes no longer. Docker's own images have at most 127 layers.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ __all__ = ["Pull"]
 
 
 WINDOW: Final = 128
-"""How many transfers a pull watches at once that may not have ended. It lets go of them in one
-step, which takes about 20 microseconds for each."""
+"""The number of possibly unfinished transfers that a pull watches at once.
 
-# How many cheap rounds of a loop over layers run between two checkpoints: a millisecond or two.
+The pull lets go of all of them in one step, which takes about 20 microseconds for each.
+"""
+
+# The rounds of a cheap loop over layers between two checkpoints. They take 1 to 2 milliseconds.
 _STRIDE: Final = 256
 
 
@@ -60,7 +62,8 @@ class Pull:
         self._base = base
         self._sink = sink
         self._nursery: trio.Nursery | None = None
-        # Makes the error that the pull ends with: errors of others may run code when copied.
+        # Returns the error that the pull ends with. Copying an error can run foreign code, so the
+        # pull copies it later, outside the state change.
         self._failure: Callable[[], Exception] | None = None
         self._result = base
         # The topmost layer that was there, while the pull has a reference to it.
@@ -68,12 +71,13 @@ class Pull:
         # Those it watches, bottom first; those it was the last to watch and that have to stop.
         self._watched: deque[Transfer] = deque()
         self._stopping: list[Transfer] = []
-        # Transfers that have ended, whose layers it wants again further up.
+        # Ended transfers of layers that the image repeats further up.
         self._originals: set[Transfer] = set()
         # Those that started no transfer of their own, by index: the pull closes them.
         self._unused = dict(enumerate(sources))
 
-    # Ctrl-C waits for the next checkpoint, in this task or the program's main one, except in sinks.
+    # Ctrl-C waits for the next checkpoint of this task or of the program's main task. Sinks are
+    # not protected.
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> RootFS:
         try:
@@ -96,7 +100,7 @@ class Pull:
             raise
 
     def close_unused(self) -> None:
-        """Close the sources that started no transfer; to be called once, after `run`."""
+        """Close the sources that started no transfer. Call once, after `run`."""
         for source in self._unused.values():
             self._transfers.foreign.later(partial(_close, source), "closing a source failed")
         self._transfers.foreign.run()
@@ -108,7 +112,7 @@ class Pull:
         self._transfers.foreign.run()
 
     async def _get_there(self) -> None:
-        await trio.lowlevel.checkpoint()  # a pull that is cancelled already starts nothing
+        await trio.lowlevel.checkpoint()  # a pull that was cancelled before starts no transfer
         try:
             async with open_hidden_nursery() as self._nursery:
                 try:
@@ -120,7 +124,8 @@ class Pull:
                     self._transfers.foreign.run()
                     raise
         except Exception:
-            # A sink with a nursery of its own failed when it was cancelled.
+            # The pull's end cancels a running sink, which may raise an exception in turn. The
+            # pull's own failure takes precedence.
             if self._failure is None:
                 raise
 
@@ -135,7 +140,7 @@ class Pull:
         self._transfers.foreign.run()
 
     def _end_with(self, failure: Callable[[], Exception]) -> None:
-        """End the pull with an error, unless something else has ended it."""
+        """End the pull with an error; the first error counts."""
         if self._failure is not None:
             return
         self._failure = failure
@@ -160,8 +165,10 @@ class Pull:
                 self._stopping.append(transfer)
 
     async def _let_go_of_originals(self) -> None:
-        """Stop watching those that have ended. They may be thousands, and nothing hangs on the
-        moment. Not cancellable."""
+        """Stop watching ended transfers, with checkpoints in between.
+
+        The transfers may be thousands, and their release is not urgent. Not cancellable.
+        """
         with trio.CancelScope(shield=True):
             while self._originals:
                 for _ in range(min(_STRIDE, len(self._originals))):
@@ -215,11 +222,14 @@ class Pull:
     async def _take_existing(
         self, chain: ChainID | None
     ) -> tuple[list[DiffID], ChainID | None, bytes]:
-        """Pass over the layers at the bottom that the store has; ``chain``: what they stand on.
+        """Skip the bottom layers that are in the store already.
+
+        Args:
+            chain: The chain ID of the base below these layers.
 
         Returns:
-            Their diff IDs, the chain ID of the top one, and the beginning of the key of what is
-            above it.
+            The diff IDs of the skipped layers, the chain ID of the top one, and the prefix of the
+            transfer key of the layer above.
         """
         diff_ids: list[DiffID] = []
         key = _key_of_base(chain)
@@ -235,8 +245,8 @@ class Pull:
             self._existing = layer
             self._transfers.foreign.run()
             chain = candidate
-            # Those that are there count as well: for a pull that came before they were missing,
-            # and what is above them is shared with it all the same.
+            # Skipped layers are part of the key, too. They may have been missing for an earlier
+            # pull, and this pull still shares that pull's transfers of the layers above.
             key = _key_on(key, source.key)
             diff_ids.append(diff_id)
             if self._sink is not None:  # else it is enough that the store was asked
@@ -246,18 +256,20 @@ class Pull:
         return diff_ids, chain, key
 
     async def _ask_for(self, first: int, base: ChainID | None, key: bytes) -> Transfer | None:
-        """Start or join a transfer for each layer that is missing; the top one, or ``None`` if
-        the pull has failed before.
+        """Start or join a transfer for each missing layer.
 
         Args:
-            first: The index of the lowest of them.
-            base: The chain ID of what it stands on.
-            key: The beginning of its key.
+            first: The index of the lowest missing layer.
+            base: The chain ID of the layer below, if any.
+            key: The prefix of the lowest missing layer's transfer key.
+
+        Returns:
+            The transfer of the top layer, or ``None`` if the pull has failed meanwhile.
         """
         parent: Transfer | None = None
         by_source_key: dict[str, tuple[Transfer, LayerSource]] = {}
         repeated_later: set[Transfer] = set()
-        # Where each key is needed last.
+        # Source key -> index of the topmost layer with that key.
         last = {self._sources[i].key: i for i in range(first, len(self._sources))}
         for index in range(first, len(self._sources)):
             source = self._sources[index]
@@ -287,16 +299,21 @@ class Pull:
                 original, _ = repeated
                 repeated_later.discard(original)
                 if original in self._originals:
-                    # The transfer watches it itself.
+                    # The new transfer watches its original itself, so the pull need not.
                     self._originals.discard(original)
                     original.let_go(self)
             parent = transfer
         return parent
 
     async def _make_room(self, repeated: Container[Transfer]) -> bool:
-        """Wait until a pull that watches many transfers may ask for another, and let go of those
-        at the bottom that have ended: the layers above hold theirs. Those in ``repeated`` are
-        kept. Whether the pull still goes on."""
+        """Wait until the pull watches fewer than `WINDOW` transfers.
+
+        The pull lets go of ended transfers at the bottom: a layer above holds the layer below.
+        Transfers in ``repeated`` move to the originals.
+
+        Returns:
+            Whether the pull may continue: ``False`` once it has failed.
+        """
         while len(self._watched) >= WINDOW:
             lowest = self._watched[0]
             await lowest.done.wait()

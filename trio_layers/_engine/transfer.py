@@ -16,8 +16,8 @@ done
 
 Everything that decides (who starts, who shares, who is cancelled, how a transfer ends) happens
 in synchronous functions. No task runs between looking and acting, so there are no locks. Ctrl-C
-waits until such a function has returned, and code of others runs when its change is complete
-(`ForeignCalls`).
+waits until such a function has returned, and foreign code runs once the state change is complete
+(see `ForeignCalls`).
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ __all__ = ["Transfer", "Transfers", "Watcher", "Work", "manager_closed"]
 CONTEXT_CANCELED: Final = "context canceled"
 
 Work: TypeAlias = Callable[["Transfer"], Awaitable["Exception | None"]]
-"""What a transfer does, inside its cancel scope. It puts the layer into `Transfer.layer` as soon as
-the store has returned it. It returns ``None``, or an error that another transfer ended with (raised
-again, that one object would gather the tracebacks of all who share it)."""
+"""The work of a transfer, inside the transfer's cancel scope.
+
+The work sets `Transfer.layer` as soon as the store has returned the layer. It returns ``None``, or
+the error of another transfer. That error is shared, so it is not raised again: the one object would
+collect the tracebacks of all its users.
+"""
 
 
 class Watcher(Protocol):
@@ -52,7 +55,7 @@ class Watcher(Protocol):
 
 
 def manager_closed() -> ManagerClosed:
-    """The error of a call on a manager whose block was left."""
+    """A new error for a call on a manager after its block."""
     return ManagerClosed("the download manager was closed")
 
 
@@ -65,7 +68,7 @@ class Transfer:
         slot: Set once it may move data; never, for one that needs no slot.
         inactive: Set once it moves no more data.
         done: Set once it has ended: `layer` or `error` is there.
-        layer: What it registered; once it is done, only if it succeeded.
+        layer: The registered layer. Once the transfer is done, only a success leaves it set.
         error: What it failed with. One object, shared: see `own_error`.
         if_cancelled: What a cancellation means at this point: the text of the error.
     """
@@ -113,11 +116,12 @@ class Transfer:
         self._watchers[watcher] = None
 
     def let_go(self, watcher: Watcher) -> None:
-        """No longer watch; the last one to say so cancels the transfer or releases its layer.
+        """Remove a watcher.
 
-        The caller runs the foreign calls that this leaves to make, when its own change is complete.
+        The last watcher's removal cancels a running transfer, or releases the layer of an ended
+        one. The caller must run the queued foreign calls once its own state change is complete.
         """
-        # Not recursive: a transfer that is cancelled lets go of its parent, and so on down.
+        # A cancelled transfer lets go of its parent, and so on down. A loop bounds the stack depth.
         todo: list[tuple[Transfer, Watcher]] = [(self, watcher)]
         while todo:
             transfer, leaving = todo.pop()
@@ -144,7 +148,7 @@ class Transfer:
                 mine = self.error._again()
                 mine.__cause__ = self.error
                 return mine
-            except Exception as error:  # a class of others, which cannot be copied
+            except Exception as error:  # a foreign exception class that cannot be copied
                 log(logging.DEBUG, "%s cannot be copied", type(self.error).__name__, error=error)
         transfer_error = TransferError(text_of(self.error))
         transfer_error.__cause__ = self.error
@@ -185,8 +189,8 @@ class Transfer:
         self.inactive.set()
         self._table.slots.give_back(self)
 
-    # Ctrl-C goes to the program's main task. Here it would be nobody's outcome, and could come
-    # between the end of the work and the end of the transfer.
+    # Protection sends Ctrl-C to the program's main task. In this task no caller would get the
+    # KeyboardInterrupt, and it could arrive between the end of the work and that of the transfer.
     @trio.lowlevel.enable_ki_protection
     async def _run(self, work: Work) -> None:
         # This stands if the cancellation comes from outside, which only the manager's end does.
@@ -213,7 +217,7 @@ class Transfer:
     def _end(self, outcome: Exception | None) -> None:
         """The one step in which a transfer ends. There is no checkpoint in it, and the slot
         goes last: a pull that fails lets go of its other layers before one of them could have
-        it. The source, the store and the log come when the step is complete."""
+        it. Calls to the source, the store and the log follow once the step is complete."""
         self._table.drop(self._key)
         self.error = outcome
         if outcome is not None:
@@ -266,7 +270,7 @@ class Transfers:
         return self._running.get(key)
 
     def release_later(self, layer: Layer) -> None:
-        """Give a layer back to the store, with the other calls of `foreign`."""
+        """Queue the release of a layer to the store in `foreign`."""
         self.foreign.later(partial(self.store.release, layer), "releasing a layer failed")
 
     @trio.lowlevel.enable_ki_protection
