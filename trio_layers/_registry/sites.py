@@ -196,7 +196,7 @@ class Site:
                 except RegistryError as trouble:
                     # Whether the refusal stands is not known yet.
                     error.args = (f"{error}; {trouble}",)
-                    error.transient, error.__cause__ = True, trouble
+                    error.transient, error.__cause__ = trouble.transient, trouble
             if answer.status in (401, 403):
                 access.failed()
             raise error
