@@ -197,7 +197,7 @@ class Site:
                 except RegistryError as trouble:
                     # The challenge may come with another attempt, so the refusal is not final.
                     error.args = (f"{error}; {trouble}",)
-                    error.transient, error.__cause__ = True, trouble
+                    error.transient, error.__cause__ = trouble.transient, trouble
             if answer.status in (401, 403):
                 access.failed()
             raise error
