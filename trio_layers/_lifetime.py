@@ -8,14 +8,14 @@ closes its resources only afterwards, so no call ever meets a closed connection.
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from types import CoroutineType
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from types import CoroutineType, TracebackType
 from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
 
 import trio
 
-from ._blocks import opens_block
+from ._blocks import check_under_trio
 from ._errors import LayersError
 from ._nursery import interruption_in, raise_alone
 
@@ -68,8 +68,7 @@ class Lifetime:
         if not self._open:
             raise self._error()
 
-    @opens_block
-    async def use(self) -> AsyncIterator[None]:
+    def use(self) -> AbstractAsyncContextManager[None]:
         """Run one call on the object inside this block.
 
         `close` cancels the call, which then raises the error for closed objects. A call may make
@@ -80,27 +79,12 @@ class Lifetime:
 
         Cancellation: a caller that is itself cancelled gets `trio.Cancelled`, not the error.
         """
-        self.check()
-        interruption: BaseException | None = None
-        with trio.CancelScope() as scope:
-            self._calls[scope] = None
-            try:
-                yield
-            except BaseExceptionGroup as group:
-                # Libraries, and trio's own connection attempts, wrap Ctrl-C in the groups of
-                # nurseries that callers do not know of.
-                interruption = interruption_in(group)
-                if interruption is None:
-                    raise
-            finally:
-                del self._calls[scope]
-                if not self._open and not self._calls:
-                    self._quiet.set()
-        if interruption is not None:
-            raise_alone(interruption)
-        if scope.cancelled_caught:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise self._error() from None
+        return _Call(self, self._error, self._calls)
+
+    def _end(self, scope: trio.CancelScope) -> None:
+        del self._calls[scope]
+        if not self._open and not self._calls:
+            self._quiet.set()
 
     @contextmanager
     def own(self, close: Close) -> Iterator[None]:
@@ -139,6 +123,53 @@ class Lifetime:
                 key = next(iter(self._owned))
                 close = self._owned.pop(key)
                 await close()
+
+
+@final
+class _Call(AbstractAsyncContextManager[None]):
+    # A class, not a generator: a pull makes hundreds of calls.
+
+    __slots__ = ("_calls", "_error", "_lifetime", "_scope")
+
+    def __init__(
+        self,
+        lifetime: Lifetime,
+        error: Callable[[], LayersError],
+        calls: dict[trio.CancelScope, None],
+    ) -> None:
+        self._lifetime = lifetime
+        self._error = error
+        self._calls = calls
+        self._scope = trio.CancelScope()
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> None:
+        check_under_trio()
+        self._lifetime.check()
+        self._scope.__enter__()
+        self._calls[self._scope] = None
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self._lifetime._end(self._scope)
+        interruption: BaseException | None = None
+        if isinstance(raised, BaseExceptionGroup):
+            # Libraries, and trio's own connection attempts, wrap Ctrl-C in the groups of nurseries
+            # that callers do not know of.
+            interruption = interruption_in(raised)
+        if interruption is not None:
+            self._scope.__exit__(None, None, None)
+            raise_alone(interruption)
+        caught = self._scope.__exit__(kind, raised, traceback)
+        if self._scope.cancelled_caught:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise self._error() from None
+        return caught
 
 
 class _HasLifetime(Protocol):

@@ -17,6 +17,7 @@ from typing import Final
 from .._errors import StoreError
 
 __all__ = [
+    "any_noted",
     "damaged",
     "forget_damage",
     "is_noted",
@@ -58,6 +59,11 @@ def forget_damage(path: Path) -> None:
             os.unlink(path / _FILE)
 
 
+def any_noted() -> bool:
+    """Whether this process has found any damage."""
+    return bool(_NOTED)
+
+
 def is_noted(path: Path) -> bool:
     """Whether this process has found the damage; does not block."""
     return path in _NOTED
@@ -73,34 +79,31 @@ def damaged(path: Path, reason: str) -> StoreError:
 
 def is_whole_blob(path: Path, size: int) -> bool:
     """Whether a blob's file is there, of the right size, and not noted as damaged."""
+    name = os.fspath(path)
     try:
-        found = os.lstat(path)
+        found = os.lstat(name)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == size and not _is_noted(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != size or path in _NOTED:
+        return False
+    try:
+        return _ATTRIBUTE not in os.listxattr(name, follow_symlinks=False)
+    except OSError:
+        return True
 
 
 def is_whole_tree(path: Path) -> bool:
     """Whether a tree's files and the list of them are there, and not noted as damaged."""
+    name = os.fspath(path)
     try:
-        files, entries = os.lstat(path / "fs"), os.lstat(path / "entries")
+        files, entries = os.lstat(f"{name}/fs"), os.lstat(f"{name}/entries")
     except OSError:
         return False
-    whole = stat.S_ISDIR(files.st_mode) and stat.S_ISREG(entries.st_mode) and entries.st_size > 0
-    return whole and not _is_noted(path)
+    if not stat.S_ISDIR(files.st_mode) or not stat.S_ISREG(entries.st_mode):
+        return False
+    return entries.st_size > 0 and path not in _NOTED and not os.path.lexists(f"{name}/{_FILE}")
 
 
 def _is_ours(path: Path) -> bool:
     """Whether the store is not another user's, which root only reads."""
     return os.lstat(path.parent).st_uid == os.geteuid()
-
-
-def _is_noted(path: Path) -> bool:
-    if path in _NOTED:
-        return True
-    if path.parent.parent.name != "blobs":
-        return os.path.lexists(path / _FILE)
-    try:
-        return _ATTRIBUTE in os.listxattr(path, follow_symlinks=False)
-    except OSError:
-        return False

@@ -44,7 +44,7 @@ from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
-from .damage import is_noted
+from .damage import any_noted, is_noted
 from .files import replace_file
 from .layout import encode_index, locate, open_directory, open_to_read
 from .leases import Holds, Lease, open_holds, open_lease
@@ -262,7 +262,7 @@ class DirectoryStore:
         # First held, then looked for: what is found stays.
         await self._holds.hold([chain_id])
         try:
-            layer = await self.find(chain_id)
+            layer = await self._find(chain_id)
         except BaseException:
             self._holds.let_go([chain_id])
             raise
@@ -276,6 +276,9 @@ class DirectoryStore:
     async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
         """Like `get`, without a reference: if nothing else holds the layer, it may be removed.
         While the object is there, layers below it that are held, too, are not looked up again."""
+        return await self._find(chain_id)
+
+    async def _find(self, chain_id: ChainID) -> DirectoryLayer | None:
         layer = self._sure(chain_id)
         if layer is not None:
             await trio.lowlevel.checkpoint()
@@ -402,6 +405,7 @@ class DirectoryStore:
         stored = await self._content.find(digest)
         return None if stored is None else self._content.path(digest)
 
+    @while_open
     async def whole_blob(self, digest: Digest) -> Path | None:
         """Like `blob`; ``None`` also for one that is damaged at a glance, and is to come anew."""
         whole = await self._catalog.read(self._content.has_whole, digest)
@@ -756,8 +760,9 @@ class DirectoryStore:
         layer = self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
         if layer is None or chain_id in self._damaged:
             return None
-        known = is_noted(layer.tree) or is_noted(self._content.path(layer.blob))
-        return None if known else layer
+        if any_noted() and (is_noted(layer.tree) or is_noted(self._content.path(layer.blob))):
+            return None
+        return layer
 
     def _object(
         self, row: StoredLayer, tree: Path, parent: DirectoryLayer | None
