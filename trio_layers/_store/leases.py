@@ -26,7 +26,7 @@ __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
 logger = logging.getLogger(__name__)
 
-# The digests that are let go of between two checkpoints: a millisecond.
+# Number of digests to release between two checkpoints: a millisecond of work.
 _STRIDE: Final = 1024
 
 T = TypeVar("T")
@@ -40,10 +40,10 @@ async def open_holds(
     """Hold things in the store for the block, at the longest.
 
     Args:
-        catalog: Takes the rows.
+        catalog: The catalog for the rows.
         holder: The holder's name.
         process: The holder's process; see `Process.encode`.
-        read_only: Whether no rows can be written, so that nothing is held for certain.
+        read_only: Write no rows. Other processes can then delete the things in use.
     """
     holds = Holds(catalog, holder, process, read_only=read_only)
     try:
@@ -103,7 +103,7 @@ class Holds:
 
     @asynccontextmanager
     async def holding_trees(self, trees: Collection[Digest]) -> AsyncIterator[None]:
-        """Hold trees for the block.
+        """Protect trees from deletion during the block.
 
         Raises:
             StoreError: if one of them was removed before.
@@ -141,7 +141,7 @@ class Holds:
             self._waste.set()
 
     async def let_go_of_many(self, digests: Collection[Digest]) -> None:
-        """Take back one `hold` in short steps. Not cancellable."""
+        """Undo one `hold` in short steps; shielded from cancellation."""
         rest = list(digests)
         with trio.CancelScope(shield=True):
             while rest:
@@ -158,8 +158,9 @@ class Holds:
             await self.drop_idle()
 
     async def drop_idle(self) -> None:
-        """Remove the rows of what nobody uses any more. A failure is logged: the rows end with
-        their holder at the latest.
+        """Remove the rows of unused digests, and log failures.
+
+        Rows that stay after a failure end with their holder at the latest.
 
         Cancellation: the rows stay for the next call.
         """
@@ -168,8 +169,10 @@ class Holds:
                 await self._write(self._catalog.note, (), _nothing)
 
     async def drop_idle_now(self) -> None:
-        """Like `drop_idle`, not cancelled; while another process is in the way, the rows stay
-        for the task in the background."""
+        """Remove unused rows like `drop_idle`, but without cancellation.
+
+        If another process locks the catalog, the background task removes the rows later.
+        """
         if self._idle:
             with _logged(), suppress(StoreBusy):
                 await self._write(self._catalog.note_now, (), _nothing)
@@ -177,8 +180,11 @@ class Holds:
                 self._waste.set()
 
     async def drop_all(self) -> None:
-        """Remove all rows, in use or not. Where another process is in the way they stay: the rows
-        of a holder whose file is not locked count for nothing."""
+        """Remove all rows of this holder, including rows in use.
+
+        If another process locks the catalog, the rows stay without effect, because the holder's
+        file is no longer locked.
+        """
         if self._written or self._idle:
             self._written.clear()
             self._idle.clear()

@@ -50,14 +50,14 @@ _POLL: Final = 0.05
 # Between two reports of how far the holder is, in seconds.
 _LOOK: Final = 0.1
 
-# How long things are spared whose holder may be alive, in seconds.
+# Seconds for which the files of a holder that may be alive are kept.
 _DAY: Final = 24 * 3600
 
-# The most that is read of what a lock file says.
+# Maximum number of bytes to read from a lock file.
 _PROCESS_LIMIT: Final = 4096
 
 _OPEN_HERE: Final[set[str]] = set()
-"""The holders of this process."""
+"""Names of the holders in this process."""
 
 _HOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
@@ -100,14 +100,14 @@ class Watch:
 
 @final
 class HeldLock:
-    """A lock file that is locked. It comes from `hold_lock`."""
+    """A locked lock file, from `hold_lock`."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """Let go, unless that was done before. Blocking, in any thread."""
+        """Release the lock if it is held; blocking, for any thread."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             unlock(self._path, descriptor)
@@ -250,7 +250,7 @@ class Scratch:
                 self._discarded = trio.Event()
 
     def _discard_unused(self, path: Path) -> bool:
-        """Like `discard`, unless another mount namespace has a copy of what is mounted."""
+        """Discard a mount's directory unless another namespace has a copy of the mount."""
         return not (path.suffix == ".mount" and is_mounted(path)) and self.discard(path)
 
     async def sweep(self) -> None:
@@ -302,8 +302,10 @@ class Scratch:
         await trio.to_thread.run_sync(self._remove_locks)
 
     def _others(self, holders: Iterable[str]) -> dict[str, list[str]]:
-        """The other holders, and what they have in ``ingest/``: but for mounts, which stay as
-        long as they are mounted, whatever became of their holder."""
+        """Find the other holders, with their entries in ``ingest/`` except mounts.
+
+        Mount directories stay while they are mounted, even after the death of their holder.
+        """
         found: dict[str, list[str]] = {holder: [] for holder in holders}
         for name in os.listdir(self._ingest):
             if match := _HELD.fullmatch(name):
@@ -317,7 +319,7 @@ class Scratch:
         return found
 
     def _lock_dead(self, holder: str, process: str | None, items: list[str]) -> int | None:
-        """The lock of a holder that is dead; ``None`` if it lives, or may live elsewhere."""
+        """Take the lock of a dead holder; ``None`` if the holder may be alive."""
         path = self._leases / holder
         descriptor: int | None = None
         with disk_errors(self._leases):
@@ -385,7 +387,7 @@ class Scratch:
                 if name.endswith(".mount"):
                     detach_stale(path)
                     if is_mounted(path):
-                        continue  # its mark and what is written in it are in use
+                        continue  # the mount still uses its mark and written files
                 if path.is_dir() and not path.is_symlink():
                     remove_directory(
                         path,
