@@ -1,9 +1,9 @@
 """Opens paths for writing without following links of other users.
 
-A path is walked from descriptor to descriptor, one component at a time, so that nothing on the way
-can be exchanged between a look and its use. A link is followed only where nobody but root and the
-caller could have put it: both own the link and its directory, and no other user may write there.
-Beyond a directory of another user no link is followed at all.
+The functions walk a path from descriptor to descriptor, one component at a time, so that no
+component can be exchanged between its check and its use. They follow a link only if root or the
+caller owns the link and its directory, and no other user can replace the link. Below a directory
+of another user, they follow no link at all. Links in the root directory are always followed.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _trusted() -> tuple[int, int]:
 def _may_follow(directory: os.stat_result, link: os.stat_result, ours: bool) -> bool:
     root = os.stat("/")
     if (directory.st_dev, directory.st_ino) == (root.st_dev, root.st_ino):
-        # In a user namespace that has no root of the machine, its links have no known owner.
+        # In a user namespace without the machine's root, root's links have no known owner.
         return True
     if not ours or directory.st_uid not in _trusted() or link.st_uid not in _trusted():
         return False

@@ -49,7 +49,7 @@ STATE: Final = struct.Struct("=QQ??")
 
 BEATS: Final = struct.Struct("=QQ?")
 
-# Seconds between two beats, and how many may say the same before one is left out.
+# Seconds between two beats, and the number of unchanged beats to leave out before one is sent.
 _BEAT: Final = 0.05
 _SILENT: Final = 20
 

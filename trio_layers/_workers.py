@@ -53,11 +53,12 @@ _START: Final = 30
 # or of a block that expands to gigabytes, is killed.
 _GRACE: Final = 0.05
 
-# The same where the worker is only wanted elsewhere, which is no matter of a cancellation.
+# The same limit for a recall. No cancelled task waits for a recall, so the limit is longer.
 _PUT_DOWN: Final = 1.0
 
-# Seconds without a beat, and how many times in a row, after which a worker counts as stopped. More
-# than once, since this process may have been stopped itself: then the beats are there.
+# A worker counts as stopped after `_SILENCES` periods of `_SILENCE` seconds without a beat. One
+# period is not enough, because this process itself may have been stopped; the beats are then
+# waiting in the pipe.
 _SILENCE: Final = 5.0
 _SILENCES: Final = 2
 
@@ -106,8 +107,9 @@ _worker.main()
 
 @asynccontextmanager
 async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
-    """Workers for the block. They are started when there will be something to do for them, and
-    stay until the block ends.
+    """Open workers for the block.
+
+    Worker processes start when a job is about to come, and stay until the block ends.
 
     Leaving the block ends the running `Workers.follow` calls of all tasks with `StoreClosed`.
     """
@@ -127,8 +129,11 @@ async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
 
 @final
 class Workers:
-    """A `~trio_layers._store.trees.Builder` in processes, of which there are never more than
-    tokens. Where none can be started, threads do it, and a worker is tried again later."""
+    """A `~trio_layers._store.trees.Builder` that uses processes.
+
+    The limiter's tokens bound the number of processes. If no process can be started, threads do
+    the work, and a later call tries to start a process again.
+    """
 
     def __init__(
         self,

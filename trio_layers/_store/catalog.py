@@ -285,8 +285,11 @@ async def while_busy(attempt: Callable[[], Awaitable[T]]) -> T:
 
 
 IndexRow: TypeAlias = tuple[str, str | None, str, Digest, int, Digest | None]
-"""An entry of ``index.json``: reference, platform, the manifest's media type, digest and size,
-and the digest of the index that it was chosen from."""
+"""An entry of ``index.json``.
+
+The fields are reference, platform, the manifest's media type, digest and size, and the digest of
+the index that listed the manifest.
+"""
 
 
 @final

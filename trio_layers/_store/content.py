@@ -672,7 +672,7 @@ class Content:
         elif blob.size != descriptor.size:
             raise _wrong(descriptor, blob.digest, blob.size)
         elif not is_whole_blob(self.path(blob.digest), blob.size):
-            return None  # it comes anew
+            return None  # the caller downloads the blob again
         return blob
 
     def place(self, connection: sqlite3.Connection, *, path: Path, descriptor: Descriptor) -> None:

@@ -132,7 +132,7 @@ def locate(path: Path, *, create: bool) -> Path:
     Raises:
         StoreNotFound: if the directory does not exist and ``create`` is false.
         UnsupportedStore: if ``path`` is not a directory.
-        StoreError: for what the disk does.
+        StoreError: if the disk fails.
     """
     with disk_errors(path):
         try:

@@ -54,7 +54,8 @@ async def open_holds(
             finally:
                 nursery.cancel_scope.cancel()
     finally:
-        # However the block ends: its process may live on, and others would take it for the holder.
+        # The process may outlive the block, and other processes would count it as the holder. So
+        # the rows must go after an error, too.
         await holds.drop_all()
 
 
@@ -151,7 +152,10 @@ class Holds:
                     await trio.lowlevel.checkpoint()
 
     async def drop_in_background(self) -> None:
-        """Remove rows until cancelled: who gives a layer back cannot wait for it."""
+        """Remove unused rows until cancelled.
+
+        The call that releases a layer is synchronous, and so cannot wait for the removal.
+        """
         while True:
             await self._waste.wait()
             self._waste = trio.Event()

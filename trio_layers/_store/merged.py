@@ -426,7 +426,7 @@ class _Directories:
         self._others = bytearray(_PLACES)
 
     def extend(self, stack: TreeStack | None, check: Callable[[], None]) -> bool:
-        """Lay over it the trees of ``stack`` that it has not; whether it could be told how."""
+        """Add the missing upper trees of ``stack``; return whether this was possible."""
         for higher in () if stack is None else stack.above(self._height):
             tree = higher.tree
             with _list_of(tree) as file:

@@ -153,11 +153,12 @@ async def hold_lock(
 async def open_scratch(
     root: Path, catalog: Catalog, *, read_only: bool = False
 ) -> AsyncIterator[Scratch]:
-    """Become a holder for the block, and sweep away what dead ones left; if it is ``read_only``,
-    do nothing, and refuse all that would write.
+    """Register a holder for the block, and remove the files of dead holders.
 
-    What was discarded in the block is removed in it and, if it ends well, before this ends; else
-    by the next to open the store.
+    With ``read_only``, the block has no holder, and refuses all writes.
+
+    Discarded files are removed during the block or, if it ends without an error, at its end. After
+    an error, the next process that opens the store removes them.
     """
     if read_only:
         yield Scratch(root, read_only=True)
@@ -188,7 +189,7 @@ class Scratch:
         self._numbers = itertools.count()
         self._waste = trio.Event()
         self._sweeping = trio.Lock()
-        # Blocks of `name` that have ended, and move things out of the way.
+        # Number of ended `name` blocks that still move their files to the trash.
         self._discarding = 0
         self._discarded = trio.Event()
         self.holder: str = secrets.token_hex(8)
@@ -334,7 +335,7 @@ class Scratch:
                 )
             known = Process.decode(process)
             if known is None:
-                # Software that knows nothing of this trusted the locks, as long as they are there.
+                # Older software writes no process, and trusts the lock files while they exist.
                 fate: Fate = "dead" if unlocked or not items else "unknown"
             else:
                 fate = known.fate(unlocked=unlocked)
@@ -348,7 +349,7 @@ class Scratch:
             if descriptor is not None:
                 os.close(descriptor)
         if fate == "unknown":
-            # Nobody writes what is on its way out.
+            # No process writes discarded files any more, so they can go.
             self._remove(holder, ".trash")
         logger.warning(
             "%s: no lock is seen of %s: what it has in the store is spared%s",

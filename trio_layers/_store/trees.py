@@ -239,8 +239,11 @@ class Trees:
             return await self._register_locked(stream, base, descriptor)
 
     async def _known(self, descriptor: Descriptor, base: Base) -> StoredLayer | None:
-        """The layer, if its blob and its tree are there, and the tree fits. Nobody has to wait
-        for the blob's lock then: an image may have one layer thousands of times."""
+        """Find a layer by its existing blob and a tree that fits.
+
+        The caller then need not wait for the blob's lock: an image may contain one layer thousands
+        of times.
+        """
         blob, tree = await self._catalog.read(_find_unpacked, descriptor.digest)
         if blob is None or tree is None or blob.size != descriptor.size:
             return None
