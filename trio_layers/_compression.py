@@ -37,9 +37,9 @@ MAX_WINDOW: Final = 128 * 1024 * 1024
 """How many bytes of its output a codec may want to look back on, if nothing else is said."""
 
 MAX_MEMBERS: Final = 10_000
-"""How many members there may be beyond one for each `_CONTENT` bytes, if nothing else is said."""
+"""Default limit of members beyond one for each `_CONTENT` bytes."""
 
-# What a member holds at least where there is one for each file: the block of a tar header.
+# The least content of a member in formats with one member for each file: a tar header block.
 _CONTENT: Final = 512
 
 # What xz needs besides: its manual's table, "DecMem" less the dictionary, with room to spare.
@@ -158,8 +158,8 @@ class Decompressor:
 
     Args:
         max_window: The most bytes of memory for that window; zstd's is a power of two.
-        max_members: The most members, frames or streams, beyond one for each 512 plain bytes:
-            each takes a codec of its own, which takes long to make.
+        max_members: Limit of members, frames or streams beyond one for each 512 plain bytes. Each
+            member needs its own codec, which is slow to make.
 
     Attributes:
         opened: Whether the beginning is behind us: 10 bytes or the end of the input were seen
@@ -191,8 +191,8 @@ class Decompressor:
         Raises:
             DecompressionError: if the input's beginning is not valid.
             UnpackError: if it is damaged later.
-            LimitExceeded: if it asks for more than ``max_window``, or has more members than
-                ``max_members``, wherever it does.
+            LimitExceeded: if any part needs a window larger than ``max_window``, or the number of
+                members exceeds ``max_members``.
         """
         return self._run(data, end=False)
 

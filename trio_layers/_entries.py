@@ -111,9 +111,9 @@ class Summary:
             the end of one says that it has to be there. Empty for a tree that was unpacked on
             top of its parent.
         needs_lower: The tree is not whole without what is below it.
-        incomplete: Something in the list could not be set in ``fs`` for lack of privilege, or since
-            Linux does not have such an attribute.
-        foreign_only: It is for such attributes alone that it is incomplete.
+        incomplete: ``fs`` lacks metadata from the list, because the process had no privilege to
+            set it or because Linux has no such attribute.
+        foreign_only: Attributes that Linux does not have are the only cause of ``incomplete``.
     """
 
     diff_id: DiffID

@@ -1,9 +1,9 @@
-"""Paths to write at, opened without following links that another user could have planted.
+"""Opens paths for writing without following links of other users.
 
-A path is walked from descriptor to descriptor, one component at a time, so that nothing on the way
-can be exchanged between a look and its use. A link is followed only where nobody but root and the
-caller could have put it: both own the link and its directory, and no other user may write there.
-Beyond a directory of another user no link is followed at all.
+The functions walk a path from descriptor to descriptor, one component at a time, so that no
+component can be exchanged between its check and its use. They follow a link only if root or the
+caller owns the link and its directory, and no other user can replace the link. Below a directory
+of another user, they follow no link at all. Links in the root directory are always followed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _WAY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _START: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# As many as Linux follows for one path (path_resolution(7)).
+# The number of links that Linux follows for one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
 
 
 def real_path(path: str | os.PathLike[str], *, make: int | None) -> str:
-    """The path of a directory without any link in it.
+    """Return the path of a directory with all links resolved.
 
     Args:
         path: The directory.
-        make: A mode for the directory and those on the way to it, where they are missing.
+        make: The mode for missing directories, including parents.
 
     Raises:
         OSError: as for `open_directory`.
@@ -57,10 +57,10 @@ def open_directory(path: str | os.PathLike[str]) -> int:
 
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[int, str]:
-    """Open the directory that a name is in; the descriptor (``O_PATH``), and the name.
+    """Open a path's parent directory (``O_PATH``), and return the name in it.
 
     Raises:
-        OSError: as for `open_directory`, and ``EISDIR`` for a path that ends in no name.
+        OSError: as for `open_directory`; ``EISDIR`` if the path does not end in a name.
     """
     parent, slash, name = os.fspath(path).rstrip("/").rpartition("/")
     if name in ("", ".", ".."):
@@ -71,14 +71,14 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[int, str]:
 def open_empty_directory(
     stack: contextlib.ExitStack, path: str | os.PathLike[str], *, mode: int
 ) -> tuple[int, Callable[[], None] | None]:
-    """Open a directory to fill; made with ``mode`` if it is not there.
+    """Open an empty directory, or make one with ``mode``.
 
     Returns:
-        The descriptor, open while ``stack`` is, and a function that removes the directory again;
-        ``None`` if it was there before.
+        The descriptor, which ``stack`` closes, and a function that removes the new directory;
+        ``None`` in place of the function if the directory existed.
 
     Raises:
-        OSError: as for `open_directory`; ``ENOTEMPTY`` for one that has something in it.
+        OSError: as for `open_directory`; ``ENOTEMPTY`` for a directory with entries.
     """
     remove = opens = None
     with contextlib.suppress(IsADirectoryError):  # a path such as "." is that of one
@@ -104,7 +104,7 @@ def open_empty_directory(
 
 
 def _walk(path: str, make: int | None) -> int:
-    """A descriptor (``O_PATH``) of the directory at ``path``; an empty one is the current one."""
+    """Open the directory at ``path`` with ``O_PATH``; "" is the current directory."""
     here = os.open("/" if path.startswith("/") else ".", _START)
     links = 0
     ours = True
@@ -161,7 +161,7 @@ def _step(here: int, name: str, make: int | None) -> int:
     try:
         os.mkdir(name, make, dir_fd=here)
     except FileExistsError:
-        pass  # somebody else made it
+        pass  # another process made the directory meanwhile
     return os.open(name, _WAY, dir_fd=here)
 
 
@@ -172,7 +172,7 @@ def _trusted() -> tuple[int, int]:
 def _may_follow(directory: os.stat_result, link: os.stat_result, ours: bool) -> bool:
     root = os.stat("/")
     if (directory.st_dev, directory.st_ino) == (root.st_dev, root.st_ino):
-        # In a user namespace that has no root of the machine, its links have no known owner.
+        # In a user namespace without the machine's root, root's links have no known owner.
         return True
     if not ours or directory.st_uid not in _trusted() or link.st_uid not in _trusted():
         return False
@@ -184,7 +184,7 @@ def _may_follow(directory: os.stat_result, link: os.stat_result, ours: bool) -> 
 
 
 def _is_magic(link: os.stat_result) -> bool:
-    """Whether a link is one of /proc, which leads to an open file, whatever it is called."""
+    """Return whether a link belongs to /proc, and so leads to an open file."""
     try:
         return link.st_dev == os.lstat("/proc/self").st_dev
     except OSError:

@@ -40,8 +40,8 @@ FRAME: Final = struct.Struct("=BI")
 # To the worker: a job's fields in a pickle, the state of a job's growth.
 JOB: Final = 0
 GROWTH: Final = 1
-# From the worker: how far it is, as long as it has a job; the pickled result of a job, or what was
-# raised, and when it is ready, its version.
+# Messages from the worker: its progress during a job, the pickled result or exception of a job,
+# and its version once it is ready.
 BEAT: Final = 2
 ANSWER: Final = 3
 
@@ -49,18 +49,18 @@ STATE: Final = struct.Struct("=QQ??")
 
 BEATS: Final = struct.Struct("=QQ?")
 
-# Seconds between two beats, and how many may say the same before one is left out.
+# Seconds between two beats, and the number of unchanged beats to leave out before one is sent.
 _BEAT: Final = 0.05
 _SILENT: Final = 20
 
 
 class Beat(NamedTuple):
-    """How far a worker is with its job.
+    """The progress of a worker in its job.
 
     Attributes:
-        position: How many bytes of the blob it has read.
-        checks: How often it has asked whether to go on, which it does at each chunk and entry.
-        waiting: Whether it waits for bytes that have not arrived.
+        position: Number of bytes of the blob that the worker has read.
+        checks: Number of checks for cancellation so far, one at each chunk and entry.
+        waiting: Whether the worker waits for bytes that have not arrived.
     """
 
     position: int
@@ -168,19 +168,21 @@ def _answer(job: Job, growth: Growth, heart: _Heart) -> object:
 
 
 class _Heart:
-    """Sends beats while there is a job, so that a worker that is stopped can be told from one
-    that waits for bytes."""
+    """Sends beats during a job.
+
+    Beats distinguish a worker that waits for bytes from a stopped worker.
+    """
 
     def __init__(self, answers: int) -> None:
         self._answers = answers
-        # Nothing of a job is sent behind its answer.
+        # The lock ensures that no beat of a job follows its answer.
         self._sending = threading.Lock()
         self._busy = threading.Event()
         self._growth = Growth()
         self._position = 0
 
     def see(self, position: int) -> None:
-        """So many bytes were read; in any thread."""
+        """Record the number of bytes read, from any thread."""
         self._position = position
 
     def begin(self, growth: Growth) -> None:

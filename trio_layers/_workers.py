@@ -53,27 +53,28 @@ _START: Final = 30
 # or of a block that expands to gigabytes, is killed.
 _GRACE: Final = 0.05
 
-# The same where the worker is only wanted elsewhere, which is no matter of a cancellation.
+# The same limit for a recall. No cancelled task waits for a recall, so the limit is longer.
 _PUT_DOWN: Final = 1.0
 
-# Seconds without a beat, and how many times in a row, after which a worker counts as stopped. More
-# than once, since this process may have been stopped itself: then the beats are there.
+# A worker counts as stopped after `_SILENCES` periods of `_SILENCE` seconds without a beat. One
+# period is not enough, because this process itself may have been stopped; the beats are then
+# waiting in the pipe.
 _SILENCE: Final = 5.0
 _SILENCES: Final = 2
 
-# Seconds in which a worker that beats, and does not wait for bytes, must get one chunk or entry
-# further. A disk that is overwhelmed may hold up a single write for long.
+# Seconds in which a worker that sends beats and does not wait for bytes must finish a chunk or an
+# entry. An overloaded disk can delay a single write for long.
 _HUNG: Final = 30.0
 
-# Seconds to wait for the end of a process that was killed. One that hangs in the kernel ends when
-# the kernel lets it.
+# Seconds to wait for the end of a killed process. A process that hangs in the kernel ends only
+# when the kernel returns.
 _REAP: Final = 1.0
 
-# Seconds until the next try to start a worker, after the first that failed, and at most.
+# Seconds until the next attempt to start a worker: after the first failure, and the maximum.
 _PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 60.0
 
-# What another try does not change.
+# Errors that another attempt to start a worker cannot change.
 _PERMANENT: Final = frozenset(
     {
         errno.EACCES,
@@ -88,7 +89,7 @@ _PERMANENT: Final = frozenset(
     }
 )
 
-# Of what a worker loads: what does not come with Python.
+# The modules that a worker loads and that are not part of Python.
 _LIBRARIES: Final = ("attr", "isal", "backports.zstd")
 
 _PACKAGE: Final = os.path.abspath(Path(__file__).parent)
@@ -106,10 +107,11 @@ _worker.main()
 
 @asynccontextmanager
 async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
-    """Workers for the block. They are started when there will be something to do for them, and
-    stay until the block ends.
+    """Open workers for the block.
 
-    Leaving the block ends each `Workers.follow` under way, in whichever task, with `StoreClosed`.
+    Worker processes start when a job is about to come, and stay until the block ends.
+
+    Leaving the block ends the running `Workers.follow` calls of all tasks with `StoreClosed`.
     """
     lifetime = Lifetime(lambda: StoreClosed("the store is closed: open it again to unpack layers"))
     idle: list[Worker] = []
@@ -127,8 +129,11 @@ async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
 
 @final
 class Workers:
-    """A `~trio_layers._store.trees.Builder` in processes, of which there are never more than
-    tokens. Where none can be started, threads do it, and a worker is tried again later."""
+    """A `~trio_layers._store.trees.Builder` that uses processes.
+
+    The limiter's tokens bound the number of processes. If no process can be started, threads do
+    the work, and a later call tries to start a process again.
+    """
 
     def __init__(
         self,
@@ -172,14 +177,14 @@ class Workers:
         """See `~trio_layers._store.trees.Builder`.
 
         Raises:
-            StoreClosed: if the block of the workers was left, during the call or before it.
+            StoreClosed: if the block of the workers ended before or during the call.
         """
         async with self._lifetime.use(), self._lending.lend(arrival) as loan:
             worker = await self._take()
             if worker is not None:
                 return await self._work(worker, loan)
             if arrival.past.lost:
-                # The layer may be what ended it, and must not end the program.
+                # The layer may have killed the worker, and must not end this program, too.
                 error = WorkerError(
                     "the process that unpacked it was lost, and no other can be started: try again"
                 )
@@ -192,7 +197,7 @@ class Workers:
         return self._possible and self._lifetime.is_open and trio.current_time() >= self._try_at
 
     async def _take(self) -> Worker | None:
-        """A worker that is idle; ``None`` if there can be none now."""
+        """Return an idle worker; ``None`` if none can be started now."""
         while True:
             while self._idle:
                 worker = self._idle.pop()
@@ -263,7 +268,7 @@ class Workers:
         return cast(Unpacked, answer)
 
     async def _answer(self, worker: Worker, loan: Loan) -> object:
-        """What becomes of the job; `Abandoned` if the worker had to put it down."""
+        """Receive the result of the job; `Abandoned` if the worker was told to stop it."""
         arrival = loan.arrival
         growth, blob = arrival.growth, arrival.blob
         job = Job(
@@ -295,24 +300,24 @@ class Workers:
 
 
 def _abandon(worker: Worker, arrival: Arrival) -> None:
-    """Tell the worker, and only it, to put its work down."""
+    """Tell one worker to stop its job."""
     arrival.growth.listen(None)
     worker.tell(arrival.growth.state._replace(abandoned=True))
 
 
 def _command() -> list[str]:
-    """The command of a worker, which is the same wherever this process goes later."""
+    """Return a worker's command, independent of the later working directory."""
     flags = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
     executable = os.path.abspath(sys.executable) if sys.executable else ""
     return [executable, *flags, "-c", _PROGRAM, _PACKAGE, *_search_path()]
 
 
 def _search_path() -> list[str]:
-    """Where a worker finds its modules: as this process does, but never in a working directory.
+    """Return a worker's module path: ours without the working directory.
 
-    An empty entry stands for the directory in which a process happens to be, and what is there
-    may be anybody's. The libraries that were found there are searched there again, after all
-    others, so nothing else in it can stand for a module of Python's own.
+    An empty entry stands for the current working directory, which may contain modules of other
+    users. If this process found its libraries there, the directory comes last in the worker's
+    path, so that no file in it can replace a module of Python.
     """
     path: dict[str, None] = {}
     for entry in sys.path:
@@ -326,13 +331,13 @@ def _search_path() -> list[str]:
 
 
 def _absolute(entry: str) -> str:
-    """An entry of ``sys.path`` as it was meant when Python first used it."""
+    """Return a ``sys.path`` entry as Python resolved it on first use."""
     found = getattr(sys.path_importer_cache.get(entry), "path", None)
     return found if isinstance(found, str) and os.path.isabs(found) else os.path.abspath(entry)
 
 
 async def kill_all(workers: list[Worker]) -> None:
-    """End processes, all at once, and wait for that, within bounds."""
+    """End processes concurrently, and wait for their ends with a time limit."""
     with trio.CancelScope(shield=True):
         async with trio.open_nursery() as nursery:
             for worker in workers:
@@ -379,7 +384,7 @@ class Worker:
 
     Attributes:
         busy: Whether it has not answered yet: that it is there, or to a job.
-        beat: How far it was when it was last heard of.
+        beat: The progress in the worker's last message.
     """
 
     def __init__(self, process: trio.Process, messages: int) -> None:
@@ -421,11 +426,11 @@ class Worker:
         """The answer: what becomes of the job.
 
         Args:
-            report: Told how many bytes of the blob were read.
-            silences: How many times `_SILENCE` seconds may pass without a word.
+            report: Called with the number of bytes of the blob that were read.
+            silences: Number of times that `_SILENCE` seconds may pass without a message.
 
         Raises:
-            WorkerError: if it dies instead, runs out of memory, or does nothing more.
+            WorkerError: if the worker dies, runs out of memory, or makes no more progress.
         """
         heard_at = moved_at = trio.current_time()
         silent = 0
@@ -462,7 +467,7 @@ class Worker:
             report(beat.position)
 
     async def kill(self) -> None:
-        """End the process, and wait for that, but not for ever. Not to be cancelled."""
+        """End the process, and wait with a time limit; shielded from cancellation."""
         self._process.kill()
         with trio.CancelScope(shield=True):
             with trio.move_on_after(_REAP):

@@ -1,4 +1,4 @@
-"""Another user, in whose directory root writes, exchanges a directory for a link meanwhile."""
+"""An attacker that swaps a directory for a link while root writes below it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ while True:
 
 
 def plant_link(base: Path, *, below: str = "", owner: int = ATTACKER) -> tuple[Path, Path, Path]:
-    """Make a directory of the attacker's with a directory and a link in it, which leads to a
-    victim's directory beside it; all three."""
+    """Make an attacker's directory with a subdirectory and a link in it.
+
+    The link leads to a victim's directory beside the attacker's. Return all three.
+    """
     for parent in (base, *base.parents):
         if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 0o001:
             parent.chmod(0o711)
@@ -41,7 +43,7 @@ def plant_link(base: Path, *, below: str = "", owner: int = ATTACKER) -> tuple[P
 
 @contextmanager
 def swapped(one: Path, two: Path) -> Iterator[None]:
-    """Exchange two names, over and over."""
+    """Exchange two names repeatedly."""
     command = [sys.executable, "-c", SWAP, str(ATTACKER), str(one), str(two)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:

@@ -322,7 +322,7 @@ ACL = bytes.fromhex(
 def test_the_target_keeps_its_own_metadata(
     mode: int, fails: bool, view: MergedTree, tmp_path: Path
 ) -> None:
-    """The image's root has another owner, mode and time; all below it is as the layers say."""
+    """The image's root has another owner, mode and time; its entries match the layers."""
     target = tmp_path / "private"
     target.mkdir()
     os.chown(target, 12, 34)
@@ -353,7 +353,7 @@ def test_the_target_keeps_its_own_metadata(
 
 
 def test_a_new_target_is_closed_to_others(view: MergedTree, tmp_path: Path) -> None:
-    """The tree may have set-id files of strangers in it."""
+    """The tree may contain set-id files from an untrusted image."""
     umask = os.umask(0)
     try:
         export(view, tmp_path / "new", check_cancelled=never)
@@ -373,7 +373,7 @@ class Stopped(BaseException):
 def test_another_user_exchanges_the_target_for_a_link(
     planted_by: int, below: str, tmp_path: Path
 ) -> None:
-    """The export goes into that user's directory, or fails; never to where the link leads."""
+    """The export writes to that user's directory or fails, but never follows the link."""
     view = MergedTree(unpack_stack([tar_of({"name": "evil", "text": "x"})], tmp_path))
     real, link, victim = plant_link(tmp_path, below=below, owner=planted_by)
     done = refused = 0
@@ -395,7 +395,7 @@ def test_another_user_exchanges_the_target_for_a_link(
 
 
 def test_links_that_are_followed(view: MergedTree, tmp_path: Path) -> None:
-    """One's own are, as long as no other user can exchange them."""
+    """The export follows the caller's links if no other user can exchange them."""
     there, shared = tmp_path / "there", tmp_path / "shared"
     there.mkdir()
     shared.mkdir()
@@ -686,8 +686,10 @@ FOREIGN = ["com.apple.provenance", "osx.x", "user", "user.", "x" * 300, "securit
 
 
 def test_attributes_that_linux_does_not_have(tmp_path: Path) -> None:
-    """macOS writes them: they are listed, and in tars that are exported, and set nowhere. A check
-    of the tree is as strict as of any other."""
+    """Attributes from macOS are listed and exported to tars, but no file gets them.
+
+    A check of the tree is as strict as of any other tree.
+    """
     pax = {f"SCHILY.xattr.{name}": "v" for name in FOREIGN}
     data = tar_of(
         {"name": "d", "type": "dir", "pax": pax},

@@ -229,13 +229,13 @@ DEEP_FILE = {"name": f"{DEEP}/f"}
         ([{"name": f"{DEEP}/.wh..wh..opq"}], 101),
         ([{"name": "a"}, {"name": f"{DEEP}/f", "type": "hardlink", "linkname": "a"}], 102),
         ([{"name": "a/b", "type": "dir"}, {"name": "a/b/c"}, {"name": "a/d"}], 4),
-        # What is removed has been made all the same.
+        # Removed entries count, too, because they were made first.
         ([DEEP_FILE, {"name": "d"}, {"name": "d", "type": "dir"}, DEEP_FILE], 203),
     ],
     ids=range(7),
 )
 def test_implied_directories_are_entries(entries: list[dict], count: int, tmp_path: Path) -> None:
-    """However few entries imply them."""
+    """Implied directories count even if few entries imply them."""
     data = archive(*entries)
     assert unpacked([data], tmp_path / "fits", max_entries=count).entries == len(entries)
     with pytest.raises(LimitExceeded, match=rf"'(d|a)/.*max_entries, {count - 1}, allows"):
@@ -243,7 +243,7 @@ def test_implied_directories_are_entries(entries: list[dict], count: int, tmp_pa
 
 
 def test_names_from_below_are_entries(tmp_path: Path) -> None:
-    """One hard link to a file below brings all the names it has there."""
+    """One hard link to a file in a lower layer adds all names of this file."""
     names = [{"name": f"n{n}", "type": "hardlink", "linkname": "n"} for n in range(20)]
     unpacked([archive({"name": "n"}, *names)], tmp_path / "below")
     data = archive({"name": "other", "type": "hardlink", "linkname": "n"})
@@ -274,7 +274,7 @@ EMPTY: dict[str, bytes] = {
 @pytest.mark.parametrize("kind", EMPTY)
 @pytest.mark.parametrize("where", ["before", "between", "behind"])
 def test_members_of_nothing(kind: str, where: str, tmp_path: Path) -> None:
-    """Megabytes of them are stopped soon: each takes a codec of its own."""
+    """Megabytes of empty members stop early, because each member needs its own codec."""
     compress = COMPRESS[kind.split()[0]]
     data = archive({"name": "a", "text": "a" * 100})
     whole = compress(data[:600]), compress(data[600:])
@@ -296,7 +296,7 @@ def test_members_of_nothing(kind: str, where: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["gzip", "zstd"])
 def test_a_member_for_each_file(form: str, tmp_path: Path) -> None:
-    """As in eStargz and zstd:chunked: they are never too many."""
+    """One member for each file, as in eStargz and zstd:chunked, stays below the limit."""
     data = archive(*({"name": f"{n}"} for n in range(300)))
     blocks = [COMPRESS[form](data[at : at + 512]) for at in range(0, len(data), 512)]
     assert unpacked(blocks, tmp_path / "tree", max_members=1).entries == 300

@@ -78,7 +78,7 @@ ZEROS = "0" * 30
 
 
 def test_zeros_and_a_plus_before_a_number() -> None:
-    """As Go reads them: the value counts, in all records that hold a number."""
+    """The value ignores them in all numeric records, as in Go."""
     for before in (ZEROS, "+", "+" + ZEROS):
         pax = {"uid": before + "1000", "gid": before + "7", "mtime": before + "15.5"}
         member = only({"name": "a", "text": "abc", "pax": {**pax, "size": before + "3"}})
@@ -104,9 +104,9 @@ def test_zeros_in_the_numbers_of_a_sparse_map() -> None:
 )
 @pytest.mark.parametrize("key", ["uid", "size", "mtime"])
 def test_what_is_no_number_stays_none(key: str, value: str) -> None:
-    """And one that is too large stays out of range."""
+    """Invalid numbers stay invalid, and numbers that are too large stay out of range."""
     if key == "mtime" and value.endswith("808"):
-        # No file system has such a time, for which moby takes that of the epoch.
+        # No file system can store such a time. moby replaces it with the epoch.
         assert only({"name": "a", "pax": {key: value}}).mtime_ns == 0
         return
     with pytest.raises(UnpackError, match=r"not a (number|time)"):

@@ -1,4 +1,7 @@
-"""A store's block is left while calls run in other tasks: each ends, with `StoreClosed` at most."""
+"""Tests of leaving a store's block while calls run in other tasks.
+
+Each call ends, either normally or with `StoreClosed`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from trio_layers._store.directory import open_store
 from trio_layers._unpack.limits import Limits
 from trio_layers._unpack.unpacker import Unpacker
 
-# Of the moments of a call, one of so many is tried; the environment asks for all.
+# One of `STRIDE` moments of each call is tested; the environment variable selects all.
 STRIDE: Final = 1 if os.environ.get("TRIO_LAYERS_CANCELLATIONS") == "all" else 2
 
 NAME: Final = "docker.io/library/demo:1"
@@ -46,7 +49,7 @@ def ignore(position: int) -> None:
     pass
 
 
-# The calls. Each has a store with one image, and a directory beside it.
+# The tested calls. Each gets a store with one image, and a directory beside it.
 
 
 async def layers(store: DirectoryStore, beside: Path) -> None:
@@ -199,7 +202,7 @@ async def test_a_call_on_a_store_whose_block_was_left(tmp_path: Path) -> None:
 
 
 async def test_blocks_of_callers_that_outlive_the_store(tmp_path: Path) -> None:
-    """Their locks and files are gone with the store, and what came is kept."""
+    """The store's end removes their locks and files, and keeps received bytes."""
     path = tmp_path / "store"
     await prepare(path)
     data, blob = os.urandom(50_000), new_layer()

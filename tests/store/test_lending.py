@@ -1,4 +1,4 @@
-"""Workers are lent: a download that is slow, or stands still, keeps no other layer waiting."""
+"""Tests of lending: slow or stopped downloads do not delay other layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def slow_layer(number: int) -> Blob:
 
 
 async def all_lent(store: Store, waiting: int) -> None:
-    """Until no worker is idle, and so many stages wait."""
+    """Wait until no worker is idle and ``waiting`` stages wait."""
     limiter = store._trees.builder.limiter
     with trio.fail_after(30):
         while store.statistics().waiting != waiting or limiter.available_tokens:  # noqa: ASYNC110
@@ -50,7 +50,7 @@ async def all_lent(store: Store, waiting: int) -> None:
 async def test_layers_that_trickle_in_hold_up_nobody(
     open_it: OpenStore, extra: int, tmp_path: Path
 ) -> None:
-    """However many there are. They are unpacked when they have come."""
+    """Any number of slow layers is possible. They are unpacked after their arrival."""
     async with open_it(tmp_path) as store:
         count = int(store._trees.builder.limiter.total_tokens) + extra
         slow = [slow_layer(number) for number in range(count)]
@@ -72,7 +72,7 @@ async def test_layers_that_trickle_in_hold_up_nobody(
             for name in "abc":
                 with trio.fail_after(20):
                     await stage(store, layer_of(**{name: name}))
-            # All but those that have got a worker again are seen to wait.
+            # The statistics count each slow layer as unpacking or as waiting.
             now = store.statistics()
             assert now.unpacking + now.waiting == count
             assert now.waiting >= max(extra, 1)
@@ -86,7 +86,7 @@ async def test_layers_that_trickle_in_hold_up_nobody(
 
 @OPEN
 async def test_one_worker_is_enough(open_it: OpenStore, tmp_path: Path) -> None:
-    """Also where what has come of the slow layer is damaged, so that its worker only waits."""
+    """Damage in the slow layer's first bytes changes nothing: its worker only waits."""
     damaged = blob_of(tar({"name": "a", "text": "a" * 2 * MIB})[: MIB + 1000] + bytes(9 * MIB))
     async with open_it(tmp_path) as store:
         store._trees.builder.limiter.total_tokens = 1
@@ -116,14 +116,14 @@ def arrival_of(size: int, number: int = 0) -> Arrival:
 
 
 class World:
-    """Stages of one `Lending`, without workers: each test says how far those are."""
+    """Stages of one `Lending` without workers; the tests set the progress."""
 
     def __init__(self, workers: int) -> None:
         self.lending = Lending(trio.CapacityLimiter(workers))
         self.loans: dict[Arrival, Loan] = {}
 
     async def follow(self, arrival: Arrival) -> None:
-        """Have a worker for the blob until that is complete, however often it is recalled."""
+        """Borrow a worker until the blob is complete, again after each recall."""
         while True:
             try:
                 async with self.lending.lend(arrival) as loan:
@@ -169,7 +169,7 @@ async def test_the_one_with_the_least_to_lose_goes(autojump_clock: object) -> No
 
 
 async def test_a_worker_that_is_busy_is_not_recalled(autojump_clock: object) -> None:
-    """One that is behind its blob, or whose blob is about to be complete."""
+    """A worker is busy if it lags behind its blob, or the blob is nearly complete."""
     world = World(1)
     first, quick = arrival_of(1000 * MIB), arrival_of(1, 1)
     first.growth.grow(500 * MIB)
@@ -192,8 +192,10 @@ async def test_a_worker_that_is_busy_is_not_recalled(autojump_clock: object) -> 
 
 
 async def test_no_work_is_thrown_away_without_end(autojump_clock: object) -> None:
-    """A blob that trickles in for hours, while small ones come all the time: each has its worker
-    soon, and what is done twice is less than twice the blob."""
+    """A blob arrives slowly for hours, and small blobs arrive all the time.
+
+    Each small blob gets a worker soon, and the repeated work is less than twice the slow blob.
+    """
     world = World(1)
     slow = arrival_of(150 * MIB)
     async with background() as nursery:
@@ -218,7 +220,7 @@ async def test_no_work_is_thrown_away_without_end(autojump_clock: object) -> Non
 
 
 async def test_one_that_stands_still_gives_way_to_one_that_grows(autojump_clock: object) -> None:
-    """… and not the other way round."""
+    """A growing blob does not give way to one that stands still."""
     world = World(1)
     still, grows = arrival_of(100 * MIB), arrival_of(100 * MIB, 1)
     still.growth.grow(MIB)
@@ -239,7 +241,7 @@ async def test_one_that_stands_still_gives_way_to_one_that_grows(autojump_clock:
 
 
 async def test_workers_that_are_closed_refuse_and_end_what_is_under_way(tmp_path: Path) -> None:
-    """In any task, whether it waits for a worker or has one."""
+    """The calls end in all tasks, both while waiting for a worker and with one."""
     ended: list[str] = []
 
     async def follow(number: int) -> None:
@@ -267,12 +269,12 @@ async def test_workers_that_are_closed_refuse_and_end_what_is_under_way(tmp_path
     assert len(ended) == count
     with trio.fail_after(5):
         await follow(count)
-    # Nothing is started for the store any more.
+    # Closed workers start no more processes.
     workers.prepare()
 
 
 async def test_a_slow_layer_that_is_unpacked_twice_is_right(tmp_path: Path) -> None:
-    """It begins again from the bytes that are kept, and nothing of the first tree stays."""
+    """The second unpacking reads the kept bytes, and the first tree is removed."""
     unpacker = Watched()
     blob = slow_layer(0)
     async with directory.open_store(tmp_path, unpacker=unpacker) as store:

@@ -1,4 +1,4 @@
-"""Locks that are not seen: their files were removed, or they are another machine's."""
+"""Tests of invisible locks: removed files, and locks of other machines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def remove_lease_files(path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["register", "lease", "ingest"])
 async def test_a_process_whose_lease_file_was_removed(tmp_path: Path, what: str) -> None:
-    """As programs do that clean up: others leave alone what the process has, until it ends."""
+    """Other processes keep its files until it ends.
+
+    Programs that clean temporary directories remove such lock files.
+    """
     async with running(tmp_path, what) as process:
         before = (arriving(tmp_path), leases_of(tmp_path))
         assert any(before)
@@ -59,7 +62,7 @@ async def test_a_store_that_is_open_here_without_its_lease_file(tmp_path: Path) 
 
 @attrs.frozen
 class Elsewhere:
-    """What a holder on another machine left, or is at work on."""
+    """Files of a holder on another machine, dead or at work."""
 
     path: Path
     process: Process
@@ -101,17 +104,17 @@ class Elsewhere:
 async def test_a_holder_that_cannot_be_asked(
     tmp_path: Path, lease_file: bool, change: dict[str, object], age: float, stays: bool
 ) -> None:
-    """What is left of it is swept if it is dead, or a day old."""
+    """The holder's files are removed if the holder is dead, or after a day."""
     process = attrs.evolve(Process.current(), **{"pid": 1, "start": start_of(1), **change})
     if change.get("machine") == "this":
         process = attrs.evolve(process, machine=Process.current().machine)
-        stays = not process.machine  # one without an ID may be any
+        stays = not process.machine  # a machine without an ID may be any machine
     left = Elsewhere(tmp_path, process)
     async with opened(tmp_path) as store:
         left.leave(lease_file=lease_file, age=age)
         assert left.is_left
         await store.collect()
-        # On this machine a lock's file that is there tells all.
+        # On this machine, an existing lock file is enough to judge the holder.
         assert left.is_left == (stays and bool(change or not lease_file))
         assert left.is_left or not leases_of(tmp_path)
 
@@ -121,8 +124,10 @@ def start_of(pid: int) -> int:
 
 
 async def test_two_write_one_blob(tmp_path: Path) -> None:
-    """The file of the lock on its digest was removed: the second is told so, the first is not
-    disturbed."""
+    """A second writer of a blob comes after the removal of its lock file.
+
+    The second writer gets an error, and the first one continues.
+    """
     data = os.urandom(100_000)
     async with opened(tmp_path) as store, opened(tmp_path) as other:
         async with store.ingest(describe(data)) as sink:
@@ -138,7 +143,7 @@ async def test_two_write_one_blob(tmp_path: Path) -> None:
 
 
 async def test_what_is_written_is_removed(tmp_path: Path) -> None:
-    """The error says so, and does not blame the layer."""
+    """The error reports the removal, and does not blame the layer."""
     async with opened(tmp_path) as store:
         stream = Stream(LAYER.data, stop_at=20)
 

@@ -1,4 +1,7 @@
-"""Stacks of thousands of layers: each costs what the first one does, in short steps of the loop."""
+"""Tests of stacks of thousands of layers.
+
+Each layer costs as much as the first one, in short steps of the event loop.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ async def opened(path: Path) -> AsyncIterator[DirectoryStore]:
 
 
 async def put_stack(store: DirectoryStore, blob: Blob, height: int) -> list[ChainID]:
-    """A stack of one layer many times, as so many registrations leave it; its chain IDs."""
+    """Write a stack of one repeated layer, as registrations would; return the chain IDs."""
     layer = await store.register(Stream(blob.data), None, blob.descriptor)
     store.release(layer)
     chains = [layer.chain_id]
@@ -96,7 +99,7 @@ async def test_a_layer_of_a_high_stack_is_found_in_short_steps(
         chains = await put_stack(store, LAYER, height)
         real = store._object
         with counting_steps() as steps:
-            # The class has no dictionary of instances for it to shadow.
+            # Instances have no ``__dict__``, so the test must patch the class.
             monkeypatch.setattr(
                 DirectoryStore, "_object", lambda self, *args: (steps.note(), real(*args))[1]
             )
@@ -110,7 +113,7 @@ async def test_a_layer_of_a_high_stack_is_found_in_short_steps(
             found = found.parent
             assert found.chain_id == chain
         assert found.parent is None
-        # Its object is there: nothing is made again.
+        # The layer's object exists, so the store makes no other.
         assert await store.find(chains[-1]) is layer
         assert steps.all == height
         store.release(layer)
@@ -151,7 +154,7 @@ async def test_a_repeated_layer_takes_as_many_jobs_on_any_height(
             jobs = lists = 0
             layers.append(await store.register(Stream(b""), layers[-1].chain_id, LAYER.descriptor))
             counts.append((jobs, lists))
-        # The first one reads the lists below, each once.
+        # The first registration reads each list of the layers below once.
         assert counts[0][1] == 1200
         for jobs, lists in counts[1:]:
             assert (jobs <= 4, lists) == (True, 1)

@@ -1,4 +1,4 @@
-"""Stores that are not there, and stores that cannot be written."""
+"""Tests of missing and read-only stores."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_a_command_that_looks_or_removes_makes_no_store(
 
 
 async def read_all(path: Path, reference: str, target: Path, *, by_commands: bool = False) -> None:
-    """What the library and the commands show of a store that they cannot write."""
+    """Read a read-only store with the library or the commands, and check the results."""
     async with open_store(path, read_only=True) as store, open_puller(store) as puller:
         async with puller.pull(reference, policy="never") as image:
             release = await image.rootfs.read_bytes("/etc/os-release")
@@ -108,7 +108,7 @@ async def forbidden(store: object, reference: str) -> None:
 @as_root
 @pytest.mark.parametrize("log", ["none", "left", "in use"])
 async def test_a_store_on_a_read_only_file_system(tmp_path: Path, log: str) -> None:
-    """Also with a log that a crash left, and while another process has it open elsewhere."""
+    """Reading works with a crash's log, too, and while another process uses the store."""
     path, bound = tmp_path / "store", tmp_path / "bound"
     async with pulled(path) as reference:
         pass
@@ -141,7 +141,7 @@ async def test_a_store_on_a_read_only_file_system(tmp_path: Path, log: str) -> N
 
 @as_root
 async def test_root_reads_another_users_store(tmp_path: Path) -> None:
-    """Nothing is written, and nothing changes its owner."""
+    """The commands write no file, and change no owner."""
     path = tmp_path / "store"
     async with pulled(path) as reference:
         pass

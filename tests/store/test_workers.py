@@ -102,7 +102,7 @@ async def test_workers_are_started_when_there_is_something_to_do(tmp_path: Path)
 
 
 async def at_work(store: DirectoryStore, *, but: int = 0) -> int:
-    """The one process, other than ``but``, that has a file of the store open."""
+    """Return the only process, except ``but``, with an open file of the store."""
     with trio.fail_after(20):
         while True:
             found = [pid for pid in children() if pid != but and is_at_work(pid, store.path)]
@@ -112,7 +112,7 @@ async def at_work(store: DirectoryStore, *, but: int = 0) -> int:
 
 
 async def test_a_worker_that_is_killed_is_replaced_once(tmp_path: Path) -> None:
-    """The second may die of the same layer, which then fails. Nobody else's work is touched."""
+    """If the second worker dies of the same layer, this layer fails, and no other one."""
     async with open_store(tmp_path) as store:
         await stage(store, layer_of(first="first"))
         before = visible(tmp_path)
@@ -144,7 +144,7 @@ async def test_a_worker_that_is_killed_is_replaced_once(tmp_path: Path) -> None:
 async def test_a_worker_that_is_lost_once_does_no_harm(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer is whole; what is shown of it never goes backwards."""
+    """The layer is complete, and its reported progress never decreases."""
     monkeypatch.setattr(_workers, "_SILENCE", 1.0)
     async with open_store(tmp_path) as store:
         await stage(store, layer_of(first="first"))
@@ -171,7 +171,7 @@ async def test_a_worker_that_is_lost_once_does_no_harm(
 
 
 def is_at_work(pid: int, store: Path) -> bool:
-    """Whether a process has a file of the store open."""
+    """Return whether a process has an open file of the store."""
     try:
         links = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
     except FileNotFoundError:
@@ -180,7 +180,7 @@ def is_at_work(pid: int, store: Path) -> bool:
 
 
 def answer_nonsense(pid: int) -> None:
-    """Write to the pipe by which a worker answers: its first that is not one of the standard."""
+    """Write to a worker's answer pipe, the first pipe after the standard streams."""
     numbers = sorted(int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir())
     pipes = [n for n in numbers if n > 2 and os.readlink(f"/proc/{pid}/fd/{n}").startswith("pipe:")]
     Path(f"/proc/{pid}/fd/{pipes[0]}").write_bytes(b"\x07\x00\x00\x00\x00")
@@ -255,7 +255,10 @@ async def test_without_an_interpreter_threads_do_it(
 async def test_a_start_that_fails_is_tried_again(
     failure: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a pause, in which threads unpack: processes may be few for a moment."""
+    """The store starts workers again after a pause, during which threads unpack.
+
+    A shortage of processes may be brief.
+    """
     real, failed = trio.lowlevel.open_process, 0
 
     async def sometimes(*args: Any, **options: Any) -> trio.Process:
@@ -281,7 +284,7 @@ async def test_a_start_that_fails_is_tried_again(
 
 
 def run_python(code: str, *options: str, directory: Path, **environment: str) -> str:
-    """What a program given on the command line prints."""
+    """Run a program from the command line, and return its output."""
     done = subprocess.run(
         [sys.executable, *options, "-c", code],
         capture_output=True,
@@ -311,8 +314,10 @@ trio.run(main)
 
 @pytest.mark.parametrize("entry", ["", "."])
 def test_a_worker_runs_nothing_of_the_directory_it_starts_in(entry: str, tmp_path: Path) -> None:
-    """Which may be a file system that was exported before. A program given on the command line
-    has an empty entry in its path, and any may have a relative one."""
+    """The directory may contain an exported file system with foreign programs.
+
+    ``python -c`` adds an empty entry to ``sys.path``; any program may add a relative one.
+    """
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in ("queue", "pickle", "attr", "isal"):
@@ -324,7 +329,7 @@ def test_a_worker_runs_nothing_of_the_directory_it_starts_in(entry: str, tmp_pat
 
 @pytest.mark.parametrize("how", ["archive", "working directory"])
 def test_a_worker_finds_the_library_where_the_program_did(how: str, tmp_path: Path) -> None:
-    """Wherever that is; with other libraries, or without them."""
+    """The library may be anywhere, with or without other libraries beside it."""
     package = Path(trio_layers.__file__).parent
     (tmp_path / "elsewhere").mkdir()
     path = ENVIRONMENT["PYTHONPATH"]

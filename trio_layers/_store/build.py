@@ -142,13 +142,13 @@ def build(
 
 @attrs.define(eq=False)
 class Past:
-    """The times that a stage had to start over, although its bytes were good.
+    """Restarts of a stage for other reasons than bad bytes.
 
     Attributes:
-        recalls: How often its worker was wanted elsewhere.
-        recalled_at: How large its blob was at the last of them.
-        thrown_away: How many bytes of the blob had been unpacked for nothing.
-        lost: How many workers died of it, or did not answer.
+        recalls: Number of times that another stage needed its worker.
+        recalled_at: The size of its blob at the last recall.
+        thrown_away: Number of bytes of the blob whose unpacking was lost.
+        lost: Number of workers that died or did not answer during its work.
     """
 
     recalls: int = 0
@@ -157,7 +157,7 @@ class Past:
     lost: int = 0
 
     def note_recall(self, position: int, size: int) -> None:
-        """The worker had to leave at ``position`` of a blob that had ``size`` bytes by then."""
+        """Record a recall at ``position`` of a blob with ``size`` bytes so far."""
         self.recalls += 1
         self.recalled_at = size
         self.thrown_away += position
@@ -174,7 +174,7 @@ class Arrival:
         target: Where the tree is made.
         report: Told how many bytes of the blob were read, now and then, in any thread.
         alone: Nothing else is on its way, so that it may be done with all cores.
-        past: What happened to earlier tries.
+        past: The restarts of earlier attempts.
     """
 
     path: Path

@@ -77,7 +77,7 @@ VERSION: Final = 2
 
 1: the first. 2: images list their blobs, and a holder has one lease on a digest."""
 
-# How often the file is copied that others write meanwhile.
+# Number of attempts to copy the file while other processes write it.
 _COPIES: Final = 10
 
 _SCHEMA: Final = """
@@ -252,13 +252,14 @@ class StoredImage:
     index: Descriptor | None = None
 
 
-# For how many seconds a job is tried while another process holds the catalog.
+# Seconds for which a job is retried while another process holds the catalog's lock.
 _PATIENCE: Final = 10
 
-# For how many seconds the end of a lease waits behind other writers of this process.
+# Seconds for which the end of a lease waits for other writers of this process.
 _LAST: Final = 0.5
 
-# Seconds that SQLite itself waits in the worker thread: nothing cancels that wait.
+# Seconds for which SQLite waits for the lock in the worker thread. A cancellation cannot end
+# this wait.
 _WAIT_IN_THREAD: Final = 0.05
 
 # Seconds between two tries. A cancellation ends this wait.
@@ -266,12 +267,12 @@ _PAUSE: Final = 0.02
 
 
 async def while_busy(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Try again for some seconds while another process holds the catalog.
+    """Retry for some seconds while another process holds the catalog.
 
     Cancellation: between two attempts, each of which waits in its thread for milliseconds only.
 
     Raises:
-        StoreBusy: if another process held the catalog all that time.
+        StoreBusy: if another process held the catalog until the last attempt.
     """
     end = time.monotonic() + _PATIENCE
     while True:
@@ -284,8 +285,11 @@ async def while_busy(attempt: Callable[[], Awaitable[T]]) -> T:
 
 
 IndexRow: TypeAlias = tuple[str, str | None, str, Digest, int, Digest | None]
-"""An entry of ``index.json``: reference, platform, the manifest's media type, digest and size,
-and the digest of the index that it was chosen from."""
+"""An entry of ``index.json``.
+
+The fields are reference, platform, the manifest's media type, digest and size, and the digest of
+the index that listed the manifest.
+"""
 
 
 @final
@@ -296,17 +300,17 @@ class Catalog:
         self._connection = connection
         self._path = path
         self._thread = trio.CapacityLimiter(1)
-        # One writer at a time asks for SQLite's lock; meanwhile others may read.
+        # One writer at a time asks for SQLite's lock, so that reading jobs can run meanwhile.
         self._writing = trio.Lock()
-        # Whether SQLite has refused the last job, and so will refuse the next.
+        # Whether a lock made SQLite refuse the last job. The next one is likely to fail, too.
         self._refused = False
         self._closed = False
 
     async def read(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Run a short job in a worker thread. Once begun it is not cancelled.
 
-        While another process holds the catalog, SQLite refuses the job at its beginning. So
-        trying again repeats nothing.
+        While another process holds the catalog, SQLite refuses a job at its beginning. A retry
+        therefore repeats no work.
 
         Raises:
             StoreBusy: if another process held the catalog for too long.
@@ -351,20 +355,20 @@ class Catalog:
             return await self.read(_noted(job), *args)
 
     async def note_now(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
-        """Like `note`, without patience, and not cancelled: for the end of a lease.
+        """Run a job like `note`, without retries or cancellation, to end a lease.
 
         Raises:
             StoreBusy: if another process holds the catalog.
         """
         if not self._refused:
-            # A writer ahead of this one may come to wait for another process.
+            # A writer ahead of this one may have to wait for another process, so limit the wait.
             with trio.move_on_after(_LAST, shield=True):
                 async with self._writing:
                     return await self._try(_noted(job), *args)
         raise StoreBusy(f"{self._path} is held by another process")
 
     async def close(self) -> None:
-        """Close the connection, after the jobs that have begun. Not cancelled."""
+        """Close the connection after the running jobs; shielded from cancellation."""
 
         def close() -> None:
             self._closed = True
@@ -375,7 +379,7 @@ class Catalog:
 
 
 def closed_error(path: Path) -> StoreClosed:
-    """The error of a call on a store whose block was left."""
+    """Return the error for a call on a closed store."""
     return StoreClosed(f"the store {path} was closed: call it inside its block")
 
 
@@ -434,7 +438,7 @@ def connect(path: Path) -> sqlite3.Connection:
 def _noted(
     job: Callable[[sqlite3.Connection, *Ts], T],
 ) -> Callable[[sqlite3.Connection, *Ts], T]:
-    """The job in a transaction that is durable only with a later one."""
+    """Wrap a job in a transaction that becomes durable with a later one."""
 
     def run(connection: sqlite3.Connection, *args: *Ts) -> T:
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -448,10 +452,10 @@ def _noted(
 
 
 def copy_to_memory(path: Path) -> sqlite3.Connection:
-    """Copy the catalog file, with what is in its log, to be read; nothing beside it is written.
+    """Copy the catalog and its log for reading, without writing to its directory.
 
     Raises:
-        StoreError: if others write it all the time.
+        StoreError: if other processes wrote the catalog during each attempt.
     """
     memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     try:
@@ -469,7 +473,7 @@ def copy_to_memory(path: Path) -> sqlite3.Connection:
 
 
 def _back_up(path: Path, memory: sqlite3.Connection) -> bool:
-    """Copy a catalog that somebody has open, under SQLite's locks; whether that could be done."""
+    """Copy an open catalog under SQLite's locks; return whether this was possible."""
     open_here = is_open_here(path)
     log = path.with_name(path.name + "-wal")
     if not open_here and not (log.exists() and path.with_name(path.name + "-shm").exists()):
@@ -481,7 +485,7 @@ def _back_up(path: Path, memory: sqlite3.Connection) -> bool:
     except sqlite3.OperationalError:
         if open_here:
             raise
-        return False  # a crash left them, and recovery would write
+        return False  # a crash left the log files, and SQLite's recovery would write
     return True
 
 
@@ -695,7 +699,10 @@ def find_whole_images(connection: sqlite3.Connection) -> list[StoredImage]:
 
 
 def find_index_rows(connection: sqlite3.Connection) -> Iterator[IndexRow]:
-    """Like `find_whole_images`, as plain rows: there may be thousands, at each write."""
+    """Find images like `find_whole_images`, but return plain rows.
+
+    Each write reads all rows, of which there may be thousands.
+    """
     return connection.execute(
         "SELECT r.reference, r.platform, i.media_type, m.digest, m.size, x.digest "
         "FROM image_references r "
@@ -735,7 +742,7 @@ def drop_image(connection: sqlite3.Connection, manifest: Digest) -> bool:
 def add_leases(
     connection: sqlite3.Connection, holder: str, digests: Iterable[Digest], process: str
 ) -> None:
-    """Give a holder leases; ``process``: see `Process.encode`."""
+    """Add leases of a holder; see `Process.encode` for ``process``."""
     connection.executemany(
         "INSERT OR IGNORE INTO leases (holder, digest, process) VALUES (?, ?, ?)",
         [(holder, digest, process) for digest in digests],
@@ -756,12 +763,12 @@ def drop_leases(
 
 
 def find_holders(connection: sqlite3.Connection) -> dict[str, str | None]:
-    """Holders of leases, alive or not, and their processes."""
+    """Return the holders of leases, alive or dead, with their processes."""
     return dict(connection.execute("SELECT holder, max(process) FROM leases GROUP BY holder"))
 
 
 def complete_tables(connection: sqlite3.Connection) -> None:
-    """Add what older software of the same version did not have, and leaves alone."""
+    """Add the columns that older software of the same schema version lacks and ignores."""
     columns = [row[1] for row in connection.execute("PRAGMA table_info(leases)")]
     if "process" not in columns:
         connection.execute("ALTER TABLE leases ADD COLUMN process TEXT")

@@ -30,7 +30,7 @@ from .scratch import Scratch
 __all__ = ["Collected", "Collector", "MountedTree"]
 
 _Used: TypeAlias = Mapping[str, tuple[str, ...]]
-"""The names of trees that are mounted, and where; see `find_used_trees`."""
+"""Names of mounted trees, with their mount points; see `find_used_trees`."""
 
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _PARTIAL: Final = re.compile(r"([0-9a-f]{64})\.partial")
@@ -42,11 +42,11 @@ _BATCH: Final = 256
 
 @attrs.frozen
 class MountedTree:
-    """An unpacked layer that nothing in the store needs, and that is mounted.
+    """An unreferenced tree that stays because it is mounted.
 
     Attributes:
         id: The tree's ID.
-        targets: Where it is mounted, in any mount namespace; empty if that cannot be seen.
+        targets: The mount points of the tree in all mount namespaces; empty if none is visible.
     """
 
     id: Digest
@@ -64,8 +64,8 @@ class Collected:
         blobs: How many blobs, such leftovers and broken-off downloads included.
         size: What they take on the disk, in bytes. What is shared with something that stays is
             not in it.
-        mounted: The trees that stay only since they are mounted. Once they are unmounted, the
-            next collection removes them.
+        mounted: Trees that stay only because they are mounted. The first collection after their
+            unmounting removes them.
     """
 
     images: int = 0
@@ -178,7 +178,7 @@ class Collector:
             path = self._scratch.new("garbage")
             with contextlib.suppress(FileNotFoundError):
                 os.rename(place / name, path)
-                forget_damage(place / name)  # another may come to this place
+                forget_damage(place / name)  # a new blob or tree may get the same path
                 taken.append(path)
         return taken
 
@@ -265,8 +265,10 @@ def _undone(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _drop(connection: sqlite3.Connection, busy: Iterable[Digest], used: _Used) -> _Dropped:
-    """Drop the rows that nobody needs; how many images and layers those are, and which trees stay
-    since they are mounted.
+    """Delete unreferenced rows from the catalog.
+
+    Return the numbers of deleted images and layers, and the trees that stay because they are
+    mounted.
 
     What is needed is found out in sets, since everybody else waits meanwhile: in SQL it takes
     five times as long.

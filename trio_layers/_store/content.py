@@ -69,7 +69,7 @@ class Partial:
         with disk_errors(path.parent):
             self._file = io.FileIO(path, "wb" if fresh else "a+b")
         try:
-            # Besides the lock on its digest, whose file a program that cleans up may remove.
+            # The lock on the digest is not enough: a cleaning program may remove its file.
             lock_written(self._file.fileno(), path)
             if not fresh:
                 self._hash_again()
@@ -300,7 +300,7 @@ class Ingest:
             self._partial.close()
 
     async def _close(self) -> None:
-        """Keep the bytes that came, and let go of the lock, before the caller's block ends."""
+        """Keep the received bytes and release the lock before the caller's block ends."""
         await self._leave(failed=True)
         await clean_up_in_thread(self._lock.release)
 
@@ -409,7 +409,7 @@ class Batch:
             await self._commits.commit(functools.partial(self._place, wanted), since=self._since)
 
     async def _close(self) -> None:
-        """Wait for `add`, then remove what is not visible: the store's block was left."""
+        """Wait for `add`, then remove the unpublished blob, as the store closes."""
 
         def discard() -> None:
             with self._busy:
@@ -464,7 +464,7 @@ class BlobStream(trio.abc.ReceiveStream):
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """Like `aclose`, without a checkpoint."""
+        """Close the stream like `aclose`, but without a checkpoint."""
         self._closed = True
         self._close_if_idle()
 
@@ -506,7 +506,7 @@ class Content:
         return await self._catalog.read(find_blob, digest)
 
     def has_whole(self, connection: sqlite3.Connection, digest: Digest) -> bool:
-        """Whether a blob is there and, at a glance, not damaged; a job for the catalog."""
+        """Return whether a blob exists and passes a quick check (a catalog job)."""
         blob = find_blob(connection, digest)
         return blob is not None and is_whole_blob(self.path(digest), blob.size)
 
@@ -640,15 +640,15 @@ class Content:
         return stream
 
     def close_streams(self) -> None:
-        """Close the files of all streams that are open."""
+        """Close the files of all open streams."""
         for stream in tuple(self._streams):
             stream.close()
 
     async def expect_whole(self, digest: Digest, error: Exception) -> None:
-        """Look whether a blob that could not be unpacked is what was verified when it came.
+        """Verify again a blob that could not be unpacked.
 
         Raises:
-            VerificationError: if it is not; ``error`` is its cause.
+            VerificationError: if the blob does not match its digest; ``error`` is the cause.
         """
         try:
             await trio.to_thread.run_sync(_check_whole, self.path(digest), digest)
@@ -672,7 +672,7 @@ class Content:
         elif blob.size != descriptor.size:
             raise _wrong(descriptor, blob.digest, blob.size)
         elif not is_whole_blob(self.path(blob.digest), blob.size):
-            return None  # it comes anew
+            return None  # the caller downloads the blob again
         return blob
 
     def place(self, connection: sqlite3.Connection, *, path: Path, descriptor: Descriptor) -> None:

@@ -1,9 +1,11 @@
-"""Blobs and trees that were found damaged: noted by their finder, mended by the next pull.
+"""Notes of damaged blobs and trees, which the next pull replaces.
 
-A note is with what it is about, and goes with it: an attribute of a blob's file, an empty file in a
-tree's directory. Where the file system keeps no attributes, this process remembers. A blob or tree
-that has one, or that is not as its row says at a glance, is treated as if it had to come anew, and
-what comes is put in its place. Blocking: for worker threads.
+A note is an attribute of a blob's file or an empty file in a tree's directory, so that the note
+disappears with the blob or tree. On a file system without attributes, only this process remembers
+the damage. A pull downloads or unpacks a blob or tree again if it has a note or if a quick check
+shows a difference from its row, and the new copy replaces the old one.
+
+Most functions block, so call them in worker threads.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ _FILE: Final = "damaged"
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _NOTED: Final[set[Path]] = set()
-"""The damage that this process has found, so that it need not look for notes."""
+"""Damaged paths that this process has found, kept to avoid searches for notes."""
 
 
 def note_damage(path: Path) -> None:
-    """Note that a blob's file or a tree's directory is damaged, as far as the store can be
-    written."""
+    """Note that a blob's file or a tree's directory is damaged.
+
+    If the store cannot be written, only this process knows of the damage.
+    """
     _NOTED.add(path)
     with contextlib.suppress(OSError):
         if not _is_ours(path):
@@ -48,7 +52,7 @@ def note_damage(path: Path) -> None:
 
 
 def forget_damage(path: Path) -> None:
-    """Drop the note: what is there is new, or was verified."""
+    """Drop the note of damage for a new or verified blob or tree."""
     _NOTED.discard(path)
     with contextlib.suppress(OSError):
         if not _is_ours(path):
@@ -65,12 +69,12 @@ def any_noted() -> bool:
 
 
 def is_noted(path: Path) -> bool:
-    """Whether this process has found the damage; does not block."""
+    """Return whether this process has found the damage, without blocking."""
     return path in _NOTED
 
 
 def damaged(path: Path, reason: str) -> StoreError:
-    """Note that a blob or a tree is damaged, and return an error that says so."""
+    """Note that a blob or tree is damaged, and return the error."""
     note_damage(path)
     return StoreError(
         f"{path} is damaged ({reason}): pull its image again, and what is damaged comes anew"
@@ -78,7 +82,7 @@ def damaged(path: Path, reason: str) -> StoreError:
 
 
 def is_whole_blob(path: Path, size: int) -> bool:
-    """Whether a blob's file is there, of the right size, and not noted as damaged."""
+    """Return whether a blob exists in full size without a note of damage."""
     name = os.fspath(path)
     try:
         found = os.lstat(name)
@@ -93,7 +97,7 @@ def is_whole_blob(path: Path, size: int) -> bool:
 
 
 def is_whole_tree(path: Path) -> bool:
-    """Whether a tree's files and the list of them are there, and not noted as damaged."""
+    """Return whether a tree has its files and list without a note of damage."""
     name = os.fspath(path)
     try:
         files, entries = os.lstat(f"{name}/fs"), os.lstat(f"{name}/entries")
@@ -105,5 +109,5 @@ def is_whole_tree(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether the store is not another user's, which root only reads."""
+    """Return whether we own the store; root only reads stores of other users."""
     return os.lstat(path.parent).st_uid == os.geteuid()

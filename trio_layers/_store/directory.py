@@ -60,7 +60,7 @@ __all__ = ["Batch", "DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistic
 _DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
 
-# The layers that objects are made of between two checkpoints: a millisecond or two.
+# Number of layer objects to make between two checkpoints: a millisecond or two of work.
 _STRIDE: Final = 256
 
 
@@ -79,11 +79,11 @@ async def open_store(
         path: The directory. If it is empty or not there, a store is made in it, mode 0700.
         unpacker: Makes trees of layers.
         builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
-        create: Whether a store is made where there is none.
-        read_only: Whether nothing is written, and the store is read as it is now.
+        create: Create the store if the path has none.
+        read_only: Open the store for reading only, and write nothing.
 
     Raises:
-        StoreNotFound: if there is no store, and none is to be made.
+        StoreNotFound: if the path has no store and the call may not create one.
         UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
             user. Nothing in it is changed.
         StoreReadOnly: if it cannot be written.
@@ -153,8 +153,8 @@ class StoreStatistics:
         layers: How many layers are referred to.
         references: How many references to them are not released.
         unpacking: How many layers are being unpacked.
-        waiting: How many wait for a worker to be unpacked in, those among them that had to leave
-            theirs to others since their download is slow.
+        waiting: Number of layers that wait for an unpacking worker, including layers that gave
+            up their worker because their download is slow.
     """
 
     layers: int
@@ -174,8 +174,8 @@ class DirectoryStore:
     `StoreFull` and `StoreReadOnly` are kinds. Cancelled, each of them leaves the store as it was
     or has done its work.
 
-    Leaving the store's block ends the calls under way in any task, and they raise `StoreClosed`,
-    as each later call does.
+    Leaving the store's block ends the calls that run in any task. These calls, and all later
+    ones, raise `StoreClosed`.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class DirectoryStore:
         # One object for each layer, for as long as anybody has it.
         self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
         self._references: dict[ChainID, int] = {}
-        # Layers that were found, and looked damaged then.
+        # Layers that looked damaged when they were last looked up.
         self._damaged: set[ChainID] = set()
         self._surveys = Surveys()
 
@@ -240,7 +240,7 @@ class DirectoryStore:
 
     @property
     def unpacker(self) -> Unpacker:
-        """The functions that make trees of layers in this store."""
+        """The functions that unpack layers into trees in this store."""
         return self._unpacker
 
     def statistics(self) -> StoreStatistics:
@@ -267,7 +267,7 @@ class DirectoryStore:
             self._holds.let_go([chain_id])
             raise
         if layer is None or chain_id in self._damaged:
-            # What is damaged is to come anew.
+            # A damaged layer counts as missing, so that the caller downloads it again.
             self._holds.let_go([chain_id])
             return None
         return self._refer(layer)
@@ -407,7 +407,10 @@ class DirectoryStore:
 
     @while_open
     async def whole_blob(self, digest: Digest) -> Path | None:
-        """Like `blob`; ``None`` also for one that is damaged at a glance, and is to come anew."""
+        """Find a blob like `blob`, but return ``None`` for a damaged one, too.
+
+        The check is a quick one. The caller must download a damaged blob again.
+        """
         whole = await self._catalog.read(self._content.has_whole, digest)
         return self._content.path(digest) if whole else None
 
@@ -531,14 +534,16 @@ class DirectoryStore:
 
     @while_open
     async def put_images(self, images: Sequence[StoredImage]) -> None:
-        """Let references stand for images, all at once or, if it fails, none; see `put_image`.
+        """Store several images under their references in one transaction.
+
+        If the call fails, no reference has changed. See `put_image`.
 
         Args:
             images: References and images. All parts of the images must be in the store.
 
         Raises:
-            StoreError: if something of an image is not in the store.
-            PlatformError: if the platform of an image is none.
+            StoreError: if the store lacks a part of an image.
+            PlatformError: if the platform of an image is invalid.
         """
         since = self._commits.failures
         layers: dict[Digest, list[Digest]] = {}
@@ -561,8 +566,11 @@ class DirectoryStore:
 
     @while_open
     async def looks_whole(self, image: StoredImage) -> bool:
-        """Whether an image's documents are what their digests say, and its layers are not damaged
-        as far as a glance tells, or somebody has found."""
+        """Return whether an image is free of visible or known damage.
+
+        The documents are compared with their digests. The layers get a quick check only, and
+        must not have been found damaged before.
+        """
         documents = (image.manifest, image.config, image.index)
         for each in documents:
             if each is not None and await self.find_document(each.digest) is None:
@@ -657,7 +665,7 @@ class DirectoryStore:
         return found
 
     def _is_put(self, connection: sqlite3.Connection, image: StoredImage) -> bool:
-        """Whether a reference stands for the image, whose documents are not damaged."""
+        """Return whether the reference points to this image, with undamaged documents."""
         documents = (image.manifest, image.config, image.index)
         return find_image(connection, image.reference, None) == image and all(
             self._content.has_whole(connection, each.digest) for each in documents if each
@@ -723,9 +731,11 @@ class DirectoryStore:
     def _find_rows(
         self, connection: sqlite3.Connection, chain_id: ChainID
     ) -> tuple[list[tuple[StoredLayer, Path]], DirectoryLayer | None]:
-        """The rows of a layer and of those below it with their trees, top first, and the first of
-        the latter that we have an object of: an image's layers are not all read again for each
-        of them."""
+        """Read the rows and trees of a layer and its parents, top first.
+
+        The walk stops at the first parent with a live layer object, and returns this object, too:
+        otherwise each lookup of a layer would read all its parents again.
+        """
         rows: list[tuple[StoredLayer, Path]] = []
         below: DirectoryLayer | None = None
         above: ChainID | None = chain_id

@@ -60,7 +60,7 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
 
 
 def removed_meanwhile(path: Path) -> StoreError:
-    """An error that says that others have removed what was being written."""
+    """Return the error for a file that was removed during its write."""
     return StoreError(
         f"{path} was removed while it was written: by a program that cleans up, or by a process "
         "that did not see that its lock is held. Keep the store where no program removes old "

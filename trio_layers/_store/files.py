@@ -146,10 +146,10 @@ def try_lock(path: Path, *, make: bool = True) -> int | None:
 
     Args:
         path: The file.
-        make: Whether the file is made if it is not there.
+        make: Create the file if it does not exist.
 
     Raises:
-        FileNotFoundError: if it is not there, and not to be made.
+        FileNotFoundError: if the file does not exist and ``make`` is false.
     """
     while True:
         flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
@@ -170,10 +170,10 @@ def try_lock(path: Path, *, make: bool = True) -> int | None:
 
 
 def lock_written(descriptor: int, path: Path) -> None:
-    """Lock a file that is written, as long as it is open.
+    """Lock a file for writing until it is closed.
 
     Raises:
-        StoreError: if another process writes it.
+        StoreError: if another process writes the file.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -28,11 +28,17 @@ class Abandoned(Exception):
 
 
 class Recalled(Exception):
-    """The worker is wanted elsewhere. The stage starts over later, from the bytes that are kept."""
+    """Another stage needs the worker.
+
+    The stage starts over later, from the bytes on the disk.
+    """
 
 
 class WorkerLost(Exception):
-    """The worker died or does not answer. Another one starts over, from the bytes that are kept."""
+    """The worker died or does not answer.
+
+    Another worker starts over, from the bytes on the disk.
+    """
 
 
 class State(NamedTuple):
@@ -57,7 +63,7 @@ class Growth:
     methods wait that are called so.
 
     Attributes:
-        checks: How often a reader has asked whether to go on: it is alive while this grows.
+        checks: Number of checks for cancellation by a reader, which is alive while this grows.
     """
 
     def __init__(self) -> None:
@@ -107,7 +113,7 @@ class Growth:
             self._become(state)
 
     def become_unless_abandoned(self, state: State) -> None:
-        """Be what another one is, but stay abandoned."""
+        """Copy the state of another growth, but stay abandoned."""
         with self._changed:
             self._become(state._replace(abandoned=state.abandoned or self._state.abandoned))
 

@@ -126,13 +126,13 @@ class Flavour:
 def locate(path: Path, *, create: bool) -> Path:
     """Return the real path of a store's directory.
 
-    The directory is made, with those on the way to it, if it is not there and ``create``. No link
-    is followed that another user could have planted.
+    With ``create``, missing directories are made, including parents. Links that another user could
+    have planted are not followed.
 
     Raises:
-        StoreNotFound: if the directory is not there, and is not to be made.
-        UnsupportedStore: if ``path`` is no directory.
-        StoreError: for what the disk does.
+        StoreNotFound: if the directory does not exist and ``create`` is false.
+        UnsupportedStore: if ``path`` is not a directory.
+        StoreError: if the disk fails.
     """
     with disk_errors(path):
         try:
@@ -158,12 +158,13 @@ def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
 
     Args:
         root: The directory, as from `locate`.
-        create: Whether a store is made if the directory has none yet.
+        create: Create a store if the directory has none yet.
 
     Raises:
-        StoreNotFound: if there is no store, and none is to be made.
-        UnsupportedStore: if it is not a store, or not one for us. Nothing in it is changed.
-        StoreError: for what the disk does.
+        StoreNotFound: if the directory has no store and ``create`` is false.
+        UnsupportedStore: if the directory has other contents or an unsupported store. The
+            function changes nothing in it.
+        StoreError: if the disk fails.
     """
     with disk_errors(root):
         if root.stat().st_uid != os.geteuid():
@@ -182,14 +183,14 @@ def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
 
 
 def open_to_read(root: Path) -> sqlite3.Connection:
-    """Open the store in ``root`` without writing anything; a copy of its catalog, in memory.
+    """Open the store in ``root`` for reading, with its catalog in memory.
 
-    The store may be on a read-only file system, or another user's, if this one may read it.
+    The store may be on a read-only file system or belong to another user, if it is readable.
 
     Raises:
         StoreNotFound: if there is no store.
-        UnsupportedStore: if it is not a store, or one of another version.
-        StoreError: for what the disk does.
+        UnsupportedStore: if the directory has other contents, or a store of another version.
+        StoreError: if the disk fails.
     """
     with disk_errors(root):
         if not _recognise(root):
@@ -231,8 +232,8 @@ def index_document(images: Iterable[StoredImage]) -> bytes:
 
 
 def encode_index(rows: Iterable[IndexRow]) -> bytes:
-    """The ``index.json`` of these entries, one in a line."""
-    # An image may have thousands of names, and all of them are written at each change.
+    """Encode entries as an ``index.json`` with one entry on each line."""
+    # An image may have thousands of names, and each change writes all of them.
     lines: list[str] = []
     without_names: dict[tuple[object, ...], list[str]] = {}
     for reference, platform, media_type, digest, size, index in rows:
@@ -249,13 +250,14 @@ def encode_index(rows: Iterable[IndexRow]) -> bytes:
 def _encode_entry(
     platform: str | None, media_type: str, digest: Digest, size: int, index: Digest | None
 ) -> str:
-    """An entry of an image that is called `_NAME`."""
+    """Return an image's entry, with `_NAME` as a placeholder for its name."""
     annotations: dict[str, str] = {
         "io.containerd.image.name": _NAME,
         "org.opencontainers.image.ref.name": _NAME,
     }
     if index is not None:
-        # The index itself may have entries that are not here, over which tools stumble.
+        # The entry names the manifest. The index may list images that the store lacks, and tools
+        # fail on these.
         annotations[INDEX_ANNOTATION] = index
     entry: dict[str, object] = {
         "mediaType": media_type,

@@ -26,7 +26,7 @@ __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 
 logger = logging.getLogger(__name__)
 
-# The digests that are let go of between two checkpoints: a millisecond.
+# Number of digests to release between two checkpoints: a millisecond of work.
 _STRIDE: Final = 1024
 
 T = TypeVar("T")
@@ -40,10 +40,10 @@ async def open_holds(
     """Hold things in the store for the block, at the longest.
 
     Args:
-        catalog: Takes the rows.
+        catalog: The catalog for the rows.
         holder: The holder's name.
         process: The holder's process; see `Process.encode`.
-        read_only: Whether no rows can be written, so that nothing is held for certain.
+        read_only: Write no rows. Other processes can then delete the things in use.
     """
     holds = Holds(catalog, holder, process, read_only=read_only)
     try:
@@ -54,7 +54,8 @@ async def open_holds(
             finally:
                 nursery.cancel_scope.cancel()
     finally:
-        # However the block ends: its process may live on, and others would take it for the holder.
+        # The process may outlive the block, and other processes would count it as the holder. So
+        # the rows must go after an error, too.
         await holds.drop_all()
 
 
@@ -103,7 +104,7 @@ class Holds:
 
     @asynccontextmanager
     async def holding_trees(self, trees: Collection[Digest]) -> AsyncIterator[None]:
-        """Hold trees for the block.
+        """Protect trees from deletion during the block.
 
         Raises:
             StoreError: if one of them was removed before.
@@ -141,7 +142,7 @@ class Holds:
             self._waste.set()
 
     async def let_go_of_many(self, digests: Collection[Digest]) -> None:
-        """Take back one `hold` in short steps. Not cancellable."""
+        """Undo one `hold` in short steps; shielded from cancellation."""
         rest = list(digests)
         with trio.CancelScope(shield=True):
             while rest:
@@ -151,15 +152,19 @@ class Holds:
                     await trio.lowlevel.checkpoint()
 
     async def drop_in_background(self) -> None:
-        """Remove rows until cancelled: who gives a layer back cannot wait for it."""
+        """Remove unused rows until cancelled.
+
+        The call that releases a layer is synchronous, and so cannot wait for the removal.
+        """
         while True:
             await self._waste.wait()
             self._waste = trio.Event()
             await self.drop_idle()
 
     async def drop_idle(self) -> None:
-        """Remove the rows of what nobody uses any more. A failure is logged: the rows end with
-        their holder at the latest.
+        """Remove the rows of unused digests, and log failures.
+
+        Rows that stay after a failure end with their holder at the latest.
 
         Cancellation: the rows stay for the next call.
         """
@@ -168,8 +173,10 @@ class Holds:
                 await self._write(self._catalog.note, (), _nothing)
 
     async def drop_idle_now(self) -> None:
-        """Like `drop_idle`, not cancelled; while another process is in the way, the rows stay
-        for the task in the background."""
+        """Remove unused rows like `drop_idle`, but without cancellation.
+
+        If another process locks the catalog, the background task removes the rows later.
+        """
         if self._idle:
             with _logged(), suppress(StoreBusy):
                 await self._write(self._catalog.note_now, (), _nothing)
@@ -177,8 +184,11 @@ class Holds:
                 self._waste.set()
 
     async def drop_all(self) -> None:
-        """Remove all rows, in use or not. Where another process is in the way they stay: the rows
-        of a holder whose file is not locked count for nothing."""
+        """Remove all rows of this holder, including rows in use.
+
+        If another process locks the catalog, the rows stay without effect, because the holder's
+        file is no longer locked.
+        """
         if self._written or self._idle:
             self._written.clear()
             self._idle.clear()

@@ -1,15 +1,15 @@
-"""Workers are lent to stages, and come back: a slow download holds none that others need.
+"""Loans of workers to stages, with recalls from slow downloads.
 
-A growing blob has a worker only while nobody else needs it. Where stages wait and no worker is
+A growing blob has a worker only while no other stage needs it. If stages wait and no worker is
 idle, `Lending` recalls a worker that mostly waits for bytes, first the one with the least work to
-lose. Its stage starts over later, from the bytes that are kept:
+lose. Its stage starts over later, from the bytes on the disk:
 
 - once its blob is complete, ahead of all blobs that still grow, or
 - once a worker is idle, its blob has grown since, and the work thrown away so far is less than
-  the blob itself. So a blob is read three times at most, however often its download stops.
+  the blob itself. A blob is therefore read at most three times, even if its download stops often.
 
-All decisions are taken in `Lending._look`, which has no checkpoint. The stages that wait call it
-ten times a second, since no event tells how far a worker is behind its blob.
+`Lending._look` takes all decisions, and has no checkpoint. The waiting stages call it ten times a
+second, since no event tells how far a worker is behind its blob.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Loan:
 
     Attributes:
         arrival: The blob.
-        position: How many bytes of it the worker has read.
+        position: Number of bytes of the blob that the worker has read.
         is_waiting: Whether the worker waits for bytes that have not arrived.
-        recalled: Whether the worker is to put the work down.
+        recalled: Whether the worker must stop its work for another stage.
     """
 
     arrival: Arrival
@@ -66,19 +66,19 @@ class Loan:
     recalled: bool = False
     _put_down: Callable[[], object] | None = None
     _granted: trio.Event = attrs.field(factory=trio.Event, repr=False)
-    # How large the blob was at the last look, and when it last grew.
+    # The size of the blob at the last look, and the time of its last growth.
     _size: int = 0
     _grew_at: float = 0.0
-    # Since when the worker keeps pace with the download, and how large the blob was then.
+    # The time at which the worker caught up with the download, and the blob's size then.
     _paced_since: float | None = None
     _paced_from: int = 0
 
     def started(self, put_down: Callable[[], object] | None) -> None:
-        """The worker has begun, and ``put_down`` stops it; ``None``: it has stopped."""
+        """Record the function that stops the worker; ``None`` once it has stopped."""
         self._put_down = put_down
 
     def see(self, position: int) -> None:
-        """The worker has read so many bytes; in any thread."""
+        """Record the number of bytes that the worker has read, from any thread."""
         self.position = position
         self.arrival.report(position)
 
@@ -100,7 +100,7 @@ class Loan:
         self._grew_at = 0.0
 
     def _can_wait_for(self, other: Loan, now: float) -> bool:
-        """Whether the worker should go to another stage."""
+        """Return whether the worker should go to another stage."""
         if self._complete or self.recalled or self._put_down is None or self._paced_since is None:
             return False
         paced = now - self._paced_since
@@ -112,7 +112,7 @@ class Loan:
         return left * paced > (self._size - self._paced_from) * _SOON
 
     def _may_start(self) -> bool:
-        """Whether an idle worker may follow the blob although it is not complete."""
+        """Return whether an idle worker may follow the incomplete blob."""
         past = self.arrival.past
         if not past.recalls:
             return True
@@ -125,7 +125,7 @@ class Lending:
     """Lends workers: at most as many at once as the limiter has tokens.
 
     Args:
-        limiter: The workers; nothing else takes tokens of it.
+        limiter: One token for each worker. No other code may take tokens from this limiter.
     """
 
     def __init__(self, limiter: trio.CapacityLimiter) -> None:
@@ -139,13 +139,15 @@ class Lending:
 
     @property
     def waiting(self) -> int:
-        """How many stages wait for a worker, those among them that had to give one back."""
+        """Number of stages that wait for a worker, including stages that gave one back."""
         return len(self._queue)
 
     @asynccontextmanager
     async def lend(self, arrival: Arrival) -> AsyncIterator[Loan]:
-        """Wait for a worker, and have it for the block, which raises `Recalled` if it is wanted
-        elsewhere. The wait can be cancelled."""
+        """Wait for a worker, and lend it for the block.
+
+        The block raises `Recalled` if another stage needs the worker. The wait can be cancelled.
+        """
         await trio.lowlevel.checkpoint()
         loan = Loan(arrival)
         self._queue.append(loan)
@@ -172,14 +174,14 @@ class Lending:
         return trio.current_time() - self._looked_at >= _LOOK / 2
 
     def _look(self) -> None:
-        """Lend the workers that are idle, and recall others if that does not suffice."""
+        """Lend the idle workers, and recall others if too few are idle."""
         now = self._looked_at = trio.current_time()
         while (loan := self._next()) is not None and self._take_token(loan):
             self._queue.remove(loan)
             self._lent.append(loan)
             loan._granted.set()
         if not self._queue:
-            # A measurement is of no use when it has a gap.
+            # No look happens while no stage waits, and a measurement with such a gap is useless.
             for loan in self._lent:
                 loan._forget()
             return
@@ -197,7 +199,7 @@ class Lending:
         return True
 
     def _next(self) -> Loan | None:
-        """The stage that gets the next worker that is idle."""
+        """Return the stage that gets the next idle worker."""
         return (
             _first(loan for loan in self._queue if loan._complete)
             or _first(loan for loan in self._queue if not loan.arrival.past.recalls)
@@ -229,11 +231,13 @@ def _first(loans: Iterable[Loan]) -> Loan | None:
 
 
 async def follow_in_thread(unpack: Unpack, loan: Loan, limiter: trio.CapacityLimiter) -> Unpacked:
-    """`follow` in a thread, for a loan. Cancelled or recalled, it stops at the next chunk or
-    entry, and this waits for that: a thread that writes is never left behind.
+    """Run `follow` in a thread for a loan.
+
+    After a cancellation or a recall, the thread stops at the next chunk or entry. The function
+    waits for this stop, so that no thread writes after its return.
 
     Raises:
-        Recalled: if the worker is wanted elsewhere.
+        Recalled: if another stage needs the worker.
         StartedOver, Abandoned, UnpackError, StoreError: as `follow` does.
     """
     # Abandoned without the blob's own growth, which others follow later.

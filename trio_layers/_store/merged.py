@@ -32,7 +32,7 @@ _MAX_LINKS: Final = 40
 # What says that the process or the system is at its limits, and nothing about the store.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
-# What a file that should be there fails with: its tree was removed, or somebody changed it.
+# Errors on opening a listed file after the removal of its tree or a change in it.
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 # How many entries between two looks whether to go on: a few milliseconds.
@@ -71,7 +71,7 @@ def _never() -> None:
 @final
 @attrs.frozen(eq=False)
 class TreeStack:
-    """A tree on those below it: a stack grows by one in constant time.
+    """A tree on top of another stack, made in constant time.
 
     Attributes:
         tree: The directory of the top tree.
@@ -117,7 +117,7 @@ class MergedTree:
 
     Args:
         trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last; or
-            the stack of them, of which an object is made in constant time.
+            a stack of trees, which makes the object in constant time.
         check_cancelled: Called now and then while lists are read; what it raises goes through.
         surveys: What `survey` has found out before, of any stacks.
 
@@ -218,10 +218,10 @@ class MergedTree:
         return {path: None if node is None else node.entry for path, node in found.items()}
 
     def open_listed(self, path: bytes) -> int:
-        """Like `open`, for a file that is known to be in the list.
+        """Open a file from the list; see `open`.
 
         Raises:
-            StoreError: if it cannot be opened.
+            StoreError: if the file cannot be opened.
             OSError: if too many files are open.
         """
         try:
@@ -245,9 +245,9 @@ class MergedTree:
         """A descriptor to read the file that is there; its taker closes it.
 
         Raises:
-            OSError: if the image has no regular file there, or the file cannot be opened; the
-                path is in it.
-            StoreError: if the file is gone, or has another size than its list says.
+            OSError: if the image has no regular file at the path, or the file cannot be opened.
+                The error contains the path.
+            StoreError: if the file is missing, or its size differs from the list.
         """
         node = self._loaded().find(path)
         if node is None:
@@ -427,7 +427,7 @@ class _Directories:
         return len(self._paths)
 
     def extend(self, stack: TreeStack | None, check: Callable[[], None]) -> bool:
-        """Lay over it the trees of ``stack`` that it has not; whether it could be told how."""
+        """Add the missing upper trees of ``stack``; return whether this was possible."""
         for higher in () if stack is None else stack.above(self._height):
             tree = higher.tree
             with _list_of(tree) as file:
@@ -452,7 +452,7 @@ class _Directories:
 
 
 def _open_below(tree: Path, path: bytes) -> int:
-    """A descriptor to read a file of a tree; no link is followed."""
+    """Open a file of a tree for reading, without following links."""
     *parents, name = path.split(b"/")
     here = os.open(tree, _DIRECTORY)
     for part in (b"fs", *parents):
@@ -468,7 +468,7 @@ def _open_below(tree: Path, path: bytes) -> int:
 
 
 def damaged_file(tree: Path, path: bytes, reason: str | None) -> StoreError:
-    """Note that a tree is damaged, and return an error that names the file."""
+    """Note that a tree is damaged, and return an error with the file's name."""
     name = path.decode("utf-8", "backslashreplace")[:256]
     return damaged(tree, f"{name!r} cannot be read from the store: {reason}")
 
@@ -484,7 +484,7 @@ def _list_of(tree: Path) -> Iterator[BinaryIO]:
             raise damaged(tree, reason) from error
         raise StoreError(f"{tree}: {reason}; try again") from error
     except StoreError as error:
-        # What the list says; text_of() would quote its advice.
+        # The error of the list itself: text_of() would quote its advice, too.
         raise damaged(tree, str(error).partition(": pull")[0]) from error
 
 

@@ -39,7 +39,7 @@ OpenScratch = Callable[[str], AbstractAsyncContextManager[Path]]
 # OVL_MAX_STACK of fs/overlayfs: as many lower directories as there may be.
 _MAX_LAYERS: Final = 500
 
-# How often the root of a mount is looked for, while somebody renames what leads there.
+# Number of searches for a mount's root while another process renames directories on its path.
 _ATTEMPTS: Final = 10_000
 
 # In a scratch directory, where the mount is unless a target was given.
@@ -85,7 +85,7 @@ async def open_mount(
         trees: The layers' tree directories (with ``fs``), the top one last.
         target: Where to; ``None``: a directory of our own.
         scratch: Gives a name for a directory on the file system of the trees.
-        lifetime: The store's: its end unmounts, too.
+        lifetime: The lifetime of the store. Its end unmounts the layers, too.
         writable: Whether what is mounted can be written.
     """
     async with scratch("mount") as place:
@@ -97,7 +97,8 @@ async def open_mount(
         )
         unmount = partial(clean_up_in_thread, _Once(partial(_unmount, mount)))
         try:
-            # The trees may be removed when the store's block is left.
+            # Another process may remove the trees once the store's block is left, so the end of
+            # the store's lifetime unmounts.
             with lifetime.own(unmount):
                 yield path
         finally:
@@ -106,7 +107,7 @@ async def open_mount(
 
 @final
 class _Once:
-    """A step that is done once, however often it is called."""
+    """A step that runs on the first call only."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step: Callable[[], None] | None = step
@@ -130,10 +131,11 @@ def detach_stale(place: Path) -> None:
                 root = os.open(_ROOT, _PATH | os.O_NOFOLLOW, dir_fd=below)
                 stack.callback(os.close, root)
                 if mount_id(root) == mount_id(below):
-                    return  # nothing is mounted there (any more)
+                    return  # no mount is left on the directory
                 _check(_libc().umount2(_name(root).encode(), _MNT_DETACH))
         except OSError as error:
-            # There is nothing. Or we may not: if one is there, removing the directory says so.
+            # ENOENT: there is no mount. EPERM: we may not unmount. If a mount is there, removing
+            # the directory fails and reports it.
             if error.errno not in (errno.ENOENT, errno.EPERM):
                 raise
 
@@ -147,7 +149,7 @@ class _Overlay:
         upper: What is written goes there; ``None``: nothing can be written.
         work: A directory for overlayfs itself, on the same file system.
         xattrs: Where overlayfs' own attributes are: ``trusted`` or ``user``.
-        source: What the kernel shows as the mount's source.
+        source: The source of the mount as the kernel shows it.
     """
 
     lower: Sequence[Path]
@@ -318,7 +320,7 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
 
 
 def _mount_by_page(overlay: _Overlay, target: int) -> None:
-    """Mount, the old way: mount(2) takes no more than a page of options."""
+    """Mount with mount(2), which takes at most one page of options."""
     with ExitStack() as stack:
         names = [_name(_opened(stack, path)) for path in overlay.lower]
         options = [f"lowerdir={':'.join(names)}"]
@@ -339,18 +341,18 @@ def _mount_by_page(overlay: _Overlay, target: int) -> None:
 
 
 def _find_root(source: bytes, path: Path) -> int:
-    """A descriptor of the root of the mount with this source, which is at ``path``.
+    """Open the root of the mount with this source at ``path``.
 
-    The way to it may lead to another mount by now, if other users can rename what is on it. So a
-    descriptor counts only if it is on the mount.
+    The path may lead to another mount by now, if other users can rename directories on it. The
+    function therefore accepts a descriptor only if it belongs to the mount.
 
     Raises:
-        MountError: if it is not found, however often that is tried.
+        MountError: if the root is not found in `_ATTEMPTS` searches.
     """
     for _ in range(_ATTEMPTS):
         mounts = [mount for mount in find_own_mounts() if mount.source == source]
         if not mounts:
-            break  # somebody has taken it away
+            break  # another process has unmounted it
         for point in (os.fsencode(path), *(mount.point for mount in mounts)):
             try:
                 root = os.open(point, _PATH)
@@ -392,8 +394,10 @@ def _name(descriptor: int) -> str:
 
 
 def _unmount_all(mount: int) -> None:
-    """Take a mount away, what was mounted over it first, by its descriptor: a path may lead to
-    another's by now."""
+    """Unmount the mount of a descriptor, after all mounts on top of it.
+
+    A path may lead to another mount by now, so the function uses the descriptor.
+    """
     try:
         while True:
             _check(_libc().umount2(_name(mount).encode(), _MNT_DETACH))

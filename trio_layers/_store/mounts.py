@@ -1,12 +1,14 @@
-"""Mounts of this machine, and the trees of a store that they use. Blocking: for worker threads.
+"""Mounts of this machine, and the trees of a store below them.
 
-A process that is killed leaves its mount, and a mount may live on in other mount namespaces when
-its process takes it away. The trees below it must stay. A *mark* in the store tells them: a file
-that is written before the mount is made, and names the trees and the mount's source. The kernel
-shows the source of a mount in each namespace that has a copy of it; what it shows of the lower
-directories are names of descriptors, which say nothing.
+All functions block, so call them in worker threads.
 
-Mounts that somebody else has made of trees are found by their paths. No process can see a mount
+A killed process leaves its mount, and a copy of a mount in another mount namespace outlives the
+unmounting of the original. The trees of both must stay in the store. Therefore a *mark* file is
+written before the mount is made, and names the trees and the mount's source. The kernel shows this
+source in each namespace with a copy of the mount. For the lower directories, the kernel shows
+names of descriptors only, which do not identify the trees.
+
+Trees in mounts of other programs are found by their paths. No process can see a mount
 that was detached lazily and is still in use, or a namespace without a process.
 """
 
@@ -40,7 +42,7 @@ _MARK: Final = "mark"
 _TREE: Final = re.compile(rb"([^:,=]*)/trees/sha256/([0-9a-f]{64})(?![0-9a-f])")
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 
-# Seconds that a mount is taken for live which cannot be looked for from here.
+# Seconds for which a mount counts as live if this process cannot search for it.
 _UNSEEN: Final = 24 * 3600
 
 
@@ -52,11 +54,11 @@ class Mount:
     Attributes:
         id: The mount's ID in its namespace.
         device: The file system, as ``major:minor``.
-        root: The directory of the file system that is mounted.
-        point: Where it is mounted.
+        root: The mounted directory of the file system.
+        point: The mount point.
         kind: The type of file system.
-        source: What it was said to be mounted from.
-        options: Those of the file system.
+        source: The source that the caller of mount(2) named.
+        options: The options of the file system.
     """
 
     id: int
@@ -87,14 +89,14 @@ class Mount:
 @final
 @attrs.frozen
 class Mark:
-    """What a mount uses, as it is written down in its scratch directory.
+    """The record of a mount and its trees in its scratch directory.
 
     Attributes:
-        source: The mount's source, which no other mount has.
+        source: The mount's source, unique to this mount.
         trees: The names of the trees' directories.
         boot: The ID of the machine's present boot; no mount outlives it.
         processes: The inode of the PID namespace.
-        made: When, in seconds since 1970.
+        made: The time of mounting, in seconds since 1970.
     """
 
     source: str
@@ -115,7 +117,7 @@ class Mark:
 
     @classmethod
     def read(cls, place: Path) -> Self | None:
-        """The mark in a mount's scratch directory; ``None`` if there is none."""
+        """Read the mark in a mount's scratch directory; ``None`` if it has none."""
         try:
             fields = json.loads((place / _MARK).read_bytes())
             return cls(**{**fields, "trees": tuple(fields["trees"])})
@@ -127,7 +129,7 @@ class Mark:
             json.dump(attrs.asdict(self), file)
 
     def is_live(self, mounts: Sequence[Mount]) -> bool:
-        """Whether the mount may still be there; ``mounts``: all there are to be seen."""
+        """Return whether the mount may still exist, given all visible mounts."""
         if self.boot != boot_id():
             return False
         if any(mount.source == self.source.encode() for mount in mounts):
@@ -138,7 +140,7 @@ class Mark:
 
 
 def find_mounts() -> list[Mount]:
-    """The mounts in all namespaces of processes that may be looked at."""
+    """Return the mounts in the namespaces of all visible processes."""
     found: list[Mount] = []
     seen: set[str] = set()
     for task in ("/proc/thread-self", *_tasks()):
@@ -148,24 +150,24 @@ def find_mounts() -> list[Mount]:
                 continue
             mounts = _read(f"{task}/mountinfo")
         except OSError:
-            continue  # it has ended, or is another user's
-        if mounts:  # one that is about to end has none any more
+            continue  # the task has ended, or belongs to another user
+        if mounts:  # a task that is about to end has no mounts any more
             seen.add(namespace)
             found += mounts
     return found
 
 
 def is_mounted(place: Path) -> bool:
-    """Whether the mount that a scratch directory was made for is still in some namespace."""
+    """Return whether the mount of a scratch directory still exists in a namespace."""
     mark = Mark.read(place)
     return mark is not None and mark.is_live(find_mounts())
 
 
 def find_used_trees(root: Path) -> Mapping[str, tuple[str, ...]]:
-    """The names of the trees of a store that mounts use, and where these are mounted.
+    """Return the names of mounted trees of a store, with their mount points.
 
-    A mount that is being made, or cannot be looked for from here, is nowhere and counts all the
-    same.
+    An unfinished mount, and a mount that this process cannot search for, count as mounts, too,
+    but have no mount point.
     """
     mounts = find_mounts()
     used: dict[str, set[bytes]] = {}
@@ -180,7 +182,7 @@ def find_used_trees(root: Path) -> Mapping[str, tuple[str, ...]]:
 
 
 def mount_id(descriptor: int) -> int | None:
-    """The ID of the mount that an open file is on, as in ``mountinfo``."""
+    """Return the ``mountinfo`` ID of the mount of an open file."""
     with contextlib.suppress(OSError), open(f"/proc/thread-self/fdinfo/{descriptor}") as file:
         for line in file:
             if line.startswith("mnt_id:"):
@@ -189,7 +191,7 @@ def mount_id(descriptor: int) -> int | None:
 
 
 def find_own_mounts() -> list[Mount]:
-    """The mounts in the namespace of this thread."""
+    """Return the mounts in the namespace of this thread."""
     return _read("/proc/thread-self/mountinfo")
 
 
@@ -201,7 +203,7 @@ def _marks(ingest: Path) -> Iterator[Mark]:
 
 
 def _others(root: Path, mounts: Sequence[Mount]) -> Iterator[tuple[str, bytes]]:
-    """Trees that are mounted by their paths: bound, or as layers of an overlay."""
+    """Find trees that are bind-mounted, or used as layers of an overlay."""
     inside = _path_in_file_system(root / "trees" / "sha256")
     for mount in mounts:
         if inside is not None and mount.device == inside[0]:
@@ -216,14 +218,14 @@ def _others(root: Path, mounts: Sequence[Mount]) -> Iterator[tuple[str, bytes]]:
 
 
 def _may_be(prefix: bytes, root: Path) -> bool:
-    """Whether a path in the options of a mount leads to the store, as far as can be told."""
+    """Return whether a path in a mount's options may lead to the store."""
     if os.path.exists(prefix + b"/trees"):
         return os.path.realpath(prefix) == os.fsencode(root)
-    return True  # another namespace's path
+    return True  # the path may be valid in another namespace only
 
 
 def _path_in_file_system(path: Path) -> tuple[bytes, bytes] | None:
-    """The device of a directory, as in ``mountinfo``, and its path from the file system's root."""
+    """Return a directory's ``mountinfo`` device and its path in the file system."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -250,7 +252,7 @@ def _tasks() -> Iterator[str]:
         if not process.isdecimal():
             continue
         try:
-            # A thread may have a namespace of its own.
+            # Each thread can have its own mount namespace, so all threads are read.
             tasks = os.listdir(f"/proc/{process}/task")
         except OSError:
             continue

@@ -1,8 +1,10 @@
-"""Processes that have a store open, told apart across processes, containers and machines.
+"""Identities of processes with an open store, across containers and machines.
 
-A lock tells whether its holder lives, but not all the time: a program that cleans temporary
-directories removes the lock's file, and where virtual machines share a directory each may see its
-own locks only. Then the process itself is looked for. Blocking: for worker threads.
+A lock usually shows whether its holder lives, with two exceptions: a program that cleans temporary
+directories can remove the lock file, and virtual machines that share a directory may each see
+their own locks only. The store then searches for the process itself.
+
+All functions block, so call them in worker threads.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ __all__ = ["FIRST_PID_NAMESPACE", "Fate", "Process", "boot_id", "pid_namespace"]
 
 Fate: TypeAlias = Literal["alive", "dead", "unknown"]
 
-# PROC_PID_INIT_INO of the kernel's proc_ns.h: from there, all processes are to be seen.
+# PROC_PID_INIT_INO of the kernel's proc_ns.h: this namespace shows all processes.
 FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
 
 
 @final
 @attrs.frozen
 class Process:
-    """A process of some machine.
+    """A process with an open store, on any machine.
 
     Attributes:
         machine: The machine's ID (machine-id(5)); empty if it has none.
         boot: The ID of its boot.
         namespace: The inode of the process's PID namespace.
-        pid: Its number there.
-        start: When it was started, in ticks since the boot.
-        since: When it opened the store, in seconds since 1970.
+        pid: The process ID in this namespace.
+        start: The start of the process, in ticks since the boot.
+        since: The time at which the process opened the store, in seconds since 1970.
     """
 
     machine: str
@@ -57,7 +59,7 @@ class Process:
 
     @classmethod
     def decode(cls, text: str | bytes | None) -> Self | None:
-        """What `encode` gave; ``None`` for anything else."""
+        """Decode the result of `encode`; return ``None`` for any other value."""
         try:
             return cls(**json.loads(text or ""))
         except (ValueError, TypeError):
@@ -72,17 +74,18 @@ class Process:
         return attrs.evolve(self, since=0) == attrs.evolve(here, since=0)
 
     def fate(self, *, unlocked: bool) -> Fate:
-        """Whether the process still has the store open, as far as can be told from here.
+        """Judge from this process whether the other still has the store open.
 
         Args:
-            unlocked: Whether its lock's file is there, and is not locked as seen from here.
+            unlocked: Whether its lock file exists, and this process sees no lock on it.
         """
         here = type(self).current()
         if not self.boot or self.boot != here.boot:
-            # Of the same machine, it ended with the boot. Others may share the directory.
+            # A process of this machine ended with its boot. Other machines may share the directory,
+            # so their processes may be alive.
             return "dead" if self.machine and self.machine == here.machine else "unknown"
         if unlocked:
-            return "dead"  # one kernel, one set of locks
+            return "dead"  # both processes run on one kernel, and so see the same locks
         if self.namespace != here.namespace:
             return "unknown"
         return "alive" if _start_of(str(self.pid)) == self.start else "dead"
@@ -100,10 +103,13 @@ def pid_namespace() -> int:
 
 
 def _start_of(pid: str) -> int | None:
-    """When a process was started (proc_pid_stat(5), field 22); ``None`` if there is none."""
+    """Return a process's start time (proc_pid_stat(5), field 22), or ``None``.
+
+    ``None`` means that no such process is running.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # Its name, in parentheses, may hold anything.
+            # The name, in parentheses, can contain any byte, so parsing starts after it.
             fields = file.read().rpartition(b")")[2].split()
         return None if fields[0] in (b"Z", b"X") else int(fields[19])
     return None

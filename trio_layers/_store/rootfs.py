@@ -25,7 +25,7 @@ __all__ = ["Exporter", "RootfsView"]
 _CHUNK: Final = 1 << 20
 
 HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManager[None]]
-"""Keeps trees in the store for a block; see `Holds.holding_trees`."""
+"""Protects trees from deletion during a block; see `Holds.holding_trees`."""
 
 
 class Exporter(Protocol):
@@ -65,8 +65,8 @@ class RootfsView:
 
     Work on the disk is done in worker threads. Cancelled, a call gives up between chunks, and
     the view stays as good as it was. What is read must stay in the store meanwhile: see
-    `DirectoryStore.lease`; the block of a pull holds one. When the store's block was left, each
-    call raises `StoreClosed`; a file that is open stays so until its own block ends.
+    `DirectoryStore.lease`; the block of a pull holds one. After the end of the store's block, each
+    call raises `StoreClosed`. An open file stays open until its own block ends.
     """
 
     def __init__(
@@ -169,19 +169,19 @@ class RootfsView:
         an error. Cancelled, or failed, what was written is removed again, and the directory, too,
         if it was made; that may take as long as writing it did, and is not cancelled.
 
-        The directory itself keeps its owner, mode, attributes and times, and a new one is closed
-        to other users (0700): an image can have set-id files and devices in it, and on a file
-        system that is mounted without ``nosuid`` and ``nodev`` they work. Each user that can reach
-        an exported set-user-ID file of root runs the image's code as root.
+        An existing directory keeps its owner, mode, attributes and times. A new directory is
+        closed to other users (0700), because an image can contain set-id files and devices, which
+        work on a file system that is mounted without ``nosuid`` and ``nodev``. Each user that can
+        reach an exported set-user-ID file of root can run the image's code as root.
 
-        No link on the way to the directory is followed that another user could have planted:
-        links of root's and one's own are, in directories where no other user may replace them.
+        The path to the directory may contain symbolic links of root and of the calling user, in
+        directories where no other user can replace them. The export follows no other links.
 
         Args:
             directory: Where to. It is made if it is not there (its parent must be), else it must
                 be empty.
-            root_metadata: Give the directory owner, mode, time and attributes of the image's root:
-                for a root file system that others than its owner shall live in.
+            root_metadata: Give the directory the owner, mode, time and attributes of the image's
+                root. A root file system for users other than its owner needs them.
 
         Raises:
             ExportError: if the directory is not empty, or cannot take what is to be written.
@@ -240,9 +240,9 @@ class RootfsView:
         Leaving unmounts it, whatever happens in the block, and is not cancelled. It goes with all
         that was mounted in it, though it be in use: whoever has a file of it open keeps that.
         Entering is cancelled before the mount is made, or not at all. A process that is killed
-        leaves its mount. The next to open the store takes it away, unless a target was given. As
-        long as such a mount, or a copy of one in another mount namespace, is to be seen,
-        `DirectoryStore.collect` spares the trees in it; one that was detached lazily is not.
+        leaves its mount. The next process that opens the store unmounts it, unless a target was
+        given. `DirectoryStore.collect` keeps the trees of such a mount while it, or a copy in
+        another mount namespace, is visible. A lazily detached mount is invisible.
 
         Args:
             target: Where to: an empty directory, which stays. ``None``: a new one, which does not.

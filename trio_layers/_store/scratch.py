@@ -50,14 +50,14 @@ _POLL: Final = 0.05
 # Between two reports of how far the holder is, in seconds.
 _LOOK: Final = 0.1
 
-# How long things are spared whose holder may be alive, in seconds.
+# Seconds for which the files of a holder that may be alive are kept.
 _DAY: Final = 24 * 3600
 
-# The most that is read of what a lock file says.
+# Maximum number of bytes to read from a lock file.
 _PROCESS_LIMIT: Final = 4096
 
 _OPEN_HERE: Final[set[str]] = set()
-"""The holders of this process."""
+"""Names of the holders in this process."""
 
 _HOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
@@ -100,14 +100,14 @@ class Watch:
 
 @final
 class HeldLock:
-    """A lock file that is locked. It comes from `hold_lock`."""
+    """A locked lock file, from `hold_lock`."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """Let go, unless that was done before. Blocking, in any thread."""
+        """Release the lock if it is held; blocking, for any thread."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             unlock(self._path, descriptor)
@@ -153,11 +153,12 @@ async def hold_lock(
 async def open_scratch(
     root: Path, catalog: Catalog, *, read_only: bool = False
 ) -> AsyncIterator[Scratch]:
-    """Become a holder for the block, and sweep away what dead ones left; if it is ``read_only``,
-    do nothing, and refuse all that would write.
+    """Register a holder for the block, and remove the files of dead holders.
 
-    What was discarded in the block is removed in it and, if it ends well, before this ends; else
-    by the next to open the store.
+    With ``read_only``, the block has no holder, and refuses all writes.
+
+    Discarded files are removed during the block or, if it ends without an error, at its end. After
+    an error, the next process that opens the store removes them.
     """
     if read_only:
         yield Scratch(root, read_only=True)
@@ -188,7 +189,7 @@ class Scratch:
         self._numbers = itertools.count()
         self._waste = trio.Event()
         self._sweeping = trio.Lock()
-        # Blocks of `name` that have ended, and move things out of the way.
+        # Number of ended `name` blocks that still move their files to the trash.
         self._discarding = 0
         self._discarded = trio.Event()
         self.holder: str = secrets.token_hex(8)
@@ -250,7 +251,7 @@ class Scratch:
                 self._discarded = trio.Event()
 
     def _discard_unused(self, path: Path) -> bool:
-        """Like `discard`, unless another mount namespace has a copy of what is mounted."""
+        """Discard a mount's directory unless another namespace has a copy of the mount."""
         return not (path.suffix == ".mount" and is_mounted(path)) and self.discard(path)
 
     async def sweep(self) -> None:
@@ -302,8 +303,10 @@ class Scratch:
         await trio.to_thread.run_sync(self._remove_locks)
 
     def _others(self, holders: Iterable[str]) -> dict[str, list[str]]:
-        """The other holders, and what they have in ``ingest/``: but for mounts, which stay as
-        long as they are mounted, whatever became of their holder."""
+        """Find the other holders, with their entries in ``ingest/`` except mounts.
+
+        Mount directories stay while they are mounted, even after the death of their holder.
+        """
         found: dict[str, list[str]] = {holder: [] for holder in holders}
         for name in os.listdir(self._ingest):
             if match := _HELD.fullmatch(name):
@@ -317,7 +320,7 @@ class Scratch:
         return found
 
     def _lock_dead(self, holder: str, process: str | None, items: list[str]) -> int | None:
-        """The lock of a holder that is dead; ``None`` if it lives, or may live elsewhere."""
+        """Take the lock of a dead holder; ``None`` if the holder may be alive."""
         path = self._leases / holder
         descriptor: int | None = None
         with disk_errors(self._leases):
@@ -332,7 +335,7 @@ class Scratch:
                 )
             known = Process.decode(process)
             if known is None:
-                # Software that knows nothing of this trusted the locks, as long as they are there.
+                # Older software writes no process, and trusts the lock files while they exist.
                 fate: Fate = "dead" if unlocked or not items else "unknown"
             else:
                 fate = known.fate(unlocked=unlocked)
@@ -346,7 +349,7 @@ class Scratch:
             if descriptor is not None:
                 os.close(descriptor)
         if fate == "unknown":
-            # Nobody writes what is on its way out.
+            # No process writes discarded files any more, so they can go.
             self._remove(holder, ".trash")
         logger.warning(
             "%s: no lock is seen of %s: what it has in the store is spared%s",
@@ -385,7 +388,7 @@ class Scratch:
                 if name.endswith(".mount"):
                     detach_stale(path)
                     if is_mounted(path):
-                        continue  # its mark and what is written in it are in use
+                        continue  # the mount still uses its mark and written files
                 if path.is_dir() and not path.is_symlink():
                     remove_directory(
                         path,

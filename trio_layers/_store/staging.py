@@ -81,9 +81,9 @@ class Staging:
         lifetime = self.content.lifetime
         async with AsyncExitStack() as stack:
             async with lifetime.use():
-                # What has been made of it may wait for its parent for a long time.
+                # The unpacked tree may wait for its parent layer for a long time.
                 await stack.enter_async_context(self.holds.holding(descriptor.digest))
-            # From here on the end of the store waits for the work on this layer.
+            # From here on, the end of the store waits for this layer's work.
             stack.callback(stage._left.set)
             stack.enter_context(lifetime.own(stage._close))
             nursery = await stack.enter_async_context(open_hidden_nursery())
@@ -159,7 +159,7 @@ class DirectoryStage:
         return await self._staging.put(parent, self._tree, self._descriptor.digest)
 
     async def _close(self) -> None:
-        """Leave the file before the caller's block ends: the store's block was left."""
+        """Close the file before the caller's block ends, as the store closes."""
         if self._error is None:
             self._error = closed_error(self._staging.content.root)
         self._failed.set()
@@ -170,7 +170,7 @@ class DirectoryStage:
     async def _report(self, progress: ReportUnpacked) -> None:
         reported = 0
         while not self._ended.is_set():
-            # One that has to start over is shown where it was until it is there again.
+            # After a restart, the progress stays at its old position until it passes that again.
             if self._unpacked > reported:
                 reported = self._unpacked
                 progress(reported)

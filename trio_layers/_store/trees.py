@@ -86,7 +86,7 @@ class Builder(Protocol):
 
     @property
     def waiting(self) -> int:
-        """How many blobs wait for a worker, those among them that had to give one back."""
+        """Number of blobs that wait for a worker, including blobs that gave one back."""
         ...
 
     def prepare(self) -> None:
@@ -98,15 +98,15 @@ class Builder(Protocol):
         arrival's ``target`` any more.
 
         Raises:
-            Recalled, WorkerLost: if it is to be started over, in an empty target.
-            WorkerError: if two workers died of it, or did not answer.
+            Recalled, WorkerLost: if the caller must start over with an empty target.
+            WorkerError: if two workers died of this blob or did not answer.
         """
         ...
 
 
 @final
 class Threads:
-    """A `Builder` in threads of this process."""
+    """A `Builder` that uses threads of this process."""
 
     def __init__(self, unpack: Unpack, number: int) -> None:
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
@@ -239,20 +239,23 @@ class Trees:
             return await self._register_locked(stream, base, descriptor)
 
     async def _known(self, descriptor: Descriptor, base: Base) -> StoredLayer | None:
-        """The layer, if its blob and its tree are there, and the tree fits. Nobody has to wait
-        for the blob's lock then: an image may have one layer thousands of times."""
+        """Find a layer by its existing blob and a tree that fits.
+
+        The caller then need not wait for the blob's lock: an image may contain one layer thousands
+        of times.
+        """
         blob, tree = await self._catalog.read(_find_unpacked, descriptor.digest)
         if blob is None or tree is None or blob.size != descriptor.size:
             return None
         if not await self._fits(tree, base):
             return None
-        # The blob is held, and with it the tree that was made of it.
+        # A hold on the blob also protects the tree that was made of it.
         return await self._put(tree, base, blob.digest)
 
     async def _register_locked(
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor
     ) -> StoredLayer:
-        """Register a layer whose blob is held."""
+        """Register a layer, with a hold on its blob."""
         # The lock is held until the tree is there, so that others who want it wait, and find it.
         async with self._content.lock(descriptor.digest):
             blob = await self._content.claim(descriptor)
@@ -284,7 +287,7 @@ class Trees:
         return await self._catalog.read(self._find_whole, blob.diff_id)
 
     def is_whole(self, layer: StoredLayer) -> bool:
-        """Whether, at a glance, a layer's tree is not damaged. Blocks."""
+        """Return whether a layer's tree passes a quick check; blocking."""
         return is_whole_tree(self.path(layer.tree))
 
     def _find_whole(self, connection: sqlite3.Connection, id: Digest) -> StoredTree | None:
@@ -321,7 +324,7 @@ class Trees:
         place = self.path(tree.id)
         stored = find_tree(connection, tree.id) is not None
         if not (stored and is_whole_tree(place)):
-            # It is damaged, or without a row: a crash left it just before that was written.
+            # The tree is damaged, or has no row, because a crash came just before the row's write.
             self._scratch.discard(place)
             os.rename(target, place)
             forget_damage(place)
@@ -409,7 +412,7 @@ class Trees:
 def _find_unpacked(
     connection: sqlite3.Connection, digest: Digest
 ) -> tuple[StoredBlob | None, StoredTree | None]:
-    """A blob, and the tree it was unpacked to."""
+    """A blob and its unpacked tree."""
     blob = find_blob(connection, digest)
     if blob is None or blob.diff_id is None:
         return blob, None

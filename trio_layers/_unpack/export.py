@@ -68,8 +68,8 @@ def export(
 
     Args:
         source: What to write.
-        target: Where to. A new directory is made with mode 0700.
-        root_metadata: Whether ``target`` gets owner, mode, time and attributes of the root.
+        target: The target directory. A new directory is made with mode 0700.
+        root_metadata: Give ``target`` the owner, mode, time and attributes of the root.
         check_cancelled: Called for each entry and chunk; what it raises goes through, when what
             was written has been removed.
 
@@ -126,14 +126,15 @@ class _RootMetadata:
         return cls(os.fstat(root), xattrs)
 
     def close_to_others(self, root: int) -> None:
-        """Keep others out until each entry has its owner and its mode.
+        """Close the directory to other users during the export.
 
-        ACLs go, too: new entries would inherit the default one.
+        Entries get their owners and modes step by step, so other users must wait for the end. ACLs
+        are removed, too, because new entries would inherit the default ACL.
         """
         has_acls = not self.xattrs.keys().isdisjoint(_ACLS)
         if not (has_acls or self.status.st_mode & _SHARED):
             return
-        # Only the owner may. Another user's directory is open to that user in any case.
+        # Only the owner can change the mode. Another user's directory stays open to that user.
         with contextlib.suppress(PermissionError):
             os.chmod(root, 0o700)
         for acl in _ACLS:
@@ -154,7 +155,7 @@ class _RootMetadata:
         if os.fstat(root).st_mode != self.status.st_mode:
             os.chmod(root, stat.S_IMODE(self.status.st_mode))
         if times:
-            # Another user's directory keeps the time of the last entry.
+            # Another user's directory keeps the time of the last written entry.
             with contextlib.suppress(PermissionError):
                 os.utime(root, ns=(self.status.st_atime_ns, self.status.st_mtime_ns))
 
@@ -236,7 +237,7 @@ class _Writer:
         parent, name = split(entry.path)
         into = self._directories.open(parent)
         if not name:
-            pass  # it is there
+            pass  # the directory exists
         elif entry.links is not None and entry.links != entry.path:
             self._link(entry.links, into, name)
         elif entry.type == "file":
@@ -290,7 +291,7 @@ class _Writer:
         os.utime(name, ns=times, dir_fd=into, follow_symlinks=False)
 
     def _check_new(self, found: os.stat_result, entry: Entry) -> None:
-        """Refuse to change a file that somebody has put in place of the new one."""
+        """Refuse to change a file that another process put in the new file's place."""
         expected = stat.S_IFLNK if entry.type == "symlink" else _NODES[entry.type]
         kind = stat.S_IFMT(found.st_mode)
         placeholder = kind == stat.S_IFREG and entry.type != "symlink" and not found.st_size

@@ -37,8 +37,8 @@ MAX: Final = 2**63 - 1
 XATTR: Final = b"SCHILY.xattr."
 """What the key of a record begins with that holds an extended attribute (from star)."""
 
-# As Go's strconv.ParseInt reads them, also for the seconds of a time: zeros before a number, and a
-# plus, count for nothing.
+# The syntax of Go's strconv.ParseInt, also for the seconds of a time: leading zeros and a plus sign
+# are allowed.
 _DECIMAL: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})\Z")
 _TIME: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})(?:\.([0-9]*))?\Z")
 _TEXTS: Final = frozenset({b"path", b"linkpath", b"uname", b"gname", b"GNU.sparse.name"})

@@ -37,12 +37,13 @@ class Limits:
             costs nothing.
         max_ratio_from: The bytes of tar and holes that are never too many for their blob.
             16 GiB, so that an image may have a disk that is still empty.
-        max_entries: Entries in the tar, and what they bring with them: directories that no entry
-            describes, and the other names of a file in the layers below that is linked to. 10
+        max_entries: Entries in the tar, directories without an entry, and, for each link to a
+            file in the layers below, the other names of this file. 10
             million.
         max_members: Compressed members (gzip), frames (zstd) or streams (bzip2, xz) in the blob,
-            beyond one for each 512 bytes of tar. 10,000: formats that have one for each file have
-            no more, and one of no content takes as long as hundreds of kilobytes of it.
+            beyond one for each 512 bytes of tar. The default is 10,000: formats with one member
+            for each file stay below it, and an empty member takes as long as hundreds of
+            kilobytes of content.
         max_path: Bytes in a path, links on the way resolved or not. 4,095, which is all that a
             Linux system call takes (``PATH_MAX`` without the NUL).
         max_depth: Components in such a path. 512: several times what build tools make, and few

@@ -34,10 +34,11 @@ def parts_of(name: bytes) -> list[bytes]:
 
 
 def is_settable(attribute: str) -> bool:
-    """Whether Linux has such an extended attribute (xattr(7), "Extended attribute namespaces").
+    """Return whether Linux supports an extended attribute's namespace.
 
-    Archives made elsewhere have others, such as ``com.apple.provenance``: these are listed and
-    exported to tars, and set nowhere.
+    See xattr(7), "Extended attribute namespaces". Archives from other systems have other
+    attributes, such as ``com.apple.provenance``. The list of entries and exported tars contain
+    these, but no file gets them.
     """
     namespace, dot, name = attribute.partition(".")
     return namespace in _NAMESPACES and bool(dot and name)

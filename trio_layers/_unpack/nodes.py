@@ -109,7 +109,7 @@ class Nodes:
 
     Attributes:
         incomplete: Whether something could not be made or set as it should be.
-        foreign_only: Whether that is for attributes alone that Linux does not have.
+        foreign_only: Whether attributes that Linux does not have are the only cause.
     """
 
     def __init__(self, powers: Powers) -> None:
@@ -240,9 +240,9 @@ class Nodes:
             os.setxattr(descriptor, self._powers.overlay + "opaque", b"y")
 
     def attribute(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
-        """Set one extended attribute of what is open, or of what its handle leads to.
+        """Set an extended attribute of an open file or a handle.
 
-        One that Linux does not have is left to the list of entries.
+        An attribute that Linux does not have stays in the list of entries only.
         """
         if not is_settable(attribute):
             if not self.incomplete:
@@ -272,7 +272,7 @@ class Nodes:
             raise UnpackError(f"cannot set {what}: {error.strerror}") from error
 
     def _lacks(self) -> None:
-        """Note that something could not be made or set."""
+        """Note that the tree lacks a node or metadata."""
         self.incomplete, self.foreign_only = True, False
 
     def _own(self, descriptor: int, subject: int | str, about: Metadata, *, fresh: bool) -> bool:

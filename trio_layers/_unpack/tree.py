@@ -91,7 +91,7 @@ class TreeWriter:
 
     @property
     def foreign_only(self) -> bool:
-        """Whether these are attributes alone that Linux does not have."""
+        """Whether unsupported attributes of other systems are the only missing metadata."""
         return self._nodes.foreign_only
 
     @property
@@ -100,10 +100,10 @@ class TreeWriter:
         return self._nodes.incomplete
 
     def count(self, path: bytes) -> None:
-        """Count one more entry, or a directory or name that an entry brings with it.
+        """Count an entry, or a directory or name that an entry implies.
 
         Raises:
-            LimitExceeded: if there are more than the limit allows.
+            LimitExceeded: if the count exceeds the limit.
         """
         self._counted += 1
         if self._counted > self._max_entries:

@@ -46,9 +46,9 @@ class Unpacked:
         assumed: What must be so below for the tree to fit (see `holds`). Empty if the layer was
             unpacked on top of its parent.
         needs_lower: The tree is not whole: the layer must be unpacked on top of its parent.
-        incomplete: Something could not be set for lack of privilege, or since Linux does not have
-            such an attribute; the list of entries has it.
-        foreign_only: It is for such attributes alone that it is incomplete.
+        incomplete: The tree lacks metadata from the list of entries, because the process had no
+            privilege to set it or because Linux has no such attribute.
+        foreign_only: Attributes that Linux does not have are the only cause of ``incomplete``.
     """
 
     diff_id: DiffID
