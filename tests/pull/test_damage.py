@@ -11,6 +11,7 @@ import pytest
 from trio_layers import (
     DirectoryStore,
     LayersError,
+    MemoryStream,
     PullPolicy,
     StoreError,
     VerificationError,
@@ -20,7 +21,7 @@ from trio_layers import (
     open_store,
 )
 from trio_layers._store import damage
-from trio_layers.testing import File, HardLink, build_image, open_registry
+from trio_layers.testing import File, HardLink, build_image, build_layer, open_registry
 
 IMAGE = build_image(
     [
@@ -201,3 +202,20 @@ async def test_a_damaged_blob_is_told_when_it_is_unpacked_again(tmp_path: Path) 
         async with puller.pull(reference) as again:
             assert await again.rootfs.read_bytes("b") == b"other"
         assert (await puller.store.check()).problems == ()
+
+
+async def test_a_layer_that_is_registered_again_is_mended(tmp_path: Path) -> None:
+    """Also by `DirectoryStore.register`, which takes a layer that was unpacked before as it is."""
+    layer = build_layer([File("etc/motd", b"hello")])
+    async with open_store(tmp_path) as store:
+        registered = await store.register(MemoryStream(layer.content), None, layer.descriptor)
+        view = await store.rootfs(registered.chain_id)
+        (registered.tree / "fs/etc/motd").unlink()
+        with pytest.raises(StoreError, match="pull"):
+            await view.read_bytes("etc/motd")
+        store.release(registered)
+        assert await store.get(registered.chain_id) is None
+        again = await store.register(MemoryStream(layer.content), None, layer.descriptor)
+        assert await (await store.rootfs(again.chain_id)).read_bytes("etc/motd") == b"hello"
+        store.release(again)
+        assert (await store.check()).problems == ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -67,6 +68,19 @@ class _Commit:
     withdrawn: bool = False
     done: trio.Event = attrs.field(factory=trio.Event)
     error: Exception | None = None
+    _deciding: threading.Lock = attrs.field(factory=threading.Lock)
+
+    def begin(self) -> bool:
+        """Begin the job in the catalog's thread, unless the commit was withdrawn."""
+        with self._deciding:
+            self.under_way = not self.withdrawn
+            return self.under_way
+
+    def withdraw(self) -> bool:
+        """Withdraw the commit; return whether the job has begun all the same."""
+        with self._deciding:
+            self.withdrawn = True
+            return self.under_way
 
 
 @final
@@ -121,9 +135,8 @@ class Commits:
         try:
             await this.done.wait()
         except trio.Cancelled:
-            this.withdrawn = True
-            if this.under_way:
-                # Its files are in use.
+            if this.withdraw():
+                # The transaction uses the files. It has begun, so it ends in milliseconds.
                 with trio.CancelScope(shield=True):
                     await this.done.wait()
             raise
@@ -138,8 +151,7 @@ class Commits:
                 with trio.move_on_after(_LINGER):
                     await self._all_here.wait()
             group, self._waiting = self._waiting, []
-            with trio.CancelScope(shield=True):
-                await self._commit(group)
+            await self._commit(group)
 
     async def _commit(self, group: list[_Commit]) -> None:
         group = [each for each in group if not each.withdrawn]
@@ -148,10 +160,9 @@ class Commits:
         failed: StoreError | None = StoreError(f"{self._root}: a commit was broken off: try again")
         try:
             await trio.to_thread.run_sync(self._sync)
-            # That took the disk as long as it liked; nobody waits for it who does not want to.
+            # The sync may have taken long, and the transaction may wait for another process. A
+            # commit can be withdrawn until the transaction has begun.
             group = [each for each in group if not each.withdrawn]
-            for each in group:
-                each.under_way = True
             if group:
                 await self._catalog.write(self._place, group)
             failed = None
@@ -174,6 +185,8 @@ class Commits:
 
     def _place(self, connection: sqlite3.Connection, group: list[_Commit]) -> None:
         for each in group:
+            if not each.begin():
+                continue
             connection.execute("SAVEPOINT one")
             try:
                 if each.failures != self.failures:

@@ -633,10 +633,12 @@ class Content:
         return await trio.to_thread.run_sync(_read_whole, self.path(digest), blob)
 
     async def open(self, digest: Digest) -> BlobStream:
-        await self.stored(digest)
-        path = self.path(digest)
-        stream = BlobStream(await trio.to_thread.run_sync(_open, path), path, self.lifetime)
-        self._streams.add(stream)
+        async with self.lifetime.use():
+            await self.stored(digest)
+            path = self.path(digest)
+            file = await trio.to_thread.run_sync(_open, path)
+            stream = BlobStream(file, path, self.lifetime)
+            self._streams.add(stream)
         return stream
 
     def close_streams(self) -> None:

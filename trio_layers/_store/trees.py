@@ -244,13 +244,22 @@ class Trees:
         The caller then need not wait for the blob's lock: an image may contain one layer thousands
         of times.
         """
-        blob, tree = await self._catalog.read(_find_unpacked, descriptor.digest)
+        blob, tree = await self._catalog.read(self._find_unpacked, descriptor.digest)
         if blob is None or tree is None or blob.size != descriptor.size:
             return None
         if not await self._fits(tree, base):
             return None
         # A hold on the blob also protects the tree that was made of it.
         return await self._put(tree, base, blob.digest)
+
+    def _find_unpacked(
+        self, connection: sqlite3.Connection, digest: Digest
+    ) -> tuple[StoredBlob | None, StoredTree | None]:
+        """Find a blob and its tree, where neither is known to be damaged."""
+        blob = find_blob(connection, digest)
+        if blob is None or blob.diff_id is None or not self._content.has_whole(connection, digest):
+            return None, None
+        return blob, self._find_whole(connection, blob.diff_id)
 
     async def _register_locked(
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor
@@ -407,16 +416,6 @@ class Trees:
         """The tree, not durable yet, and the descriptor of what was read."""
         work = partial(build, self._unpacker.unpack, reader, target, lower=lower, expected=expected)
         return await trio.to_thread.run_sync(work, limiter=self.threads)
-
-
-def _find_unpacked(
-    connection: sqlite3.Connection, digest: Digest
-) -> tuple[StoredBlob | None, StoredTree | None]:
-    """A blob and its unpacked tree."""
-    blob = find_blob(connection, digest)
-    if blob is None or blob.diff_id is None:
-        return blob, None
-    return blob, find_tree(connection, blob.diff_id)
 
 
 def _add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> StoredLayer:
