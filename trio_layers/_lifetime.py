@@ -79,7 +79,12 @@ class Lifetime:
 
         Cancellation: a caller that is itself cancelled gets `trio.Cancelled`, not the error.
         """
-        return _Call(self, self._error, self._calls)
+        return _Call(self)
+
+    def _begin(self, scope: trio.CancelScope) -> None:
+        self.check()
+        scope.__enter__()
+        self._calls[scope] = None
 
     def _end(self, scope: trio.CancelScope) -> None:
         del self._calls[scope]
@@ -129,25 +134,16 @@ class Lifetime:
 class _Call(AbstractAsyncContextManager[None]):
     # A class, not a generator: a pull makes hundreds of calls.
 
-    __slots__ = ("_calls", "_error", "_lifetime", "_scope")
+    __slots__ = ("_lifetime", "_scope")
 
-    def __init__(
-        self,
-        lifetime: Lifetime,
-        error: Callable[[], LayersError],
-        calls: dict[trio.CancelScope, None],
-    ) -> None:
+    def __init__(self, lifetime: Lifetime) -> None:
         self._lifetime = lifetime
-        self._error = error
-        self._calls = calls
         self._scope = trio.CancelScope()
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> None:
         check_under_trio()
-        self._lifetime.check()
-        self._scope.__enter__()
-        self._calls[self._scope] = None
+        self._lifetime._begin(self._scope)
 
     @trio.lowlevel.enable_ki_protection
     async def __aexit__(
@@ -168,7 +164,7 @@ class _Call(AbstractAsyncContextManager[None]):
         caught = self._scope.__exit__(kind, raised, traceback)
         if self._scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
-            raise self._error() from None
+            raise self._lifetime._error() from None
         return caught
 
 
