@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from _tools.calls import calls_of
 
 from trio_layers._archives.documents import check_layout, decode_docker
 from trio_layers._as_go import without_surrogates
@@ -232,18 +233,7 @@ def test_a_document_is_read_in_linear_work_and_short_steps(unit: str) -> None:
     """The number of calls grows with the document, so threads can switch."""
 
     def calls(data: bytes) -> int:
-        count = 0
-
-        def profile(frame: object, event: str, argument: object) -> None:
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(profile)
-        try:
-            parse_json(data)
-        finally:
-            sys.setprofile(None)
-        return count
+        return calls_of(lambda: parse_json(data))
 
     begin, end = ('"', '"') if unit == "\\n" else ("[", "1]")
     small = calls(f"{begin}{unit * 2_000}{end}".encode())

@@ -6,7 +6,6 @@ Each layer costs as much as the first one, in short steps of the event loop.
 from __future__ import annotations
 
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+from _tools.calls import calls_of
 from store.world import Blob, Stream, digest_of, layer_of
 
 from trio_layers._digest import ChainID, extend_chain
@@ -74,21 +74,6 @@ def counting_steps() -> Iterator[Steps]:
         yield steps
     finally:
         trio.lowlevel.remove_instrument(steps)
-
-
-def calls_of(function: Callable[[], object]) -> int:
-    count = 0
-
-    def profile(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 async def test_a_layer_of_a_high_stack_is_found_in_short_steps(
