@@ -39,7 +39,7 @@ def test_a_public_name_is_documented_and_names_its_module(module_name: str, name
 
 
 def test_export_as_public_touches_only_what_is_ours_and_private() -> None:
-    private = type("Private", (), {"__module__": "trio_layers._store.memory"})
+    private = type("Private", (), {"__module__": "trio_layers._memory"})
     elsewhere = type("Elsewhere", (), {"__module__": "trio_layers.abc"})
     namespace = {"Private": private, "Elsewhere": elsewhere, "dict": dict, "number": 3}
     export_as_public(namespace, "trio_layers")
@@ -49,6 +49,6 @@ def test_export_as_public_touches_only_what_is_ours_and_private() -> None:
 
 
 def test_export_as_public_leaves_private_names() -> None:
-    helper = type("_Helper", (), {"__module__": "trio_layers._store.memory"})
+    helper = type("_Helper", (), {"__module__": "trio_layers._memory"})
     export_as_public({"_Helper": helper}, "trio_layers")
-    assert helper.__module__ == "trio_layers._store.memory"
+    assert helper.__module__ == "trio_layers._memory"

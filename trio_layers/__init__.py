@@ -9,6 +9,7 @@ from . import abc as abc
 from ._archives.exporting import ArchiveFormat as ArchiveFormat
 from ._archives.exporting import export_images as export_images
 from ._archives.importing import import_images as import_images
+from ._catalog.catalog import StoredImage as StoredImage
 from ._digest import ChainID as ChainID
 from ._digest import DiffID as DiffID
 from ._digest import Digest as Digest
@@ -58,6 +59,9 @@ from ._image import ImageLayer as ImageLayer
 from ._logins.lookup import LoginFiles as LoginFiles
 from ._manifest import Descriptor as Descriptor
 from ._manifest import ImageConfig as ImageConfig
+from ._memory import MemoryLayer as MemoryLayer
+from ._memory import MemoryStore as MemoryStore
+from ._memory import MemoryStream as MemoryStream
 from ._platform import Platform as Platform
 from ._platform import host_platform as host_platform
 from ._platform import parse_platform as parse_platform
@@ -78,19 +82,15 @@ from ._registry.client import ResolvedImage as ResolvedImage
 from ._registry.client import open_registry_client as open_registry_client
 from ._registry.credentials import Credentials as Credentials
 from ._registry.credentials import CredentialsSource as CredentialsSource
-from ._store.catalog import StoredImage as StoredImage
+from ._rootfs.view import RootfsView as RootfsView
 from ._store.check import CheckReport as CheckReport
 from ._store.check import Problem as Problem
 from ._store.collect import Collected as Collected
 from ._store.collect import MountedTree as MountedTree
 from ._store.directory import DirectoryStore as DirectoryStore
-from ._store.memory import MemoryLayer as MemoryLayer
-from ._store.memory import MemoryStore as MemoryStore
-from ._store.memory import MemoryStream as MemoryStream
-from ._store.rootfs import RootfsView as RootfsView
 from ._store.usage import ImageUsage as ImageUsage
 from ._store.usage import StoreUsage as StoreUsage
-from ._unpack.limits import Limits as Limits
+from ._tar.limits import Limits as Limits
 from ._util import export_as_public
 from ._version import __version__ as __version__
 

@@ -21,6 +21,7 @@ import trio
 
 from ._archives.exporting import export_images
 from ._archives.importing import import_images
+from ._catalog.catalog import StoredImage
 from ._display import DisplayKind, open_display
 from ._errors import (
     LayersError,
@@ -38,7 +39,6 @@ from ._pull import Image, Puller, open_puller, open_store
 from ._reference import parse_reference
 from ._registry.client import RegistryClient, open_registry_client
 from ._registry.credentials import Credentials
-from ._store.catalog import StoredImage
 from ._store.directory import DirectoryStore
 from .abc import ProgressSink
 

@@ -8,11 +8,11 @@ from typing import Final, TypeVar
 import attrs
 import trio
 
+from ._catalog.catalog import StoredImage
 from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain, parse_digest
 from ._errors import InvalidDigest, ManifestError, VerificationError
 from ._manifest import Descriptor
 from ._platform import Platform, choose, host_platform, parse_platform
-from ._store.catalog import StoredImage
 
 __all__ = [
     "ImageLayer",

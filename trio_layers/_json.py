@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from ._as_go import without_surrogates
+from ._gocompat import without_surrogates
 
 __all__ = ["MAX_DEPTH", "AmbiguousJSON", "check_names", "dismantle", "fold_names", "parse_json"]
 

@@ -16,9 +16,9 @@ from typing import Final, NoReturn
 
 import attrs
 
-from ._as_go import decode_base64, without_surrogates
 from ._digest import DiffID, Digest, digest_of, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
+from ._gocompat import decode_base64, without_surrogates
 from ._json import AmbiguousJSON, check_names, dismantle, fold_names, parse_json
 from ._platform import DEFAULT_OS, Platform, host_platform
 

@@ -36,12 +36,12 @@ from ._registry.client import RegistryClient, ResolvedImage, open_registry_clien
 from ._registry.credentials import CredentialsFor
 from ._registry.http import AsyncClient
 from ._registry.transport import STALL_LIMIT
+from ._rootfs.view import RootfsView
 from ._store import directory
 from ._store.directory import DirectoryStore
-from ._store.rootfs import RootfsView
-from ._unpack.limits import Limits
-from ._unpack.unpacker import Unpacker
-from ._workers import open_workers
+from ._tar.limits import Limits
+from ._workers.pool import open_workers
+from ._workers.unpacker import Unpacker
 from .abc import BlobSink, ProgressSink, ReportProgress
 
 __all__ = ["Image", "PullPolicy", "Puller", "open_puller", "open_store"]

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from trio_layers._store import catalog, files
+from trio_layers import _files as files
+from trio_layers._catalog import catalog
 
 TABLES = ("blobs", "trees", "layers", "images", "image_references", "leases")
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from trio_layers._manifest import Descriptor
-from trio_layers._store.memory import MemoryStream
+from trio_layers._memory import MemoryStream
 
 
 def diff_id_of(data: bytes) -> str:

@@ -15,7 +15,7 @@ from engine.world import World
 from trio_layers._digest import RootFS
 from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import DoNotRetry, ManagerClosed
-from trio_layers._store.memory import MemoryStore
+from trio_layers._memory import MemoryStore
 
 BOTH_WAYS = True
 CASES = Path(__file__).parents[1] / "cases" / "engine"

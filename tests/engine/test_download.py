@@ -25,7 +25,7 @@ from trio_layers._errors import (
     VerificationError,
 )
 from trio_layers._manifest import Descriptor
-from trio_layers._store.memory import MemoryStore, MemoryStream
+from trio_layers._memory import MemoryStore, MemoryStream
 
 try:
     from compression import zstd

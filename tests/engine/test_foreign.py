@@ -19,7 +19,7 @@ from engine.seeds import run
 import trio_layers
 from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import DoNotRetry, LayersError, TransferError
-from trio_layers._store.memory import MemoryStore
+from trio_layers._memory import MemoryStore
 
 BOTH_WAYS = True
 

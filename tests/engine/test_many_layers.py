@@ -13,8 +13,8 @@ from trio_layers._digest import RootFS
 from trio_layers._engine.download import open_download_manager
 from trio_layers._engine.pull import WINDOW
 from trio_layers._errors import ManagerClosed, TransferError
+from trio_layers._memory import MemoryLayer, MemoryStore
 from trio_layers._progress import Progress
-from trio_layers._store.memory import MemoryLayer, MemoryStore
 
 LAYERS = 3 * WINDOW
 

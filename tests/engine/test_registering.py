@@ -19,7 +19,7 @@ from engine.world import World
 
 from trio_layers._digest import chain_id
 from trio_layers._engine.download import open_download_manager
-from trio_layers._store.memory import MemoryStage, MemoryStore
+from trio_layers._memory import MemoryStage, MemoryStore
 
 SEEDS = range(12)
 CANCELED = "context canceled"

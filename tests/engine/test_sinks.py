@@ -10,8 +10,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import DoNotRetry
+from trio_layers._memory import MemoryStore
 from trio_layers._progress import Progress
-from trio_layers._store.memory import MemoryStore
 
 BOTH_WAYS = True
 SEEDS = pytest.mark.parametrize("seed", range(10))

@@ -26,8 +26,8 @@ from trio_layers._errors import (
     UnpackError,
     VerificationError,
 )
+from trio_layers._memory import MemoryStage, MemoryStore
 from trio_layers._progress import Progress
-from trio_layers._store.memory import MemoryStage, MemoryStore
 from trio_layers.abc import Stage, StagedSource, StagingStore
 from trio_layers.testing import Attempt, ScriptedSource
 

@@ -15,8 +15,8 @@ from trio_layers._digest import RootFS, chain_id, extend_chain
 from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import DecompressionError, DoNotRetry
 from trio_layers._manifest import Descriptor
+from trio_layers._memory import decompressed
 from trio_layers._nursery import open_hidden_nursery
-from trio_layers._store.memory import decompressed
 
 END = 1000.0
 # In how many pieces a blob arrives in a stage.

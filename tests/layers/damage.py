@@ -6,7 +6,7 @@ import attrs
 from cases.layers import maketar
 from hypothesis import strategies as st
 
-from trio_layers._unpack.fields import checksum_is_right
+from trio_layers._tar.fields import checksum_is_right
 
 
 @attrs.frozen

@@ -35,9 +35,9 @@ from layers.stack import listed, on_disk
 
 from trio_layers._entries import Entry
 from trio_layers._errors import DecompressionError, StoreFull, UnpackError
-from trio_layers._store.merged import MergedTree
-from trio_layers._unpack.tar import Member, TarReader
-from trio_layers._unpack.worker import Limits, Unpacked, holds, unpack
+from trio_layers._rootfs.merged import MergedTree
+from trio_layers._tar.reader import Member, TarReader
+from trio_layers._tree.unpack import Limits, Unpacked, holds, unpack
 
 LIMITS = Limits(max_unpacked_bytes=8 << 20, max_entries=200, max_ratio_from=4 << 20)
 """Small enough that the worst of damage costs little, large enough for all that is drawn whole."""

@@ -24,8 +24,8 @@ from layers.stack import (
 
 from trio_layers import _errors
 from trio_layers._entries import Entry
-from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack.worker import Limits
+from trio_layers._rootfs.view import MergedTree
+from trio_layers._tree.unpack import Limits
 
 OVERRIDE = "user.containers.override_stat"
 

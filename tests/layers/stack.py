@@ -17,9 +17,9 @@ import attrs
 
 from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import Entry, Summary, parse_entries
-from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack.verify import verify
-from trio_layers._unpack.worker import Limits, Unpacked, holds, unpack
+from trio_layers._rootfs.view import MergedTree
+from trio_layers._tree.unpack import Limits, Unpacked, holds, unpack
+from trio_layers._tree.verify import verify
 
 UNLIMITED = Limits()
 

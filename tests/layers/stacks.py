@@ -27,10 +27,10 @@ from store.world import Blob, Stream, describe
 
 from trio_layers._entries import Entry
 from trio_layers._errors import UnpackError
+from trio_layers._rootfs.view import MergedTree
 from trio_layers._store.directory import open_store
-from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import build_image
 
 # Few, so that paths meet.

@@ -23,7 +23,7 @@ from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, u
 
 from trio_layers import _errors
 from trio_layers._entries import Entry
-from trio_layers._store.rootfs import MergedTree
+from trio_layers._rootfs.view import MergedTree
 
 HERE = Path(__file__).parents[1] / "cases" / "layers"
 

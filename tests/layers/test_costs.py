@@ -11,7 +11,7 @@ from layers.plain import archive
 from layers.stack import unpack_blob
 
 from trio_layers._errors import LimitExceeded
-from trio_layers._unpack.directories import Directories
+from trio_layers._tree.directories import Directories
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 

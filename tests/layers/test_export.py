@@ -28,13 +28,13 @@ from pull.mounting import unmount
 from trio_layers import ExportError, ExportReport, StoreError
 from trio_layers._entries import Entry
 from trio_layers._errors import DecompressionError, StoreFull, UnpackError
-from trio_layers._store.merged import MergedTree
-from trio_layers._unpack.archive import archive
-from trio_layers._unpack.export import export
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.pax import header
-from trio_layers._unpack.tar import Member, TarReader
-from trio_layers._unpack.verify import verify
+from trio_layers._rootfs.archive import archive
+from trio_layers._rootfs.export import export
+from trio_layers._rootfs.merged import MergedTree
+from trio_layers._tar.limits import Limits
+from trio_layers._tar.pax import header
+from trio_layers._tar.reader import Member, TarReader
+from trio_layers._tree.verify import verify
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 
@@ -553,10 +553,10 @@ CHILD = """
 import io, json, os, shutil, sys
 from pathlib import Path
 import attrs
-from trio_layers._store.merged import MergedTree
-from trio_layers._unpack.archive import archive
-from trio_layers._unpack.export import export
-from trio_layers._unpack.worker import unpack
+from trio_layers._rootfs.merged import MergedTree
+from trio_layers._rootfs.archive import archive
+from trio_layers._rootfs.export import export
+from trio_layers._tree.unpack import unpack
 base, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "user":
     os.setgroups([])

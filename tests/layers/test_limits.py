@@ -19,8 +19,8 @@ from cases.layers import maketar
 from layers.plain import archive
 
 from trio_layers import LimitExceeded, Limits
-from trio_layers._store.merged import MergedTree
-from trio_layers._unpack.worker import Unpacked, unpack
+from trio_layers._rootfs.merged import MergedTree
+from trio_layers._tree.unpack import Unpacked, unpack
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -12,8 +12,8 @@ from layers.stack import listed, unpack_blob, unpack_stack
 
 from trio_layers._entries import Entry
 from trio_layers._errors import LimitExceeded, StoreError, UnpackError
-from trio_layers._store.rootfs import MergedTree
-from trio_layers._unpack.worker import Limits, holds, unpack
+from trio_layers._rootfs.view import MergedTree
+from trio_layers._tree.unpack import Limits, holds, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 

@@ -29,10 +29,10 @@ from trio_layers._entries import (
 )
 from trio_layers._errors import ExportError, StoreError
 from trio_layers._lifetime import Lifetime
-from trio_layers._store.merged import MergedTree
-from trio_layers._store.rootfs import RootfsView
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._rootfs.merged import MergedTree
+from trio_layers._rootfs.view import RootfsView
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 
 LOWER = [
     {"name": "./", "type": "dir"},

@@ -17,8 +17,8 @@ from trio_layers._entries import (
     removal_line,
     summary_line,
 )
-from trio_layers._store import merged
-from trio_layers._store.merged import MergedTree, Surveys
+from trio_layers._rootfs import merged
+from trio_layers._rootfs.merged import MergedTree, Surveys
 
 NAMES = (b"a", b"b", b'"t":"dir"', b"\xff\\")
 END = summary_line(

@@ -10,7 +10,7 @@ from cases.layers import maketar
 from layers.plain import Plain, archive
 
 from trio_layers._errors import LimitExceeded, UnpackError
-from trio_layers._unpack.tar import Limits, Member, TarReader
+from trio_layers._tar.reader import Limits, Member, TarReader
 
 
 def members(data: bytes, limits: Limits | None = None) -> list[tuple[Member, bytes]]:

@@ -15,7 +15,7 @@ from layers.stack import diff_id, listed, on_disk, unpack_blob
 from layers.test_parents import DEBIAN, merged
 
 from trio_layers._errors import LimitExceeded, StoreFull, StoreReadOnly, UnpackError
-from trio_layers._unpack.worker import Limits, unpack
+from trio_layers._tree.unpack import Limits, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 
@@ -81,7 +81,7 @@ def test_overlay_attributes_are_not_taken(tmp_path: Path) -> None:
 def test_attributes_in_another_locale(tmp_path: Path) -> None:
     """Names of attributes are the layer's bytes, whatever the locale's encoding is."""
     pax = {"SCHILY.xattr.user.\u20ac": "1"}
-    program = "import io, pathlib, sys; from trio_layers._unpack.worker import unpack; "
+    program = "import io, pathlib, sys; from trio_layers._tree.unpack import unpack; "
     program += "unpack(io.BytesIO(sys.stdin.buffer.read()).read, pathlib.Path(sys.argv[1]))"
     subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
@@ -303,7 +303,7 @@ def test_list_that_cannot_be_written(
         def write(self, data: object) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trio_layers._unpack.worker.io.FileIO", Full)
+    monkeypatch.setattr("trio_layers._tree.unpack.io.FileIO", Full)
     calls = 0
 
     def check() -> None:

@@ -18,13 +18,13 @@ from layers.modes import MODES, NOBODY, Children, Died, Refused, running
 from layers.plain import archive
 from layers.stack import listed, on_disk, unpack_blob
 
-from trio_layers._store.rootfs import MergedTree
+from trio_layers._rootfs.view import MergedTree
 
 # Privilege is dropped when all is imported: the interpreter may be in a directory of root's own.
 CHILD = """
 import io, os, sys
 from pathlib import Path
-from trio_layers._unpack.worker import unpack
+from trio_layers._tree.unpack import unpack
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -208,7 +208,7 @@ def test_a_child_that_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_set_group_id_that_is_not_kept(tmp_path: Path) -> None:
     """Root without CAP_FSETID gives it to no file of a strange group, and is not told so."""
-    program = "import io, os, pathlib, sys; from trio_layers._unpack.worker import unpack; "
+    program = "import io, os, pathlib, sys; from trio_layers._tree.unpack import unpack; "
     program += "os.setgroups([]); data = sys.stdin.buffer.read(); "
     program += "print(unpack(io.BytesIO(data).read, pathlib.Path(sys.argv[1])).incomplete)"
     blob = archive({"name": "f", "mode": "2755", "gid": 5})

@@ -29,8 +29,8 @@ from trio_layers import Progress, Puller, open_puller
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._store.directory import DirectoryStore, open_store
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import (
     Answer,
     Delay,

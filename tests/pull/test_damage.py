@@ -20,7 +20,7 @@ from trio_layers import (
     open_puller,
     open_store,
 )
-from trio_layers._store import damage
+from trio_layers import _damage as damage
 from trio_layers.testing import File, HardLink, build_image, build_layer, open_registry
 
 IMAGE = build_image(

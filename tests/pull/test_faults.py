@@ -32,8 +32,8 @@ from trio_layers import (
 from trio_layers._registry.retries import MAX_ATTEMPTS
 from trio_layers._registry.transport import MAX_REDIRECTS
 from trio_layers._store import directory
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import (
     Challenge,
     Corrupt,

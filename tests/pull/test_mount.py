@@ -23,9 +23,9 @@ from pull.mounting import fill, mounts_below, unmount_below
 
 from trio_layers import MountError, RootfsView, StoreClosed, StoreError, open_store
 from trio_layers._lifetime import Lifetime
-from trio_layers._store import mount
-from trio_layers._store.mount import open_mount
-from trio_layers._unpack.worker import unpack
+from trio_layers._rootfs import mount
+from trio_layers._rootfs.mount import open_mount
+from trio_layers._tree.unpack import unpack
 
 pytestmark = [
     pytest.mark.integration,

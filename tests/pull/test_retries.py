@@ -10,8 +10,8 @@ import trio
 
 from trio_layers import Progress, RegistryError, VerificationError, open_puller
 from trio_layers._store import directory
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import (
     Corrupt,
     Cut,

@@ -41,7 +41,7 @@ from trio_layers._errors import (
 from trio_layers._platform import Platform, host_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import ResolvedImage, open_registry_client
-from trio_layers._registry.lists import decode_tags
+from trio_layers._registry.pagination import decode_tags
 
 HOST = "https://registry.example"
 APP = parse_reference("registry.example/team/app")

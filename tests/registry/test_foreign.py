@@ -16,7 +16,7 @@ from trio_layers._manifest import Descriptor
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.elsewhere import MAX_URLS
+from trio_layers._registry.foreign_urls import MAX_URLS
 
 HOST = "https://registry.example"
 APP = parse_reference("registry.example/team/app")
@@ -346,7 +346,7 @@ async def test_a_registry_that_rests_is_asked_all_the_same() -> None:
 
 
 async def test_what_is_remembered_of_urls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trio_layers._registry.sites.MAX_ELSEWHERE", 3)
+    monkeypatch.setattr("trio_layers._registry.endpoints.MAX_ELSEWHERE", 3)
     network = Network(**{HOST: sends()})
     async with network.client() as http, open_registry_client(client=http) as client:
         for number in range(5):

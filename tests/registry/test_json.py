@@ -11,8 +11,8 @@ import pytest
 from _tools.calls import calls_of
 
 from trio_layers._archives.documents import check_layout, decode_docker
-from trio_layers._as_go import without_surrogates
 from trio_layers._errors import ArchiveError, ManifestError, RegistryError
+from trio_layers._gocompat import without_surrogates
 from trio_layers._json import MAX_DEPTH, AmbiguousJSON, dismantle, parse_json
 from trio_layers._manifest import (
     INDEX_TYPES,
@@ -21,7 +21,7 @@ from trio_layers._manifest import (
     decode_config,
     decode_manifest,
 )
-from trio_layers._registry.lists import decode_tags
+from trio_layers._registry.pagination import decode_tags
 
 DIGEST = "sha256:" + "a" * 64
 OTHER = "sha256:" + "b" * 64

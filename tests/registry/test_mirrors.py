@@ -26,7 +26,6 @@ from registry.fakes import (
 )
 from trio.testing import MockClock
 
-from trio_layers._as_go import parse_duration
 from trio_layers._errors import (
     AuthenticationError,
     CredentialsError,
@@ -37,14 +36,15 @@ from trio_layers._errors import (
     RegistryError,
     VerificationError,
 )
+from trio_layers._gocompat import parse_duration
 from trio_layers._logins.lookup import LoginFiles
 from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
+from trio_layers._registry.endpoints import REST, Site
 from trio_layers._registry.hosts_toml import read_configuration
-from trio_layers._registry.sites import REST, Site
-from trio_layers._registry.trust import Trust, make_context
+from trio_layers._registry.tls import Trust, make_context
 from trio_layers.testing import Redirect, Reply, build_image, open_registry
 
 APP = parse_reference("registry.example/team/app:1")

@@ -39,8 +39,8 @@ from trio_layers import (
     open_registry_client,
 )
 from trio_layers._digest import Digest
-from trio_layers._registry import lists
-from trio_layers._registry.lists import next_query
+from trio_layers._registry import pagination as lists
+from trio_layers._registry.pagination import next_query
 from trio_layers.testing import (
     BasicAuth,
     Registry,

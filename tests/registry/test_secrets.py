@@ -31,12 +31,12 @@ from trio_layers._registry import http as adapter
 from trio_layers._registry import transport
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
-from trio_layers._registry.discretion import hush, secrets_of, without_login, without_secrets
 from trio_layers._registry.hosts import parse_url
 from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.http import new_client
+from trio_layers._registry.redaction import hush, secrets_of, without_login, without_secrets
+from trio_layers._registry.tls import Trust, make_context
 from trio_layers._registry.tokens import Tokens
-from trio_layers._registry.trust import Trust, make_context
 from trio_layers.testing import BasicAuth, Fault, Raw, Reply, open_registry, sample_image
 
 HOST, TOKENS, M1 = "https://registry.example", "https://tokens.example", "https://m1.example"

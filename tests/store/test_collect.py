@@ -29,9 +29,9 @@ from store.world import (
 
 from trio_layers import open_puller
 from trio_layers._errors import VerificationError
+from trio_layers._files import disk_usage
 from trio_layers._store.collect import Collected
 from trio_layers._store.directory import DirectoryStore
-from trio_layers._store.files import disk_usage
 from trio_layers.abc import Layer
 from trio_layers.testing import File, build_image, build_layer, open_registry
 

@@ -19,8 +19,8 @@ from store.world import (
     visible,
 )
 
+from trio_layers._catalog.catalog import StoredImage
 from trio_layers._errors import PlatformError, StoreError
-from trio_layers._store.catalog import StoredImage
 from trio_layers._store.directory import DirectoryStore
 
 LAYER = layer_of(hello="world")

@@ -20,8 +20,8 @@ from store.world import Blob, Stream, describe, layer_of
 
 from trio_layers import DirectoryStore, StoreClosed, StoredImage, export_images, import_images
 from trio_layers._store.directory import open_store
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 
 # One of `STRIDE` moments of each call is tested; the environment variable selects all.
 STRIDE: Final = 1 if os.environ.get("TRIO_LAYERS_CANCELLATIONS") == "all" else 2

@@ -16,11 +16,11 @@ from trio_layers import Limits, open_store
 from trio_layers._errors import StoreClosed
 from trio_layers._manifest import Descriptor
 from trio_layers._store import directory
-from trio_layers._store.build import Arrival, Past
-from trio_layers._store.growth import Growth, Recalled
-from trio_layers._store.lending import Lending, Loan
-from trio_layers._unpack.unpacker import Unpacker
-from trio_layers._workers import open_workers
+from trio_layers._workers.arrival_state import Growth, Recalled
+from trio_layers._workers.build import Arrival, Past
+from trio_layers._workers.lending import Lending, Loan
+from trio_layers._workers.pool import open_workers
+from trio_layers._workers.unpacker import Unpacker
 
 Store = directory.DirectoryStore
 OpenStore = Callable[[Path], AbstractAsyncContextManager[Store]]

@@ -15,7 +15,7 @@ from store.test_crashes import leases_of, running
 from store.world import Stream, arriving, describe, layer_of, opened, visible
 
 from trio_layers._errors import StoreError
-from trio_layers._store.processes import Process
+from trio_layers._processes import Process
 
 LAYER = layer_of(hello="world")
 DAY = 24 * 3600

@@ -16,13 +16,13 @@ import trio
 from _tools.calls import calls_of
 from store.world import Blob, Stream, digest_of, layer_of
 
+from trio_layers._catalog.catalog import StoredLayer, add_layer, find_layer
 from trio_layers._digest import ChainID, extend_chain
-from trio_layers._store import merged
-from trio_layers._store.catalog import StoredLayer, add_layer, find_layer
+from trio_layers._rootfs import merged
+from trio_layers._rootfs.merged import MergedTree, Surveys, TreeStack
 from trio_layers._store.directory import DirectoryStore, open_store
-from trio_layers._store.merged import MergedTree, Surveys, TreeStack
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 
 LAYER = layer_of(**{"a/b/file": "content"})
 

@@ -34,10 +34,10 @@ from trio_layers._errors import StoreError, StoreFull, UnpackError, Verification
 from trio_layers._store import commits
 from trio_layers._store.content import Partial
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
-from trio_layers._store.growth import Abandoned, Follower, Growth, StartedOver, State
-from trio_layers._unpack import worker
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._tree import unpack as worker
+from trio_layers._workers.arrival_state import Abandoned, Follower, Growth, StartedOver, State
+from trio_layers._workers.unpacker import Unpacker
 
 MIB = 1024 * 1024
 NOISE = random.Random(1).randbytes(3 * MIB)

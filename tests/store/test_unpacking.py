@@ -19,8 +19,8 @@ from store.world import Blob, Stream, arriving, chain_of, describe, digest_of, l
 from trio_layers._digest import DiffID
 from trio_layers._errors import UnpackError, UnsupportedStore
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 
 
 def layer(*members: tarfile.TarInfo, **files: str) -> Blob:

@@ -15,7 +15,7 @@ import trio.testing
 from store.world import describe, layer_of, opened
 
 from trio_layers import DirectoryStore, StoreBusy
-from trio_layers._store import catalog
+from trio_layers._catalog import catalog
 
 HOLD: Final = """
 import sqlite3, sys

@@ -25,10 +25,11 @@ from store.world import Blob, arriving, chain_of, layer_of, visible
 from trio.testing import wait_all_tasks_blocked
 
 import trio_layers
-from trio_layers import Limits, UnpackError, WorkerError, _workers, open_store
+from trio_layers import Limits, UnpackError, WorkerError, open_store
 from trio_layers._compression import zstd
 from trio_layers._store.directory import DirectoryStore
-from trio_layers._unpack.worker import unpack
+from trio_layers._tree.unpack import unpack
+from trio_layers._workers import pool as _workers
 
 LARGE = layer_of(big=NOISE, more=b"more")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -39,7 +40,7 @@ def children() -> set[int]:
     found = set()
     for task in Path("/proc/self/task").iterdir():
         for pid in (task / "children").read_text().split():
-            if b"_worker.main()" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"program.main()" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.add(int(pid))
     return found
 

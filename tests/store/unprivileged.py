@@ -10,8 +10,8 @@ import trio
 from store.test_unpacking import IMPLYING, PRIVATE, register
 
 from trio_layers._store.directory import open_store
-from trio_layers._unpack.limits import Limits
-from trio_layers._unpack.unpacker import Unpacker
+from trio_layers._tar.limits import Limits
+from trio_layers._workers.unpacker import Unpacker
 
 
 async def main(path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from trio_layers import DirectoryStore, LayersError, open_store
-from trio_layers._store.memory import MemoryLayer, MemoryStage, MemoryStream, decompressed
+from trio_layers._memory import MemoryLayer, MemoryStage, MemoryStream, decompressed
 from trio_layers.testing import MemoryStore
 from trio_layers.testing.store_suite import StagingStoreSuite
 

@@ -16,7 +16,6 @@ from typing import Final, TypeVar, TypeVarTuple, final
 import attrs
 import trio
 
-from .._choice import MAX_INDEX_DEPTH
 from .._digest import Digest, digest_of
 from .._errors import (
     ArchiveError,
@@ -27,6 +26,7 @@ from .._errors import (
 )
 from .._manifest import Descriptor, Index, Manifest, is_artifact
 from .._reference import Reference, parse_reference
+from .._select import MAX_INDEX_DEPTH
 from .documents import (
     DOCKER,
     INDEX,

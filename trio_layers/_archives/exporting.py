@@ -11,13 +11,13 @@ from typing import Literal, TypeAlias
 import attrs
 import trio
 
+from .._catalog.catalog import StoredImage
 from .._digest import Digest, parse_digest
 from .._errors import ExportError, StoreError
 from .._image import choose_stored
 from .._manifest import Manifest, decode_config, decode_manifest
 from .._platform import Platform, parse_platform
 from .._reference import Reference, parse_reference
-from .._store.catalog import StoredImage
 from .._store.directory import DirectoryLayer, DirectoryStore
 from .._store.layout import OCI_LAYOUT, index_document
 from .documents import (

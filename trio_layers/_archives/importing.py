@@ -11,7 +11,7 @@ from typing import Final, final
 import attrs
 import trio
 
-from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
+from .._catalog.catalog import StoredImage
 from .._digest import DiffID, Digest, digest_of
 from .._engine.download import open_download_manager
 from .._errors import (
@@ -43,11 +43,11 @@ from .._manifest import (
 )
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
-from .._store.catalog import StoredImage
+from .._select import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._store.directory import DirectoryStore
 from .._store.layout import INDEX_ANNOTATION
-from .._unpack.limits import Limits
-from .._unpack.unpacker import Unpacker
+from .._tar.limits import Limits
+from .._workers.unpacker import Unpacker
 from ..abc import BlobSink, ProgressSink, ReportProgress
 from .candidates import Candidate, decode, digest_prefix, list_images, select
 from .documents import (

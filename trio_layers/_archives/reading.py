@@ -28,9 +28,9 @@ from .._errors import (
 )
 from .._manifest import MAX_DOCUMENT_SIZE
 from .._store.directory import Batch, DirectoryStore, Lease
-from .._unpack.limits import Limits
-from .._unpack.tar import Content, Member, TarReader
-from .._unpack.worker import Inflated
+from .._tar.limits import Limits
+from .._tar.reader import Content, Member, TarReader
+from .._tree.unpack import Inflated
 from .documents import (
     DOCKER,
     INDEX,

@@ -19,14 +19,14 @@ from typing import Final, TypeAlias
 import attrs
 
 from .._compression import Decompressor
+from .._damage import damaged
 from .._digest import Digest, Verifier
+from .._disk_errors import store_error
 from .._errors import DecompressionError, ExportError, UnpackError
 from .._paths import open_empty_directory, open_parent
-from .._store.damage import damaged
-from .._store.errors import store_error
-from .._unpack.directories import Directories, join, split
-from .._unpack.pax import END_OF_ARCHIVE, header, padding
-from .._unpack.tar import BLOCK, Member, MemberType
+from .._tar.pax import END_OF_ARCHIVE, header, padding
+from .._tar.reader import BLOCK, Member, MemberType
+from .._tree.directories import Directories, join, split
 
 __all__ = ["Blob", "Entry", "write_directory", "write_file", "write_tar"]
 

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 import attrs
 
-from .._as_go import without_surrogates
+from .._gocompat import without_surrogates
 
 __all__ = ["Object", "as_object", "decode_mapping", "decode_text", "is_name", "parse_json"]
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import attrs
 
-from .._as_go import decode_base64, split_url
+from .._gocompat import decode_base64, split_url
 from .._registry.credentials import Credentials
 from .documents import Object, as_object, decode_mapping, decode_text, is_name, parse_json
 

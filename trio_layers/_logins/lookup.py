@@ -13,7 +13,7 @@ import trio
 
 from .._errors import CredentialsError
 from .._registry.credentials import Credentials
-from .._sharing import Shared
+from .._single_flight import Shared
 from .files import (
     Login,
     LoginFile,

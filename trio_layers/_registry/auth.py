@@ -17,7 +17,7 @@ import trio
 
 from .._errors import AuthenticationError, CredentialsError
 from .._reference import Reference
-from .._sharing import Shared
+from .._single_flight import Shared
 from .credentials import Credentials, CredentialsFor
 from .hosts import domain_of, origin_of
 from .http import URL

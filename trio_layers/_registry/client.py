@@ -20,7 +20,6 @@ import attrs
 import trio
 
 from .._blocks import opens_block
-from .._choice import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._digest import DiffID, Digest, digest_of, parse_digest, parse_verifiable
 from .._errors import (
     ClientClosed,
@@ -49,18 +48,19 @@ from .._manifest import (
 from .._offload import run_large
 from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
+from .._select import MAX_INDEX_DEPTH, check_platform, choose_image
 from ..abc import BlobSink, ReportProgress
 from .answers import RateLimit, give_up
 from .blobs import BlobChunks, BlobFetch, write_embedded
 from .credentials import CredentialsFor
-from .elsewhere import Elsewhere
 from .encoding import coding_of, looks_like_json, named_encoding, read_fitting
+from .endpoints import Site, Sites, ask_in_turn
+from .foreign_urls import Elsewhere
 from .http import AsyncClient, never_connected
-from .lists import Pages, decode_tags
+from .pagination import Pages, decode_tags
 from .retries import Announce, Retries, is_transient
-from .sites import Site, Sites, ask_in_turn
+from .tls import Trust
 from .transport import STALL_LIMIT, Answer, Connections
-from .trust import Trust
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 

@@ -20,9 +20,9 @@ from typing import Final, NoReturn, TypeAlias
 
 import attrs
 
-from .._as_go import clean_path, parse_duration, split_url
 from .._errors import HostsError
-from .discretion import without_login
+from .._gocompat import clean_path, parse_duration, split_url
+from .redaction import without_login
 
 __all__ = ["Configuration", "Host", "read_configuration"]
 

@@ -16,9 +16,9 @@ from typing import Final, TypeAlias, final
 
 from .._errors import NetworkSettingError
 from .answers import readable
-from .discretion import without_login
 from .hosts import is_loopback, parse_url
 from .http import URL, InvalidURL
+from .redaction import without_login
 
 __all__ = ["Proxies", "setting_shown"]
 

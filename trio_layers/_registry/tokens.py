@@ -18,13 +18,13 @@ import trio
 from .._errors import AuthenticationError, RegistryError
 from .._json import parse_json
 from .._reference import Reference
-from .._sharing import Shared
+from .._single_flight import Shared
 from .answers import give_up, read_error, readable
 from .credentials import Credentials
-from .discretion import without_login
 from .encoding import looks_like_json, read_fitting
 from .hosts import base_urls, parse_url
 from .http import URL, InvalidURL
+from .redaction import without_login
 from .transport import Transport
 
 __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]

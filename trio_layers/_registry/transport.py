@@ -25,7 +25,6 @@ import trio
 from .._errors import ClientClosed, NetworkSettingError, RegistryError
 from .answers import give_up, readable
 from .credentials import as_sent
-from .discretion import hush, secrets_of, without_secrets
 from .hosts import is_loopback, origin_of
 from .http import (
     CLOSE_GRACE,
@@ -46,7 +45,8 @@ from .http import (
     send,
 )
 from .proxies import Proxies
-from .trust import Trust, make_context, trust_nobody
+from .redaction import hush, secrets_of, without_secrets
+from .tls import Trust, make_context, trust_nobody
 
 __all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Method", "Transport"]
 

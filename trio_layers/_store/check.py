@@ -17,11 +17,7 @@ from typing import Final, Generic, TypeVar, final
 import attrs
 import trio
 
-from .._digest import ChainID, Digest, extend_chain
-from .._errors import LayersError, StoreError, StoreReadOnly, text_of
-from .._manifest import Descriptor, Manifest, decode_config, decode_manifest
-from .._nursery import open_hidden_nursery
-from .catalog import (
+from .._catalog.catalog import (
     Catalog,
     StoredBlob,
     StoredLayer,
@@ -32,10 +28,14 @@ from .catalog import (
     find_tree,
     find_whole_images,
 )
+from .._damage import forget_damage
+from .._digest import ChainID, Digest, extend_chain
+from .._errors import LayersError, StoreError, StoreReadOnly, text_of
+from .._files import file_name, replace_file
+from .._manifest import Descriptor, Manifest, decode_config, decode_manifest
+from .._nursery import open_hidden_nursery
 from .collect import Collector
 from .content import Content
-from .damage import forget_damage
-from .files import file_name, replace_file
 from .layout import OCI_LAYOUT, index_document
 from .leases import Holds
 from .trees import Trees, Unpacker, tree_upon

@@ -20,11 +20,11 @@ from typing import Final, TypeAlias, final
 import attrs
 import trio
 
+from .._catalog.catalog import Catalog
+from .._damage import forget_damage
 from .._digest import Digest
-from .catalog import Catalog
-from .damage import forget_damage
-from .files import disk_errors, disk_usage, file_name, remove_directory, try_lock, unlock
-from .mounts import find_used_trees
+from .._files import disk_errors, disk_usage, file_name, remove_directory, try_lock, unlock
+from .._rootfs.mount_table import find_used_trees
 from .scratch import Scratch
 
 __all__ = ["Collected", "Collector", "MountedTree"]

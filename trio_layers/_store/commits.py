@@ -17,10 +17,10 @@ from typing import Final, TypeAlias, final
 import attrs
 import trio
 
+from .._catalog.catalog import Catalog
 from .._errors import LayersError, StoreError
+from .._files import DIRECTORY, disk_errors, sync_directory, sync_file_system
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog
-from .files import DIRECTORY, disk_errors, sync_directory, sync_file_system
 
 __all__ = ["Commits", "Job", "open_commits"]
 

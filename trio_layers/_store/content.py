@@ -18,17 +18,17 @@ from weakref import WeakSet
 
 import trio
 
+from .._catalog.catalog import Catalog, StoredBlob, add_blob, find_blob
+from .._damage import damaged, forget_damage, is_whole_blob, note_damage
 from .._digest import Digest, digest_of
 from .._errors import StoreError, VerificationError
+from .._files import disk_errors, file_name, lock_written
 from .._lifetime import Lifetime, clean_up_in_thread, while_open
 from .._manifest import Descriptor
+from .._workers.arrival_state import Growth
+from .._workers.build import describe
 from ..abc import ReportArrived
-from .build import describe
-from .catalog import Catalog, StoredBlob, add_blob, find_blob
 from .commits import Commits, Job
-from .damage import damaged, forget_damage, is_whole_blob, note_damage
-from .files import disk_errors, file_name, lock_written
-from .growth import Growth
 from .leases import Lease
 from .scratch import HeldLock, Scratch, Watch, hold_lock
 

@@ -15,13 +15,7 @@ import attrs
 import trio
 
 from .._blocks import opens_block
-from .._digest import ChainID, DiffID, Digest, digest_of
-from .._errors import ManifestError, StoreError
-from .._lifetime import Lifetime, while_open
-from .._manifest import Descriptor, Manifest, decode_manifest
-from .._platform import parse_platform
-from ..abc import Layer, ReportArrived
-from .catalog import (
+from .._catalog.catalog import (
     Catalog,
     StoredImage,
     StoredLayer,
@@ -40,16 +34,22 @@ from .catalog import (
     set_layout,
     while_busy,
 )
+from .._damage import any_noted, is_noted
+from .._digest import ChainID, DiffID, Digest, digest_of
+from .._errors import ManifestError, StoreError
+from .._files import replace_file
+from .._lifetime import Lifetime, while_open
+from .._manifest import Descriptor, Manifest, decode_manifest
+from .._platform import parse_platform
+from .._rootfs.merged import MergedTree, Surveys, TreeStack
+from .._rootfs.view import RootfsView
+from ..abc import Layer, ReportArrived
 from .check import Checker, CheckReport
 from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
-from .damage import any_noted, is_noted
-from .files import replace_file
 from .layout import encode_index, locate, open_directory, open_to_read
 from .leases import Holds, Lease, open_holds, open_lease
-from .merged import MergedTree, Surveys, TreeStack
-from .rootfs import RootfsView
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Base, Builder, Trees, Unpacker

@@ -18,12 +18,7 @@ from typing import Final, TypeVarTuple
 
 import attrs
 
-from .._digest import Digest
-from .._errors import ManifestError, StoreNotFound, UnsupportedStore
-from .._manifest import Descriptor, Manifest, decode_manifest
-from .._paths import real_path
-from .._platform import parse_platform
-from .catalog import (
+from .._catalog.catalog import (
     APPLICATION_ID,
     VERSION,
     IndexRow,
@@ -36,7 +31,9 @@ from .catalog import (
     migrate,
     transaction,
 )
-from .files import (
+from .._digest import Digest
+from .._errors import ManifestError, StoreNotFound, UnsupportedStore
+from .._files import (
     disk_errors,
     file_name,
     file_system_type,
@@ -46,6 +43,9 @@ from .files import (
     try_lock,
     unlock,
 )
+from .._manifest import Descriptor, Manifest, decode_manifest
+from .._paths import real_path
+from .._platform import parse_platform
 
 __all__ = [
     "INDEX_ANNOTATION",

@@ -16,11 +16,11 @@ from typing import Final, TypeVar, TypeVarTuple, final
 
 import trio
 
+from .._catalog.catalog import Catalog, add_leases, drop_leases, find_tree
 from .._digest import ChainID, Digest
 from .._errors import StoreBusy, StoreError
 from .._lifetime import Lifetime, while_open
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog, add_leases, drop_leases, find_tree
 
 __all__ = ["Holds", "Lease", "open_holds", "open_lease"]
 

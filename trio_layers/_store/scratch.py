@@ -30,15 +30,15 @@ from typing import Final, final
 import attrs
 import trio
 
+from .._catalog.catalog import Catalog, drop_leases, find_holders
 from .._digest import Digest
 from .._errors import StoreError, StoreReadOnly
+from .._files import disk_errors, file_name, remove_directory, try_lock, unlock
 from .._lifetime import clean_up_in_thread
 from .._nursery import open_hidden_nursery
-from .catalog import Catalog, drop_leases, find_holders
-from .files import disk_errors, file_name, remove_directory, try_lock, unlock
-from .mount import detach_stale
-from .mounts import is_mounted
-from .processes import Fate, Process
+from .._processes import Fate, Process
+from .._rootfs.mount import detach_stale
+from .._rootfs.mount_table import is_mounted
 
 __all__ = ["HeldLock", "Scratch", "Watch", "hold_lock", "open_scratch"]
 

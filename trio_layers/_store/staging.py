@@ -19,17 +19,17 @@ from typing import Final, TypeAlias, final
 
 import trio
 
+from .._catalog.catalog import StoredTree, closed_error, set_diff_id
 from .._digest import ChainID, Digest
 from .._errors import DecompressionError, UnpackError, VerificationError
 from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
+from .._workers.arrival_state import Growth, Recalled, StartedOver, WorkerLost
+from .._workers.build import Arrival, Past
 from ..abc import Layer, ReportArrived, ReportUnpacked
-from .build import Arrival, Past
-from .catalog import StoredTree, closed_error, set_diff_id
 from .commits import Commits
 from .content import Content, Ingest
-from .growth import Growth, Recalled, StartedOver, WorkerLost
 from .leases import Holds
 from .scratch import Scratch
 from .trees import Trees, Unpacked, stored_tree

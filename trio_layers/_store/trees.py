@@ -19,13 +19,7 @@ from typing import Final, Protocol, final
 import attrs
 import trio
 
-from .._compression import Decompressor
-from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
-from .._entries import Summary
-from .._errors import DecompressionError, UnpackError, VerificationError, text_of
-from .._manifest import Descriptor
-from .build import Arrival, Source, Unpack, Unpacked, build, describe
-from .catalog import (
+from .._catalog.catalog import (
     Catalog,
     StoredBlob,
     StoredLayer,
@@ -37,14 +31,20 @@ from .catalog import (
     find_tree,
     set_diff_id,
 )
+from .._compression import Decompressor
+from .._damage import forget_damage, is_whole_tree
+from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
+from .._entries import Summary
+from .._errors import DecompressionError, UnpackError, VerificationError, text_of
+from .._files import disk_errors, file_name
+from .._manifest import Descriptor
+from .._rootfs.merged import MergedTree
+from .._rootfs.view import Exporter
+from .._workers.build import Arrival, Source, Unpack, Unpacked, build, describe
+from .._workers.lending import Lending, follow_in_thread
 from .commits import Commits
 from .content import Content, Partial
-from .damage import forget_damage, is_whole_tree
-from .files import disk_errors, file_name
 from .leases import Holds
-from .lending import Lending, follow_in_thread
-from .merged import MergedTree
-from .rootfs import Exporter
 from .scratch import Scratch
 
 __all__ = ["Base", "Builder", "Threads", "Trees", "Unpacked", "Unpacker", "stored_tree"]
@@ -94,7 +94,7 @@ class Builder(Protocol):
         ...
 
     async def follow(self, arrival: Arrival) -> Unpacked:
-        """See `trio_layers._store.build.follow`. However this ends, nobody is at work in the
+        """See `trio_layers._workers.build.follow`. However this ends, nobody is at work in the
         arrival's ``target`` any more.
 
         Raises:

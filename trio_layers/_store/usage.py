@@ -12,10 +12,10 @@ from typing import final
 import attrs
 import trio
 
+from .._catalog.catalog import Catalog, find_layer
 from .._digest import ChainID, Digest
-from .catalog import Catalog, find_layer
+from .._files import disk_errors, disk_usage
 from .content import Content
-from .files import disk_errors, disk_usage
 from .trees import Trees
 
 __all__ = ["ImageUsage", "Meter", "StoreUsage"]

@@ -16,7 +16,7 @@ yours must pass are in `trio_layers.testing.store_suite`.
         ...  # pull the reference; registry.requests has what was asked
 """
 
-from .._store.memory import MemoryStore as MemoryStore
+from .._memory import MemoryStore as MemoryStore
 from .._util import export_as_public
 from ._auth import BasicAuth as BasicAuth
 from ._auth import TokenAuth as TokenAuth

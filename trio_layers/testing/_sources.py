@@ -11,7 +11,7 @@ import trio
 
 from .._digest import DiffID, digest_of
 from .._manifest import Descriptor
-from .._store.memory import MemoryStream
+from .._memory import MemoryStream
 from ..abc import BlobSink, ReportProgress
 
 __all__ = ["Attempt", "ScriptedSource"]

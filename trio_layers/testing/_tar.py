@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Literal, Protocol, TypeAlias, assert_never
 
 from .._digest import DiffID, Digest
-from .._unpack.pax import END_OF_ARCHIVE, header, padding
-from .._unpack.tar import Member, MemberType
+from .._tar.pax import END_OF_ARCHIVE, header, padding
+from .._tar.reader import Member, MemberType
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -44,7 +44,7 @@ import trio.testing
 from .._digest import ChainID, digest_of, extend_chain
 from .._errors import DecompressionError
 from .._manifest import Descriptor
-from .._store.memory import MemoryStore
+from .._memory import MemoryStore
 from ..abc import Layer, LayerStore, Stage, StagingStore
 from ._layers import BuiltLayer, Directory, File, build_layer
 from ._tar import Compression

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
 from .._entries import Entry
+from .._tar.pax import END_OF_ARCHIVE, header, padding
+from .._tar.reader import Member
 from .contents import Source, damaged, reading
-from .pax import END_OF_ARCHIVE, header, padding
-from .tar import Member
 
 __all__ = ["archive"]
 

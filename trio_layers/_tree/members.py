@@ -8,8 +8,8 @@ from typing import Final
 from .._acl import ACCESS_ACL, fit_acl
 from .._entries import Entry, EntryType
 from .._errors import UnpackError
-from .fields import shown
-from .tar import Member
+from .._tar.fields import shown
+from .._tar.reader import Member
 
 __all__ = ["entry_of", "is_settable", "parts_of", "xattrs_of"]
 

@@ -1,4 +1,4 @@
-"""The program of a process that makes trees; `trio_layers._workers` starts it and talks to it.
+"""The program of a process that makes trees; `trio_layers._workers.pool` starts it and talks to it.
 
 It loads neither trio nor httpx, nor whatever ``__main__`` the other process has. Jobs and how far
 their blobs have come arrive on its standard input, answers leave by its standard output. When its
@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ._digest import Digest
-from ._errors import LayersError, WorkerError
-from ._manifest import Descriptor
-from ._store.build import Arrival, follow
-from ._store.growth import Abandoned, Growth, StartedOver, State
-from ._unpack.limits import Limits
-from ._unpack.worker import unpack
-from ._version import __version__
+from .._digest import Digest
+from .._errors import LayersError, WorkerError
+from .._manifest import Descriptor
+from .._tar.limits import Limits
+from .._tree.unpack import unpack
+from .._version import __version__
+from .arrival_state import Abandoned, Growth, StartedOver, State
+from .build import Arrival, follow
 
 if TYPE_CHECKING:
     from queue import SimpleQueue

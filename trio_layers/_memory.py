@@ -9,12 +9,12 @@ from typing import final
 import attrs
 import trio
 
-from .._compression import Decompressor
-from .._digest import ChainID, DiffID, Digest, digest_of, extend_chain
-from .._errors import DecompressionError, StoreError, text_of
-from .._manifest import Descriptor
-from .._nursery import open_hidden_nursery
-from ..abc import Layer, ReportArrived, ReportUnpacked
+from ._compression import Decompressor
+from ._digest import ChainID, DiffID, Digest, digest_of, extend_chain
+from ._errors import DecompressionError, StoreError, text_of
+from ._manifest import Descriptor
+from ._nursery import open_hidden_nursery
+from .abc import Layer, ReportArrived, ReportUnpacked
 
 __all__ = ["MemoryLayer", "MemoryStage", "MemoryStore", "MemoryStream"]
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .._errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
+from ._errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 if TYPE_CHECKING:
     import sqlite3

@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from .._errors import StoreError
+from ._errors import StoreError
 
 __all__ = [
     "any_noted",

@@ -21,9 +21,9 @@ import attrs
 from .._entries import Entry, ExportReport
 from .._errors import ExportError
 from .._paths import open_empty_directory
+from .._tree.directories import Directories, split
+from .._tree.members import is_settable
 from .contents import Source, damaged, reading
-from .directories import Directories, split
-from .members import is_settable
 
 __all__ = ["export"]
 

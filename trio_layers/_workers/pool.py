@@ -23,17 +23,16 @@ from typing import Final, cast, final
 import attrs
 import trio
 
-from ._errors import StoreClosed, WorkerError
-from ._lifetime import Lifetime
-from ._nursery import open_hidden_nursery
-from ._store.build import Arrival
-from ._store.growth import Abandoned, Recalled, State, WorkerLost
-from ._store.lending import Lending, Loan, follow_in_thread
-from ._store.trees import Unpacked
-from ._unpack.limits import Limits
-from ._unpack.unpacker import Unpacker
-from ._version import __version__
-from ._worker import ANSWER, BEAT, BEATS, FRAME, GROWTH, JOB, STATE, Beat, Job, frame
+from .._errors import StoreClosed, WorkerError
+from .._lifetime import Lifetime
+from .._nursery import open_hidden_nursery
+from .._tar.limits import Limits
+from .._version import __version__
+from .arrival_state import Abandoned, Recalled, State, WorkerLost
+from .build import Arrival, Unpacked
+from .lending import Lending, Loan, follow_in_thread
+from .program import ANSWER, BEAT, BEATS, FRAME, GROWTH, JOB, STATE, Beat, Job, frame
+from .unpacker import Unpacker
 
 __all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
@@ -92,7 +91,7 @@ _PERMANENT: Final = frozenset(
 # The modules that a worker loads and that are not part of Python.
 _LIBRARIES: Final = ("attr", "isal", "backports.zstd")
 
-_PACKAGE: Final = os.path.abspath(Path(__file__).parent)
+_PACKAGE: Final = os.path.abspath(Path(__file__).parents[1])
 
 # The package without its __init__, which loads all that the package can do.
 _PROGRAM: Final = """
@@ -100,8 +99,8 @@ import sys, types
 sys.path[:] = sys.argv[2:]
 package = sys.modules["trio_layers"] = types.ModuleType("trio_layers")
 package.__path__ = [sys.argv[1]]
-from trio_layers import _worker
-_worker.main()
+from trio_layers._workers import program
+program.main()
 """
 
 

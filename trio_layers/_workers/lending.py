@@ -23,8 +23,8 @@ import attrs
 import trio
 
 from .._nursery import open_hidden_nursery
+from .arrival_state import Abandoned, Growth, Recalled
 from .build import Arrival, Unpack, Unpacked, follow
-from .growth import Abandoned, Growth, Recalled
 
 __all__ = ["Lending", "Loan", "follow_in_thread"]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from .._digest import DiffID, Digest
+from .._disk_errors import removed_meanwhile, store_error
 from .._errors import DecompressionError, StoreError, UnpackError, VerificationError
 from .._manifest import Descriptor
-from .errors import removed_meanwhile, store_error
-from .growth import Follower, Growth
+from .arrival_state import Follower, Growth
 
 if TYPE_CHECKING:
-    from .merged import MergedTree
+    from .._rootfs.merged import MergedTree
 
 __all__ = ["Arrival", "Past", "Source", "Unpack", "Unpacked", "build", "describe", "follow"]
 

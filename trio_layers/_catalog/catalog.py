@@ -24,8 +24,8 @@ import trio
 
 from .._digest import ChainID, DiffID, Digest
 from .._errors import StoreBusy, StoreClosed, StoreError
+from .._files import disk_errors
 from .._manifest import Descriptor
-from .files import disk_errors
 
 __all__ = [
     "APPLICATION_ID",

@@ -16,14 +16,14 @@ import attrs
 from .._acl import DEFAULT_ACL
 from .._entries import Entry, Metadata, file_line, link_line, opaque_line, put_line
 from .._errors import LimitExceeded, StoreError, UnpackError
+from .._tar.fields import shown
+from .._tar.limits import Limits
+from .._tar.reader import Content, Member
+from .capabilities import Powers
 from .directories import join, split
-from .fields import shown
-from .limits import Limits
 from .members import entry_of, parts_of, xattrs_of
 from .nodes import Nodes, named, naming
-from .powers import Powers
 from .state import TreeState, Unsettled, implied_directory
-from .tar import Content, Member
 
 if TYPE_CHECKING:
     from ..abc import LowerTree

@@ -6,11 +6,11 @@ from functools import partial
 
 import attrs
 
-from .archive import archive
-from .export import export
-from .limits import Limits
-from .verify import verify
-from .worker import Unpacked, holds, unpack
+from .._rootfs.archive import archive
+from .._rootfs.export import export
+from .._tar.limits import Limits
+from .._tree.unpack import Unpacked, holds, unpack
+from .._tree.verify import verify
 
 __all__ = ["Unpacker"]
 

@@ -36,18 +36,18 @@ from .._errors import (
 )
 from .._manifest import Descriptor
 from .._reference import Reference
-from .._sharing import Shared
+from .._single_flight import Shared
 from .answers import RateLimit, rate_limit, read_error
 from .auth import Authenticator, Challenge, RedirectedAccess, parse_challenges
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
-from .elsewhere import MAX_URLS, Elsewhere
+from .foreign_urls import MAX_URLS, Elsewhere
 from .hosts import base_urls, is_loopback, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .http import URL, InvalidURL
 from .retries import Retries, is_transient
+from .tls import Trust
 from .transport import Answer, Connections, Manner, Method, Transport
-from .trust import Trust
 
 __all__ = ["Site", "Sites", "ask_in_turn"]
 

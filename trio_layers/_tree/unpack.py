@@ -17,14 +17,14 @@ from .._compression import PIECE, Decompressor
 from .._digest import DiffID, Digest
 from .._entries import Entry, Summary, summary_line
 from .._errors import LimitExceeded, UnpackError
-from .ahead import Ahead
-from .fields import shown
-from .limits import Limits
+from .._tar.fields import shown
+from .._tar.limits import Limits
+from .._tar.read_ahead import Ahead
+from .._tar.reader import TarReader
+from .capabilities import Powers, probe
 from .nodes import named, naming
-from .powers import Powers, probe
 from .state import implied_directory
-from .tar import TarReader
-from .tree import TreeWriter
+from .writer import TreeWriter
 
 if TYPE_CHECKING:
     from ..abc import LowerTree

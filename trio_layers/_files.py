@@ -17,9 +17,9 @@ from typing import Final
 
 import trio
 
-from .._digest import Digest, parse_digest
-from .._errors import StoreError
-from .errors import store_error
+from ._digest import Digest, parse_digest
+from ._disk_errors import store_error
+from ._errors import StoreError
 
 __all__ = [
     "DIRECTORY",

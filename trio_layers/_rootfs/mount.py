@@ -26,10 +26,10 @@ import trio
 
 from .._blocks import opens_block
 from .._errors import MountError
+from .._files import disk_errors
 from .._lifetime import Lifetime, clean_up_in_thread
 from .._paths import open_directory
-from .files import disk_errors
-from .mounts import Mark, find_own_mounts, mount_id
+from .mount_table import Mark, find_own_mounts, mount_id
 
 __all__ = ["OpenScratch", "detach_stale", "open_mount"]
 

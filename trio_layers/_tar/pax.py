@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from .fields import BLOCK
-from .tar import Member, MemberType
+from .reader import Member, MemberType
 
 __all__ = ["END_OF_ARCHIVE", "header", "padding"]
 

@@ -12,11 +12,11 @@ from .._acl import ACCESS_ACL, DEFAULT_ACL
 from .._compression import crc32
 from .._entries import Entry, Summary, parse_entries
 from .._errors import StoreError
+from .._tar.fields import shown
+from .capabilities import OVERRIDE
 from .directories import Directories, join, split
-from .fields import shown
 from .members import is_settable
 from .nodes import attributes_of
-from .powers import OVERRIDE
 
 __all__ = ["verify"]
 

@@ -19,10 +19,10 @@ from .._acl import ACCESS_ACL, DEFAULT_ACL
 from .._compression import crc32
 from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
-from .fields import shown
+from .._tar.fields import shown
+from .._tar.reader import Content
+from .capabilities import OVERRIDE, Powers
 from .members import is_settable
-from .powers import OVERRIDE, Powers
-from .tar import Content
 
 __all__ = ["Nodes", "attributes_of", "named", "naming"]
 

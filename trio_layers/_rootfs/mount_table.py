@@ -26,7 +26,7 @@ from typing import Final, Self, final
 
 import attrs
 
-from .processes import FIRST_PID_NAMESPACE, boot_id, pid_namespace
+from .._processes import FIRST_PID_NAMESPACE, boot_id, pid_namespace
 
 __all__ = [
     "Mark",

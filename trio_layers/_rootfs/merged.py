@@ -17,9 +17,9 @@ from typing import BinaryIO, Final, final
 
 import attrs
 
+from .._damage import damaged, note_damage
 from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
 from .._errors import StoreError
-from .damage import damaged, note_damage
 
 __all__ = ["MergedTree", "Surveys", "TreeStack", "path_error"]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final, final
 
 from .._entries import Entry, removal_line
 from .._errors import LimitExceeded, UnpackError
+from .._tar.fields import shown
+from .._tar.limits import Limits
 from .directories import Directories, join, split
-from .fields import shown
-from .limits import Limits
 
 if TYPE_CHECKING:
     from ..abc import LowerTree

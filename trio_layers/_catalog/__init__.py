@@ -1,0 +1,1 @@
+"""The store's database: rows of blobs, trees, layers, images and leases."""

@@ -1,0 +1,1 @@
+"""Reads the members of a layer's tar from its compressed bytes. Touches no file."""
