@@ -25,7 +25,7 @@ import attrs
 import trio
 
 from trio_layers import LimitExceeded, Limits
-from trio_layers._unpack.worker import unpack
+from trio_layers._tree.unpack import unpack
 from trio_layers.testing import BuiltLayer, build_image, build_layer, open_registry
 
 from .machine import group

@@ -29,7 +29,7 @@ from pathlib import Path
 import trio
 
 from trio_layers import Puller, open_puller
-from trio_layers._workers import start_worker
+from trio_layers._workers.pool import start_worker
 from trio_layers.testing import BuiltImage, build_image, build_layer, open_registry
 
 from .machine import (

@@ -1,17 +1,20 @@
-"""The folders show the architecture, and this holds them to it: who may import whom.
+"""Each room imports only what lies below it, and no file is part of a circle.
 
-    _cli ─► _commands ─► _display, _logins, _pull, _archives ─► _workers ─► _worker
-         ─► _registry │ _engine │ _unpack │ _store ─► base ─► values
+    _cli ─► _commands ─► _display, _logins, _pull, _archives ─► _registry │ _engine │ _store
+    _store ─► _workers ─► _rootfs ─► _tree ─► _tar ─► base ─► values
+          └─► _catalog ─► base
 
-Imports point down only, and the four rooms never import one another. Some libraries belong to
-some places: a room that has no HTTP in it cannot start to speak it. A module without a place in
-`LEVELS` is a violation as well: giving it one is a decision.
+`_engine`, `_registry` and `_store` never import one another. Each library belongs to some places:
+a room without HTTP cannot start to use it. A module without a place in `LEVELS` is a violation,
+because each new place is a decision.
 """
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +30,7 @@ LEVELS: dict[str, int] = {
     "_version": 0,
     "_errors": 0,
     "_digest": 0,
-    "_as_go": 0,
+    "_gocompat": 0,
     "_json": 0,
     "_reference": 0,
     "_platform": 0,
@@ -35,10 +38,10 @@ LEVELS: dict[str, int] = {
     "_compression": 0,
     "_acl": 0,
     "_entries": 0,
-    "_choice": 0,
+    "_select": 0,
     "_paths": 0,
     "_arguments": 0,
-    # The base: what the rooms agree on.
+    # The base: functions and contracts for all rooms.
     "abc": 1,
     "_progress": 1,
     "_lifetime": 1,
@@ -46,40 +49,53 @@ LEVELS: dict[str, int] = {
     "_blocks": 1,
     "_offload": 1,
     "_output": 1,
-    "_sharing": 1,
+    "_single_flight": 1,
     "_util": 1,
+    "_files": 1,
+    "_disk_errors": 1,
+    "_damage": 1,
+    "_processes": 1,
+    "_memory": 1,
     # The rooms.
-    "_engine": 2,
-    "_registry": 2,
-    "_unpack": 2,
-    "_store": 2,
-    # What ties them together.
-    "_image": 3,
-    "_worker": 3,
-    "_logins": 3,
-    "_workers": 4,
-    "_pull": 5,
-    "_archives": 5,
-    "_display": 5,
-    "__init__": 6,
-    "_commands": 6,
-    "_cli": 7,
-    "__main__": 8,
-    # Beside them all: nothing in the library may need what tests need.
-    "testing": 9,
+    "_tar": 2,
+    "_tree": 3,
+    "_rootfs": 4,
+    "_workers": 5,
+    "_catalog": 5,
+    "_store": 6,
+    "_engine": 6,
+    "_registry": 6,
+    # Modules that tie the rooms together.
+    "_image": 7,
+    "_logins": 7,
+    "_pull": 8,
+    "_archives": 8,
+    "_display": 8,
+    "__init__": 9,
+    "_commands": 9,
+    "_cli": 10,
+    "__main__": 11,
+    # The library never imports the tools for tests.
+    "testing": 12,
 }
-VALUES, ROOMS = 0, 2
-SIDE_BY_SIDE = (2, 5)
+VALUES = 0
+SIDE_BY_SIDE = (5, 6, 8)
 """Levels whose members do not import one another."""
+
+SEPARATE = frozenset({"_engine", "_registry"})
+"""Rooms that import values and base only."""
+
+BASE = 1
 
 EVERYWHERE = frozenset({"attrs", "typing_extensions"})
 LIBRARIES: dict[str, frozenset[str]] = {
     # Where a library, or a module of Python's own, may be imported: a place, or one module of it.
-    "trio": frozenset(name for name, level in LEVELS.items() if level > VALUES),
+    "trio": frozenset(name for name, level in LEVELS.items() if level > VALUES)
+    - {"_tar", "_tree", "_disk_errors", "_damage", "_processes"},
     "outcome": frozenset({"_engine"}),
     "httpx": frozenset({"_registry.http", "testing"}),
     "httpcore": frozenset({"_registry.http"}),
-    "pickle": frozenset({"_worker", "_workers"}),
+    "pickle": frozenset({"_workers"}),
     "subprocess": frozenset({"_logins", "_workers"}),
     "h11": frozenset({"testing"}),
     "isal": frozenset({"_compression", "testing"}),
@@ -88,10 +104,10 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "rich": frozenset({"_display"}),
     "argparse": frozenset({"_cli", "_commands"}),
     "getpass": frozenset({"_commands"}),
-    "fcntl": frozenset({"_store", "_unpack"}),
-    "sqlite3": frozenset({"_store"}),
-    "shutil": frozenset({"_logins", "_store", "_unpack", "testing"}),
-    "tempfile": frozenset({"_store", "_unpack", "testing"}),
+    "fcntl": frozenset({"_files", "_rootfs", "_store", "_tree"}),
+    "sqlite3": frozenset({"_catalog", "_disk_errors", "_files", "_store"}),
+    "shutil": frozenset({"_catalog", "_files", "_rootfs", "_logins", "_store", "testing"}),
+    "tempfile": frozenset({"_catalog", "_rootfs", "_store", "testing"}),
     "tarfile": frozenset({"testing"}),
     "asyncio": frozenset(),
     "requests": frozenset(),
@@ -101,17 +117,22 @@ LIBRARIES: dict[str, frozenset[str]] = {
 FILES = frozenset(
     {
         "_archives",
+        "_catalog",
+        "_damage",
+        "_disk_errors",
+        "_files",
         "_logins",
         "_output",
         "_paths",
+        "_processes",
+        "_rootfs",
         "_store",
-        "_unpack",
-        "_worker",
+        "_tree",
         "_workers",
         "testing",
     }
 )
-"""Who may open files, and call `os` for more than the process's own circumstances."""
+"""Places that may open files, and call any function of `os`."""
 HARMLESS_OS = frozenset(
     {"PathLike", "environ", "expanduser", "fspath", "geteuid", "isabs", "join", "path", "uname"}
 )
@@ -160,6 +181,8 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
                 found.append(f"{module}: imports upward, {there}")
             elif LEVELS[there] == LEVELS[here] and LEVELS[here] in SIDE_BY_SIDE:
                 found.append(f"{module}: imports its neighbour {there}")
+            elif here in SEPARATE and LEVELS[there] > BASE:
+                found.append(f"{module}: imports another room, {there}")
         elif root in LIBRARIES:
             if LIBRARIES[root].isdisjoint({here, module}):
                 found.append(f"{module}: imports {root}")
@@ -199,9 +222,13 @@ def test_every_module_keeps_the_rules(path: Path) -> None:
     ("module", "source", "violation"),
     [
         ("_engine.slots", "import httpx", "imports httpx"),
-        ("_engine.slots", "from .._store import memory", "imports its neighbour _store"),
+        ("_engine.slots", "from .._store import leases", "imports its neighbour _store"),
         ("_engine.slots", "from .. import _registry", "imports its neighbour _registry"),
-        ("_unpack.tar", "from trio_layers._store.rootfs import X", "neighbour _store"),
+        ("_tar.reader", "from trio_layers._store.content import X", "imports upward, _store"),
+        ("_tar.reader", "import trio", "imports trio"),
+        ("_rootfs.view", "from .._workers import pool", "imports upward, _workers"),
+        ("_catalog.catalog", "from .._workers import pool", "imports its neighbour _workers"),
+        ("_engine.slots", "from .._tar import reader", "imports another room, _tar"),
         ("_store.directory", "from .._pull import open_puller", "imports upward, _pull"),
         ("_store.directory", "from trio_layers import open_puller", "imports upward, __init__"),
         ("_store.directory", "from ..testing import images", "imports upward, testing"),
@@ -243,3 +270,119 @@ def test_a_violation_is_found(module: str, source: str, violation: str) -> None:
 )
 def test_what_is_allowed_is_not_found(module: str, is_package: bool, source: str) -> None:
     assert violations(module, source, is_package=is_package) == []
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module of the package, without ``trio_layers.``."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def imports_within_package() -> dict[str, set[str]]:
+    """For each module of the package, the modules that it imports, type checking included."""
+    files = {name_of(path): path for path in modules()}
+    graph = {}
+    for name, path in files.items():
+        is_package = path.stem == "__init__"
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            package = [] if name == "__init__" else name.split(".")
+            if not is_package:
+                package.pop()
+            base = package[: len(package) - node.level + 1]
+            target = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = ".".join(filter(None, [target, alias.name]))
+                found.add(inner if inner in files else target or "__init__")
+        graph[name] = (found & files.keys()) - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import one another, directly or through others."""
+    reachable: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        rest = list(graph[start])
+        while rest:
+            name = rest.pop()
+            if name not in seen:
+                seen.add(name)
+                rest += graph[name]
+        reachable[start] = seen
+    found = {
+        tuple(sorted(other for other in seen | {name} if name in reachable[other]))
+        for name, seen in reachable.items()
+        if name in seen
+    }
+    return sorted(map(list, found))
+
+
+def test_no_modules_form_a_circle() -> None:
+    assert circles(imports_within_package()) == []
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
+    assert circles(graph) == [["b", "c"]]
+
+
+def test_a_worker_process_loads_neither_trio_nor_httpx() -> None:
+    program = """
+import sys, types
+package = sys.modules["trio_layers"] = types.ModuleType("trio_layers")
+package.__path__ = [sys.argv[1]]
+from trio_layers._workers import program
+print(sorted({"trio", "httpx", "anyio", "sqlite3", "ssl"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", program, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+LONGEST_FILE = 600
+LONGEST_FUNCTION = 60
+LARGEST_ROOM = 0.16
+"""Share of the lines of the package that one room may have."""
+
+LONG_FILES: dict[str, str] = {}
+"""Files above the limit, with the reason."""
+
+LONG_FUNCTIONS: dict[str, str] = {}
+"""Functions above the limit, as ``module:name``, with the reason."""
+
+
+def length_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert function.end_lineno is not None
+    length = function.end_lineno - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function) is not None:
+        assert first.end_lineno is not None
+        length -= first.end_lineno - first.lineno + 1
+    return length
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    name = name_of(path)
+    source = path.read_text()
+    if name not in LONG_FILES:
+        assert len(source.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and f"{name}:{node.name}" not in LONG_FUNCTIONS
+        ):
+            assert length_without_docstring(node) <= LONGEST_FUNCTION, node.name
+
+
+def test_no_room_is_too_large() -> None:
+    lines: Counter[str] = Counter()
+    for path in modules():
+        lines[place_of(name_of(path))] += len(path.read_text().splitlines())
+    [(room, largest)] = lines.most_common(1)
+    assert largest <= LARGEST_ROOM * lines.total(), room
