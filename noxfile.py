@@ -16,7 +16,15 @@ ALL = ["3.13", "3.12", "3.11"]
 WHOLE = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHERS = [version for version in ALL if version != WHOLE]
 
-PARTIAL = ["tests/engine", "tests/registry", "tests/layers", "tests/display", "tests/test_*.py"]
+PARTIAL = [
+    "tests/engine",
+    "tests/registry",
+    "tests/tar",
+    "tests/tree",
+    "tests/rootfs",
+    "tests/display",
+    "tests/test_*.py",
+]
 """What the other Pythons run: nothing in it needs Debian's packages."""
 
 nox.needs_version = ">=2024.10.9"
@@ -86,7 +94,10 @@ def tests(session: nox.Session) -> None:
         paths = [str(path) for pattern in PARTIAL for path in sorted(Path().glob(pattern))]
         # What the kernel grants, and what chance finds, is the same for all Pythons.
         paths += ["-k", "not (test_cases and (unprivileged or userns))"]
-        paths += [f"--ignore=tests/layers/test_{name}.py" for name in ("fuzz", "random", "export")]
+        paths += [
+            f"--ignore=tests/{name}.py"
+            for name in ("tree/test_fuzz", "tree/test_random", "rootfs/test_export")
+        ]
     no_skips = ["-p", "_no_skips"] if os.environ.get("TRIO_LAYERS_REQUIRE_ALL") else []
     # Not "python -m pytest", which would put the source tree before the wheel.
     session.run("pytest", *no_skips, *(session.posargs or paths), env={"PYTHONPATH": "tests"})

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from archives.world import (
+from _tools.swapping import plant_link, swapped
+from archives.layouts import (
     NAME,
     Sink,
     as_json,
@@ -23,8 +24,7 @@ from archives.world import (
     small_image,
     tar_of,
 )
-from layers.swapping import plant_link, swapped
-from store.world import Stream, visible
+from store.stores import Stream, visible
 
 from trio_layers import (
     DirectoryStore,

@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
-from archives.world import (
+from archives.layouts import (
     NAME,
     Members,
     as_json,
@@ -31,7 +31,7 @@ from archives.world import (
     tar_of,
     write_layout,
 )
-from store.world import Stream, visible
+from store.stores import Stream, visible
 
 from trio_layers import (
     ArchiveError,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from archives.world import (
+from archives.layouts import (
     INDEX_TYPE,
     NAME,
     OCI_LAYOUT,
@@ -27,7 +27,7 @@ from archives.world import (
     with_config,
     write_layout,
 )
-from store.world import Stream, visible
+from store.stores import Stream, visible
 
 from trio_layers import (
     ArchiveError,

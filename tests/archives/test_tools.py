@@ -13,9 +13,9 @@ import pytest
 import trio
 from _tools.docker_registry import require
 from _tools.podman import Podman, open_podman
-from archives.world import NAME, files, hexdigits, oci_image, opened, tar_of
+from archives.layouts import NAME, files, hexdigits, oci_image, opened, tar_of
 from pull.trees import Node, describe, differences
-from store.world import Stream
+from store.stores import Stream
 
 from trio_layers import DirectoryStore, StoredImage, export_images, import_images
 from trio_layers.testing import BuiltImage, sample_image

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from archives.world import (
+from archives.layouts import (
     NAME,
     docker_members,
     entry_of,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 from engine.fakes import FakeSource, after, diff_id_of, failing
+from engine.recorded_world import World
 from engine.seeds import run
-from engine.world import World
 
 from trio_layers._digest import RootFS
 from trio_layers._engine.download import open_download_manager

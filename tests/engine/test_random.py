@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from engine.recorded_world import World, diff_id_of
 from engine.seeds import run
 from engine.test_traces import IN_BOTH_WAYS, broken_invariants
-from engine.world import World, diff_id_of
 
 from trio_layers._digest import chain_id
 

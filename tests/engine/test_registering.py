@@ -13,9 +13,9 @@ import attrs
 import pytest
 import trio
 from engine.fakes import FakeSource, diff_id_of
+from engine.recorded_world import World
 from engine.seeds import run
 from engine.test_traces import broken_invariants, by_text
-from engine.world import World
 
 from trio_layers._digest import chain_id
 from trio_layers._engine.download import open_download_manager

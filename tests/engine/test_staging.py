@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 from engine.fakes import FakeSource, after, diff_id_of, failing
+from engine.recorded_world import World
 from engine.seeds import run
-from engine.world import World
 
 from trio_layers._engine.download import open_download_manager
 from trio_layers._errors import (

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engine.recorded_world import World
 from engine.seeds import run
-from engine.world import World
 
 SEEDS = range(24)
 HERE = Path(__file__).parents[1] / "cases" / "engine"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import trio
-from layers.plain import archive
+from _tools.plain_tars import archive
 
 from trio_layers import ChainID, DirectoryStore
 

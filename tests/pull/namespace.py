@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 import trio
-from layers.stack import on_disk
+from _tools.layer_stacks import on_disk
 from pull.mounting import fill
 
 from trio_layers import Entry, MountError, open_store

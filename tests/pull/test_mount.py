@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from layers.plain import archive
-from layers.stack import on_disk
-from layers.swapping import plant_link, swapped
+from _tools.layer_stacks import on_disk
+from _tools.plain_tars import archive
+from _tools.swapping import plant_link, swapped
 from pull.mounting import fill, mounts_below, unmount_below
 
 from trio_layers import MountError, RootfsView, StoreClosed, StoreError, open_store

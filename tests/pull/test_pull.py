@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from archives.world import small_image, with_config
+from archives.layouts import small_image, with_config
 
 import trio_layers
 from trio_layers import Progress, open_puller, open_store

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import trio
-from store.world import Stream, describe, digest_of, layer_of, opened
+from store.stores import Stream, describe, digest_of, layer_of, opened
 
 from trio_layers._store import commits
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from store.world import describe, digest_of, ingest, opened, visible
+from store.stores import describe, digest_of, ingest, opened, visible
 
 from trio_layers._digest import Digest
 from trio_layers._errors import StoreError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import trio
+from store.stores import visible
 from store.test_crashes import crash
-from store.world import visible
 
 from trio_layers import DirectoryStore, Image, StoreError, open_puller
 from trio_layers._store.check import Problem

@@ -11,8 +11,7 @@ import pytest
 import trio
 import trio.testing
 from store.crashing import LAYER as HELD
-from store.test_crashes import crash, running
-from store.world import (
+from store.stores import (
     Blob,
     Stream,
     TarUnpacker,
@@ -26,6 +25,7 @@ from store.world import (
     put_sample_image,
     visible,
 )
+from store.test_crashes import crash, running
 
 from trio_layers import open_puller
 from trio_layers._errors import VerificationError

@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
-from store.world import Stream, arriving, describe, digest_of, ingest, opened, visible
+from store.stores import Stream, arriving, describe, digest_of, ingest, opened, visible
 
 from trio_layers._digest import Digest
 from trio_layers._errors import InvalidDigest, StoreError, StoreFull, VerificationError

@@ -14,8 +14,8 @@ import pytest
 import trio
 import trio.testing
 from store.crashing import DATA, LAYER
+from store.stores import Stream, arriving, chain_of, describe, digest_of, opened, visible
 from store.test_images import leases_of
-from store.world import Stream, arriving, chain_of, describe, digest_of, opened, visible
 
 SCRIPT = Path(__file__).with_name("crashing.py")
 ARRIVED = 3 * 1024 * 1024

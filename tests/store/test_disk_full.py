@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store.world import (
+from store.stores import (
     Stream,
     arriving,
     describe,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from store.world import (
+from store.stores import (
     describe,
     digest_of,
     layer_of,

@@ -15,8 +15,8 @@ from typing import Final
 import pytest
 import trio
 from _tools.leaving import Discard, assert_nothing_left, leave_at, no_descriptor_left
-from archives.world import oci_image, small_image, tar_of
-from store.world import Blob, Stream, describe, layer_of
+from archives.layouts import oci_image, small_image, tar_of
+from store.stores import Blob, Stream, describe, layer_of
 
 from trio_layers import DirectoryStore, StoreClosed, StoredImage, export_images, import_images
 from trio_layers._store.directory import open_store

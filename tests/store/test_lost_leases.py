@@ -11,8 +11,8 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+from store.stores import Stream, arriving, describe, layer_of, opened, visible
 from store.test_crashes import leases_of, running
-from store.world import Stream, arriving, describe, layer_of, opened, visible
 
 from trio_layers._errors import StoreError
 from trio_layers._processes import Process

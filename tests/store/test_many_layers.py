@@ -14,7 +14,7 @@ import attrs
 import pytest
 import trio
 from _tools.calls import calls_of
-from store.world import Blob, Stream, digest_of, layer_of
+from store.stores import Blob, Stream, digest_of, layer_of
 
 from trio_layers._catalog.catalog import StoredLayer, add_layer, find_layer
 from trio_layers._digest import ChainID, extend_chain

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from layers.swapping import plant_link
-from store.world import (
+from _tools.swapping import plant_link
+from store.stores import (
     Stream,
     arriving,
     describe,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from cli.test_rootfs import pulled, run
-from store.world import snapshot
+from store.stores import snapshot
 
 from trio_layers import StoreNotFound, StoreReadOnly, UnsupportedStore, open_puller, open_store
 

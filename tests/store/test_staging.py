@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from store.world import (
+from store.stores import (
     Blob,
     Stream,
     TarUnpacker,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cases.layers import maketar
-from store.world import Blob, Stream, arriving, describe, digest_of, layer_of, visible
+from store.stores import Blob, Stream, arriving, describe, digest_of, layer_of, visible
 
 from trio_layers import DecompressionError, LayersError, LimitExceeded, Limits, UnpackError
 from trio_layers._digest import DiffID

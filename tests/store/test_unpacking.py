@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from store.world import Blob, Stream, arriving, chain_of, describe, digest_of, layer_of, visible
+from store.stores import Blob, Stream, arriving, chain_of, describe, digest_of, layer_of, visible
 
 from trio_layers._digest import DiffID
 from trio_layers._errors import UnpackError, UnsupportedStore

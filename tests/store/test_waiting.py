@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 import trio
 import trio.testing
-from store.world import describe, layer_of, opened
+from store.stores import describe, layer_of, opened
 
 from trio_layers import DirectoryStore, StoreBusy
 from trio_layers._catalog import catalog

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _tools.docker_registry import require
 from hypothesis import HealthCheck, given, settings
-from layers.stacks import ORDERS, STACKS, examine_all
+from tree.generated_stacks import ORDERS, STACKS, examine_all
 
 pytestmark = [
     pytest.mark.integration,

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from layers.plain import archive
-from layers.stack import listed, unpack_blob, unpack_stack
+from _tools.layer_stacks import listed, unpack_blob, unpack_stack
+from _tools.plain_tars import archive
 
 from trio_layers._entries import Entry
 from trio_layers._errors import LimitExceeded, StoreError, UnpackError

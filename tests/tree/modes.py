@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from layers.running import Privilege, run_case, within_reach
+from tree.case_runner import Privilege, run_case, within_reach
 
 NOBODY = 65534
 FIRST, RANGE = 100_000, 65536
@@ -48,7 +48,7 @@ class Child:
 
     def __init__(self, mode: str, base: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "layers.modes", mode, str(base)],
+            [sys.executable, "-m", "tree.modes", mode, str(base)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

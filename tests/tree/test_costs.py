@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from layers.plain import archive
-from layers.stack import unpack_blob
+from _tools.layer_stacks import unpack_blob
+from _tools.plain_tars import archive
 
 from trio_layers._errors import LimitExceeded
 from trio_layers._tree.directories import Directories

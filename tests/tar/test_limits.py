@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from _tools.plain_tars import archive
 from cases.layers import maketar
-from layers.plain import archive
 
 from trio_layers import LimitExceeded, Limits
 from trio_layers._rootfs.merged import MergedTree

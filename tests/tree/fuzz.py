@@ -1,6 +1,6 @@
 """Archives at random, unpacked, and what must hold whatever they are.
 
-`test_fuzz.py` runs a few; ``python -m layers.fuzz --minutes 60``, from ``tests/`` and as root,
+`test_fuzz.py` runs a few; ``python -m tree.fuzz --minutes 60``, from ``tests/`` and as root,
 runs many and counts what came of them. A finding becomes a case in ``cases/layers/found.json``.
 """
 
@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
+from _tools.layer_stacks import listed, on_disk
+from _tools.plain_tars import Plain
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from layers.archives import Archive, archives
-from layers.plain import Plain
-from layers.stack import listed, on_disk
+from tree.generated_tars import Archive, archives
 
 from trio_layers._entries import Entry
 from trio_layers._errors import DecompressionError, StoreFull, UnpackError
@@ -275,7 +275,7 @@ def report(world: World, examples: int, findings: Counter[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m layers.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tree.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--directory", help="where trees are made")

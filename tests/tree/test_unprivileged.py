@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from layers import modes
-from layers.modes import MODES, NOBODY, Children, Died, Refused, running
-from layers.plain import archive
-from layers.stack import listed, on_disk, unpack_blob
+from _tools.layer_stacks import listed, on_disk, unpack_blob
+from _tools.plain_tars import archive
+from tree import modes
+from tree.modes import MODES, NOBODY, Children, Died, Refused, running
 
 from trio_layers._rootfs.view import MergedTree
 

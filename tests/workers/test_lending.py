@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from store.stores import Blob, chain_of, layer_of
 from store.test_staging import MIB, NOISE, Watched, ignore, stage
 from store.test_unpack_errors import blob_of, tar
-from store.world import Blob, chain_of, layer_of
 
 from trio_layers import Limits, open_store
 from trio_layers._errors import StoreClosed

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import attrs
-from cases.layers import maketar
-from layers.stack import (
+from _tools.layer_stacks import (
     Pieces,
     described,
     listed,
@@ -21,6 +20,7 @@ from layers.stack import (
     surroundings,
     unpack_stack,
 )
+from cases.layers import maketar
 
 from trio_layers import _errors
 from trio_layers._entries import Entry

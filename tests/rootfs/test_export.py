@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from _tools.layer_stacks import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
+from _tools.plain_tars import Plain
+from _tools.plain_tars import archive as tar_of
+from _tools.swapping import plant_link, swapped
 from cases.layers import maketar
-from layers.plain import Plain
-from layers.plain import archive as tar_of
-from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
-from layers.swapping import plant_link, swapped
-from layers.test_cases import CASES, without_times
 from pull.mounting import unmount
+from tree.test_cases import CASES, without_times
 
 from trio_layers import ExportError, ExportReport, StoreError
 from trio_layers._entries import Entry

@@ -1,6 +1,6 @@
 """Stacks of layers at random, and what must be so whatever is in them.
 
-`test_random.py` runs a few; ``python -m layers.stacks --minutes 60``, from ``tests/`` and as
+`test_random.py` runs a few; ``python -m tree.generated_stacks --minutes 60``, from ``tests/`` and as
 root, runs many and counts what came of them. A finding becomes a case in
 ``cases/layers/found_stacks.json``.
 """
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import attrs
 import trio
+from _tools.layer_stacks import diff_id, listed, mounted, on_disk, unpack_blob, unpack_stack
+from _tools.plain_tars import archive
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
-from layers.plain import archive
-from layers.stack import diff_id, listed, mounted, on_disk, unpack_blob, unpack_stack
-from store.world import Blob, Stream, describe
+from store.stores import Blob, Stream, describe
 
 from trio_layers._entries import Entry
 from trio_layers._errors import UnpackError

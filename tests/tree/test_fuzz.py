@@ -1,4 +1,4 @@
-"""A short run of what `layers.fuzz` does for an hour."""
+"""A short run of what `tree.fuzz` does for an hour."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import resource
 
 import pytest
-from layers.fuzz import open_world, run
+from tree.fuzz import open_world, run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from layers.plain import archive
-from layers.stack import diff_id, listed, on_disk, unpack_blob
-from layers.test_parents import DEBIAN, merged
+from _tools.layer_stacks import diff_id, listed, on_disk, unpack_blob
+from _tools.plain_tars import archive
+from tree.test_parents import DEBIAN, merged
 
 from trio_layers._errors import LimitExceeded, StoreFull, StoreReadOnly, UnpackError
 from trio_layers._tree.unpack import Limits, unpack

@@ -6,8 +6,8 @@ import io
 import tarfile
 
 import pytest
+from _tools.plain_tars import Plain, archive
 from cases.layers import maketar
-from layers.plain import Plain, archive
 
 from trio_layers._errors import LimitExceeded, UnpackError
 from trio_layers._tar.reader import Limits, Member, TarReader

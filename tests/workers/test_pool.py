@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import trio
+from store.stores import Blob, arriving, chain_of, layer_of, visible
 from store.test_staging import MIB, NOISE, ignore, stage
 from store.test_unpack_errors import FAMILIES, LIMITS, blob_of, tar
-from store.world import Blob, arriving, chain_of, layer_of, visible
 from trio.testing import wait_all_tasks_blocked
 
 import trio_layers
@@ -301,7 +301,7 @@ def run_python(code: str, *options: str, directory: Path, **environment: str) ->
 STAGE_ELSEWHERE = """
 import os, sys, trio
 from trio_layers import open_store
-from store.test_workers import children, layer_of, stage
+from workers.test_pool import children, layer_of, stage
 
 async def main():
     async with open_store("store") as store:
@@ -355,7 +355,7 @@ print("here", flush=True)
 import trio
 from trio_layers import open_store
 from trio.testing import wait_all_tasks_blocked
-from store.test_workers import LARGE, MIB, children, layer_of, stage
+from workers.test_pool import LARGE, MIB, children, layer_of, stage
 
 async def main():
     async with open_store(sys.argv[1]) as store:

@@ -11,7 +11,7 @@ import attrs
 from cases.layers import maketar
 from hypothesis import note
 from hypothesis import strategies as st
-from layers.damage import BLOB_DAMAGE, TAR_DAMAGE, damaged
+from tree.damaged_tars import BLOB_DAMAGE, TAR_DAMAGE, damaged
 
 if sys.version_info >= (3, 14):
     from compression import zstd

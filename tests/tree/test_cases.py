@@ -2,7 +2,7 @@
 
 `tests/cases/layers/FORMAT.md` says what is in a case; more come from the directory that
 ``TRIO_LAYERS_CASES`` names. Each layer is unpacked alone, and on top of its parent where that is
-called for, so that both ways are used; as root, and by children that are not (`layers.modes`).
+called for, so that both ways are used; as root, and by children that are not (`tree.modes`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import attrs
 import pytest
+from _tools.layer_stacks import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
 from cases.layers import maketar
-from layers.modes import MODES, Children, Refused
-from layers.running import ROOT, run_case
-from layers.stack import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
+from tree.case_runner import ROOT, run_case
+from tree.modes import MODES, Children, Refused
 
 from trio_layers import _errors
 from trio_layers._entries import Entry

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from layers.plain import archive
-from layers.stack import on_disk, unpack_blob, unpack_stack
+from _tools.layer_stacks import on_disk, unpack_blob, unpack_stack
+from _tools.plain_tars import archive
 
 from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import (
