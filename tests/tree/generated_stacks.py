@@ -1,8 +1,8 @@
 """Stacks of layers at random, and what must be so whatever is in them.
 
-`test_random.py` runs a few; ``python -m tree.generated_stacks --minutes 60``, from ``tests/`` and as
-root, runs many and counts what came of them. A finding becomes a case in
-``cases/layers/found_stacks.json``.
+`test_random.py` runs a few. To run many and count the results, call
+``python -m tree.generated_stacks --minutes 60`` from ``tests/`` as root. A finding becomes a
+case in ``cases/layers/found_stacks.json``.
 """
 
 from __future__ import annotations
