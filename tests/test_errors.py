@@ -27,7 +27,7 @@ def test_an_error_is_the_same_elsewhere(error: LayersError) -> None:
     if isinstance(error, trio_layers.UnpackError):
         error.layer = "sha256:1"
     error.add_note("a note")
-    for other in (pickle.loads(pickle.dumps(error)), error._again()):
+    for other in (pickle.loads(pickle.dumps(error)), error.copy_to_raise()):
         assert type(other) is type(error)
         assert str(other) == str(error)
         assert other.__notes__ == ["a note"]

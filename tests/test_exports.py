@@ -40,8 +40,8 @@ def test_a_public_name_is_documented_and_names_its_module(module_name: str, name
 
 def test_export_as_public_touches_only_what_is_ours_and_private() -> None:
     private = type("Private", (), {"__module__": "trio_layers._memory"})
-    elsewhere = type("Elsewhere", (), {"__module__": "trio_layers.abc"})
-    namespace = {"Private": private, "Elsewhere": elsewhere, "dict": dict, "number": 3}
+    elsewhere = type("ForeignURL", (), {"__module__": "trio_layers.abc"})
+    namespace = {"Private": private, "ForeignURL": elsewhere, "dict": dict, "number": 3}
     export_as_public(namespace, "trio_layers")
     assert private.__module__ == "trio_layers"
     assert elsewhere.__module__ == "trio_layers.abc"

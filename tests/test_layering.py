@@ -40,6 +40,7 @@ LEVELS: dict[str, int] = {
     "_entries": 0,
     "_select": 0,
     "_paths": 0,
+    "_printable": 0,
     "_arguments": 0,
     # The base: functions and contracts for all rooms.
     "abc": 1,

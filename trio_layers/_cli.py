@@ -14,10 +14,11 @@ from typing import Final, final
 
 import trio
 
-from ._commands import COMMANDS, EXIT_FAILED, PROGRAM, complain, shown
+from ._commands import COMMANDS, EXIT_FAILED, PROGRAM, complain
 from ._errors import LayersError
 from ._nursery import leaves_of, open_hidden_nursery
 from ._output import Output
+from ._printable import printable
 from ._version import __version__
 
 __all__ = ["main"]
@@ -135,7 +136,7 @@ async def _run_command(arguments: argparse.Namespace) -> int:
 
 class _LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(shown, super().format(record).split("\n")))
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 @final

@@ -35,6 +35,7 @@ from ._logins.lookup import LoginFiles
 from ._nursery import open_hidden_nursery
 from ._output import write_all, write_text
 from ._platform import parse_platform
+from ._printable import printable
 from ._pull import Image, Puller, open_puller, open_store
 from ._reference import parse_reference
 from ._registry.client import RegistryClient, open_registry_client
@@ -42,7 +43,7 @@ from ._registry.credentials import Credentials
 from ._store.directory import DirectoryStore
 from .abc import ProgressSink
 
-__all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain", "shown"]
+__all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain"]
 
 PROGRAM: Final = "trio-layers"
 EXIT_FAILED: Final = 1
@@ -525,7 +526,7 @@ async def _gc(arguments: argparse.Namespace) -> int:
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
         await say(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
         for tree in collected.mounted:
-            where = ", ".join(shown(target) for target in tree.targets) or "out of sight"
+            where = ", ".join(printable(target) for target in tree.targets) or "out of sight"
             await say(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
@@ -546,7 +547,7 @@ async def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         await say(json.dumps(attrs.asdict(report)))
     else:
-        await say_lines([shown(str(problem)) for problem in report.problems])
+        await say_lines([printable(str(problem)) for problem in report.problems])
         await say(
             f"checked: {report.blobs} blobs, {report.trees} trees, {report.layers} layers, "
             f"{report.images} images; {len(report.problems)} problems"
@@ -588,7 +589,7 @@ async def _referrers(arguments: argparse.Namespace) -> int:
         found = await client.referrers(arguments.reference, artifact_type=arguments.artifact_type)
     await say_lines(
         [
-            _line(each.digest, shown(each.artifact_type or each.media_type), each.size)
+            _line(each.digest, printable(each.artifact_type or each.media_type), each.size)
             for each in found
         ]
     )
@@ -659,14 +660,9 @@ async def complain(error: BaseException, about: str | None = None) -> None:
 async def warn(text: str, about: str | None = None) -> None:
     line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
     try:
-        await write_text(sys.stderr, shown(line) + "\n")
+        await write_text(sys.stderr, printable(line) + "\n")
     except (OSError, ValueError):
         pass  # stderr is broken, so there is no place for a message
-
-
-def shown(text: str) -> str:
-    """Without what could rewrite a terminal."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 COMMANDS: Final = (

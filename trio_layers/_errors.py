@@ -1,7 +1,7 @@
 """The exception tree: one root, split by what the one who reads it can do.
 
 Each class composes its message from its fields, and keeps the fields. Errors of shared transfers
-are copied for each pull that waits for them (see `LayersError._again`), so a class under
+are copied for each pull that waits for them (see `LayersError.copy_to_raise`), so a class under
 `LayersError` must keep all it has in ``args`` and plain attributes.
 """
 
@@ -59,7 +59,7 @@ class LayersError(Exception):
         # By its fields: what built it took other arguments, and may have added some text.
         return _restored, (type(self), self.args, self.__dict__)
 
-    def _again(self) -> Self:
+    def copy_to_raise(self) -> Self:
         """A new object of the same type and fields: a traceback of its own for each who waits."""
         again = _restored(type(self), self.args, self.__dict__)
         if hasattr(self, "__notes__"):

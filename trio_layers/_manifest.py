@@ -21,6 +21,7 @@ from ._errors import InvalidDigest, ManifestError
 from ._gocompat import decode_base64, without_surrogates
 from ._json import AmbiguousJSON, check_names, dismantle, fold_names, parse_json
 from ._platform import DEFAULT_OS, Platform, host_platform
+from ._printable import printable_value
 
 __all__ = [
     "INDEX_TYPES",
@@ -258,7 +259,7 @@ def decode_manifest(
         )
     if media_type not in MANIFEST_TYPES + INDEX_TYPES:
         raise ManifestError(
-            f"media type {_show(media_type)} is neither that of an image manifest nor of an index"
+            f"media type {printable_value(media_type)} is neither that of an image manifest nor of an index"
         )
     kind = "manifest" if media_type in MANIFEST_TYPES else "index"
     with _decoded(data, kind) as document:
@@ -271,12 +272,12 @@ def _manifest_of(
     _check_names(document, kind, _DECISIVE, _MORE_OF_DOCUMENT)
     version = document.get("schemaVersion")
     if type(version) is not int or version != 2:
-        _refuse(f"{kind}: schemaVersion is {_show(version)}, not 2")
+        _refuse(f"{kind}: schemaVersion is {printable_value(version)}, not 2")
     claimed = document.get("mediaType")
     same = isinstance(claimed, str) and _plain_type(claimed) == media_type
     # Go's readers take an empty one for none.
     if claimed not in (None, "") and not same:
-        _refuse(f"{kind}: served as {media_type}, but its mediaType is {_show(claimed)}")
+        _refuse(f"{kind}: served as {media_type}, but its mediaType is {printable_value(claimed)}")
     foreign = ("manifests", "fsLayers") if kind == "manifest" else ("layers", "config", "fsLayers")
     for member in foreign:
         if member in document:
@@ -304,7 +305,7 @@ def check_image(manifest: Manifest) -> None:
     config_type = manifest.config.media_type
     if config_type not in _CONFIG_TYPES:
         _refuse(
-            f"not an image but an artifact of type {_show(manifest.artifact_type or config_type)}: "
+            f"not an image but an artifact of type {printable_value(manifest.artifact_type or config_type)}: "
             "use the tool it was made for"
         )
     for layer in manifest.layers:
@@ -313,7 +314,9 @@ def check_image(manifest: Manifest) -> None:
         if layer.media_type.endswith("+encrypted"):
             _refuse(f"layer {layer.digest} is encrypted: decrypt the image first")
         if layer.media_type not in _LAYER_TYPES:
-            _refuse(f"layer {layer.digest} has an unsupported type, {_show(layer.media_type)}")
+            _refuse(
+                f"layer {layer.digest} has an unsupported type, {printable_value(layer.media_type)}"
+            )
 
 
 def is_artifact(manifest: Manifest) -> bool:
@@ -363,7 +366,7 @@ def _config_of(
     rootfs = _object(document.get("rootfs"), "image config: rootfs")
     _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
     if rootfs.get("type") != "layers":
-        _refuse(f"image config: rootfs.type is {_show(rootfs.get('type'))}, not 'layers'")
+        _refuse(f"image config: rootfs.type is {printable_value(rootfs.get('type'))}, not 'layers'")
     # Docker omits an empty list (moby image/rootfs.go), and Go writes a nil list as null.
     value = rootfs.get("diff_ids")
     diff_ids = [] if value is None else _list(value, "image config: rootfs.diff_ids")
@@ -409,7 +412,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
     size = members.get("size")
     # Go's readers keep it in an int64. A bool is an int to Python, but not to JSON.
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
-        _refuse(f"{where}.size is {_show(size)}, not a number of bytes")
+        _refuse(f"{where}.size is {printable_value(size)}, not a number of bytes")
     digest = _digest(members.get("digest"), f"{where}.digest")
     data = _data(members.get("data"), f"{where}.data", digest, size)
     platform = members.get("platform")
@@ -438,7 +441,9 @@ def _platform(value: object, where: str) -> Platform:
     )
     # It is printed.
     if not str(platform).isprintable():
-        _refuse(f"{where}: the platform {_show(str(platform))} has characters that cannot be shown")
+        _refuse(
+            f"{where}: the platform {printable_value(str(platform))} has characters that cannot be shown"
+        )
     return platform
 
 
@@ -481,7 +486,7 @@ def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
 
 def _object(value: object, where: str) -> Mapping[str, object]:
     if not isinstance(value, dict):
-        _refuse(f"{where} is {_show(value)}, not an object")
+        _refuse(f"{where} is {printable_value(value)}, not an object")
     return value
 
 
@@ -493,13 +498,13 @@ def _keys(value: object, where: str) -> tuple[str, ...]:
     """The members of an object that stands for a set, as Go writes them."""
     members = _optional_object(value, where)
     for key, each in members.items():
-        _optional_object(each, f"{where}: {_show(key)}")
+        _optional_object(each, f"{where}: {printable_value(key)}")
     return tuple(_text(key, where) for key in members)
 
 
 def _list(value: object, where: str) -> list[object]:
     if not isinstance(value, list):
-        _refuse(f"{where} is {_show(value)}, not an array")
+        _refuse(f"{where} is {printable_value(value)}, not an array")
     return value
 
 
@@ -509,7 +514,7 @@ def _text(value: object, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        _refuse(f"{where} is {_show(value)}, not a string")
+        _refuse(f"{where} is {printable_value(value)}, not a string")
     return without_surrogates(value)
 
 
@@ -526,7 +531,7 @@ def _time(value: object, where: str) -> str:
         year = 2000 + int(match["year"]) % 400
         datetime.fromisoformat(f"{year}{match['rest']}")
     except ValueError:
-        _refuse(f"{where} is {_show(value)}, not a time as RFC 3339 has it")
+        _refuse(f"{where} is {printable_value(value)}, not a time as RFC 3339 has it")
     return text
 
 
@@ -547,7 +552,7 @@ def _check_history(document: Mapping[str, object]) -> None:
 
 def _check_flag(value: object, where: str) -> None:
     if value is not None and not isinstance(value, bool):
-        _refuse(f"{where} is {_show(value)}, neither true nor false")
+        _refuse(f"{where} is {printable_value(value)}, neither true nor false")
 
 
 def _data(value: object, where: str, digest: Digest, size: int) -> bytes | None:
@@ -595,14 +600,6 @@ def _digest(value: object, where: str) -> Digest:
 def _plain_type(media_type: str) -> str:
     """Return a media type without parameters, in lower case (RFC 9110, 8.3.1)."""
     return media_type.partition(";")[0].strip().lower()
-
-
-def _show(value: object) -> str:
-    """A value from outside, fit for a message."""
-    if value is None:
-        return "missing"
-    text = repr(value) if isinstance(value, str | int | float) else type(value).__name__
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _refuse(message: str) -> NoReturn:

@@ -10,14 +10,14 @@ import trio
 
 from ._errors import LayersError
 
-__all__ = ["Shared"]
+__all__ = ["SingleFlight"]
 
 T = TypeVar("T")
 
 
 @final
 @attrs.define(eq=False)
-class Shared(Generic[T]):
+class SingleFlight(Generic[T]):
     """A value, once there is one: whoever holds the lock fetches it, the others wait and look.
 
     Attributes:
@@ -46,7 +46,7 @@ class Shared(Generic[T]):
             if self.value is not None and (others or good(self.value)):
                 return self.value
             if others and self._error is not None:
-                raise self._error._again() from self._error
+                raise self._error.copy_to_raise() from self._error
             self._error = None
             try:
                 value = await fetch()

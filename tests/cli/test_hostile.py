@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from trio_layers import _cli, _commands
-from trio_layers._registry import answers, tokens, transport
+from trio_layers._registry import tokens, transport
 from trio_layers.testing import (
     Fault,
     File,
@@ -303,7 +303,7 @@ def test_errors_are_fit_to_be_shown(
 ) -> None:
     """Programs that print an error, or log it, need not look at what is in it."""
     for module in (_cli, _commands):
-        monkeypatch.setattr(module, "shown", str)
+        monkeypatch.setattr(module, "printable", str)
     caplog.set_level(logging.INFO, "httpx")
     assert _cli.main(["pull", "-v", *arguments(tmp_path, hostile)]) == 1
     check(*capfdbinary.readouterr(), hostile)
@@ -319,9 +319,9 @@ def test_that_this_is_seen(
 ) -> None:
     """Were it not for two functions, all of this would get through."""
     for module in (_cli, _commands):
-        monkeypatch.setattr(module, "shown", str)
-    for module in (answers, tokens, transport):
-        monkeypatch.setattr(module, "readable", str)
+        monkeypatch.setattr(module, "printable", str)
+    for module in (tokens, transport):
+        monkeypatch.setattr(module, "printable_line", str)
     _cli.main(["pull", "-v", *arguments(tmp_path, hostile)])
     out, err = capfdbinary.readouterr()
     assert unfit(out + err.replace(b"\xed", b"")) >= {"\x1b", "\x9b", "\u202e"}

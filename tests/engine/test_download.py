@@ -619,7 +619,7 @@ def test_disk_that_is_full_is_not_tried_again() -> None:
 def test_notes_of_a_copied_error_are_its_own() -> None:
     original = VerificationError("differs", digest="sha256:12")
     original.add_note("seen here")
-    again = original._again()
+    again = original.copy_to_raise()
     again.add_note("and there")
     assert original.__notes__ == ["seen here"]
     assert again.__notes__ == ["seen here", "and there"]

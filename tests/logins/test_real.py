@@ -188,7 +188,7 @@ async def test_tokens_for_an_identity_token(
     async with open_registry_client(credentials=LoginFiles()) as client:
         await client.resolve_image(parse_reference(tokens.reference))
         assert server.requests == [("POST", "refresh_token")]
-        access = client._sites._authenticator
+        access = client._endpoints._authenticator
         access.tokens._tokens.clear()
         await client.resolve_image(parse_reference(tokens.reference))
         assert server.requests == [("POST", "refresh_token")] * 2

@@ -76,7 +76,7 @@ ATTEMPTS = 3
 
 DOCUMENTS = ("manifest", "config")
 BLOBS = ("blob", "rest")
-REST = ("rest",)
+COOLDOWN = ("rest",)
 
 Wrong = type[LayersError] | tuple[type[LayersError], ...]
 
@@ -136,10 +136,10 @@ ROWS = {
     # What is there is gone on from.
     "short": Row(Shorter(100), None, None, places=BLOBS),
     "no length": Row(NoLength(), None, None),
-    "another range": Row(WrongRange(7), None, None, places=REST),
-    "an earlier range": Row(WrongRange(-7), None, None, places=REST),
-    "another total": Row(WrongTotal(7), None, None, places=REST),
-    "no range": Row(IgnoreRange(), None, None, places=REST),
+    "another range": Row(WrongRange(7), None, None, places=COOLDOWN),
+    "an earlier range": Row(WrongRange(-7), None, None, places=COOLDOWN),
+    "another total": Row(WrongTotal(7), None, None, places=COOLDOWN),
+    "no range": Row(IgnoreRange(), None, None, places=COOLDOWN),
     "refused": Row(Reply(401), AuthenticationError, AuthenticationError, final=BLOBS),
     "forbidden": Row(Reply(403), AuthenticationError, AuthenticationError, final=BLOBS),
     "missing": Row(Reply(404), NotFound, NotFound, final=BLOBS),

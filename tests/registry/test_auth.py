@@ -405,7 +405,7 @@ async def test_no_secret_is_shown() -> None:
         open_registry_client(client=http, credentials=USER) as client,
     ):
         await fetch(client)
-        authenticator = client._sites._authenticator
+        authenticator = client._endpoints._authenticator
         shown = repr((client, authenticator, list(authenticator.tokens._tokens.items())))
         assert "s3cret" not in shown
         assert "t1" not in shown
@@ -422,7 +422,7 @@ async def test_tokens_are_bounded(
             await fetch(client, f"registry.example/team/{number}")
         await trio.sleep(400)
         await fetch(client)
-        assert repr(client._sites._authenticator) == "<Authenticator: 1 tokens>"
+        assert repr(client._endpoints._authenticator) == "<Authenticator: 1 tokens>"
 
 
 async def test_manifests_need_tokens_too() -> None:
@@ -879,7 +879,7 @@ async def test_canaries(kind: str, trouble: str, caplog: pytest.LogCaptureFixtur
             await fetch(client)
         except Exception as caught:
             error = caught
-        authenticator = client._sites._authenticator
+        authenticator = client._endpoints._authenticator
         things = [client, authenticator, authenticator.tokens, dict(authenticator.tokens._tokens)]
         canaries.check(*things, authenticator._repositories, *filter(None, [error]))
     requests = network.requests

@@ -437,7 +437,7 @@ async def test_loopback_with_tls() -> None:
 
 
 async def test_plain_http_only_where_it_is_allowed() -> None:
-    """Elsewhere it takes ``plain_http``."""
+    """ForeignURL it takes ``plain_http``."""
     registry = FakeRegistry()
     registry.add_image(tag="latest")
     network = Network(**{"http://registry.example": registry})

@@ -319,7 +319,7 @@ async def test_another_attempt() -> None:
         await attempt(client)
         network.hosts[FIRST] = resumes
         await client.fetch_blob(APP, layer, sink, Report())
-        assert len(client._sites._elsewhere) == 2
+        assert len(client._endpoints._elsewhere) == 2
     assert sink.data == CONTENT
     asked = [each for each in network.requests if each.url.host != "registry.example"]
     assert [
@@ -352,5 +352,5 @@ async def test_what_is_remembered_of_urls_is_bounded(monkeypatch: pytest.MonkeyP
         for number in range(5):
             layer = foreign(*(f"https://{number}.{each}.example" for each in range(2)))
             await client.fetch_blob(APP, layer, MemorySink(), Report())
-        assert len(client._sites._elsewhere) == 3
-        assert repr(next(iter(client._sites._elsewhere.values()))) == "<Elsewhere 3.1.example>"
+        assert len(client._endpoints._elsewhere) == 3
+        assert repr(next(iter(client._endpoints._elsewhere.values()))) == "<ForeignURL 3.1.example>"

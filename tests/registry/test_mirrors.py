@@ -42,9 +42,9 @@ from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
-from trio_layers._registry.endpoints import REST, Site
+from trio_layers._registry.endpoints import COOLDOWN, Endpoint
 from trio_layers._registry.hosts_toml import read_configuration
-from trio_layers._registry.tls import Trust, make_context
+from trio_layers._registry.tls import TLSConfig, make_context
 from trio_layers.testing import Redirect, Reply, build_image, open_registry
 
 APP = parse_reference("registry.example/team/app:1")
@@ -201,7 +201,7 @@ async def test_who_cannot_be_reached_has_a_rest(
         await fetch(client)
         await fetch(client)
         assert hosts(network) == ["m1", "m2", "m2"]
-        mock_clock.jump(REST - 1)
+        mock_clock.jump(COOLDOWN - 1)
         await fetch(client)
         assert hosts(network)[3:] == ["m2"]
         mock_clock.jump(2)
@@ -548,7 +548,7 @@ async def test_a_registry_on_this_machine_that_no_file_names(tmp_path: Path) -> 
         for said in ("wants a token .* no HTTPS", "redirects to http://plain.invalid"):
             with pytest.raises(RegistryError, match=said):
                 await client.resolve(reference)
-            client._sites._sites.clear()  # it has not answered 401 yet
+            client._endpoints._endpoints.clear()  # it has not answered 401 yet
         await client.resolve(reference)
 
 
@@ -574,7 +574,7 @@ async def test_header_fields_are_for_one_host(network: Network, tmp_path: Path) 
     for request in (second, third):
         assert not {"x-door", "x-many", "authorization"} & set(request.headers)
     assert third.url.host == "registry.example"
-    assert "open" not in repr(client._sites._sites)
+    assert "open" not in repr(client._endpoints._endpoints)
 
 
 # What is wrong with the files.
@@ -663,28 +663,28 @@ def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
         "-----END RSA PRIVATE KEY-----\n"
     )
 
-    def complaint(trust: Trust) -> str:
+    def complaint(trust: TLSConfig) -> str:
         with pytest.raises(HostsError) as caught:
             make_context(trust)
         return str(caught.value).removeprefix(f"{tmp_path}/")
 
     good = str(certificate)
-    assert complaint(Trust(ca=(str(gone),))).startswith("gone cannot be used: it should hold")
-    assert "No such file" in complaint(Trust(ca=(str(gone),)))
-    assert complaint(Trust(ca=(str(empty),))).startswith("empty cannot")
-    assert "gone cannot" in complaint(Trust(client=((good, str(gone)),)))
-    assert complaint(Trust(client=((good, None),))).startswith("client.cert cannot")
-    assert complaint(Trust(client=((good, str(other)),))).startswith("client.cert cannot")
-    assert "is encrypted" in complaint(Trust(client=((good, str(locked)),)))
-    context = make_context(Trust(client=((good, str(key)), (good, str(key)))))
+    assert complaint(TLSConfig(ca=(str(gone),))).startswith("gone cannot be used: it should hold")
+    assert "No such file" in complaint(TLSConfig(ca=(str(gone),)))
+    assert complaint(TLSConfig(ca=(str(empty),))).startswith("empty cannot")
+    assert "gone cannot" in complaint(TLSConfig(client=((good, str(gone)),)))
+    assert complaint(TLSConfig(client=((good, None),))).startswith("client.cert cannot")
+    assert complaint(TLSConfig(client=((good, str(other)),))).startswith("client.cert cannot")
+    assert "is encrypted" in complaint(TLSConfig(client=((good, str(locked)),)))
+    context = make_context(TLSConfig(client=((good, str(key)), (good, str(key)))))
     assert context.verify_mode is ssl.CERT_REQUIRED
-    assert make_context(Trust(verify=False)).verify_mode is ssl.CERT_NONE
+    assert make_context(TLSConfig(verify=False)).verify_mode is ssl.CERT_NONE
 
 
 def test_who_is_referred_to_learns_less() -> None:
-    trust = Trust(ca=("ca",), client=(("cert", None),))
-    assert trust.of_others() == Trust(ca=("ca",))
-    assert Trust(client=(("cert", None),)).of_others() is None
+    trust = TLSConfig(ca=("ca",), client=(("cert", None),))
+    assert trust.of_others() == TLSConfig(ca=("ca",))
+    assert TLSConfig(client=(("cert", None),)).of_others() is None
 
 
 @pytest.mark.parametrize(
@@ -783,8 +783,8 @@ def test_values_that_are_none(toml: str, tmp_path: Path) -> None:
 
 
 def test_the_repr_of_a_host_needs_no_run_of_trio() -> None:
-    async def hosts() -> list[Site]:
+    async def hosts() -> list[Endpoint]:
         async with open_registry_client() as client:
-            return await client._sites.find(APP, "pull")
+            return await client._endpoints.find(APP, "pull")
 
-    assert [repr(site) for site in trio.run(hosts)] == [f"<Site {APP.domain} for itself>"]
+    assert [repr(site) for site in trio.run(hosts)] == [f"<Endpoint {APP.domain} for itself>"]

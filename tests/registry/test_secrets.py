@@ -34,8 +34,8 @@ from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.hosts import parse_url
 from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.http import new_client
-from trio_layers._registry.redaction import hush, secrets_of, without_login, without_secrets
-from trio_layers._registry.tls import Trust, make_context
+from trio_layers._registry.redaction import redact_error, secrets_of, without_login, without_secrets
+from trio_layers._registry.tls import TLSConfig, make_context
 from trio_layers._registry.tokens import Tokens
 from trio_layers.testing import BasicAuth, Fault, Raw, Reply, open_registry, sample_image
 
@@ -264,7 +264,7 @@ async def play(
         (hosts / APP.domain / "hosts.toml").write_text(text)
     http = world.client()
     if trouble == "cookie":
-        http = new_client(make_context(Trust()), max_connections=20)
+        http = new_client(make_context(TLSConfig()), max_connections=20)
         http._transport, http._mounts = world, {}
     errors: list[LayersError] = []
     credentials = way.credentials(home)
@@ -328,8 +328,8 @@ LEAKS = {
     "what a server repeats": (transport, "secrets_of", lambda *_: frozenset(), "500"),
     "what a mirror repeats": (transport, "secrets_of", lambda *_: frozenset(), "none"),
     "what a token server repeats": (transport, "secrets_of", lambda *_: frozenset(), "tokens-403"),
-    "what a broken answer repeats": (transport, "hush", lambda *_: None, "broken-fields"),
-    "a part of a broken URL": (transport, "hush", lambda *_: None, "broken-location"),
+    "what a broken answer repeats": (transport, "redact_error", lambda *_: None, "broken-fields"),
+    "a part of a broken URL": (transport, "redact_error", lambda *_: None, "broken-location"),
     "a signed URL in a log": (adapter, "discreet", contextlib.nullcontext, "storage-500"),
     "a redirect with a secret": (transport, "origin_of", lambda _: "anybody", "redirect"),
     "one that comes back": (transport, "origin_of", lambda _: "anybody", "redirect-back"),
@@ -461,15 +461,15 @@ def test_urls_without_logins(url: str, shown: str) -> None:
 def test_what_is_cut_is_no_half_secret() -> None:
     """A long message is cut after the secrets have gone from it."""
     secret = "s3cret" * 50
-    answer = transport.Answer(
+    answer = transport.RegistryResponse(
         *("host", 500, httpx.Headers(), False, None),
         chunks=no_chunks(),
         secrets=lambda: frozenset({secret}),
     )
-    shown = answer.readable("x" * 550 + secret + "y" * 50)
+    shown = answer.printable_line("x" * 550 + secret + "y" * 50)
     assert shown == "x" * 300 + "…"
-    assert answer.readable("x" * 290 + secret) == "x" * 290 + "[withheld]"
-    assert repr(answer) == "Answer(host='host', status=500, redirected=False)"
+    assert answer.printable_line("x" * 290 + secret) == "x" * 290 + "[withheld]"
+    assert repr(answer) == "RegistryResponse(host='host', status=500, redirected=False)"
 
 
 async def no_chunks() -> AsyncIterator[bytes]:
@@ -525,7 +525,7 @@ def test_a_key_that_cannot_be_used(kind: str, tmp_path: Path, canaries: Canaries
     body = base64.b64encode(SIGNATURE.encode() * 10).decode()
     file = tmp_path / "client.key"
     file.write_text(f"{SIGNATURE}\n-----BEGIN {header}-----\n{body}\n-----END {header}-----\n")
-    trust = Trust(client=((str(file), None),))
+    trust = TLSConfig(client=((str(file), None),))
     with pytest.raises(HostsError, match=r"client\.key") as caught:
         make_context(trust)
     canaries.check(caught.value, trust)
@@ -672,7 +672,7 @@ async def test_what_is_repeated_elsewhere(caplog: pytest.LogCaptureFixture) -> N
 
 def test_what_the_system_says_is_hushed(tmp_path: Path) -> None:
     error = OSError(5, f"{SIGNATURE} \x1b[2J")
-    hush(error, {SIGNATURE})
+    redact_error(error, {SIGNATURE})
     assert str(error) == "[Errno 5] [withheld] [2J"
 
 

@@ -374,7 +374,7 @@ class StormyServer:
             self._change()
 
     async def _answer(self, stream: trio.abc.Stream) -> bool:
-        """Answer a request, if there is one more; whether another may follow."""
+        """RegistryResponse a request, if there is one more; whether another may follow."""
         request = await stream.receive_some(65536)
         if not request.startswith(b"GET "):
             return False
@@ -390,7 +390,7 @@ class StormyServer:
             if close:
                 lines.append("Connection: close")
             if moved and not isinstance(stream, trio.SSLStream):
-                lines[0] = "HTTP/1.1 307 Elsewhere"
+                lines[0] = "HTTP/1.1 307 ForeignURL"
                 lines.append(f"Location: https://127.0.0.1:{self.storage}/blob")
             await stream.send_all("\r\n".join([*lines, "", ""]).encode())
             await stream.send_all(CONTENT[:3])

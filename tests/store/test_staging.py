@@ -36,7 +36,7 @@ from trio_layers._store.content import Partial
 from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
 from trio_layers._tar.limits import Limits
 from trio_layers._tree import unpack as worker
-from trio_layers._workers.arrival_state import Abandoned, Follower, Growth, StartedOver, State
+from trio_layers._workers.arrival_state import Abandoned, ArrivalState, Follower, StartedOver, State
 from trio_layers._workers.unpacker import Unpacker
 
 MIB = 1024 * 1024
@@ -575,7 +575,7 @@ async def test_a_cancelled_commit_does_not_wait_for_the_disk(
 
 def test_an_attempt_that_was_given_up_is_never_complete() -> None:
     """Also where that is heard of late, and together with the end of the next."""
-    growth = Growth()
+    growth = ArrivalState()
     growth.become(State(size=5, attempt=1, complete=True))
     with pytest.raises(StartedOver):
         growth.wait_complete(0)
@@ -589,7 +589,7 @@ def test_an_attempt_that_was_given_up_is_never_complete() -> None:
 
 def test_bytes_that_are_gone_are_no_end(tmp_path: Path) -> None:
     """The file was cut off, and who reads it has not heard of it: it is not a shorter blob."""
-    growth = Growth()
+    growth = ArrivalState()
     growth.grow(10)
     (tmp_path / "blob").write_bytes(b"01234")
     with Follower(tmp_path / "blob", growth, describe(b"0123456789"), ignore) as follower:

@@ -108,7 +108,7 @@ async def test_an_error_names_the_layer_the_entry_and_the_rule(family: str, tmp_
                 await register(store, blob, parent)
             assert type(caught.value) is kind
             assert caught.value.layer == blob.digest
-            again = caught.value._again()
+            again = caught.value.copy_to_raise()
             assert (str(again), again.layer) == (str(caught.value), blob.digest)
             # At most the blob has come, and is what it should be.
             assert [name for name in visible(tmp_path) if name.startswith("trees/")] == [

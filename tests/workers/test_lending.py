@@ -16,7 +16,7 @@ from trio_layers import Limits, open_store
 from trio_layers._errors import StoreClosed
 from trio_layers._manifest import Descriptor
 from trio_layers._store import directory
-from trio_layers._workers.arrival_state import Growth, Recalled
+from trio_layers._workers.arrival_state import ArrivalState, Recalled
 from trio_layers._workers.build import Arrival, Past
 from trio_layers._workers.lending import Lending, Loan
 from trio_layers._workers.pool import open_workers
@@ -112,7 +112,7 @@ async def test_a_stage_that_waits_for_a_worker_can_be_left(tmp_path: Path) -> No
 
 def arrival_of(size: int, number: int = 0) -> Arrival:
     descriptor = Descriptor("", layer_of(x=f"{number}").digest, size)
-    return Arrival(Path("blob"), Growth(), descriptor, Path("target"), ignore)
+    return Arrival(Path("blob"), ArrivalState(), descriptor, Path("target"), ignore)
 
 
 class World:
@@ -246,7 +246,7 @@ async def test_workers_that_are_closed_refuse_and_end_what_is_under_way(tmp_path
 
     async def follow(number: int) -> None:
         (tmp_path / f"{number}").write_bytes(slow_layer(0).data[:MIB])
-        growth = Growth()
+        growth = ArrivalState()
         growth.grow(MIB)
         blob = slow_layer(0).descriptor
         arrival = Arrival(

@@ -25,6 +25,7 @@ from .._errors import (
     VerificationError,
 )
 from .._manifest import Descriptor, Index, Manifest, is_artifact
+from .._printable import printable_value
 from .._reference import Reference, parse_reference
 from .._select import MAX_INDEX_DEPTH
 from .documents import (
@@ -42,7 +43,6 @@ from .documents import (
     is_dir_transport,
     is_id,
     name_of,
-    shown,
 )
 from .reading import LayoutDirectory, Source
 
@@ -127,7 +127,7 @@ class Candidate:
         if self.config is not None and not digests:
             digests = [self.config]
         text = _listed(digests) or "an image without a config"
-        return f"the tag {shown(self.tag)} ({text})" if self.tag else text
+        return f"the tag {printable_value(self.tag)} ({text})" if self.tag else text
 
     @property
     def source(self) -> str:
@@ -250,7 +250,7 @@ async def _is_dir_transport(source: Source) -> bool:
 
 
 async def _no_list(source: Source) -> ArchiveError:
-    there = ", ".join(map(shown, await source.names()))
+    there = ", ".join(map(printable_value, await source.names()))
     return ArchiveError(
         f"{source.name} is neither an OCI layout, with {LAYOUT} and {INDEX}, nor a "
         f"docker-archive, with {DOCKER}: it has {there or 'nothing'}"
@@ -402,7 +402,7 @@ class _Union:
             claimed = claimed_digest(image.config)
             if has_index and claimed is not None and found not in (None, claimed):
                 raise VerificationError(
-                    f"{self._source.name}: {shown(image.config)} is damaged: "
+                    f"{self._source.name}: {printable_value(image.config)} is damaged: "
                     f"what it holds is {found}",
                     digest=claimed,
                 )
@@ -589,7 +589,7 @@ async def select(
         return [(meant[0], (reference,))]
     nameless = [each for each in candidates if not each.names]
     if nameless and not everything:
-        tag = f" with the tag {shown(nameless[0].tag)}, but" if nameless[0].tag else ""
+        tag = f" with the tag {printable_value(nameless[0].tag)}, but" if nameless[0].tag else ""
         more = f", and {len(nameless) - 1} more" if len(nameless) > 1 else ""
         raise ArchiveError(
             f"{source} has an image{tag} without a name{more}: name it (reference), choose one by "

@@ -26,6 +26,7 @@ from .._manifest import (
     Manifest,
     decode_manifest,
 )
+from .._printable import printable_value
 from .._reference import Reference, parse_reference
 
 __all__ = [
@@ -50,7 +51,6 @@ __all__ = [
     "key_of",
     "link_target",
     "name_of",
-    "shown",
 ]
 
 LAYOUT: Final = "oci-layout"
@@ -152,7 +152,9 @@ def check_layout(data: bytes) -> None:
     document = _decode(data, LAYOUT)
     version = document.get("imageLayoutVersion") if isinstance(document, dict) else None
     if not isinstance(version, str) or version.split(".")[0] != "1":
-        raise ArchiveError(f"{LAYOUT}: a layout of version {shown(version)}, and 1.0.0 is known")
+        raise ArchiveError(
+            f"{LAYOUT}: a layout of version {printable_value(version)}, and 1.0.0 is known"
+        )
 
 
 def decode_docker(data: bytes) -> tuple[DockerImage, ...]:
@@ -227,12 +229,6 @@ def encode_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:
     )
 
 
-def shown(value: object) -> str:
-    """A value from outside, fit for a message."""
-    text = repr(value) if isinstance(value, str | int | None) else type(value).__name__
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
 def _descriptor(descriptor: Descriptor) -> dict[str, object]:
     return {
         "mediaType": descriptor.media_type,
@@ -273,11 +269,11 @@ def _texts(value: object, where: str) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise ArchiveError(f"{DOCKER}: {where} is {shown(value)}, not an array")
+        raise ArchiveError(f"{DOCKER}: {where} is {printable_value(value)}, not an array")
     return [_text(each, where) for each in value]
 
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise ArchiveError(f"{DOCKER}: {where} is {shown(value)}, not a string")
+        raise ArchiveError(f"{DOCKER}: {where} is {printable_value(value)}, not a string")
     return value

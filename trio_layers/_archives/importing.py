@@ -42,6 +42,7 @@ from .._manifest import (
     decode_manifest,
 )
 from .._platform import Platform, host_platform, parse_platform
+from .._printable import printable_value
 from .._reference import Reference, parse_reference
 from .._select import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._store.directory import DirectoryStore
@@ -59,7 +60,6 @@ from .documents import (
     claimed_digest,
     decode_document,
     encode_manifest,
-    shown,
 )
 from .reading import Shelf, Source, open_source
 
@@ -397,7 +397,9 @@ class _Finder:
         source = self._source
         data = await source.read(image.config)
         if data is None:
-            raise ArchiveError(f"{source.name} lacks {shown(image.config)}, the config of {called}")
+            raise ArchiveError(
+                f"{source.name} lacks {printable_value(image.config)}, the config of {called}"
+            )
         config = await decode(source, decode_config, data)
         if platform is not None:
             check_platform(f"{source.name}: {called}", config.platform, platform)
@@ -498,16 +500,16 @@ async def _stacked(
 async def _docker_layer(source: Source, path: str, diff_id: DiffID) -> Descriptor:
     item = await source.take(path)
     if item is None:
-        raise ArchiveError(f"{source.name} lacks {shown(path)}, a layer")
+        raise ArchiveError(f"{source.name} lacks {printable_value(path)}, a layer")
     media_type = LAYER_TYPES.get(item.compression)
     if media_type is None:
         raise ArchiveError(
-            f"{source.name}: the layer {shown(path)} is compressed by {item.compression}, for "
+            f"{source.name}: the layer {printable_value(path)} is compressed by {item.compression}, for "
             "which manifests have no word: decompress it, or use gzip"
         )
     if item.compression is None and item.digest != diff_id:
         raise VerificationError(
-            f"{source.name}: the layer {shown(path)} is {item.digest}, "
+            f"{source.name}: the layer {printable_value(path)} is {item.digest}, "
             f"but the image's config says {diff_id}",
             digest=diff_id,
         )
@@ -532,7 +534,7 @@ def _missing(source: Source, descriptor: Descriptor) -> ArchiveError:
     hint = ": such layers are often left out, so pull the image" if descriptor.is_foreign else ""
     return ArchiveError(
         f"{source.name} lacks {blob_path(descriptor.digest)}, "
-        f"a {shown(descriptor.media_type)}{hint}"
+        f"a {printable_value(descriptor.media_type)}{hint}"
     )
 
 

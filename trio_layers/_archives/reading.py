@@ -27,6 +27,7 @@ from .._errors import (
     VerificationError,
 )
 from .._manifest import MAX_DOCUMENT_SIZE
+from .._printable import printable_value
 from .._store.directory import Batch, DirectoryStore, Lease
 from .._tar.limits import Limits
 from .._tar.reader import Content, Member, TarReader
@@ -39,7 +40,6 @@ from .documents import (
     claimed_digest,
     key_of,
     link_target,
-    shown,
 )
 
 __all__ = ["Archive", "Item", "LayoutDirectory", "Shelf", "Source", "open_source"]
@@ -121,7 +121,7 @@ class Shelf:
     Attributes:
         store: What they are for.
         batch: Takes in those that the store does not have.
-        lease: Holds those that it has.
+        lease: LeaseCounts those that it has.
     """
 
     store: DirectoryStore
@@ -245,7 +245,7 @@ class Archive:
                 # passes here even if max_unpacked_bytes is smaller.
                 if member.size > max(limits.max_unpacked_bytes, MAX_DOCUMENT_SIZE):
                     raise LimitExceeded(
-                        f"{shown(os.fsdecode(member.name))}: a file of {member.size} bytes; "
+                        f"{printable_value(os.fsdecode(member.name))}: a file of {member.size} bytes; "
                         f"the limit max_unpacked_bytes is {limits.max_unpacked_bytes}"
                     )
                 if member.size:
@@ -271,7 +271,7 @@ class Archive:
             return item.data
         if item.size > MAX_DOCUMENT_SIZE:
             raise ArchiveError(
-                f"{self.name}: {shown(path)} is larger than {MAX_DOCUMENT_SIZE} bytes"
+                f"{self.name}: {printable_value(path)} is larger than {MAX_DOCUMENT_SIZE} bytes"
             )
         if item.digest in self._shelf.batch:
             return await trio.to_thread.run_sync(self._shelf.batch.read, item.digest)
@@ -300,7 +300,7 @@ class Archive:
             if not isinstance(found, _Link):
                 return found
             found = self._items.get(found.target)
-        raise ArchiveError(f"{self.name}: the links from {shown(path)} lead in a circle")
+        raise ArchiveError(f"{self.name}: the links from {printable_value(path)} lead in a circle")
 
     def _add(self, member: Member, data: Iterator[Content]) -> None:
         if member.type not in ("file", "symlink", "hardlink"):
@@ -319,7 +319,7 @@ class Archive:
                 found = _Link(key_of(target))
         # Of two with one name some readers take the first, and others the last.
         if self._items.setdefault(key, found) != found:
-            raise ArchiveError(f"{self.name} has {shown(key)} twice")
+            raise ArchiveError(f"{self.name} has {printable_value(key)} twice")
 
     def _file(self, key: str, size: int, data: Iterator[Content]) -> Item:
         claimed = claimed_digest(key)
@@ -374,7 +374,7 @@ class LayoutDirectory:
             return None
         if len(data) > MAX_DOCUMENT_SIZE:
             raise ArchiveError(
-                f"{self.name}: {shown(path)} is larger than {MAX_DOCUMENT_SIZE} bytes"
+                f"{self.name}: {printable_value(path)} is larger than {MAX_DOCUMENT_SIZE} bytes"
             )
         return data
 

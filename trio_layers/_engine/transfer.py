@@ -145,7 +145,7 @@ class Transfer:
         assert self.error is not None
         if isinstance(self.error, LayersError):
             try:
-                mine = self.error._again()
+                mine = self.error.copy_to_raise()
                 mine.__cause__ = self.error
                 return mine
             except Exception as error:  # a foreign exception class that cannot be copied

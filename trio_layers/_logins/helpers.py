@@ -17,7 +17,7 @@ import trio
 
 from .._errors import CredentialsError
 from .._nursery import open_hidden_nursery
-from .._registry.answers import readable
+from .._printable import printable_line
 from .._registry.credentials import Credentials
 from .documents import decode_text, parse_json
 
@@ -58,7 +58,7 @@ async def ask_helper(name: str, server: str) -> Credentials:
     if text == _NOT_FOUND:
         return Credentials()
     # It says why in words. What looks like an answer all the same is not shown.
-    words = readable(text) if "{" not in text else ""
+    words = printable_line(text) if "{" not in text else ""
     raise _error(program, f"failed for {server} (status {status}){words and ': '}{words}")
 
 

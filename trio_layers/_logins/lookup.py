@@ -13,7 +13,7 @@ import trio
 
 from .._errors import CredentialsError
 from .._registry.credentials import Credentials
-from .._single_flight import Shared
+from .._single_flight import SingleFlight
 from .files import (
     Login,
     LoginFile,
@@ -48,7 +48,7 @@ class _Source:
     path: str
     find: _Find
     required: bool = False
-    content: Shared[LoginFile] = attrs.field(factory=Shared[LoginFile], init=False)
+    content: SingleFlight[LoginFile] = attrs.field(factory=SingleFlight[LoginFile], init=False)
 
     async def read(self) -> LoginFile:
         # Reading may hang, as a network's file or a named pipe does.
@@ -101,7 +101,7 @@ class LoginFiles:
     def __init__(self, authfile: str | os.PathLike[str] | None = None) -> None:
         self.authfile: str | None = None if authfile is None else os.fspath(authfile)
         self._sources = list(_sources(self.authfile))
-        self._answers: dict[tuple[str, str], Shared[Credentials]] = {}
+        self._answers: dict[tuple[str, str], SingleFlight[Credentials]] = {}
 
     def __repr__(self) -> str:
         return f"<LoginFiles: {', '.join(source.path for source in self._sources)}>"
@@ -146,7 +146,7 @@ class LoginFiles:
         async def ask() -> Credentials:
             return await ask_helper(login.helper, login.server)
 
-        answer = self._answers.setdefault((login.helper, login.server), Shared[Credentials]())
+        answer = self._answers.setdefault((login.helper, login.server), SingleFlight[Credentials]())
         return complete(await answer.get(lambda value: complete(value) != refused, ask))
 
 

@@ -18,21 +18,19 @@ from .._errors import (
 from .._json import parse_json
 
 if TYPE_CHECKING:
-    from .transport import Answer
+    from .transport import RegistryResponse
 
 __all__ = [
     "PATIENCE",
     "RateLimit",
-    "give_up",
+    "mark_final",
     "rate_limit",
     "read_error",
-    "readable",
 ]
 
 _QUOTA: Final = re.compile(r"\s*(\d{1,9})\s*(?:;\s*w=(\d{1,9}))?\s*\Z", re.ASCII)
 
 MAX_ERROR_SIZE: Final = 16 * 1024
-MAX_TEXT: Final = 300
 
 PATIENCE: Final = 60.0
 """Seconds. Who asks to wait longer is not asked again."""
@@ -58,13 +56,13 @@ class RateLimit:
     source: str | None = None
 
 
-def rate_limit(answer: Answer) -> RateLimit | None:
+def rate_limit(answer: RegistryResponse) -> RateLimit | None:
     """What the answer's header says of a limit."""
     limit, window = _quota(answer.headers.get("ratelimit-limit", ""))
     remaining, _ = _quota(answer.headers.get("ratelimit-remaining", ""))
     if limit is None or remaining is None:
         return None
-    source = answer.readable(answer.headers.get("docker-ratelimit-source", ""))
+    source = answer.printable_line(answer.headers.get("docker-ratelimit-source", ""))
     return RateLimit(limit, remaining, window, source or None)
 
 
@@ -76,11 +74,13 @@ def _quota(field: str) -> tuple[int | None, int | None]:
     return int(match[1]), None if match[2] is None else int(match[2])
 
 
-async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> RegistryError:
+async def read_error(
+    answer: RegistryResponse, what: str, *, sent_there: bool = False
+) -> RegistryError:
     """The error that stands for an answer; the caller raises it.
 
     The error quotes the first error of the body (distribution specification, "Error Codes"), but
-    no secret that was sent to the server. Client errors are final (see `give_up`), except for 408,
+    no secret that was sent to the server. Client errors are final (see `mark_final`), except for 408,
     416 and 429. A 429 or 503 with a ``Retry-After`` of more than `PATIENCE` is final, too. A client
     error of a host that the registry redirected to is not final, because the next redirect has
     another URL, whose signature has not expired. A 404 with a registry's error text, and a 401 with
@@ -94,7 +94,7 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
     Raises:
         RegistryError: if the connection breaks meanwhile.
     """
-    said = answer.readable(_first_error(await answer.read(MAX_ERROR_SIZE)))
+    said = answer.printable_line(_first_error(await answer.read(MAX_ERROR_SIZE)))
     host, status = answer.host, answer.status
     text = f"{host} answered {status} for {what}{said and ': '}{said}"
     # A redirect's target that sends a challenge, or an error text with a 404, is a registry itself
@@ -121,21 +121,13 @@ async def read_error(answer: Answer, what: str, *, sent_there: bool = False) -> 
                 # To ask all the same would only make it worse.
                 final = (retry_after or 0) > PATIENCE
     error.transient = status in (408, 429) or status >= 500 or (sent_there and status >= 400)
-    return give_up(error) if final else error
+    return mark_final(error) if final else error
 
 
-def give_up(error: ErrorT) -> ErrorT:
+def mark_final(error: ErrorT) -> ErrorT:
     """Mark an error as one that another attempt would end with again."""
     error.__cause__ = DoNotRetry(str(error))
     return error
-
-
-def readable(text: str) -> str:
-    """What a registry wrote, fit for a message: one line, of bounded length, without control
-    characters, which could rewrite a terminal."""
-    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * MAX_TEXT])
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}…"
 
 
 def _first_error(body: bytes) -> str:
@@ -151,7 +143,7 @@ def _first_error(body: bytes) -> str:
     return ": ".join(text for text in texts if isinstance(text, str) and text)
 
 
-def _retry_after(answer: Answer) -> float | None:
+def _retry_after(answer: RegistryResponse) -> float | None:
     """Seconds, from a number or a date (RFC 9110, 10.2.3), which counts from the answer's own
     date: the clocks need not agree."""
     value = answer.headers.get("Retry-After", "").strip()

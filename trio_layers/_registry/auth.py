@@ -17,12 +17,12 @@ import trio
 
 from .._errors import AuthenticationError, CredentialsError
 from .._reference import Reference
-from .._single_flight import Shared
+from .._single_flight import SingleFlight
 from .credentials import Credentials, CredentialsFor
 from .hosts import domain_of, origin_of
 from .http import URL
 from .tokens import FIT_FOR_A_HEADER, Grant, Tokens
-from .transport import Answer, Transport
+from .transport import RegistryResponse, Transport
 
 __all__ = ["Access", "Authenticator", "Challenge", "RedirectedAccess", "parse_challenges"]
 
@@ -116,7 +116,7 @@ class _Repository:
     challenge: Challenge | None = None
     # An anonymous request has succeeded, so a 404 does not mean that the repository is hidden.
     is_public: bool = False
-    login: Shared[Credentials] = attrs.field(factory=Shared[Credentials])
+    login: SingleFlight[Credentials] = attrs.field(factory=SingleFlight[Credentials])
 
 
 @final
@@ -213,7 +213,7 @@ class Access:
             self._sent = f"Bearer {await self._token(challenge)}"
         return self._sent
 
-    async def refused(self, answer: Answer) -> bool:
+    async def refused(self, answer: RegistryResponse) -> bool:
         """Learn from a 401; whether asking again may help.
 
         Args:
@@ -254,7 +254,7 @@ class Access:
         if self._sent is None:
             self._known.is_public = True
 
-    async def hidden(self, answer: Answer, ask_root: AskRoot) -> bool:
+    async def hidden(self, answer: RegistryResponse, ask_root: AskRoot) -> bool:
         """Look for a login after a refusal; return whether to ask again.
 
         Some registries send challenges at ``/v2/`` alone, and hide private repositories from
@@ -373,8 +373,8 @@ class RedirectedAccess:
             return None
         return await self._access(there).authorization()
 
-    async def refused(self, answer: Answer) -> bool:
-        """Answer a 401 of a redirect's target; return whether to ask again.
+    async def refused(self, answer: RegistryResponse) -> bool:
+        """RegistryResponse a 401 of a redirect's target; return whether to ask again.
 
         Raises:
             CredentialsError: as for `Access.authorization`.

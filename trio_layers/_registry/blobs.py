@@ -21,9 +21,9 @@ from .._lifetime import Lifetime
 from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
-from .answers import give_up
+from .answers import mark_final
 from .encoding import ContentDecoder, NotEncoded, coding_of, named_encoding, slices_of
-from .transport import Answer
+from .transport import RegistryResponse
 
 __all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open", "write_embedded"]
 
@@ -33,7 +33,7 @@ MAX_TAGS: Final = 1000
 SHORT: Final = 64 * 1024
 MAX_SHORT: Final = 10
 
-Open: TypeAlias = Callable[[Mapping[str, str]], AbstractAsyncContextManager[Answer]]
+Open: TypeAlias = Callable[[Mapping[str, str]], AbstractAsyncContextManager[RegistryResponse]]
 """Asks for a blob with these header fields; the answer is a success or a 416."""
 
 # The unit's name is in any case (RFC 9110, 14.1).
@@ -53,7 +53,7 @@ class EntityTags:
     def get(self, digest: Digest) -> str | None:
         return self._tags.get(digest)
 
-    def see(self, digest: Digest, answer: Answer) -> None:
+    def see(self, digest: Digest, answer: RegistryResponse) -> None:
         tag = answer.headers.get("ETag", "")
         self.forget(digest)
         if tag.startswith('"') and tag.isascii():  # W/"…" is weak
@@ -78,7 +78,7 @@ class BlobChunks:
     """
 
     def __init__(
-        self, answer: Answer, digest: Digest, size: int | None, lifetime: Lifetime
+        self, answer: RegistryResponse, digest: Digest, size: int | None, lifetime: Lifetime
     ) -> None:
         self._lifetime = lifetime
         self._answer = answer
@@ -185,7 +185,7 @@ class BlobFetch:
     decoding: bool = False
     started_over: bool = False
     short: int = 0
-    _source: Answer | None = attrs.field(default=None, init=False)
+    _source: RegistryResponse | None = attrs.field(default=None, init=False)
     _as_is: bool = attrs.field(default=False, init=False)
     _unfit: bool = attrs.field(default=False, init=False)
 
@@ -229,7 +229,7 @@ class BlobFetch:
             fields["If-Range"] = tag
         return fields
 
-    async def _place(self, answer: Answer) -> int | None:
+    async def _place(self, answer: RegistryResponse) -> int | None:
         """How far into the blob the answer's body goes; ``None`` if it cannot be used, and the
         sink is empty now: then it is asked for from the start."""
         sink, size = self.sink, self.descriptor.size
@@ -258,7 +258,7 @@ class BlobFetch:
             await self._start_over()
         return end
 
-    def _check_length(self, answer: Answer, end: int) -> None:
+    def _check_length(self, answer: RegistryResponse, end: int) -> None:
         length = end - self.sink.offset
         if end == self.descriptor.size or length >= SHORT:
             return
@@ -271,7 +271,7 @@ class BlobFetch:
                 status=answer.status,
             )
 
-    async def _receive(self, answer: Answer, end: int, resumed: bool) -> None:
+    async def _receive(self, answer: RegistryResponse, end: int, resumed: bool) -> None:
         sink, size = self.sink, self.descriptor.size
         decoder = self._make_decoder(answer, end)
         async for chunk in answer.chunks:
@@ -310,7 +310,7 @@ class BlobFetch:
             pass
         raise await self._wrong(resumed)
 
-    def _make_decoder(self, answer: Answer, end: int) -> ContentDecoder | None:
+    def _make_decoder(self, answer: RegistryResponse, end: int) -> ContentDecoder | None:
         """Make a decoder if this body, up to ``end``, needs one."""
         coding, size = coding_of(answer), end - self.sink.offset
         length = answer.headers.get("Content-Length", "")
@@ -332,7 +332,7 @@ class BlobFetch:
         if source is not None:
             text += f": {source.host} sent other bytes{named_encoding(source)}"
         error = VerificationError(text, digest=digest)
-        return error if resumed else give_up(error)
+        return error if resumed else mark_final(error)
 
     async def _start_over(self) -> None:
         self.tags.forget(self.descriptor.digest)

@@ -50,17 +50,17 @@ from .._platform import Platform, host_platform, parse_platform
 from .._reference import Reference, parse_reference
 from .._select import MAX_INDEX_DEPTH, check_platform, choose_image
 from ..abc import BlobSink, ReportProgress
-from .answers import RateLimit, give_up
+from .answers import RateLimit, mark_final
 from .blobs import BlobChunks, BlobFetch, write_embedded
 from .credentials import CredentialsFor
 from .encoding import coding_of, looks_like_json, named_encoding, read_fitting
-from .endpoints import Site, Sites, ask_in_turn
-from .foreign_urls import Elsewhere
+from .endpoints import Endpoint, Endpoints, try_each
+from .foreign_urls import ForeignURL
 from .http import AsyncClient, never_connected
 from .pagination import Pages, decode_tags
 from .retries import Announce, Retries, is_transient
-from .tls import Trust
-from .transport import STALL_LIMIT, Answer, Connections
+from .tls import TLSConfig
+from .transport import STALL_LIMIT, Connections, RegistryResponse
 
 __all__ = ["RegistryClient", "RegistryStatistics", "ResolvedImage", "open_registry_client"]
 
@@ -208,18 +208,18 @@ async def open_registry_client(
 
     async with Connections(
         client,
-        Trust(verify=tls_verify),
+        TLSConfig(verify=tls_verify),
         max_connections=max_connections,
         stall_limit=stall_limit,
     ) as connections:
-        sites = Sites(
+        endpoints = Endpoints(
             connections,
             credentials,
             plain_http=plain_http,
             tls_verify=tls_verify,
             hosts_dir=directory,
         )
-        registry = RegistryClient(connections, sites, retry_tick)
+        registry = RegistryClient(connections, endpoints, retry_tick)
         try:
             yield registry
         finally:
@@ -248,10 +248,10 @@ class RegistryClient:
     once.
     """
 
-    def __init__(self, connections: Connections, sites: Sites, retry_tick: float) -> None:
+    def __init__(self, connections: Connections, endpoints: Endpoints, retry_tick: float) -> None:
         self._lifetime = Lifetime(_closed)
         self._connections = connections
-        self._sites = sites
+        self._endpoints = endpoints
         self._retry_tick = retry_tick
 
     def __repr__(self) -> str:
@@ -270,7 +270,7 @@ class RegistryClient:
     def rate_limits(self) -> dict[str, RateLimit]:
         """What hosts have said of how many requests are left, by name, if they did: Docker Hub
         does, as ``registry-1.docker.io``."""
-        return self._sites.rate_limits
+        return self._endpoints.rate_limits
 
     @while_open
     async def resolve(self, reference: Reference | str) -> Descriptor:
@@ -303,9 +303,9 @@ class RegistryClient:
         path = f"manifests/{reference.fetched_by}"
         what = f"the manifest of {reference}"
 
-        async def attempt(site: Site) -> tuple[Descriptor, bytes | None]:
+        async def attempt(endpoint: Endpoint) -> tuple[Descriptor, bytes | None]:
             try:
-                async with site.ask(reference, path, what, _MANIFESTS, "HEAD") as answer:
+                async with endpoint.ask(reference, path, what, _MANIFESTS, "HEAD") as answer:
                     found = _descriptor_of(answer)
                 if found is not None and reference.digest in (None, found.digest):
                     return found, None
@@ -315,10 +315,10 @@ class RegistryClient:
                 # Some registries refuse HEAD alone, with any status. If GET fails as well, the
                 # error of GET is raised.
                 log.debug("HEAD is refused, and GET tried: %s", error)
-            return await _fetch_manifest(site, reference)
+            return await _fetch_manifest(endpoint, reference)
 
-        sites = await self._sites.find(reference, *_needed(reference))
-        return await ask_in_turn(sites, attempt, self._retries(announce))
+        endpoints = await self._endpoints.find(reference, *_needed(reference))
+        return await try_each(endpoints, attempt, self._retries(announce))
 
     def _retries(self, announce: Announce | None = None) -> Retries:
         return Retries(announce, tick=self._retry_tick)
@@ -434,12 +434,12 @@ class RegistryClient:
         """
         reference = _parsed(reference)
 
-        async def attempt(site: Site) -> tuple[Descriptor, bytes]:
-            return await _fetch_manifest(site, reference)
+        async def attempt(endpoint: Endpoint) -> tuple[Descriptor, bytes]:
+            return await _fetch_manifest(endpoint, reference)
 
         try:
-            return await ask_in_turn(
-                await self._sites.find(reference, *_needed(reference)), attempt, self._retries()
+            return await try_each(
+                await self._endpoints.find(reference, *_needed(reference)), attempt, self._retries()
             )
         except ManifestError as error:
             raise ManifestError(f"{reference}: {error}") from error
@@ -473,11 +473,11 @@ class RegistryClient:
                 f"{what} has {size} bytes, which is more than {max_size}", digest=digest
             )
 
-        async def attempt(site: Site | Elsewhere) -> bytes:
+        async def attempt(endpoint: Endpoint | ForeignURL) -> bytes:
             path = f"blobs/{digest}"
-            return await _read(site, reference, path, what, _BLOBS, digest, size, max_size)
+            return await _read(endpoint, reference, path, what, _BLOBS, digest, size, max_size)
 
-        return await ask_in_turn(await self._sites_of(reference, blob), attempt, self._retries())
+        return await try_each(await self._sites_of(reference, blob), attempt, self._retries())
 
     @opens_block
     async def open_blob(
@@ -501,14 +501,14 @@ class RegistryClient:
         what = f"blob {digest} of {reference.name}"
         async with AsyncExitStack() as stack:
 
-            async def attempt(site: Site | Elsewhere) -> Answer:
+            async def attempt(endpoint: Endpoint | ForeignURL) -> RegistryResponse:
                 return await stack.enter_async_context(
-                    site.ask(reference, f"blobs/{digest}", what, _BLOBS)
+                    endpoint.ask(reference, f"blobs/{digest}", what, _BLOBS)
                 )
 
             async with self._lifetime.use():
-                sites = await self._sites_of(reference, blob)
-                answer = await ask_in_turn(sites, attempt, self._retries())
+                endpoints = await self._sites_of(reference, blob)
+                answer = await try_each(endpoints, attempt, self._retries())
             yield BlobChunks(answer, digest, size, self._lifetime)
 
     @while_open
@@ -560,23 +560,23 @@ class RegistryClient:
         path = f"blobs/{descriptor.digest}"
         what = f"blob {descriptor.digest} of {reference.name}"
         tried = False
-        decoding: set[Site | Elsewhere] = set()
+        decoding: set[Endpoint | ForeignURL] = set()
 
-        async def attempt(site: Site | Elsewhere) -> None:
+        async def attempt(endpoint: Endpoint | ForeignURL) -> None:
             nonlocal tried
 
-            def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, path, what, {**_BLOBS, **headers})
+            def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[RegistryResponse]:
+                return endpoint.ask(reference, path, what, {**_BLOBS, **headers})
 
             of_another = tried and sink.offset > 0
             tried = True
-            fetch = BlobFetch(descriptor, sink, progress, site.tags, ask, site in decoding)
+            fetch = BlobFetch(descriptor, sink, progress, endpoint.tags, ask, endpoint in decoding)
             try:
                 await fetch.run()
                 return
             except VerificationError as error:
                 if fetch.decoding:
-                    decoding.add(site)
+                    decoding.add(endpoint)
                 if not of_another or is_final(error):
                     raise
             # The previous host's bytes may have been the wrong ones. The sink has dropped them, so
@@ -587,9 +587,9 @@ class RegistryClient:
         if descriptor.data is not None:
             await write_embedded(descriptor.data, descriptor, sink, progress)
             return
-        sites = await self._sites_of(reference, descriptor)
+        endpoints = await self._sites_of(reference, descriptor)
         retries = Retries(tick=self._retry_tick, only_if_asked=True)
-        await ask_in_turn(sites, attempt, retries)
+        await try_each(endpoints, attempt, retries)
 
     @while_open
     async def tags(self, reference: Reference | str) -> tuple[str, ...]:
@@ -606,34 +606,34 @@ class RegistryClient:
         what = f"the tags of {reference.name}"
         retries = self._retries()
         # Keep the pages that each host has sent: the next attempt continues at the failed page.
-        begun: dict[Site, tuple[Pages, dict[str, None]]] = {}
+        begun: dict[Endpoint, tuple[Pages, dict[str, None]]] = {}
 
-        async def attempt(site: Site) -> tuple[str, ...]:
+        async def attempt(endpoint: Endpoint) -> tuple[str, ...]:
             try:
-                return await listed(site, f"n={_PAGE}")
+                return await listed(endpoint, f"n={_PAGE}")
             except RegistryError as error:
                 if error.status not in _NO_LENGTH:
                     raise
-            begun.pop(site, None)
-            return await listed(site, "")
+            begun.pop(endpoint, None)
+            return await listed(endpoint, "")
 
-        async def listed(site: Site, query: str) -> tuple[str, ...]:
-            def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, f"tags/list?{query}".rstrip("?"), what, _JSON)
+        async def listed(endpoint: Endpoint, query: str) -> tuple[str, ...]:
+            def open_page(query: str) -> AbstractAsyncContextManager[RegistryResponse]:
+                return endpoint.ask(reference, f"tags/list?{query}".rstrip("?"), what, _JSON)
 
-            pages, tags = begun.pop(site, (Pages(query, what, open_page, "list"), {}))
+            pages, tags = begun.pop(endpoint, (Pages(query, what, open_page, "list"), {}))
             try:
                 async for page in pages:
                     await _decode(_add_tags, page.data, page.host, tags)
                     retries.reset()
             except RegistryError as error:
                 if is_transient(error):
-                    begun[site] = pages, tags
+                    begun[endpoint] = pages, tags
                 raise
             return tuple(tags)
 
-        sites = await self._sites.find(reference, "pull", "resolve")
-        return await ask_in_turn(sites, attempt, retries)
+        endpoints = await self._endpoints.find(reference, "pull", "resolve")
+        return await try_each(endpoints, attempt, retries)
 
     @while_open
     async def referrers(
@@ -677,13 +677,13 @@ class RegistryClient:
         path, what = f"referrers/{digest}", f"the referrers of {reference.name}@{digest}"
         query = "" if artifact_type is None else urlencode({"artifactType": artifact_type})
         retries = self._retries()
-        begun: dict[Site, tuple[Pages, dict[Descriptor, None]]] = {}
+        begun: dict[Endpoint, tuple[Pages, dict[Descriptor, None]]] = {}
 
-        async def attempt(site: Site) -> tuple[Descriptor, ...]:
-            def open_page(query: str) -> AbstractAsyncContextManager[Answer]:
-                return site.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
+        async def attempt(endpoint: Endpoint) -> tuple[Descriptor, ...]:
+            def open_page(query: str) -> AbstractAsyncContextManager[RegistryResponse]:
+                return endpoint.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
 
-            pages, found = begun.pop(site, (Pages(query, what, open_page, digest), {}))
+            pages, found = begun.pop(endpoint, (Pages(query, what, open_page, digest), {}))
             try:
                 async for page in pages:
                     if page.media_type != INDEX_TYPES[0]:
@@ -694,18 +694,18 @@ class RegistryClient:
                     retries.reset()
             except RegistryError as error:
                 if error.status in _NO_REFERRERS:
-                    give_up(error)  # this host lacks the API, so do not retry
+                    mark_final(error)  # this host lacks the API, so do not retry
                 elif is_transient(error):
-                    begun[site] = pages, found
+                    begun[endpoint] = pages, found
                 raise
             return tuple(found)
 
-        sites = await self._sites.find(reference)
-        able = [site for site in sites if "referrers" in site.capabilities]
+        endpoints = await self._endpoints.find(reference)
+        able = [endpoint for endpoint in endpoints if "referrers" in endpoint.capabilities]
         if not able:
             return None
         try:
-            return await ask_in_turn(able, attempt, retries)
+            return await try_each(able, attempt, retries)
         except RegistryError as error:
             if error.status not in _NO_REFERRERS:
                 raise
@@ -745,22 +745,22 @@ class RegistryClient:
     ) -> tuple[Descriptor, bytes, Manifest | Index]:
         """The document that the reference leads to, verified as far as can be."""
 
-        async def attempt(site: Site) -> tuple[Descriptor, bytes, Manifest | Index]:
-            found, data = await _fetch_manifest(site, reference)
+        async def attempt(endpoint: Endpoint) -> tuple[Descriptor, bytes, Manifest | Index]:
+            found, data = await _fetch_manifest(endpoint, reference)
             # In here, since a mirror may answer with whatever page it has.
             return found, data, await _decode(decode_manifest, data, found.media_type)
 
-        sites = await self._sites.find(reference, *_needed(reference))
-        return await ask_in_turn(sites, attempt, self._retries(announce))
+        endpoints = await self._endpoints.find(reference, *_needed(reference))
+        return await try_each(endpoints, attempt, self._retries(announce))
 
     async def _sites_of(
         self, reference: Reference, blob: Descriptor | str
-    ) -> list[Site | Elsewhere]:
+    ) -> list[Endpoint | ForeignURL]:
         """Who is asked for a blob."""
-        sites = await self._sites.find(reference, "pull")
+        endpoints = await self._endpoints.find(reference, "pull")
         if isinstance(blob, str):
-            return [*sites]
-        return [*self._sites.elsewhere(reference, blob), *sites]
+            return [*endpoints]
+        return [*self._endpoints.elsewhere(reference, blob), *endpoints]
 
     async def _get_document(
         self,
@@ -785,11 +785,11 @@ class RegistryClient:
         path = f"{kind}/{digest}"
         what = f"{descriptor.media_type} {digest} of {reference}"
 
-        async def attempt(site: Site) -> bytes:
-            return await _read(site, reference, path, what, headers, digest, size, size)
+        async def attempt(endpoint: Endpoint) -> bytes:
+            return await _read(endpoint, reference, path, what, headers, digest, size, size)
 
-        sites = await self._sites.find(reference, "pull")
-        return await ask_in_turn(sites, attempt, self._retries(announce))
+        endpoints = await self._endpoints.find(reference, "pull")
+        return await try_each(endpoints, attempt, self._retries(announce))
 
 
 def _parsed(reference: Reference | str) -> Reference:
@@ -811,7 +811,7 @@ def _digest_and_size(blob: Descriptor | str) -> tuple[Digest, int | None]:
     return parse_verifiable(blob), None
 
 
-def _descriptor_of(answer: Answer) -> Descriptor | None:
+def _descriptor_of(answer: RegistryResponse) -> Descriptor | None:
     """What a header says of the document; ``None`` if that is not all."""
     size = answer.headers.get("Content-Length", "")
     try:
@@ -825,10 +825,10 @@ def _descriptor_of(answer: Answer) -> Descriptor | None:
     return Descriptor(answer.media_type, digest, int(size))
 
 
-async def _fetch_manifest(site: Site, reference: Reference) -> tuple[Descriptor, bytes]:
+async def _fetch_manifest(endpoint: Endpoint, reference: Reference) -> tuple[Descriptor, bytes]:
     what = f"the manifest of {reference}"
     path = f"manifests/{reference.fetched_by}"
-    async with site.ask(reference, path, what, _MANIFESTS) as answer:
+    async with endpoint.ask(reference, path, what, _MANIFESTS) as answer:
         promised = reference.digest or answer.headers.get("Docker-Content-Digest")
         if promised is not None and not promised.startswith("sha256:"):
             promised = None  # only SHA-256 can be checked
@@ -845,18 +845,18 @@ async def _fetch_manifest(site: Site, reference: Reference) -> tuple[Descriptor,
     digest = await _decode(digest_of, data)
     # A digest of another algorithm is one that cannot be checked.
     if promised is not None and promised.startswith("sha256:") and promised != digest:
-        promised = answer.readable(promised)
+        promised = answer.printable_line(promised)
         error = VerificationError(
             f"{answer.host} sent {digest} as {what}, which should be {promised}"
             f"{named_encoding(answer)}",
             digest=promised,
         )
-        raise give_up(error)
+        raise mark_final(error)
     return Descriptor(answer.media_type, digest, len(data)), data
 
 
 async def _read(
-    site: Site | Elsewhere,
+    endpoint: Endpoint | ForeignURL,
     reference: Reference,
     path: str,
     what: str,
@@ -866,7 +866,7 @@ async def _read(
     max_size: int,
 ) -> bytes:
     """What has this digest, and this size if it is known."""
-    async with site.ask(reference, path, what, headers) as answer:
+    async with endpoint.ask(reference, path, what, headers) as answer:
         data = await read_fitting(
             answer,
             max_size if size is None else size,
@@ -874,13 +874,13 @@ async def _read(
         )
     if size is None and len(data) > max_size:
         text = f"{what} has more than {max_size} bytes{named_encoding(answer)}"
-        raise give_up(VerificationError(text, digest=digest))
+        raise mark_final(VerificationError(text, digest=digest))
     if size not in (None, len(data)) or await _decode(digest_of, data, digest) != digest:
         text = (
             f"what {answer.host} sent as {what} is not that: its digest or size differs"
             f"{named_encoding(answer)}"
         )
-        raise give_up(VerificationError(text, digest=digest))
+        raise mark_final(VerificationError(text, digest=digest))
     return data
 
 

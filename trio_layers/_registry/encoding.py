@@ -15,10 +15,10 @@ import trio
 
 from .._compression import PIECE, Decompressor
 from .._errors import DecompressionError, UnpackError
-from .answers import readable
+from .._printable import printable_line
 
 if TYPE_CHECKING:
-    from .transport import Answer
+    from .transport import RegistryResponse
 
 __all__ = [
     "ContentDecoder",
@@ -43,7 +43,7 @@ class NotEncoded(Exception):
     """A body's bytes do not have the encoding that its header names."""
 
 
-def coding_of(answer: Answer) -> str | None:
+def coding_of(answer: RegistryResponse) -> str | None:
     """Return a response's content coding, if it can be decoded.
 
     ``None`` stands for no coding, an unknown coding, or several codings: no server is known to send
@@ -53,9 +53,9 @@ def coding_of(answer: Answer) -> str | None:
     return said if said in _BY_MAGIC or said == "deflate" else None
 
 
-def named_encoding(answer: Answer) -> str:
+def named_encoding(answer: RegistryResponse) -> str:
     """Describe the response's encoding for an error message; empty without an encoding."""
-    said = readable(", ".join(answer.headers.get_list("Content-Encoding")))
+    said = printable_line(", ".join(answer.headers.get_list("Content-Encoding")))
     return f" (with Content-Encoding {said})" if said not in ("", "identity") else ""
 
 
@@ -160,7 +160,9 @@ class _Inflater:
         yield from ()
 
 
-async def read_fitting(answer: Answer, limit: int, fits: Callable[[bytes], bool]) -> bytes:
+async def read_fitting(
+    answer: RegistryResponse, limit: int, fits: Callable[[bytes], bool]
+) -> bytes:
     """Read a small body; decode it if only the decoded bytes fit.
 
     Args:

@@ -36,25 +36,25 @@ from .._errors import (
 )
 from .._manifest import Descriptor
 from .._reference import Reference
-from .._single_flight import Shared
+from .._single_flight import SingleFlight
 from .answers import RateLimit, rate_limit, read_error
 from .auth import Authenticator, Challenge, RedirectedAccess, parse_challenges
 from .blobs import EntityTags
 from .credentials import Credentials, CredentialsFor
-from .foreign_urls import MAX_URLS, Elsewhere
+from .foreign_urls import MAX_URLS, ForeignURL
 from .hosts import base_urls, is_loopback, origin_of, parse_url, registry_of
 from .hosts_toml import Configuration, Host, read_configuration
 from .http import URL, InvalidURL
 from .retries import Retries, is_transient
-from .tls import Trust
-from .transport import Answer, Connections, Manner, Method, Transport
+from .tls import TLSConfig
+from .transport import Connections, HostSettings, Method, RegistryResponse, Transport
 
-__all__ = ["Site", "Sites", "ask_in_turn"]
+__all__ = ["Endpoint", "Endpoints", "try_each"]
 
 log = logging.getLogger("trio_layers.registry")
 
 # Seconds. Who could not be reached is not asked for so long, where others are.
-REST: Final = 60.0
+COOLDOWN: Final = 60.0
 # URLs of layers, of which it is known with which entity tag they began.
 MAX_ELSEWHERE: Final = 1000
 
@@ -64,11 +64,11 @@ _MAY_HIDE: Final = (401, 403, 404)
 _TELLING: Final = (200, 401, 404)
 
 T = TypeVar("T")
-SiteT = TypeVar("SiteT", bound="Site | Elsewhere")
+SiteT = TypeVar("SiteT", bound="Endpoint | ForeignURL")
 
 
 @final
-class Site:
+class Endpoint:
     """One host that is asked for the images of one registry. What it says it is asked with, and
     what it hands out, tokens and entity tags, is for it alone.
 
@@ -105,14 +105,14 @@ class Site:
         self._transport = transport
         self._authenticator = authenticator
         self._others = others
-        self._root: Shared[tuple[Challenge, ...]] = Shared()
+        self._root: SingleFlight[tuple[Challenge, ...]] = SingleFlight()
         self._upstream = upstream
         self._trouble: RegistryError | None = None
         self._rests_until = 0.0
 
     def __repr__(self) -> str:
         # Not whether it rests: for that there has to be a clock, and so a run of trio's.
-        return f"<Site {self.name} for {self._upstream or 'itself'}>"
+        return f"<Endpoint {self.name} for {self._upstream or 'itself'}>"
 
     @property
     def trouble(self) -> RegistryError | None:
@@ -123,7 +123,7 @@ class Site:
         """Remember a failure, if it is one to reach the host: others need not try that again."""
         if isinstance(error, RegistryError) and error.status is None:
             self._trouble = error
-            self._rests_until = trio.current_time() + REST
+            self._rests_until = trio.current_time() + COOLDOWN
 
     @asynccontextmanager
     async def ask(
@@ -133,7 +133,7 @@ class Site:
         what: str,
         headers: Mapping[str, str],
         method: Method = "GET",
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[RegistryResponse]:
         """A success, or a 416, which only those who ask for a range can get; authenticated.
 
         Args:
@@ -180,7 +180,7 @@ class Site:
                     yield answer
                     return
                 error = await read_error(answer, what, sent_there=answer.redirected)
-            # Answer challenges once the connection is released, because the source of the
+            # RegistryResponse challenges once the connection is released, because the source of the
             # credentials may wait for a person to type a password.
             if answer.redirected:
                 if answer.status == 401 and await redirected.refused(answer):
@@ -239,7 +239,7 @@ class Site:
 
 
 @final
-class Sites:
+class Endpoints:
     """Knows whom to ask for each registry's images.
 
     Args:
@@ -269,17 +269,21 @@ class Sites:
         self._transport = Transport(connections, plain_http=plain_http)
         self._authenticator = Authenticator(self._transport, credentials)
         self._others = Authenticator(self._transport, _named(credentials))
-        self._sites: dict[str, tuple[Site, ...]] = {}
+        self._endpoints: dict[str, tuple[Endpoint, ...]] = {}
         self._abroad = Transport(connections, plain_http=plain_http, local=False)
-        self._elsewhere: dict[tuple[str, Transport], Elsewhere] = {}
+        self._elsewhere: dict[tuple[str, Transport], ForeignURL] = {}
 
     @property
     def rate_limits(self) -> dict[str, RateLimit]:
         """What hosts have said of their limits, by name."""
-        sites = (site for sites in self._sites.values() for site in sites)
-        return {site.name: site.rate_limit for site in sites if site.rate_limit is not None}
+        endpoints = (endpoint for endpoints in self._endpoints.values() for endpoint in endpoints)
+        return {
+            endpoint.name: endpoint.rate_limit
+            for endpoint in endpoints
+            if endpoint.rate_limit is not None
+        }
 
-    async def find(self, reference: Reference, *needed: str) -> list[Site]:
+    async def find(self, reference: Reference, *needed: str) -> list[Endpoint]:
         """Those who are good for what is needed, in the order in which to ask them; one at least.
 
         A registry's configuration is read when it is first needed, and then no more.
@@ -289,11 +293,11 @@ class Sites:
             InvalidReference: if the reference's domain cannot be a host.
         """
         domain = reference.domain
-        sites = self._sites.get(domain)
-        if sites is None:
+        endpoints = self._endpoints.get(domain)
+        if endpoints is None:
             # Another task may have been as quick: then what it has learnt counts.
-            sites = self._sites.setdefault(domain, await self._open(reference))
-        able = [site for site in sites if site.capabilities.issuperset(needed)]
+            endpoints = self._endpoints.setdefault(domain, await self._open(reference))
+        able = [endpoint for endpoint in endpoints if endpoint.capabilities.issuperset(needed)]
         if not able:
             assert self._hosts_dir is not None
             wanted = " and ".join(repr(name) for name in needed)
@@ -303,7 +307,7 @@ class Sites:
             )
         return able
 
-    def elsewhere(self, reference: Reference, layer: Descriptor) -> list[Elsewhere]:
+    def elsewhere(self, reference: Reference, layer: Descriptor) -> list[ForeignURL]:
         """The URLs at which to ask for a layer before the registry is asked: the first of those
         that its manifest gives, if it is of a type that the registry need not have.
 
@@ -319,11 +323,11 @@ class Sites:
             if (text, transport) not in self._elsewhere:
                 if len(self._elsewhere) >= MAX_ELSEWHERE:
                     del self._elsewhere[next(iter(self._elsewhere))]
-                self._elsewhere[text, transport] = Elsewhere(text, transport)
+                self._elsewhere[text, transport] = ForeignURL(text, transport)
             found.append(self._elsewhere[text, transport])
         return found
 
-    async def _open(self, reference: Reference) -> tuple[Site, ...]:
+    async def _open(self, reference: Reference) -> tuple[Endpoint, ...]:
         domain = reference.domain
         if self._hosts_dir is not None and domain:
             found = await trio.to_thread.run_sync(read_configuration, self._hosts_dir, domain)
@@ -331,26 +335,26 @@ class Sites:
                 return tuple([await self._configured(host, domain, found) for host in found.hosts])
         urls = base_urls(reference, plain_http=self._plain_http)
         name = registry_of(domain)
-        return (Site(name, urls, self._transport, self._authenticator, self._others),)
+        return (Endpoint(name, urls, self._transport, self._authenticator, self._others),)
 
-    async def _configured(self, host: Host, domain: str, found: Configuration) -> Site:
+    async def _configured(self, host: Host, domain: str, found: Configuration) -> Endpoint:
         assert found.directory is not None
         itself = host.host in (domain, registry_of(domain))
         urls = _urls_of(host, found, plain_http=self._plain_http and host.implied)
         # Who is asked over plain HTTP may lead to more of it, if somebody has written that down.
         said = not host.implied and any(url.scheme == "http" for url in urls)
         plain_http = self._plain_http or said
-        manner = Manner(
+        settings = HostSettings(
             frozenset(map(origin_of, urls)),
             headers=_headers_of(host, found),
-            trust=self._trust_of(host, str(found.directory)),
+            tls=self._trust_of(host, str(found.directory)),
             connect_limit=host.dial_timeout,
         )
-        await self._connections.check(manner.trust)  # raises HostsError for unusable certificates
-        transport = Transport(self._connections, plain_http=plain_http, manner=manner)
+        await self._connections.check(settings.tls)  # raises HostsError for unusable certificates
+        transport = Transport(self._connections, plain_http=plain_http, settings=settings)
         # Credentials without a name are for the registries that references name.
         credentials = self._credentials if itself else _named(self._credentials)
-        return Site(
+        return Endpoint(
             host.host,
             urls,
             transport,
@@ -360,11 +364,11 @@ class Sites:
             capabilities=host.capabilities,
         )
 
-    def _trust_of(self, host: Host, directory: str) -> Trust | None:
+    def _trust_of(self, host: Host, directory: str) -> TLSConfig | None:
         verify = host.verify
         if host.skip_verify is None and not self._tls_verify:
             verify = False
-        trust = Trust(
+        tls = TLSConfig(
             host.ca or (),
             # A pair whose second is empty leads to the directory itself, as files are looked for
             # in there; what is meant is clear.
@@ -373,7 +377,7 @@ class Sites:
             ),
             verify,
         )
-        return None if trust == Trust(verify=self._tls_verify) else trust
+        return None if tls == TLSConfig(verify=self._tls_verify) else tls
 
 
 def _named(credentials: CredentialsFor | None) -> CredentialsFor | None:
@@ -420,63 +424,65 @@ def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], 
     return tuple(fields)
 
 
-async def ask_in_turn(
-    sites: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
+async def try_each(
+    endpoints: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
 ) -> T:
-    """Try each site in turn until one succeeds, as containerd does.
+    """Try each endpoint in turn until one succeeds, as containerd does.
 
-    A registry, verification or manifest error at one site leads to the next site; any other error
-    is raised at once. When all sites have failed, the sites with transient failures are tried in
+    A registry, verification or manifest error at one endpoint leads to the next endpoint; any other error
+    is raised at once. When all endpoints have failed, the endpoints with transient failures are tried in
     another round.
 
-    Sites that could not be reached a moment ago are tried last, and only if no other site has
+    Endpoints that could not be reached a moment ago are tried last, and only if no other endpoint has
     failed with a final error.
 
-    If exactly one site sent a wrong blob or document, and all sites' errors are final, that site is
+    If exactly one endpoint sent a wrong blob or document, and all endpoints' errors are final, that endpoint is
     tried once more: a disk or a proxy may have damaged the bytes on the way.
 
     Args:
-        sites: The hosts, in the order in which to try them. The registry itself is the last.
-        attempt: Makes the request at one site.
+        endpoints: The hosts, in the order in which to try them. The registry itself is the last.
+        attempt: Makes the request at one endpoint.
         retries: Decides on another round, and waits for it.
 
     Raises:
-        LayersError: the error of the last site, with the other sites' errors in its text. It is
-            final only if the errors of all sites are.
+        LayersError: the error of the last endpoint, with the other endpoints' errors in its text. It is
+            final only if the errors of all endpoints are.
     """
     failures: dict[SiteT, LayersError] = {}
     wrong: list[SiteT] = []
-    turns: Iterable[SiteT] = _turns(sites, failures)
+    turns: Iterable[SiteT] = _turns(endpoints, failures)
     while True:
-        for site in turns:
+        for endpoint in turns:
             try:
-                return await attempt(site)
+                return await attempt(endpoint)
             except (RegistryError, VerificationError, ManifestError) as error:
-                failures[site] = error
+                failures[endpoint] = error
                 if isinstance(error, VerificationError) and is_final(error):
-                    wrong.append(site)
-                if len(sites) > 1:
-                    site.note(error)
-                    log.info("%s failed, and others are asked: %s", site.name, error)
-        settled = is_final(failures[sites[-1]])
+                    wrong.append(endpoint)
+                if len(endpoints) > 1:
+                    endpoint.note(error)
+                    log.info("%s failed, and others are asked: %s", endpoint.name, error)
+        settled = is_final(failures[endpoints[-1]])
         hopeful = [
-            site
-            for site in sites
+            endpoint
+            for endpoint in endpoints
             # If the registry's answer is final, do not wait for mirrors that cannot be reached.
-            if is_transient(failures[site]) and not (settled and site.trouble)
+            if is_transient(failures[endpoint]) and not (settled and endpoint.trouble)
         ]
         # A host that asks to wait does not delay the retries of the others.
-        hopeful = [site for site in hopeful if not _asks_to_wait(failures[site])] or hopeful
-        if await retries.wait([failures[site] for site in hopeful]):
+        hopeful = [
+            endpoint for endpoint in hopeful if not _asks_to_wait(failures[endpoint])
+        ] or hopeful
+        if await retries.wait([failures[endpoint] for endpoint in hopeful]):
             turns = hopeful
         elif len(wrong) == 1 and all(map(is_final, failures.values())):
             turns = list(wrong)
         else:
             break
-    if len(sites) == 1:
-        raise failures[sites[0]]
-    *others, last = [failures[site] for site in sites]
-    told = last._again()
+    if len(endpoints) == 1:
+        raise failures[endpoints[0]]
+    *others, last = [failures[endpoint] for endpoint in endpoints]
+    told = last.copy_to_raise()
     told.args = ("; before that, ".join([str(last), *map(str, others)]),)
     raise told from next((each for each in (last, *others) if not is_final(each)), last)
 
@@ -485,17 +491,19 @@ def _asks_to_wait(error: LayersError) -> bool:
     return isinstance(error, RateLimited) and bool(error.retry_after)
 
 
-def _turns(sites: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
-    """Yield the sites in the order of trying, unreachable sites last.
+def _turns(endpoints: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
+    """Yield the endpoints in the order of trying, unreachable endpoints last.
 
-    The caller adds each failure to ``failures`` between two sites. If a registry or mirror has
-    failed with a final error, the unreachable sites are not yielded: their earlier errors are added
+    The caller adds each failure to ``failures`` between two endpoints. If a registry or mirror has
+    failed with a final error, the unreachable endpoints are not yielded: their earlier errors are added
     to ``failures``.
     """
-    resting = {site: trouble for site in sites if (trouble := site.trouble)}
-    yield from [site for site in sites if site not in resting]
+    resting = {endpoint: trouble for endpoint in endpoints if (trouble := endpoint.trouble)}
+    yield from [endpoint for endpoint in endpoints if endpoint not in resting]
     # Errors of a foreign layer's URLs do not count: they say nothing about the registry's blobs.
-    if any(isinstance(site, Site) and is_final(error) for site, error in failures.items()):
+    if any(
+        isinstance(endpoint, Endpoint) and is_final(error) for endpoint, error in failures.items()
+    ):
         failures |= resting
     else:
         yield from resting

@@ -12,22 +12,23 @@ from contextlib import asynccontextmanager
 from typing import Final, final
 
 from .._errors import LayersError, RegistryError
+from .._printable import printable_line
 from .._reference import Reference
-from .answers import give_up, read_error, readable
+from .answers import mark_final, read_error
 from .blobs import EntityTags
 from .hosts import parse_url
 from .http import URL, InvalidURL
-from .transport import Answer, Transport
+from .transport import RegistryResponse, Transport
 
-__all__ = ["MAX_URLS", "Elsewhere"]
+__all__ = ["MAX_URLS", "ForeignURL"]
 
 MAX_URLS: Final = 8
 """How many of a layer's URLs are tried."""
 
 
 @final
-class Elsewhere:
-    """One URL of a layer, asked as a `Site` is, but for that alone, and without credentials.
+class ForeignURL:
+    """One URL of a layer, asked as a `Endpoint` is, but for that alone, and without credentials.
 
     It is never passed over for not having been reached: it may be the only one who has the layer.
 
@@ -47,30 +48,30 @@ class Elsewhere:
             # A name and password in it would be sent.
             url = parse_url(text).copy_with(username=None, password=None)
         except InvalidURL as error:
-            self._refused = f"it is none: {readable(str(error))}"
+            self._refused = f"it is none: {printable_line(str(error))}"
             return
         self.name = url.netloc.decode("ascii", "replace") or self.name
         if not url.host or url.scheme not in ("https", "http"):
-            self._refused = f"it has the scheme {readable(url.scheme)!r}, or no host"
+            self._refused = f"it has the scheme {printable_line(url.scheme)!r}, or no host"
         elif not transport.allows(url, url):
             self._refused = "it is plain HTTP: allow that if it is meant"
         else:
             self._url = url
 
     def __repr__(self) -> str:
-        return f"<Elsewhere {self.name}>"
+        return f"<ForeignURL {self.name}>"
 
     def note(self, error: LayersError) -> None:
-        """As `Site.note`, but nothing is remembered."""
+        """As `Endpoint.note`, but nothing is remembered."""
 
     @asynccontextmanager
     async def ask(
         self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Answer]:
-        """As `Site.ask`."""
+    ) -> AsyncIterator[RegistryResponse]:
+        """As `Endpoint.ask`."""
         if self._url is None:
             message = f"{self.name}, in the manifest, is not asked for {what}: {self._refused}"
-            raise give_up(RegistryError(message, host=self.name))
+            raise mark_final(RegistryError(message, host=self.name))
         async with self._transport.get(self._url, what, headers=headers) as answer:
             if 200 <= answer.status < 300 or ("Range" in headers and answer.status == 416):
                 yield answer

@@ -48,8 +48,8 @@ from httpx import (
     create_ssl_context,
 )
 
+from .._printable import printable_line
 from .._version import __version__
-from .answers import readable
 
 __all__ = [
     "CLOSE_GRACE",
@@ -140,7 +140,7 @@ async def send(client: AsyncClient, request: Request) -> Response:
         HTTPError, UnicodeError: as httpx does; the latter for a host that cannot be one.
     """
     while True:
-        way = _Way()
+        way = ConnectionTrace()
         request.extensions["trace"] = way.trace
         try:
             with discreet():
@@ -167,7 +167,7 @@ async def close_connection(response: Response) -> None:
         await stream.aclose()
 
 
-async def _send_once(client: AsyncClient, request: Request, way: _Way) -> Response:
+async def _send_once(client: AsyncClient, request: Request, way: ConnectionTrace) -> Response:
     try:
         return await client.send(request, stream=True, follow_redirects=False, auth=None)
     except HTTPError:
@@ -182,7 +182,7 @@ async def _send_once(client: AsyncClient, request: Request, way: _Way) -> Respon
 
 
 @final
-class _Way:
+class ConnectionTrace:
     """How a request has gone to its server, as httpcore tells it."""
 
     def __init__(self) -> None:
@@ -301,7 +301,7 @@ def _harmless(value: object) -> object:
     if isinstance(value, URL):
         return f"{value.scheme}://{value.netloc.decode('ascii', 'replace')}"
     # A status line's words may have control characters in them.
-    return readable(value) if isinstance(value, str) else value
+    return printable_line(value) if isinstance(value, str) else value
 
 
 # A filter of a logger counts for what is logged there, and not for the loggers below it.

@@ -16,7 +16,7 @@ from .._errors import RegistryError
 from .._json import parse_json
 from .._manifest import MAX_DOCUMENT_SIZE
 from .encoding import looks_like_json, read_fitting
-from .transport import Answer
+from .transport import RegistryResponse
 
 __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
 
@@ -27,7 +27,7 @@ MAX_LIST_SIZE: Final = 64 * 1024 * 1024
 MAX_PAGES: Final = 10_000
 MAX_QUERY: Final = 8 * 1024
 
-OpenPage: TypeAlias = Callable[[str], AbstractAsyncContextManager[Answer]]
+OpenPage: TypeAlias = Callable[[str], AbstractAsyncContextManager[RegistryResponse]]
 """Asks for the page with this query."""
 
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
@@ -99,7 +99,7 @@ class Pages:
         self._following = following
         return Page(answer.host, answer.media_type, data)
 
-    def _endless(self, answer: Answer, how: str) -> RegistryError:
+    def _endless(self, answer: RegistryResponse, how: str) -> RegistryError:
         text = f"{answer.host} sent {how} for {self._what}"
         return RegistryError(text, host=answer.host, status=answer.status)
 

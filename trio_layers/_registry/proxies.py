@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Final, TypeAlias, final
 
 from .._errors import NetworkSettingError
-from .answers import readable
+from .._printable import printable_line
 from .hosts import is_loopback, parse_url
 from .http import URL, InvalidURL
 from .redaction import without_login
@@ -162,4 +162,4 @@ def setting_shown(value: str) -> str:
     shown = without_login(value)
     if "[" not in shown:
         shown = _NO_PORT.sub(":…", shown)
-    return f"'{readable(shown)}'"
+    return f"'{printable_line(shown)}'"

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import parse_qsl, quote, quote_plus
 
-from .answers import readable
+from .._printable import printable_line
 from .http import InvalidURL
 
-__all__ = ["hush", "secrets_of", "without_login", "without_secrets"]
+__all__ = ["redact_error", "secrets_of", "without_login", "without_secrets"]
 
 # Characters. What is shorter is a part of too many words.
 MIN_SECRET: Final = 4
@@ -79,20 +79,20 @@ def without_secrets(text: str, secrets: Iterable[str]) -> str:
 _QUOTED = re.compile(r"(bytearray\(|(?<=Invalid URL in location header): ).*", re.DOTALL)
 
 
-def hush(error: BaseException, secrets: Iterable[str]) -> None:
+def redact_error(error: BaseException, secrets: Iterable[str]) -> None:
     """Take secrets, what is quoted of an answer, and control characters out of the texts of an
     error of httpx's, and of those that it was caused by: who shows ours shows them, too."""
     following: BaseException | None = error
     while following is not None:
         following.args = tuple(
             # httpcore's has that of h11 as its text.
-            readable(without_secrets(_QUOTED.sub("", str(each)), secrets))
+            printable_line(without_secrets(_QUOTED.sub("", str(each)), secrets))
             if isinstance(each, str | BaseException)
             else each
             for each in following.args
         )
         if isinstance(following, OSError) and isinstance(following.strerror, str):
-            following.strerror = readable(without_secrets(following.strerror, secrets))
+            following.strerror = printable_line(without_secrets(following.strerror, secrets))
         if isinstance(following, InvalidURL):
             # A part of the URL, and who knows which: here, and in what it was raised for.
             following.args = ("a redirect to what is no URL",)

@@ -9,14 +9,14 @@ from pathlib import Path
 import attrs
 
 from .._errors import HostsError, LayersError, NetworkSettingError
-from .answers import readable
+from .._printable import printable_line
 from .http import create_ssl_context
 
-__all__ = ["Trust", "make_context", "trust_nobody"]
+__all__ = ["TLSConfig", "make_context", "trust_nobody"]
 
 
 @attrs.frozen
-class Trust:
+class TLSConfig:
     """By what a host is known, and we are known to it.
 
     Attributes:
@@ -30,28 +30,28 @@ class Trust:
     client: tuple[tuple[str, str | None], ...] = ()
     verify: bool = True
 
-    def of_others(self) -> Trust | None:
+    def of_others(self) -> TLSConfig | None:
         """The same for whoever the host refers to: they do not learn who we are."""
         others = attrs.evolve(self, client=())
-        return None if others == Trust() else others
+        return None if others == TLSConfig() else others
 
 
-def make_context(trust: Trust) -> ssl.SSLContext:
+def make_context(tls: TLSConfig) -> ssl.SSLContext:
     """Load the certificates. Blocks while files are read.
 
     Raises:
         HostsError: if a file cannot be used. It names the file.
         NetworkSettingError: if an environment variable names an unusable certificate or log file.
     """
-    context = _environments_context(verify=trust.verify)
-    if trust.verify:
-        for file in trust.ca:
+    context = _environments_context(verify=tls.verify)
+    if tls.verify:
+        for file in tls.ca:
             try:
                 context.load_verify_locations(file)
             except OSError as error:  # ssl.SSLError is one
                 raise _unusable(file, "certificates", error) from error
     # A later one takes the place of an earlier one.
-    for file, key in reversed(trust.client):
+    for file, key in reversed(tls.client):
         if key is not None:
             _look_at(key)
         try:
@@ -95,8 +95,10 @@ def _is_about(error: OSError, file: str) -> bool:
 
 def _unset(variable: str, value: str, reason: str) -> NetworkSettingError:
     advice = "mend it, or unset the variable"
-    shown = readable(value)
-    return NetworkSettingError(variable, f"'{shown}' cannot be used: {readable(reason)}", advice)
+    shown = printable_line(value)
+    return NetworkSettingError(
+        variable, f"'{shown}' cannot be used: {printable_line(reason)}", advice
+    )
 
 
 def _ask_nobody() -> str:

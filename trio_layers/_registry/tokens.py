@@ -17,9 +17,10 @@ import trio
 
 from .._errors import AuthenticationError, RegistryError
 from .._json import parse_json
+from .._printable import printable_line
 from .._reference import Reference
-from .._single_flight import Shared
-from .answers import give_up, read_error, readable
+from .._single_flight import SingleFlight
+from .answers import mark_final, read_error
 from .credentials import Credentials
 from .encoding import looks_like_json, read_fitting
 from .hosts import base_urls, parse_url
@@ -80,7 +81,7 @@ class Tokens:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._tokens: dict[Grant, Shared[_Token]] = {}
+        self._tokens: dict[Grant, SingleFlight[_Token]] = {}
         # By realm, service and credentials: one that came with a token is good for any scope.
         self._refresh: dict[Grant, str] = {}
 
@@ -130,9 +131,9 @@ class Tokens:
             url = URL()
         registry = base_urls(reference, plain_http=False)[0]
         if not url.host or not self._transport.allows(url, registry):
-            raise give_up(
+            raise mark_final(
                 AuthenticationError(
-                    f"{reference.domain} wants a token from {readable(shown)!r}, which is no HTTPS "
+                    f"{reference.domain} wants a token from {printable_line(shown)!r}, which is no HTTPS "
                     "URL",
                     host=reference.domain,
                     status=401,
@@ -140,7 +141,7 @@ class Tokens:
             )
         return url
 
-    def _kept(self, grant: Grant) -> Shared[_Token]:
+    def _kept(self, grant: Grant) -> SingleFlight[_Token]:
         # Nothing is awaited here: a token that nobody uses yet must not be dropped.
         kept = self._tokens.get(grant)
         if kept is None:
@@ -150,7 +151,7 @@ class Tokens:
                     for grant, kept in self._tokens.items()
                     if kept.busy or (kept.value is not None and kept.value.valid())
                 }
-            kept = self._tokens[grant] = Shared()
+            kept = self._tokens[grant] = SingleFlight()
         return kept
 
     async def _fetch(self, grant: Grant, reference: Reference) -> _Token:
@@ -188,7 +189,7 @@ class Tokens:
             try:
                 url = url.copy_with(params=parameters)
             except InvalidURL:
-                error = give_up(
+                error = mark_final(
                     AuthenticationError(
                         f"{reference.domain} wants a token for more than a URL can hold",
                         host=reference.domain,

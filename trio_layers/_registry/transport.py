@@ -23,7 +23,8 @@ import attrs
 import trio
 
 from .._errors import ClientClosed, NetworkSettingError, RegistryError
-from .answers import give_up, readable
+from .._printable import printable_line
+from .answers import mark_final
 from .credentials import as_sent
 from .hosts import is_loopback, origin_of
 from .http import (
@@ -45,10 +46,10 @@ from .http import (
     send,
 )
 from .proxies import Proxies
-from .redaction import hush, secrets_of, without_secrets
-from .tls import Trust, make_context, trust_nobody
+from .redaction import redact_error, secrets_of, without_secrets
+from .tls import TLSConfig, make_context, trust_nobody
 
-__all__ = ["STALL_LIMIT", "Answer", "Connections", "Manner", "Method", "Transport"]
+__all__ = ["STALL_LIMIT", "Connections", "HostSettings", "Method", "RegistryResponse", "Transport"]
 
 log = logging.getLogger("trio_layers.registry")
 
@@ -75,7 +76,7 @@ _NOTHING: Final[Mapping[str, str]] = {}
 
 @final
 @attrs.frozen(eq=False)
-class Answer:
+class RegistryResponse:
     """What a server says, while its body is open.
 
     Attributes:
@@ -100,9 +101,9 @@ class Answer:
     secrets: Callable[[], frozenset[str]] = attrs.field(default=frozenset, repr=False)
     url: URL | None = attrs.field(default=None, repr=False)
 
-    def readable(self, text: str) -> str:
+    def printable_line(self, text: str) -> str:
         """What it says, fit for a message (see `readable`), and without what it was sent."""
-        return readable(without_secrets(text, self.secrets()))
+        return printable_line(without_secrets(text, self.secrets()))
 
     @property
     def media_type(self) -> str:
@@ -137,7 +138,7 @@ class Connections:
     Args:
         client: For hosts without certificates of their own. It is not closed. ``None``: clients of
             our own.
-        usual: The TLS trust for those hosts, in our own clients.
+        usual: The TLS tls for those hosts, in our own clients.
         max_connections: How many requests are under way at once.
         stall_limit: After how many seconds without a byte a request is given up, or with fewer
             than `LEAST_RATE` has for them.
@@ -146,7 +147,7 @@ class Connections:
     def __init__(
         self,
         client: AsyncClient | None,
-        usual: Trust,
+        usual: TLSConfig,
         *,
         max_connections: int,
         stall_limit: float,
@@ -157,9 +158,9 @@ class Connections:
         self._usual = usual
         self._max_connections = max_connections
         self._proxies = Proxies(os.environ)
-        # The keys are a trust and a proxy's URL. The trust `None` accepts no certificate.
-        self._clients: dict[tuple[Trust | None, str | None], AsyncClient] = {}
-        self._contexts: dict[Trust, ssl.SSLContext] = {}
+        # The keys are a tls and a proxy's URL. The tls `None` accepts no certificate.
+        self._clients: dict[tuple[TLSConfig | None, str | None], AsyncClient] = {}
+        self._contexts: dict[TLSConfig, ssl.SSLContext] = {}
         self._making = trio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -175,23 +176,23 @@ class Connections:
             with trio.move_on_after(CLOSE_GRACE, shield=True):
                 await client.aclose()
 
-    async def check(self, trust: Trust | None) -> None:
+    async def check(self, tls: TLSConfig | None) -> None:
         """Load a host's own certificates, if it has any.
 
         Raises:
             HostsError: if the certificates cannot be used.
         """
         try:
-            if trust is not None:
-                await self._context(trust)
+            if tls is not None:
+                await self._context(tls)
         except NetworkSettingError:
             pass  # a request that needs the environment's certificates raises this error again
 
-    async def client(self, trust: Trust | None, url: URL, *, probe: bool = False) -> AsyncClient:
+    async def client(self, tls: TLSConfig | None, url: URL, *, probe: bool = False) -> AsyncClient:
         """Return the client for a request.
 
         Args:
-            trust: The host's own trust. ``None``: the usual trust.
+            tls: The host's own tls. ``None``: the usual tls.
             url: The URL of the request.
             probe: Whether the request only tests whether the host speaks TLS.
 
@@ -200,50 +201,52 @@ class Connections:
             NetworkSettingError: if the environment names an unusable proxy or certificate file.
                 Plain HTTP and probes on this machine do not need either, and go without.
         """
-        if trust is None and self._given is not None:
+        if tls is None and self._given is not None:
             return self._given
-        trust = trust or self._usual
+        tls = tls or self._usual
         proxy = self._proxies.find(url)
-        client = self._clients.get((trust, proxy))
+        client = self._clients.get((tls, proxy))
         if client is not None:
             return client
         try:
-            context = await self._context(trust)
+            context = await self._context(tls)
         except NetworkSettingError:
             if not (is_loopback(url) and (probe or url.scheme == "http")):
                 raise
             return self._keep(None, None, trust_nobody())
-        return self._keep(trust, proxy, context)
+        return self._keep(tls, proxy, context)
 
-    async def _context(self, trust: Trust) -> ssl.SSLContext:
+    async def _context(self, tls: TLSConfig) -> ssl.SSLContext:
         async with self._making:
-            if trust not in self._contexts:
-                self._contexts[trust] = await trio.to_thread.run_sync(make_context, trust)
-        return self._contexts[trust]
+            if tls not in self._contexts:
+                self._contexts[tls] = await trio.to_thread.run_sync(make_context, tls)
+        return self._contexts[tls]
 
-    def _keep(self, trust: Trust | None, proxy: str | None, context: ssl.SSLContext) -> AsyncClient:
-        key = trust, proxy
+    def _keep(
+        self, tls: TLSConfig | None, proxy: str | None, context: ssl.SSLContext
+    ) -> AsyncClient:
+        key = tls, proxy
         if key not in self._clients:
             self._clients[key] = new_client(context, self._max_connections, proxy)
         return self._clients[key]
 
 
 @attrs.frozen
-class Manner:
+class HostSettings:
     """How one host is spoken to, and nobody else but where that is said; nor the host itself,
     where others have referred to it.
 
     Attributes:
         origins: Its scheme, host and port, perhaps in several ways.
         headers: What it is sent with each request.
-        trust: By which certificates it is known, and we are; ``None``: the usual ones. Whom it
+        tls: By which certificates it is known, and we are; ``None``: the usual ones. Whom it
             refers to, for a token or a blob, is known by the same, but not shown ours.
         connect_limit: Seconds that connecting to it may take; ``None``: as long as usual.
     """
 
     origins: frozenset[tuple[str, str, int | None]]
     headers: tuple[tuple[bytes, bytes], ...] = attrs.field(default=(), repr=False)
-    trust: Trust | None = None
+    tls: TLSConfig | None = None
     connect_limit: float | None = None
 
 
@@ -255,7 +258,7 @@ class Transport:
         connections: Through these.
         plain_http: Whether anybody may lead to plain HTTP.
         local: Whether this machine may lead to plain HTTP on itself in any case.
-        manner: How a host is spoken to that is configured; ``None``: nothing is said.
+        settings: How a host is spoken to that is configured; ``None``: nothing is said.
     """
 
     def __init__(
@@ -264,12 +267,12 @@ class Transport:
         *,
         plain_http: bool,
         local: bool = True,
-        manner: Manner | None = None,
+        settings: HostSettings | None = None,
     ) -> None:
         self._connections = connections
         self._plain_http = plain_http
         self._local = local
-        self._manner = Manner(frozenset()) if manner is None else manner
+        self._settings = HostSettings(frozenset()) if settings is None else settings
 
     async def speaks_tls(self, url: URL) -> bool:
         """Whether an HTTPS server is there. If not, plain HTTP may be tried."""
@@ -290,7 +293,7 @@ class Transport:
         authorization: str | None = None,
         authorize_redirected: Callable[[URL], Awaitable[str | None]] | None = None,
         method: Method = "GET",
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[RegistryResponse]:
         """Send a request, follow redirects, and give the answer with its body open.
 
         Args:
@@ -336,7 +339,9 @@ class Transport:
         )
 
     @asynccontextmanager
-    async def post(self, url: URL, what: str, *, form: Mapping[str, str]) -> AsyncIterator[Answer]:
+    async def post(
+        self, url: URL, what: str, *, form: Mapping[str, str]
+    ) -> AsyncIterator[RegistryResponse]:
         """Send a form, in which there may be secrets: no redirect is followed.
 
         Args:
@@ -370,7 +375,7 @@ class Transport:
     def _redirected(self, url: URL, target: URL, what: str) -> URL:
         if not self.allows(target, url):
             raise RegistryError(
-                f"{_host(url)} redirects to {readable(target.scheme)}://{_host(target)} for "
+                f"{_host(url)} redirects to {printable_line(target.scheme)}://{_host(target)} for "
                 f"{what}, which is not followed: allow plain HTTP if that is meant",
                 host=_host(url),
             )
@@ -394,17 +399,17 @@ class Transport:
         probe: bool = False,
         method: Method = "GET",
         body: bytes | None = None,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[RegistryResponse]:
         host = _host(url)
-        manner, stall_limit = self._manner, self._connections.stall_limit
-        trust = manner.trust
+        settings, stall_limit = self._settings, self._connections.stall_limit
+        tls = settings.tls
         fields = Headers()
-        if origin_of(url) in manner.origins and not redirected:
-            fields = Headers(manner.headers)
-            connect_limit = min(connect_limit, manner.connect_limit or connect_limit)
-        elif trust is not None:
-            trust = trust.of_others()
-        client = await self._connections.client(trust, url, probe=probe)
+        if origin_of(url) in settings.origins and not redirected:
+            fields = Headers(settings.headers)
+            connect_limit = min(connect_limit, settings.connect_limit or connect_limit)
+        elif tls is not None:
+            tls = tls.of_others()
+        client = await self._connections.client(tls, url, probe=probe)
         # The pool needs no limit: see above.
         limits = Timeout(connect=connect_limit, read=stall_limit, write=stall_limit, pool=None)
         # Content that is encoded for the way would not have the digest it is known by.
@@ -435,7 +440,7 @@ class Transport:
             # UnicodeError: a host, perhaps of a redirect, whose name cannot be. InvalidURL: what
             # else cannot be in a redirect.
             except (HTTPError, InvalidURL, UnicodeError, RuntimeError) as error:
-                hush(error, secrets())
+                redact_error(error, secrets())
                 if client.is_closed:
                     raise _given_is_closed() from error
                 if isinstance(error, RuntimeError):
@@ -458,9 +463,9 @@ class Transport:
                     # As if it had been asked for a tunnel: the host has said nothing.
                     through = _through(proxy)
                     text = f"{host} could not be asked for {what}{through}: 407 {PROXY_REFUSES}"
-                    raise give_up(RegistryError(text, host=host, status=407))
+                    raise mark_final(RegistryError(text, host=host, status=407))
                 following = response.next_request
-                yield Answer(
+                yield RegistryResponse(
                     host,
                     response.status_code,
                     response.headers,
@@ -532,7 +537,7 @@ async def _read_body(
             except StopAsyncIteration:
                 return
             except (HTTPError, StreamError) as error:
-                hush(error, ())
+                redact_error(error, ())
                 if client.is_closed:
                     raise _given_is_closed() from error
                 raise _failed(f"{host} broke off while it sent {what}", host, error) from error
@@ -583,7 +588,7 @@ def _through(proxy: str | None) -> str:
 def _failed(text: str, host: str, error: Exception) -> RegistryError:
     # What OpenSSL says reaches us without its words, which are further down.
     said = [str(error), *(str(each) for each in _causes(error) if isinstance(each, OSError))]
-    reason = next(filter(None, map(readable, said)), type(error).__name__)
+    reason = next(filter(None, map(printable_line, said)), type(error).__name__)
     return RegistryError(f"{text}: {reason}", host=host, transient=_may_pass(error))
 
 
@@ -607,4 +612,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _host(url: URL) -> str:
-    return readable(url.netloc.decode("ascii", "replace"))
+    return printable_line(url.netloc.decode("ascii", "replace"))

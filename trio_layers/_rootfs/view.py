@@ -25,7 +25,7 @@ __all__ = ["Exporter", "RootfsView"]
 _CHUNK: Final = 1 << 20
 
 HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManager[None]]
-"""Protects trees from deletion during a block; see `Holds.holding_trees`."""
+"""Protects trees from deletion during a block; see `LeaseCounts.holding_trees`."""
 
 
 class Exporter(Protocol):

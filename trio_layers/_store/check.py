@@ -37,7 +37,7 @@ from .._nursery import open_hidden_nursery
 from .collect import Collector
 from .content import Content
 from .layout import OCI_LAYOUT, index_document
-from .leases import Holds
+from .leases import LeaseCounts
 from .trees import Trees, Unpacker, tree_upon
 
 __all__ = ["CheckReport", "Checker", "Problem"]
@@ -139,7 +139,7 @@ class Checker:
         catalog: Catalog,
         content: Content,
         trees: Trees,
-        holds: Holds,
+        holds: LeaseCounts,
         collector: Collector,
         unpacker: Unpacker,
         write_index: Callable[[sqlite3.Connection], None],

@@ -171,7 +171,7 @@ class Commits:
         finally:
             for each in group:
                 if failed is not None:
-                    each.error = failed._again()
+                    each.error = failed.copy_to_raise()
                     each.error.__cause__ = failed
                 each.done.set()
 

@@ -25,7 +25,7 @@ from .._errors import StoreError, VerificationError
 from .._files import disk_errors, file_name, lock_written
 from .._lifetime import Lifetime, clean_up_in_thread, while_open
 from .._manifest import Descriptor
-from .._workers.arrival_state import Growth
+from .._workers.arrival_state import ArrivalState
 from .._workers.build import describe
 from ..abc import ReportArrived
 from .commits import Commits, Job
@@ -63,7 +63,7 @@ class Partial:
         self.path = path
         self.size = 0
         self.since = since
-        self.growth = Growth()
+        self.growth = ArrivalState()
         self._hash = hashlib.sha256()
         self._torn = False  # more may be in the file than is counted
         with disk_errors(path.parent):
@@ -186,7 +186,7 @@ class Ingest:
         return self._partial is None
 
     @property
-    def growth(self) -> Growth:
+    def growth(self) -> ArrivalState:
         """How much of it is on disk, for who reads it meanwhile."""
         return self._arriving().growth
 
@@ -398,7 +398,7 @@ class Batch:
 
         Args:
             digests: Of blobs that were added.
-            lease: Holds them before they are visible.
+            lease: LeaseCounts them before they are visible.
 
         Raises:
             StoreError: for what the disk does.

@@ -49,7 +49,7 @@ from .collect import Collected, Collector
 from .commits import Commits, Job, open_commits
 from .content import Batch, BlobStream, Content, Ingest
 from .layout import encode_index, locate, open_directory, open_to_read
-from .leases import Holds, Lease, open_holds, open_lease
+from .leases import Lease, LeaseCounts, open_lease, open_lease_counts
 from .scratch import Scratch, open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Base, Builder, Trees, Unpacker
@@ -100,7 +100,9 @@ async def open_store(
     try:
         async with (
             open_scratch(root, catalog, read_only=read_only) as scratch,
-            open_holds(catalog, scratch.holder, scratch.process, read_only=read_only) as holds,
+            open_lease_counts(
+                catalog, scratch.holder, scratch.process, read_only=read_only
+            ) as holds,
             open_commits(catalog, root) as commits,
         ):
             store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
@@ -184,7 +186,7 @@ class DirectoryStore:
         catalog: Catalog,
         scratch: Scratch,
         commits: Commits,
-        holds: Holds,
+        holds: LeaseCounts,
         unpacker: Unpacker,
         builder: Builder | None,
     ) -> None:

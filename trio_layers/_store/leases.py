@@ -22,7 +22,7 @@ from .._errors import StoreBusy, StoreError
 from .._lifetime import Lifetime, while_open
 from .._nursery import open_hidden_nursery
 
-__all__ = ["Holds", "Lease", "open_holds", "open_lease"]
+__all__ = ["Lease", "LeaseCounts", "open_lease", "open_lease_counts"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ Ts = TypeVarTuple("Ts")
 
 
 @asynccontextmanager
-async def open_holds(
+async def open_lease_counts(
     catalog: Catalog, holder: str, process: str, *, read_only: bool = False
-) -> AsyncIterator[Holds]:
+) -> AsyncIterator[LeaseCounts]:
     """Hold things in the store for the block, at the longest.
 
     Args:
@@ -45,7 +45,7 @@ async def open_holds(
         process: The holder's process; see `Process.encode`.
         read_only: Write no rows. Other processes can then delete the things in use.
     """
-    holds = Holds(catalog, holder, process, read_only=read_only)
+    holds = LeaseCounts(catalog, holder, process, read_only=read_only)
     try:
         async with open_hidden_nursery() as nursery:
             nursery.start_soon(holds.drop_in_background)
@@ -60,7 +60,7 @@ async def open_holds(
 
 
 @final
-class Holds:
+class LeaseCounts:
     """What a holder keeps in the store."""
 
     def __init__(
@@ -263,7 +263,7 @@ def _nothing(connection: sqlite3.Connection) -> None:
 
 
 @asynccontextmanager
-async def open_lease(holds: Holds, lifetime: Lifetime) -> AsyncIterator[Lease]:
+async def open_lease(holds: LeaseCounts, lifetime: Lifetime) -> AsyncIterator[Lease]:
     """Open a lease; see `DirectoryStore.lease`."""
     lease = Lease(holds, lifetime)
     try:
@@ -279,7 +279,7 @@ async def open_lease(holds: Holds, lifetime: Lifetime) -> AsyncIterator[Lease]:
 class Lease:
     """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
 
-    def __init__(self, holds: Holds, lifetime: Lifetime) -> None:
+    def __init__(self, holds: LeaseCounts, lifetime: Lifetime) -> None:
         self._lifetime = lifetime
         self._holds = holds
         self._digests: set[Digest] = set()

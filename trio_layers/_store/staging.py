@@ -25,12 +25,12 @@ from .._errors import DecompressionError, UnpackError, VerificationError
 from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
-from .._workers.arrival_state import Growth, Recalled, StartedOver, WorkerLost
+from .._workers.arrival_state import ArrivalState, Recalled, StartedOver, WorkerLost
 from .._workers.build import Arrival, Past
 from ..abc import Layer, ReportArrived, ReportUnpacked
 from .commits import Commits
 from .content import Content, Ingest
-from .leases import Holds
+from .leases import LeaseCounts
 from .scratch import Scratch
 from .trees import Trees, Unpacked, stored_tree
 
@@ -62,7 +62,7 @@ class Staging:
         trees: Trees,
         scratch: Scratch,
         commits: Commits,
-        holds: Holds,
+        holds: LeaseCounts,
         put: Put,
     ) -> None:
         self.content = content
@@ -111,7 +111,7 @@ class DirectoryStage:
     def __init__(self, staging: Staging, descriptor: Descriptor) -> None:
         self._staging = staging
         self._descriptor = descriptor
-        self._growth = Growth()
+        self._growth = ArrivalState()
         self._unpacked = 0
         self._complete = trio.Event()
         self._failed = trio.Event()

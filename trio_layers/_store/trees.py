@@ -44,7 +44,7 @@ from .._workers.build import Arrival, Source, Unpack, Unpacked, build, describe
 from .._workers.lending import Lending, follow_in_thread
 from .commits import Commits
 from .content import Content, Partial
-from .leases import Holds
+from .leases import LeaseCounts
 from .scratch import Scratch
 
 __all__ = ["Base", "Builder", "Threads", "Trees", "Unpacked", "Unpacker", "stored_tree"]
@@ -204,7 +204,7 @@ class Trees:
         content: Content,
         scratch: Scratch,
         commits: Commits,
-        holds: Holds,
+        holds: LeaseCounts,
         unpacker: Unpacker,
         builder: Builder | None,
     ) -> None:

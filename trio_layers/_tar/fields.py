@@ -11,6 +11,7 @@ from typing import Final
 from zlib import adler32
 
 from .._errors import UnpackError
+from .._printable import printable_path
 
 __all__ = [
     "BLOCK",
@@ -24,7 +25,6 @@ __all__ = [
     "octal",
     "pax_time",
     "records",
-    "shown",
     "until_nul",
 ]
 
@@ -46,15 +46,9 @@ _MAP: Final = b"GNU.sparse.map"
 _PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 
 
-def shown(name: bytes) -> str:
-    """A path for people, as one line of no great length."""
-    text = repr(name.decode("utf-8", "backslashreplace"))
-    return text if len(text) <= 256 else f"{text[:120]}…{text[-120:]}"
-
-
 def damaged(name: bytes, text: str) -> UnpackError:
     """The error for an entry that does not keep the format's rules; ``text`` says which."""
-    return UnpackError(f"{shown(name)}: damaged tar archive: {text}")
+    return UnpackError(f"{printable_path(name)}: damaged tar archive: {text}")
 
 
 def until_nul(field: bytes) -> bytes:

@@ -8,7 +8,7 @@ import attrs
 
 from .._compression import MAX_MEMBERS, MAX_WINDOW
 from .._errors import LimitExceeded
-from .fields import shown
+from .._printable import printable_path
 
 __all__ = ["Limits"]
 
@@ -73,10 +73,10 @@ class Limits:
         """Raise `LimitExceeded` if a path, relative to the root, is too long or too deep."""
         if len(path) > self.max_path:
             raise LimitExceeded(
-                f"{shown(path)}: a path of {len(path)} bytes; the limit max_path is {self.max_path}"
+                f"{printable_path(path)}: a path of {len(path)} bytes; the limit max_path is {self.max_path}"
             )
         if path.count(b"/") >= self.max_depth:
             raise LimitExceeded(
-                f"{shown(path)}: a path of {path.count(b'/') + 1} components; "
+                f"{printable_path(path)}: a path of {path.count(b'/') + 1} components; "
                 f"the limit max_depth is {self.max_depth}"
             )

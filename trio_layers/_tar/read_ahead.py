@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar, final
 if TYPE_CHECKING:
     from queue import SimpleQueue
 
-__all__ = ["Ahead"]
+__all__ = ["ReadAhead"]
 
 _T = TypeVar("_T")
 
@@ -19,7 +19,7 @@ _ROOM: Final = 8
 
 
 @final
-class Ahead(Generic[_T]):
+class ReadAhead(Generic[_T]):
     """Iterates over ``items`` in a thread of its own, and gives what comes of it in this one: the
     items, then what the iteration raises, if it does. To be closed, which waits for the thread."""
 

@@ -14,6 +14,7 @@ from typing import Final, Literal, Protocol, final
 import attrs
 
 from .._errors import LimitExceeded, UnpackError
+from .._printable import printable_path
 from .fields import (
     BLOCK,
     MAX,
@@ -26,7 +27,6 @@ from .fields import (
     octal,
     pax_time,
     records,
-    shown,
     until_nul,
 )
 from .limits import Limits
@@ -223,7 +223,9 @@ class TarReader:
                 return self._member(header, kind, pax or _NO_RECORDS, longname, longlink)
             name = until_nul(header[:100])
             if flag not in b"xgLK":
-                raise UnpackError(f"{shown(name)}: an entry of the unknown type {chr(flag)!r}")
+                raise UnpackError(
+                    f"{printable_path(name)}: an entry of the unknown type {chr(flag)!r}"
+                )
             body = self._extension(header, name)
             if flag in b"LK" and not until_nul(body):
                 raise damaged(name, "a long name that is empty")
@@ -264,7 +266,9 @@ class TarReader:
         return header
 
     def _after(self, text: str) -> UnpackError:
-        where = f" after the entry {shown(self.name)}" if self.name else " at its beginning"
+        where = (
+            f" after the entry {printable_path(self.name)}" if self.name else " at its beginning"
+        )
         return UnpackError(f"damaged tar archive: {text}{where}")
 
     def _extension(self, header: bytes, name: bytes) -> bytes:
@@ -274,7 +278,7 @@ class TarReader:
             raise damaged(name, "its size is negative")
         if size > self._limits.max_header:
             raise LimitExceeded(
-                f"{shown(name)}: an extended header of {size} bytes; the limit max_header is "
+                f"{printable_path(name)}: an extended header of {size} bytes; the limit max_header is "
                 f"{self._limits.max_header}"
             )
         body = self._source.read(size)
@@ -307,11 +311,13 @@ class TarReader:
                 name = pax.get(b"GNU.sparse.name", name)
         if longname:
             if pax.get(b"path", longname) != longname or b"GNU.sparse.name" in pax:
-                raise damaged(longname, f"an entry that is named {shown(name)}, too")
+                raise damaged(longname, f"an entry that is named {printable_path(name)}, too")
             name = longname
         if longlink:
             if pax.get(b"linkpath", longlink) != longlink:
-                raise damaged(name, f"a link to {shown(longlink)} and {shown(linkname)}")
+                raise damaged(
+                    name, f"a link to {printable_path(longlink)} and {printable_path(linkname)}"
+                )
             linkname = longlink
         self.name = name
         if not flag:
@@ -403,7 +409,7 @@ class TarReader:
             attribute = key[len(XATTR) :].decode("utf-8", "surrogateescape")
             if len(value) > self._limits.max_xattr:
                 raise LimitExceeded(
-                    f"{shown(self.name)}: the attribute {attribute[:64]!r} of {len(value)} "
+                    f"{printable_path(self.name)}: the attribute {attribute[:64]!r} of {len(value)} "
                     f"bytes; the limit max_xattr is {self._limits.max_xattr}"
                 )
             xattrs[attribute] = value

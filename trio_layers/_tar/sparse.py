@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from .._errors import LimitExceeded, UnpackError
-from .fields import BLOCK, damaged, decimal, number, shown
+from .._printable import printable_path
+from .fields import BLOCK, damaged, decimal, number
 
 __all__ = ["SparseMap", "gnu_map", "is_sparse", "pax_map"]
 
@@ -97,6 +98,6 @@ def _map_in_data(name: bytes, read: Callable[[int], bytes], max_bytes: int) -> l
 
 def _too_long(name: bytes, max_bytes: int) -> UnpackError:
     return LimitExceeded(
-        f"{shown(name)}: the map of a sparse file is longer than the limit max_header, "
+        f"{printable_path(name)}: the map of a sparse file is longer than the limit max_header, "
         f"{max_bytes}, allows"
     )

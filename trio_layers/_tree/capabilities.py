@@ -9,7 +9,7 @@ from typing import Final
 
 import attrs
 
-__all__ = ["OVERRIDE", "Powers", "probe"]
+__all__ = ["OVERRIDE", "Capabilities", "probe"]
 
 OVERRIDE: Final = "user.containers.override_stat"
 
@@ -18,7 +18,7 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @attrs.frozen(kw_only=True)
-class Powers:
+class Capabilities:
     """What this process can do in a directory.
 
     Attributes:
@@ -49,7 +49,7 @@ class Powers:
         return not (self.owners and self.root and self.devices)
 
 
-def probe(directory: int) -> Powers:
+def probe(directory: int) -> Capabilities:
     """Try what can be done in an open directory; what is made for it is removed again."""
     os.mkdir(_PROBE, 0o700, dir_fd=directory)
     try:
@@ -73,7 +73,7 @@ def probe(directory: int) -> Powers:
             os.close(descriptor)
     finally:
         os.rmdir(_PROBE, dir_fd=directory)
-    return Powers(
+    return Capabilities(
         ids=ids,
         modes=modes,
         owners=owners,
@@ -86,7 +86,7 @@ def probe(directory: int) -> Powers:
 
 
 def _owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
-    """`Powers.owners`, `Powers.ids` and `Powers.modes`, tried in a directory that is of no further
+    """`Capabilities.owners`, `Capabilities.ids` and `Capabilities.modes`, tried in a directory that is of no further
     use."""
     # The group of the directory that the store is in may have been passed on to it.
     os.fchmod(directory, 0o700)

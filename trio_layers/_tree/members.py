@@ -8,7 +8,7 @@ from typing import Final
 from .._acl import ACCESS_ACL, fit_acl
 from .._entries import Entry, EntryType
 from .._errors import UnpackError
-from .._tar.fields import shown
+from .._printable import printable_path
 from .._tar.reader import Member
 
 __all__ = ["entry_of", "is_settable", "parts_of", "xattrs_of"]
@@ -24,12 +24,12 @@ def parts_of(name: bytes) -> list[bytes]:
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
-                raise UnpackError(f"the path {shown(name)} leads out of the root")
+                raise UnpackError(f"the path {printable_path(name)} leads out of the root")
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
     if b"\0" in name:
-        raise UnpackError(f"the path {shown(name)} holds a NUL")
+        raise UnpackError(f"the path {printable_path(name)} holds a NUL")
     return parts
 
 

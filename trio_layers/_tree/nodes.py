@@ -19,9 +19,9 @@ from .._acl import ACCESS_ACL, DEFAULT_ACL
 from .._compression import crc32
 from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
-from .._tar.fields import shown
+from .._printable import printable_path
 from .._tar.reader import Content
-from .capabilities import OVERRIDE, Powers
+from .capabilities import OVERRIDE, Capabilities
 from .members import is_settable
 
 __all__ = ["Nodes", "attributes_of", "named", "naming"]
@@ -72,7 +72,7 @@ class naming:
 
 def named(error: OSError, path: bytes) -> UnpackError | StoreError:
     """What an error of the disk means to whoever unpacks ``path``."""
-    text = f"{shown(path)}: {error.strerror}"
+    text = f"{printable_path(path)}: {error.strerror}"
     if error.errno in _FULL:
         return StoreFull(f"unpacking {text}. Free some space and pull again")
     if error.errno == errno.EROFS:
@@ -112,14 +112,14 @@ class Nodes:
         foreign_only: Whether attributes that Linux does not have are the only cause.
     """
 
-    def __init__(self, powers: Powers) -> None:
-        self._powers = powers
+    def __init__(self, capabilities: Capabilities) -> None:
+        self._capabilities = capabilities
         # Whom a new node belongs to; not known where a directory passes on its group.
-        self._ids = powers.ids
+        self._ids = capabilities.ids
         # To be limited takes a change of mode anyway, and a file of ours that we may not write to
         # takes no attributes.
-        self._modes = powers.modes and not powers.limited
-        self._limited = powers.limited
+        self._modes = capabilities.modes and not capabilities.limited
+        self._limited = capabilities.limited
         self.incomplete = False
         self.foreign_only = False
 
@@ -188,7 +188,7 @@ class Nodes:
     ) -> None:
         """Give an open directory its metadata, its times apart. ``fresh``: it has none yet."""
         if not fresh:
-            ours = self._powers.overlay
+            ours = self._capabilities.overlay
             for attribute in attributes_of(descriptor):
                 if attribute not in xattrs and not (ours and attribute.startswith(ours)):
                     try:
@@ -216,9 +216,9 @@ class Nodes:
             self._through_handle(parent, name, entry)
             return
         if entry.type == "whiteout":
-            able, kind, device = self._powers.whiteouts, stat.S_IFCHR, 0
+            able, kind, device = self._capabilities.whiteouts, stat.S_IFCHR, 0
         else:
-            able = entry.type == "fifo" or self._powers.devices
+            able = entry.type == "fifo" or self._capabilities.devices
             kind = _DEVICES[entry.type]
             device = os.makedev(*entry.dev) if entry.dev else 0
         if not able:
@@ -234,10 +234,10 @@ class Nodes:
 
     def opaque(self, descriptor: int) -> None:
         """Mark an open directory as one that hides what is below it."""
-        if self._powers.overlay is None:
+        if self._capabilities.overlay is None:
             self._lacks()
         else:
-            os.setxattr(descriptor, self._powers.overlay + "opaque", b"y")
+            os.setxattr(descriptor, self._capabilities.overlay + "opaque", b"y")
 
     def attribute(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
         """Set an extended attribute of an open file or a handle.
@@ -253,11 +253,13 @@ class Nodes:
             os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
         except OSError as error:
             # An ACL may name IDs that a user namespace does not have.
-            unmapped = error.errno == errno.EINVAL and attribute in _ACLS and self._powers.limited
+            unmapped = (
+                error.errno == errno.EINVAL and attribute in _ACLS and self._capabilities.limited
+            )
             if unmapped or error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
                 self._lacks()
                 return
-            what = f"the attribute {attribute[:256]!r} of {shown(path)}"
+            what = f"the attribute {attribute[:256]!r} of {printable_path(path)}"
             if error.errno in _FULL:
                 if error.errno == errno.EDQUOT or _is_full(subject):
                     raise StoreFull(
@@ -285,7 +287,7 @@ class Nodes:
             now = os.fstat(descriptor)
             if (now.st_uid, now.st_gid) == wanted:
                 return True
-        if self._powers.owners:
+        if self._capabilities.owners:
             try:
                 os.chown(subject, *wanted)
                 return True
@@ -351,7 +353,7 @@ class Nodes:
         """
         mode = about.mode
         owned = self._own(descriptor, subject, about, fresh=fresh)
-        limited = self._powers.limited
+        limited = self._capabilities.limited
         for attribute, value in xattrs.items():
             if limited and attribute == OVERRIDE:
                 # A layer must not speak in our place.
@@ -362,7 +364,7 @@ class Nodes:
             if not owned:
                 # What is not theirs must not run as whose it is.
                 mode &= 0o1777
-            if not self._powers.root:
+            if not self._capabilities.root:
                 # What is ours must stay in our reach, and must not run as us.
                 mode = mode & 0o1777 | (0o700 if there == stat.S_IFDIR else 0o600)
             os.chmod(subject, mode)
@@ -379,7 +381,7 @@ class Nodes:
         right = owned and (there == stat.S_IFLNK or mode == about.mode) and kind in _REAL_TYPES
         if not right:
             self._lacks()
-        if kind is not None and self._powers.override:
+        if kind is not None and self._capabilities.override:
             self._override(subject, None if right else _override(about, kind), fresh=fresh)
 
     def _override(self, subject: int | str, value: bytes | None, *, fresh: bool) -> None:
@@ -394,7 +396,7 @@ class Nodes:
 
     def _overridden_type(self, subject: str) -> str:
         """What a file stands for, by an attribute that can only be our own."""
-        if self._powers.limited and self._powers.override:
+        if self._capabilities.limited and self._capabilities.override:
             try:
                 return os.getxattr(subject, OVERRIDE).rpartition(b":")[2].decode()
             except OSError:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Final, final
 
 from .._entries import Entry, removal_line
 from .._errors import LimitExceeded, UnpackError
-from .._tar.fields import shown
+from .._printable import printable_path
 from .._tar.limits import Limits
 from .directories import Directories, join, split
 
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["TreeState", "Unsettled", "implied_directory"]
+__all__ = ["DependsOnParent", "TreeState", "implied_directory"]
 
 # As many links as Linux follows for one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
@@ -32,7 +32,7 @@ def implied_directory(path: bytes) -> Entry:
     return Entry(path=path, type="dir", mode=0o755)
 
 
-class Unsettled(Exception):
+class DependsOnParent(Exception):
     """What would be an error of the layer may be none on its parent, where its paths may lead
     elsewhere. The parent is not known."""
 
@@ -127,9 +127,9 @@ class TreeState:
         self.guessed |= path != b""
         return True
 
-    def refusal(self, text: str) -> UnpackError | Unsettled:
+    def refusal(self, text: str) -> UnpackError | DependsOnParent:
         """The error for what cannot be, paths being as they are."""
-        return Unsettled() if self.guessed else UnpackError(text)
+        return DependsOnParent() if self.guessed else UnpackError(text)
 
     # Where an entry goes.
 
@@ -141,7 +141,7 @@ class TreeState:
 
         Raises:
             UnpackError: if something on the way is no directory, or there are too many links.
-            Unsettled: the same, or if that depends on what is below.
+            DependsOnParent: the same, or if that depends on what is below.
         """
         # What is a directory already, no link leads away from.
         here, known = b"/".join(parts), len(parts)
@@ -165,7 +165,7 @@ class TreeState:
                 continue
             links += 1
             if links > _MAX_LINKS:
-                raise self.refusal(f"{shown(path)}: too many symbolic links on the way")
+                raise self.refusal(f"{printable_path(path)}: too many symbolic links on the way")
             if target.startswith(b"/"):
                 here = b""
             todo.extend(reversed(target.split(b"/")))
@@ -177,7 +177,7 @@ class TreeState:
             self.check_path(path)
         except LimitExceeded:
             if self.guessed:
-                raise Unsettled from None
+                raise DependsOnParent from None
             raise
 
     def _leave(self, path: bytes) -> None:
@@ -189,7 +189,7 @@ class TreeState:
             and path not in self.whiteouts
             and not self.hidden(path)
         ):
-            raise Unsettled
+            raise DependsOnParent
 
     def _link(self, path: bytes) -> bytes | None:
         """The target of a link; ``None`` where there is a directory or nothing."""
@@ -206,7 +206,7 @@ class TreeState:
                 return None
             if entry.type == "symlink":
                 return entry.linkname
-        raise self.refusal(f"{shown(path)}: not a directory, but entries below it follow")
+        raise self.refusal(f"{printable_path(path)}: not a directory, but entries below it follow")
 
     # What is taken away.
 

@@ -17,11 +17,11 @@ from .._compression import PIECE, Decompressor
 from .._digest import DiffID, Digest
 from .._entries import Entry, Summary, summary_line
 from .._errors import LimitExceeded, UnpackError
-from .._tar.fields import shown
+from .._printable import printable_path
 from .._tar.limits import Limits
-from .._tar.read_ahead import Ahead
+from .._tar.read_ahead import ReadAhead
 from .._tar.reader import TarReader
-from .capabilities import Powers, probe
+from .capabilities import Capabilities, probe
 from .nodes import named, naming
 from .state import implied_directory
 from .writer import TreeWriter
@@ -103,13 +103,13 @@ def unpack(
         root = os.open(target / "fs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with naming(os.fsencode(target)):
-            powers = probe(root)
+            capabilities = probe(root)
             if not no_umask:
-                powers = attrs.evolve(powers, modes=False)
+                capabilities = attrs.evolve(capabilities, modes=False)
             log = _Log(target / "entries")
         source = Inflated(read, limits, check_cancelled, ahead=ahead)
         with log, contextlib.closing(source):
-            return _unpack(source, root, powers, lower, limits, log.write)
+            return _unpack(source, root, capabilities, lower, limits, log.write)
     finally:
         os.close(root)
 
@@ -117,12 +117,14 @@ def unpack(
 def _unpack(
     source: Inflated,
     root: int,
-    powers: Powers,
+    capabilities: Capabilities,
     lower: LowerTree | None,
     limits: Limits,
     log: Callable[[bytes], object],
 ) -> Unpacked:
-    tree = TreeWriter(root, powers=powers, lower=lower, limits=limits, log=log, check=source.check)
+    tree = TreeWriter(
+        root, capabilities=capabilities, lower=lower, limits=limits, log=log, check=source.check
+    )
     try:
         entries = 0
         reader = TarReader(source, limits)
@@ -241,7 +243,7 @@ class Inflated:
         self._compressed = 0
         self._holes = 0
         self._hash = hashlib.sha256()
-        self._ahead = Ahead(self._inflate()) if ahead else None
+        self._ahead = ReadAhead(self._inflate()) if ahead else None
         self._plain = self._count(iter(self._ahead or self._inflate()))
         # What has come and was not asked for yet, and where it goes on.
         self._held = b""
@@ -327,7 +329,9 @@ class Inflated:
                 if not self.entry:
                     raise
                 # Tell which entry was read; something has been inflated ahead.
-                raise type(error)(f"{shown(self.entry)}, or soon after it: {error}") from error
+                raise type(error)(
+                    f"{printable_path(self.entry)}, or soon after it: {error}"
+                ) from error
             if made is None:
                 return
             piece, self._compressed = made
@@ -352,4 +356,4 @@ class Inflated:
             )
 
     def _where(self) -> str:
-        return f"{shown(self.entry)}: " if self.entry else ""
+        return f"{printable_path(self.entry)}: " if self.entry else ""

@@ -12,7 +12,7 @@ from .._acl import ACCESS_ACL, DEFAULT_ACL
 from .._compression import crc32
 from .._entries import Entry, Summary, parse_entries
 from .._errors import StoreError
-from .._tar.fields import shown
+from .._printable import printable_path
 from .capabilities import OVERRIDE
 from .directories import Directories, join, split
 from .members import is_settable
@@ -113,7 +113,9 @@ class _Comparison:
         if entry.links is not None and (
             self._inodes.setdefault(entry.links, found.st_ino) != found.st_ino
         ):
-            raise _differs(entry.path, f"is no longer the same file as {shown(entry.links)}")
+            raise _differs(
+                entry.path, f"is no longer the same file as {printable_path(entry.links)}"
+            )
         self._compare_metadata(entry, found)
         if entry.type == "symlink":
             if os.readlink(name, dir_fd=directory) != entry.linkname:
@@ -189,4 +191,4 @@ class _Comparison:
 
 
 def _differs(path: bytes, how: str) -> StoreError:
-    return StoreError(f"{shown(path or b'.')} {how}")
+    return StoreError(f"{printable_path(path or b'.')} {how}")

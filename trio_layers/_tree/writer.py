@@ -16,14 +16,14 @@ import attrs
 from .._acl import DEFAULT_ACL
 from .._entries import Entry, Metadata, file_line, link_line, opaque_line, put_line
 from .._errors import LimitExceeded, StoreError, UnpackError
-from .._tar.fields import shown
+from .._printable import printable_path
 from .._tar.limits import Limits
 from .._tar.reader import Content, Member
-from .capabilities import Powers
+from .capabilities import Capabilities
 from .directories import join, split
 from .members import entry_of, parts_of, xattrs_of
 from .nodes import Nodes, named, naming
-from .state import TreeState, Unsettled, implied_directory
+from .state import DependsOnParent, TreeState, implied_directory
 
 if TYPE_CHECKING:
     from ..abc import LowerTree
@@ -46,7 +46,7 @@ def _readable(path: bytes, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.
         return call(*args, **kwargs)
     except OSError as error:
         raise StoreError(
-            f"{shown(path)}: cannot be read from the layers below ({error.strerror}): check the "
+            f"{printable_path(path)}: cannot be read from the layers below ({error.strerror}): check the "
             "store, with repair, and pull again"
         ) from error
 
@@ -64,7 +64,7 @@ class TreeWriter:
         self,
         root: int,
         *,
-        powers: Powers,
+        capabilities: Capabilities,
         lower: LowerTree | None,
         limits: Limits,
         log: Callable[[bytes], object],
@@ -73,7 +73,7 @@ class TreeWriter:
         self.needs_lower = False
         self._state = TreeState(root, lower=lower, limits=limits, log=log, check=check)
         self._directories = self._state.directories
-        self._nodes = Nodes(powers)
+        self._nodes = Nodes(capabilities)
         self._check_path = limits.check_path
         self._may_borrow = limits.max_unpacked_bytes
         self._max_entries = limits.max_entries
@@ -108,7 +108,7 @@ class TreeWriter:
         self._counted += 1
         if self._counted > self._max_entries:
             raise LimitExceeded(
-                f"{shown(path)}: more entries, with the directories that they imply, than the "
+                f"{printable_path(path)}: more entries, with the directories that they imply, than the "
                 f"limit max_entries, {self._max_entries}, allows"
             )
 
@@ -128,11 +128,11 @@ class TreeWriter:
             raise named(error, member.name) from error
         except UnpackError as error:
             # Of an entry below a link, or of a link, the error may name another path only.
-            name = shown(member.name.removeprefix(b"./").rstrip(b"/"))
-            if name in str(error) or shown(member.name) in str(error):
+            name = printable_path(member.name.removeprefix(b"./").rstrip(b"/"))
+            if name in str(error) or printable_path(member.name) in str(error):
                 raise
             raise type(error)(f"{name}: {error}") from error
-        except Unsettled:
+        except DependsOnParent:
             self.needs_lower = True
             return
         if file is not None:
@@ -199,14 +199,14 @@ class TreeWriter:
         if any(part.startswith(_META) for part in above):
             return True
         if any(part.startswith(_WHITEOUT) for part in above):
-            raise UnpackError(f"{shown(b'/'.join(parts))}: a whiteout is no directory")
+            raise UnpackError(f"{printable_path(b'/'.join(parts))}: a whiteout is no directory")
         if last == _OPAQUE:
             self._hide(self._parent(above))
         return last.startswith(_META)
 
     def _root(self, member: Member) -> None:
         if member.type != "dir":
-            raise UnpackError(f"{shown(member.name)}: the root can only be a directory")
+            raise UnpackError(f"{printable_path(member.name)}: the root can only be a directory")
         self._describe(entry_of(member, b"", "dir"), fresh=False)
         # The root is a directory whatever is below, unlike others listed late.
         self._state.implied.discard(b"")
@@ -308,7 +308,7 @@ class TreeWriter:
     def _hardlink(self, member: Member, path: bytes) -> None:
         state = self._state
         parts = parts_of(member.linkname)
-        wanted = f"{shown(path)}: a hard link to {shown(member.linkname)}, "
+        wanted = f"{printable_path(path)}: a hard link to {printable_path(member.linkname)}, "
         if not parts or any(part.startswith(_WHITEOUT) for part in parts):
             raise UnpackError(wanted + "which is no file")
         try:
@@ -326,7 +326,7 @@ class TreeWriter:
             raise state.refusal(wanted + "which this layer removes")
         if found is None:
             if state.lower is None:
-                raise Unsettled
+                raise DependsOnParent
             self._borrow(target, state.lower, wanted)
         elif stat.S_ISDIR(found.st_mode):
             raise state.refusal(wanted + "which is a directory")
@@ -390,7 +390,9 @@ class TreeWriter:
         state = self._state
         path = join(parent, name)
         if name in (b"", b".", b".."):
-            raise UnpackError(f"a whiteout in {shown(parent)} names nothing that can be removed")
+            raise UnpackError(
+                f"a whiteout in {printable_path(parent)} names nothing that can be removed"
+            )
         if path in state.whiteouts or path in state.opaque:
             return
         if path in state.times:

@@ -16,7 +16,15 @@ from typing import NamedTuple, Self, final
 from .._digest import Digest
 from .._manifest import Descriptor
 
-__all__ = ["Abandoned", "Follower", "Growth", "Recalled", "StartedOver", "State", "WorkerLost"]
+__all__ = [
+    "Abandoned",
+    "ArrivalState",
+    "Follower",
+    "Recalled",
+    "StartedOver",
+    "State",
+    "WorkerLost",
+]
 
 
 class StartedOver(Exception):
@@ -42,7 +50,7 @@ class WorkerLost(Exception):
 
 
 class State(NamedTuple):
-    """What there is to say of a `Growth`.
+    """What there is to say of a `ArrivalState`.
 
     Attributes:
         size: How many bytes are there.
@@ -58,7 +66,7 @@ class State(NamedTuple):
 
 
 @final
-class Growth:
+class ArrivalState:
     """How much of a file is there, and whether that is all. For any thread; only those of its
     methods wait that are called so.
 
@@ -189,7 +197,7 @@ class Follower:
     def __init__(
         self,
         path: Path,
-        growth: Growth,
+        growth: ArrivalState,
         descriptor: Descriptor,
         report: Callable[[int], object],
     ) -> None:

@@ -15,7 +15,7 @@ from .._digest import DiffID, Digest
 from .._disk_errors import removed_meanwhile, store_error
 from .._errors import DecompressionError, StoreError, UnpackError, VerificationError
 from .._manifest import Descriptor
-from .arrival_state import Follower, Growth
+from .arrival_state import ArrivalState, Follower
 
 if TYPE_CHECKING:
     from .._rootfs.merged import MergedTree
@@ -178,7 +178,7 @@ class Arrival:
     """
 
     path: Path
-    growth: Growth
+    growth: ArrivalState
     blob: Descriptor
     target: Path
     report: Callable[[int], object]

@@ -23,7 +23,7 @@ import attrs
 import trio
 
 from .._nursery import open_hidden_nursery
-from .arrival_state import Abandoned, Growth, Recalled
+from .arrival_state import Abandoned, ArrivalState, Recalled
 from .build import Arrival, Unpack, Unpacked, follow
 
 __all__ = ["Lending", "Loan", "follow_in_thread"]
@@ -241,7 +241,7 @@ async def follow_in_thread(unpack: Unpack, loan: Loan, limiter: trio.CapacityLim
         StartedOver, Abandoned, UnpackError, StoreError: as `follow` does.
     """
     # Abandoned without the blob's own growth, which others follow later.
-    growth = Growth()
+    growth = ArrivalState()
     arrival = attrs.evolve(loan.arrival, growth=growth, report=loan.see)
 
     async def abandon_when_cancelled() -> None:

@@ -26,7 +26,7 @@ from .._manifest import Descriptor
 from .._tar.limits import Limits
 from .._tree.unpack import unpack
 from .._version import __version__
-from .arrival_state import Abandoned, Growth, StartedOver, State
+from .arrival_state import Abandoned, ArrivalState, StartedOver, State
 from .build import Arrival, follow
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def main() -> None:
     # Whoever prints must not be in the way.
     answers = os.dup(1)
     os.dup2(2, 1)
-    jobs: SimpleQueue[tuple[Job, Growth]] = queue.SimpleQueue()
+    jobs: SimpleQueue[tuple[Job, ArrivalState]] = queue.SimpleQueue()
     heart = _Heart(answers)
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     threading.Thread(target=heart.run, daemon=True).start()
@@ -115,8 +115,8 @@ def main() -> None:
         heart.end(_pickled(_answer(job, growth, heart)))
 
 
-def _listen(jobs: SimpleQueue[tuple[Job, Growth]]) -> None:
-    growth = Growth()
+def _listen(jobs: SimpleQueue[tuple[Job, ArrivalState]]) -> None:
+    growth = ArrivalState()
     job: Job | None = None
     try:
         with open(0, "rb") as messages:
@@ -124,7 +124,7 @@ def _listen(jobs: SimpleQueue[tuple[Job, Growth]]) -> None:
                 kind, size = FRAME.unpack(head)
                 payload = messages.read(size)
                 if kind == JOB:
-                    job, growth = Job(*pickle.loads(payload)), Growth()
+                    job, growth = Job(*pickle.loads(payload)), ArrivalState()
                     continue
                 growth.become(State(*STATE.unpack(payload)))
                 if job is not None:
@@ -144,7 +144,7 @@ def _pickled(answer: object) -> bytes:
         return pickle.dumps(WorkerError(text))
 
 
-def _answer(job: Job, growth: Growth, heart: _Heart) -> object:
+def _answer(job: Job, growth: ArrivalState, heart: _Heart) -> object:
     """What becomes of a job, an exception included."""
     try:
         return follow(
@@ -178,14 +178,14 @@ class _Heart:
         # The lock ensures that no beat of a job follows its answer.
         self._sending = threading.Lock()
         self._busy = threading.Event()
-        self._growth = Growth()
+        self._growth = ArrivalState()
         self._position = 0
 
     def see(self, position: int) -> None:
         """Record the number of bytes read, from any thread."""
         self._position = position
 
-    def begin(self, growth: Growth) -> None:
+    def begin(self, growth: ArrivalState) -> None:
         self._position, self._growth = 0, growth
         self._busy.set()
 
