@@ -107,7 +107,8 @@ def _progress_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def _pull(arguments: argparse.Namespace) -> int:
     """Pull all images at once: layers they share are downloaded once. One that fails does not
-    stop the others."""
+    stop the others.
+    """
     references: list[str] = arguments.references
     pulled: dict[int, Image] = {}
     failures: list[tuple[str, Exception]] = []

@@ -95,7 +95,8 @@ _CODECS: Final[dict[str, Callable[[int], _Codec]]] = {
 
 def recognise(head: bytes) -> str | None:
     """The compression whose data begin with ``head``, 10 bytes or all there are; ``None`` for
-    none."""
+    none.
+    """
     if head.startswith(b"\x1f\x8b\x08"):
         return "gzip"
     if head.startswith(b"BZh"):
@@ -112,7 +113,8 @@ def recognise(head: bytes) -> str | None:
 
 def _gzip_header(data: bytes, start: int) -> int | None:
     """Where the gzip header ends that begins at ``start`` (RFC 1952, 2.3); ``None`` if it goes
-    on behind what is there. Raises `ValueError` if it is none."""
+    on behind what is there. Raises `ValueError` if it is none.
+    """
     if not b"\x1f\x8b\x08".startswith(data[start : start + 3]):
         raise ValueError("invalid gzip header")
     end = start + 10
@@ -245,7 +247,8 @@ class Decompressor:
 
     def _begin(self, data: bytes, start: int) -> int:
         """Set up the codec for the member that begins at ``start``, behind zeros if it is not
-        the first. Returns where its body begins, or where to go on when more is there."""
+        the first. Returns where its body begins, or where to go on when more is there.
+        """
         if self._members and data[start] == 0:
             start = _zeros_end(data, start)
             if start == len(data):

@@ -227,7 +227,8 @@ class _PlainLines:
 @final
 class _JsonLines:
     """As the pull endpoint of docker's API sends (moby ``pkg/streamformatter``): what is zero
-    is left out of ``progressDetail``."""
+    is left out of ``progressDetail``.
+    """
 
     def __init__(self, stream: Output) -> None:
         self._stream = stream

@@ -75,7 +75,8 @@ def _restored(kind: type[_E], args: tuple[object, ...], fields: dict[str, object
 
 class DoNotRetry(LayersError):
     """Raised by a layer source, as itself or as the cause of what it raises: another attempt
-    would end the same way (moby ``distribution/xfer/transfer.go``, ``DoNotRetry``)."""
+    would end the same way (moby ``distribution/xfer/transfer.go``, ``DoNotRetry``).
+    """
 
 
 # Mend what you asked for.
@@ -97,7 +98,8 @@ class InvalidReference(LayersError, ValueError):
 
 class InvalidDigest(LayersError, ValueError):
     """A digest is not ``sha256:`` and 64 lower-case hex digits, nor, where nothing is to be stored,
-    one of another algorithm that can be verified (SHA-384, SHA-512)."""
+    one of another algorithm that can be verified (SHA-384, SHA-512).
+    """
 
     def __init__(self, digest: str) -> None:
         super().__init__(
@@ -112,13 +114,15 @@ class PlatformError(LayersError, ValueError):
 
 class ManifestError(LayersError):
     """A manifest, an index or an image config is not what the specification allows, or is not
-    one of an image. The image's publisher has to mend it."""
+    one of an image. The image's publisher has to mend it.
+    """
 
 
 class ArchiveError(LayersError):
     """An image archive or layout is damaged, lacks something, or is of an unknown kind; or it
     does not tell which of its images is meant, or what that is called. Names the archive, and
-    what in it."""
+    what in it.
+    """
 
 
 # The registry.
@@ -221,7 +225,8 @@ class VerificationError(LayersError):
 
 class TransferError(LayersError):
     """A transfer failed with an error that is not ours, and says what that says; the original
-    is its ``__cause__``."""
+    is its ``__cause__``.
+    """
 
 
 class TransferCancelled(LayersError):
@@ -315,7 +320,8 @@ class StoreReadOnly(StoreError):
 
 class MountError(StoreError):
     """The layers cannot be mounted here, or not so many of them. Exporting them is no matter of
-    the kernel."""
+    the kernel.
+    """
 
 
 class StoreNotFound(StoreError):

@@ -94,7 +94,8 @@ def _statfs() -> Callable[[bytes, ctypes.Array[ctypes.c_long]], int] | None:
 
 def file_system_type(path: Path) -> int:
     """The number of the type of the file system that ``path`` is on (statfs(2)); 0 if it is not
-    known."""
+    known.
+    """
     statfs = _statfs()
     buffer = (ctypes.c_long * 64)()  # the type comes first
     if statfs is None or statfs(os.fsencode(path), buffer) != 0:

@@ -103,7 +103,8 @@ def check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:
 
 def choose_stored(images: Sequence[StoredImage], platform: Platform | None) -> StoredImage | None:
     """The one of a reference's images that a pull for the platform would bring, see
-    `RegistryClient.resolve`; of equals the one put last."""
+    `RegistryClient.resolve`; of equals the one put last.
+    """
     offered = [parse_platform(image.platform) if image.platform else None for image in images]
     index = choose(platform or host_platform(), offered)
     if index is not None:
@@ -115,7 +116,8 @@ def choose_stored(images: Sequence[StoredImage], platform: Platform | None) -> S
 
 class ImageSource:
     """What the engine wants to know of any source of an image's layer, wherever its bytes are
-    (see `trio_layers.abc.LayerSource`): one key for one blob."""
+    (see `trio_layers.abc.LayerSource`): one key for one blob.
+    """
 
     def __init__(self, layer: ImageLayer) -> None:
         self._diff_id = layer.diff_id

@@ -147,13 +147,15 @@ class Descriptor:
     @property
     def is_foreign(self) -> bool:
         """Whether it is a layer that registries need not have, since its licence may not allow it
-        to be handed on (OCI ``layer.md``, "Non-Distributable Layers")."""
+        to be handed on (OCI ``layer.md``, "Non-Distributable Layers").
+        """
         return self.media_type in _FOREIGN_TYPES
 
     @property
     def is_attestation(self) -> bool:
         """Whether it stands beside an image in an index and says something of it, as BuildKit's
-        provenance does (BuildKit, ``attestation-storage.md``)."""
+        provenance does (BuildKit, ``attestation-storage.md``).
+        """
         return self.annotations.get("vnd.docker.reference.type") == "attestation-manifest"
 
 
@@ -510,7 +512,8 @@ def _list(value: object, where: str) -> list[object]:
 
 def _text(value: object, where: str) -> str:
     """A string, as Go's readers have it: empty if it is missing or null, and with U+FFFD in place
-    of a lone surrogate, which nothing could be done with."""
+    of a lone surrogate, which nothing could be done with.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -229,7 +229,8 @@ class Puller:
     @property
     def rate_limits(self) -> dict[str, RateLimit]:
         """What registries have said of how many requests are left, by host: Docker Hub does, as
-        ``registry-1.docker.io``."""
+        ``registry-1.docker.io``.
+        """
         return self._registry.rate_limits
 
     @while_open
@@ -470,7 +471,8 @@ def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iter
 @final
 class _RegistryLayer(ImageSource):
     """A layer source (see `trio_layers.abc.LayerSource`) whose data comes from a registry and
-    goes through the store's ingest file, as in moby's ``distribution/pull_v2.go``."""
+    goes through the store's ingest file, as in moby's ``distribution/pull_v2.go``.
+    """
 
     def __init__(
         self,

@@ -211,7 +211,8 @@ class Stage(BlobSink, Protocol):
     @property
     def complete(self) -> bool:
         """Whether all of the blob is there and verified: `finish` has returned, or the store had
-        it already. Then nothing is to be written."""
+        it already. Then nothing is to be written.
+        """
         ...
 
     async def wait_failed(self) -> Exception:

@@ -90,7 +90,8 @@ class DockerImage:
 
 def key_of(path: str) -> str:
     """What a path is looked up by: without what means nothing. One that has a ``..`` in it is
-    kept as it is, and so is nobody's."""
+    kept as it is, and so is nobody's.
+    """
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
@@ -121,7 +122,8 @@ def claimed_digest(key: str, *, config: bool = False) -> Digest | None:
 
 def name_of(descriptor: Descriptor) -> Reference | str:
     """What an entry of a layout's index is called: a full name, or what else stands there, such
-    as a bare tag, or nothing."""
+    as a bare tag, or nothing.
+    """
     annotations = descriptor.annotations
     full = annotations.get("io.containerd.image.name", "")
     name = annotations.get("org.opencontainers.image.ref.name", "")

@@ -270,7 +270,8 @@ async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLa
 
 def _tags(reference: Reference) -> tuple[str, ...]:
     """In full, though docker writes short ones: podman takes those for its own. They have no
-    digests."""
+    digests.
+    """
     return (str(attrs.evolve(reference, digest=None)),) if reference.tag else ()
 
 

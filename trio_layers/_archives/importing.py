@@ -560,7 +560,8 @@ def _plain(descriptor: Descriptor) -> Descriptor:
 @final
 class _StoredLayer(ImageSource):
     """A layer source (see `trio_layers.abc.StagedSource`) of a blob that is in the store, and held
-    there: nothing is downloaded."""
+    there: nothing is downloaded.
+    """
 
     def __init__(self, store: DirectoryStore, layer: ImageLayer) -> None:
         super().__init__(layer)

@@ -317,7 +317,6 @@ class Catalog:
             StoreClosed: if the store's block was left.
             StoreError: for what SQLite or the operating system raise in it.
         """
-
         return await while_busy(partial(self._try, job, *args))
 
     async def _try(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
@@ -350,7 +349,8 @@ class Catalog:
 
     async def note(self, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts) -> T:
         """Like `write`, but durable only with the next `write`: for what is of no use after the
-        machine has stopped, or can be had again for nothing. It spares the disk a sync."""
+        machine has stopped, or can be had again for nothing. It spares the disk a sync.
+        """
         async with self._writing:
             return await self.read(_noted(job), *args)
 
@@ -401,7 +401,8 @@ def is_open_here(path: Path) -> bool:
     """Whether this process has the catalog file open. Then nobody in it may open the file but
     SQLite: when any descriptor of a file is closed, the process loses all its POSIX locks on it
     ("How To Corrupt An SQLite Database File", 2.2), and another process takes itself for the
-    last user and deletes the log that is still written here."""
+    last user and deletes the log that is still written here.
+    """
     try:
         file = _identity(path)
     except FileNotFoundError:
@@ -609,7 +610,8 @@ def add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> None:
 
 def put_image(connection: sqlite3.Connection, image: StoredImage, layers: Iterable[Digest]) -> None:
     """Let a reference stand for an image, whose layers have these blobs. What it stood for
-    before, on the same platform, loses it."""
+    before, on the same platform, loses it.
+    """
     connection.execute(
         "INSERT INTO images (manifest, media_type, config, config_media_type, chain_id) "
         "VALUES (?, ?, ?, ?, ?) ON CONFLICT (manifest) DO UPDATE "
@@ -692,7 +694,8 @@ def _images(rows: sqlite3.Cursor) -> Iterator[StoredImage]:
 
 def find_whole_images(connection: sqlite3.Connection) -> list[StoredImage]:
     """Those of `find_images` whose blobs are all there. A layer may have been there before, from
-    a blob of another compression; then the image's own was not downloaded."""
+    a blob of another compression; then the image's own was not downloaded.
+    """
     where = "WHERE r.manifest NOT IN (SELECT manifest FROM lacking) "
     rows = connection.execute(_IMAGES + where + "ORDER BY r.reference, r.serial DESC")
     return list(_images(rows))

@@ -87,7 +87,8 @@ class DownloadStatistics:
 @final
 class DownloadManager:
     """Downloads layers into a store, sharing what several pulls want. It comes from
-    `open_download_manager`."""
+    `open_download_manager`.
+    """
 
     def __init__(self, transfers: Transfers, retry: RetryPolicy, lifetime: Lifetime) -> None:
         self._lifetime = lifetime

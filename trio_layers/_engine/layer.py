@@ -1,5 +1,6 @@
 """What becomes of one layer in its transfer: downloaded, or copied from one further down, and then
-registered on the layer below it."""
+registered on the layer below it.
+"""
 
 from __future__ import annotations
 

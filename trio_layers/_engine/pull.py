@@ -157,7 +157,8 @@ class Pull:
 
     def _let_go(self) -> None:
         """Stop watching, from the top layer down: so a layer is never cancelled below one that
-        is still wanted."""
+        is still wanted.
+        """
         watched, self._watched = self._watched, deque()
         for transfer in reversed(watched):
             transfer.let_go(self)

@@ -1,5 +1,6 @@
 """How far the unpacking of a layer is: what is reported of it, and the stream that a store reads
-a layer from, counted and closed exactly once."""
+a layer from, counted and closed exactly once.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ class LayerReader(trio.abc.ReceiveStream):
 
     async def aclose(self) -> None:
         """Close the stream that is read from, unless that is done. Not cancellable; never
-        raises: whether the layer is good was decided by what could be read."""
+        raises: whether the layer is good was decided by what could be read.
+        """
         if self._closed:
             return
         self._closed = True

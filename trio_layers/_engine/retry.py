@@ -38,7 +38,8 @@ class RetryPolicy:
 
     async def run(self, attempt_once: Callable[[], Awaitable[T]], transfer: Transfer) -> T:
         """Call ``attempt_once`` until it succeeds. The slot is kept meanwhile: it is the
-        back-pressure on a registry in trouble."""
+        back-pressure on a registry in trouble.
+        """
         attempt = 1
         while True:
             transfer.if_cancelled = CONTEXT_CANCELED

@@ -38,7 +38,8 @@ class Slots:
     @property
     def limit(self) -> int:
         """How many may hold a slot at once; 0 means no limit. A new limit holds at once: a
-        higher one serves those who wait, a lower one takes nothing from those who have."""
+        higher one serves those who wait, a lower one takes nothing from those who have.
+        """
         tokens = self._limiter.total_tokens
         return 0 if math.isinf(tokens) else int(tokens)
 

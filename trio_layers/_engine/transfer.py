@@ -166,7 +166,8 @@ class Transfer:
 
     async def deliver(self, watcher: Watcher, id: str, sink: ProgressSink) -> None:
         """Hand the latest publication to ``sink``, then each later one it is fast enough for,
-        until the transfer is done, or the watcher gone, and the last one handed over."""
+        until the transfer is done, or the watcher gone, and the last one handed over.
+        """
         seen = 0
         while True:
             over = self.done.is_set() or watcher not in self._watchers
@@ -217,7 +218,8 @@ class Transfer:
     def _end(self, outcome: Exception | None) -> None:
         """The one step in which a transfer ends. There is no checkpoint in it, and the slot
         goes last: a pull that fails lets go of its other layers before one of them could have
-        it. Calls to the source, the store and the log follow once the step is complete."""
+        it. Calls to the source, the store and the log follow once the step is complete.
+        """
         self._table.drop(self._key)
         self.error = outcome
         if outcome is not None:

@@ -139,7 +139,8 @@ def _credentials(entry: Mapping[str, str]) -> Credentials:
 def find_as_docker(file: LoginFile, repository: str, environment: LoginFile = _EMPTY) -> Login:
     """Docker's way: the entry of the registry, by its name or by a URL that has it; if there is
     a helper, it alone is asked. What `parse_environment` gave comes before all that, by the very
-    name of the registry."""
+    name of the registry.
+    """
     server = _server(_registry(repository))
     if server in environment.entries:
         return Login(server, environment.entries[server])
@@ -153,7 +154,8 @@ def find_as_docker(file: LoginFile, repository: str, environment: LoginFile = _E
 def find_as_podman(file: LoginFile, repository: str) -> Login:
     """Podman's way: the registry's helper, then the most specific entry. Where there is none,
     or one without content, ``credsStore`` is asked, which podman itself leaves alone: the file
-    may well be docker's."""
+    may well be docker's.
+    """
     registry = _registry(repository)
     server = _server(registry)
     for name in (registry, server):
@@ -204,7 +206,8 @@ def _plain_name(registry: str) -> str:
 
 def _decode_auth(text: str) -> tuple[str, str]:
     """Name and password of ``auth``. Bytes that are not UTF-8 are kept as Python has them in
-    file names: they are sent as they were."""
+    file names: they are sent as they were.
+    """
     try:
         decoded = decode_base64(text)
     except ValueError:

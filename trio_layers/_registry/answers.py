@@ -145,7 +145,8 @@ def _first_error(body: bytes) -> str:
 
 def _retry_after(answer: RegistryResponse) -> float | None:
     """Seconds, from a number or a date (RFC 9110, 10.2.3), which counts from the answer's own
-    date: the clocks need not agree."""
+    date: the clocks need not agree.
+    """
     value = answer.headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdecimal():
         return float(value[:9])

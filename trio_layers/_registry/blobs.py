@@ -45,7 +45,8 @@ _CONTENT_RANGE = re.compile(
 @final
 class EntityTags:
     """The strong entity tags of blobs that began to arrive, to resume the same representation
-    (RFC 9110, 13.1.5)."""
+    (RFC 9110, 13.1.5).
+    """
 
     def __init__(self) -> None:
         self._tags: dict[Digest, str] = {}
@@ -231,7 +232,8 @@ class BlobFetch:
 
     async def _place(self, answer: RegistryResponse) -> int | None:
         """How far into the blob the answer's body goes; ``None`` if it cannot be used, and the
-        sink is empty now: then it is asked for from the start."""
+        sink is empty now: then it is asked for from the start.
+        """
         sink, size = self.sink, self.descriptor.size
         end: int | None = None
         if answer.status == 200:

@@ -269,7 +269,8 @@ class RegistryClient:
     @property
     def rate_limits(self) -> dict[str, RateLimit]:
         """What hosts have said of how many requests are left, by name, if they did: Docker Hub
-        does, as ``registry-1.docker.io``."""
+        does, as ``registry-1.docker.io``.
+        """
         return self._endpoints.rate_limits
 
     @while_open

@@ -32,7 +32,8 @@ class Credentials:
 
     def basic(self) -> str | None:
         """The value of a header field that proves name and password (RFC 7617); ``None`` if
-        there are none."""
+        there are none.
+        """
         if not self.password and (not self.username or self.identity_token):
             return None
         pair = as_sent(f"{self.username}:{self.password}")
@@ -42,7 +43,8 @@ class Credentials:
 def as_sent(text: str) -> bytes:
     """A secret's bytes. One from a login file need not be UTF-8: then it has been read with
     ``surrogateescape``. What no bytes can have been read as is replaced: an error would hold the
-    whole secret."""
+    whole secret.
+    """
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

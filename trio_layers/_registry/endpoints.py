@@ -1,5 +1,6 @@
 """Who is asked for a registry's images: itself, or mirrors first, and how that goes on when one
-of them fails."""
+of them fails.
+"""
 
 from __future__ import annotations
 

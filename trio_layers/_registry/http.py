@@ -106,7 +106,8 @@ def new_client(
 
 def proxy_of(client: AsyncClient, url: URL) -> str | None:
     """Host and port of the proxy through which a client asks there, for people; ``None`` if there
-    is none, or httpx is not as it was when this was written: it does not say."""
+    is none, or httpx is not as it was when this was written: it does not say.
+    """
     find = getattr(client, "_transport_for_url", None)
     transport = None if find is None else find(url)
     proxy = getattr(getattr(transport, "_pool", None), "_proxy_url", None)
@@ -118,7 +119,8 @@ def proxy_of(client: AsyncClient, url: URL) -> str | None:
 
 def read_more_at_once(client: AsyncClient) -> None:
     """Have a client that was just made read more at once, over plain connections. A TLS
-    connection gives no more than a record."""
+    connection gives no more than a record.
+    """
     for pool in _pools(client):
         backend = getattr(pool, "_network_backend", None)
         if isinstance(backend, httpcore.AsyncNetworkBackend):
@@ -270,7 +272,8 @@ _discreet: Final = ContextVar("trio_layers_discreet", default=False)
 def discreet() -> Iterator[None]:
     """Send a request in the block, and httpx's log has no more of URLs than their hosts, and
     httpcore's no header fields: signatures may be in them, and cookies. Others' requests are
-    logged as ever."""
+    logged as ever.
+    """
     token = _discreet.set(True)
     try:
         yield

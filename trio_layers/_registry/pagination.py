@@ -1,5 +1,6 @@
 """Lists that come in pages: tags and referrers (OCI distribution specification, ``spec.md``,
-"Listing Tags" and "Listing Referrers")."""
+"Listing Tags" and "Listing Referrers").
+"""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ _QUOTED = re.compile(r"(bytearray\(|(?<=Invalid URL in location header): ).*", r
 
 def redact_error(error: BaseException, secrets: Iterable[str]) -> None:
     """Take secrets, what is quoted of an answer, and control characters out of the texts of an
-    error of httpx's, and of those that it was caused by: who shows ours shows them, too."""
+    error of httpx's, and of those that it was caused by: who shows ours shows them, too.
+    """
     following: BaseException | None = error
     while following is not None:
         following.args = tuple(

@@ -113,7 +113,8 @@ class RegistryResponse:
 
     async def read(self, limit: int) -> bytes:
         """The body, and if it is longer than ``limit`` bytes, only its beginning: longer than
-        ``limit`` all the same, by no more than a chunk."""
+        ``limit`` all the same, by no more than a chunk.
+        """
         data = bytearray()
         async for chunk in self.chunks:
             data += chunk
@@ -123,7 +124,8 @@ class RegistryResponse:
 
     async def skip(self) -> None:
         """Read what is no use, so that the connection is: one whose body is left before its end
-        is closed. A long body is not worth it."""
+        is closed. A long body is not worth it.
+        """
         await self.read(MAX_SKIPPED)
 
 

@@ -302,7 +302,8 @@ class _Writer:
 
     def _describe(self, subject: int | str, entry: Entry) -> None:
         """Set owner, xattrs, mode, in this order: a change of owner drops set-id bits and
-        capabilities, an ACL changes the mode."""
+        capabilities, an ACL changes the mode.
+        """
         mode = entry.mode
         try:
             os.chown(subject, entry.uid, entry.gid)

@@ -381,7 +381,8 @@ class _Stack:
 @final
 class Surveys:
     """What lists say of directories, remembered for some stacks: while an image's layers are put
-    one on another, each list is read once. For any threads."""
+    one on another, each list is read once. For any threads.
+    """
 
     def __init__(self) -> None:
         self._known: dict[bytes, _Directories] = {}
@@ -423,7 +424,8 @@ class _Directories:
     @property
     def count(self) -> int:
         """The number of paths at which the stack has or had a directory. Thousands of layers may
-        list the same few."""
+        list the same few.
+        """
         return len(self._paths)
 
     def extend(self, stack: TreeStack | None, check: Callable[[], None]) -> bool:

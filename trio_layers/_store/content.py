@@ -116,7 +116,8 @@ class Partial:
 
     def distrust(self, since: int) -> None:
         """Drop all that is there, although the disk is in trouble: it may have lost some of it,
-        and not say so again."""
+        and not say so again.
+        """
         self.growth.start_over()
         self.since = since
         self.size = 0
@@ -277,7 +278,8 @@ class Ingest:
 
     async def commit_with(self, job: Job, *, since: int) -> None:
         """Run a job that makes the blob visible, with what was made of it; see
-        `Commits.commit`. If the blob is in the store already, it is for what was made only."""
+        `Commits.commit`. If the blob is in the store already, it is for what was made only.
+        """
         if self._partial is None:
             await self._content.commit(job, since=since)
             return

@@ -277,7 +277,8 @@ class DirectoryStore:
     @while_open
     async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
         """Like `get`, without a reference: if nothing else holds the layer, it may be removed.
-        While the object is there, layers below it that are held, too, are not looked up again."""
+        While the object is there, layers below it that are held, too, are not looked up again.
+        """
         return await self._find(chain_id)
 
     async def _find(self, chain_id: ChainID) -> DirectoryLayer | None:
@@ -371,7 +372,8 @@ class DirectoryStore:
 
     def release(self, layer: Layer) -> None:
         """Give one reference back. The layer stays in the store until it is removed
-        (see `collect`)."""
+        (see `collect`).
+        """
         references = self._references.pop(layer.chain_id)
         if references > 1:
             self._references[layer.chain_id] = references - 1
@@ -636,7 +638,8 @@ class DirectoryStore:
     @while_open
     async def usage(self) -> StoreUsage:
         """What the store and its images take on the disk. It looks at every file, so it takes a
-        while; what comes or goes meanwhile may be counted or not."""
+        while; what comes or goes meanwhile may be counted or not.
+        """
         return await self._meter.measure()
 
     @while_open
@@ -713,7 +716,8 @@ class DirectoryStore:
 
     def _is_index_right(self, connection: sqlite3.Connection) -> bool:
         """Whether ``index.json`` is as the catalog has it. It is not where a crash came between
-        the two; and where somebody has changed it, the catalog wins."""
+        the two; and where somebody has changed it, the catalog wins.
+        """
         try:
             document = (self._root / "index.json").read_bytes()
         except FileNotFoundError:

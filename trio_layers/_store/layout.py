@@ -217,7 +217,8 @@ def open_to_read(root: Path) -> sqlite3.Connection:
 
 def index_document(images: Iterable[StoredImage]) -> bytes:
     """The layout's ``index.json``: each image under its reference (OCI image specification,
-    ``image-layout.md``), which containerd reads from an annotation of its own."""
+    ``image-layout.md``), which containerd reads from an annotation of its own.
+    """
     return encode_index(
         (
             image.reference,
@@ -341,7 +342,8 @@ def _check_version(root: Path, version: int) -> None:
 
 def _take(root: Path) -> None:
     """Make a directory that is no store yet ours alone. Whoever could write in it may have left
-    something there for us to write through, such as a link."""
+    something there for us to write through, such as a link.
+    """
     _close_to_others(root)
     _recognise(root)
     for name in os.listdir(root):
@@ -384,7 +386,8 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
 
 def _migrate(root: Path, connection: sqlite3.Connection) -> None:
     """Bring a store of an older version to this one. Nobody else may have it open: the older
-    software would not know what it finds."""
+    software would not know what it finds.
+    """
     leases = root / "leases"
     for name in os.listdir(leases):
         descriptor = try_lock(leases / name)

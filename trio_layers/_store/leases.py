@@ -120,7 +120,8 @@ class LeaseCounts:
         self, digest: Digest, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts
     ) -> T:
         """Hold one more, and run a job in the same transaction (see `Catalog.note`): what it
-        makes or finds is never there without being held."""
+        makes or finds is never there without being held.
+        """
         self._uses[digest] += 1
         try:
             return await self._write(self._catalog.note, [digest], job, *args)

@@ -223,7 +223,8 @@ class Scratch:
 
     def discard(self, path: Path) -> bool:
         """Move a file or directory out of the way, for the next sweep. Blocking, in any thread.
-        Whether it was there."""
+        Whether it was there.
+        """
         try:
             os.rename(path, self.new("trash"))
         except FileNotFoundError:
@@ -233,7 +234,8 @@ class Scratch:
     @asynccontextmanager
     async def name(self, kind: str) -> AsyncIterator[Path]:
         """A name as from `new`, for a file or a directory. What is still there after the block,
-        however that ends, is removed by and by: the block does not wait for it."""
+        however that ends, is removed by and by: the block does not wait for it.
+        """
         path = self.new(kind)
         try:
             yield path

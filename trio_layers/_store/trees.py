@@ -57,7 +57,8 @@ _BEGINNING: Final = 128 * 1024
 
 class Unpacker(Exporter, Protocol):
     """Makes trees, and writes them elsewhere. Its functions block, and are called in worker
-    threads, several at once."""
+    threads, several at once.
+    """
 
     @property
     def unpack(self) -> Unpack: ...
@@ -142,7 +143,8 @@ class Base:
 @final
 class _Reader:
     """A stream of trio, counted, hashed and, if its blob is not in the store yet, kept on its
-    way."""
+    way.
+    """
 
     def __init__(self, stream: trio.abc.ReceiveStream, kept: Partial | None = None) -> None:
         self._stream = stream
@@ -228,7 +230,8 @@ class Trees:
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor | None
     ) -> StoredLayer:
         """Make the layer visible that the stream holds, and hold it; see
-        `DirectoryStore.register`."""
+        `DirectoryStore.register`.
+        """
         if descriptor is None:
             async with self._scratch.name("partial") as path, self._partial(path) as kept:
                 return await self._from_stream(stream, base, None, kept)
@@ -312,7 +315,8 @@ class Trees:
     async def put_on(self, base: Base, tree: StoredTree | None, blob: Digest) -> StoredLayer:
         """Make the layer visible, and hold it, whose tree is this one, where that fits. Else, and
         if it has none to share, it is unpacked once more, from its blob, which is stored. Both
-        are to be held."""
+        are to be held.
+        """
         if tree is not None and await self._fits(tree, base):
             return await self._put(tree, base, blob)
         async with self._upon(base, blob) as tree:
@@ -329,7 +333,8 @@ class Trees:
         self, connection: sqlite3.Connection, *, target: Path, tree: StoredTree, blob: Digest
     ) -> None:
         """A job for `Commits`: give the tree at ``target`` its place unless it has one, and its
-        row. It is what ``blob`` unpacks to."""
+        row. It is what ``blob`` unpacks to.
+        """
         place = self.path(tree.id)
         stored = find_tree(connection, tree.id) is not None
         if not (stored and is_whole_tree(place)):
@@ -427,7 +432,8 @@ def _add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> StoredLaye
 
 def tree_upon(base: ChainID | None, diff_id: DiffID) -> Digest:
     """The ID of a layer's tree that is for one base only: the layer's chain ID. Upon nothing
-    that would be the diff ID, which is the ID of the tree that others share."""
+    that would be the diff ID, which is the ID of the tree that others share.
+    """
     return extend_chain(ChainID(Digest("")) if base is None else base, diff_id)
 
 

@@ -33,7 +33,8 @@ _LONG: Final = 0o77777777777
 
 def header(member: Member) -> bytes:
     """A ustar header, with a PAX header before it for what ustar cannot hold (POSIX.1-2001,
-    ``pax`` interchange format)."""
+    ``pax`` interchange format).
+    """
     records = {b"SCHILY.xattr." + _raw(key): member.xattrs[key] for key in sorted(member.xattrs)}
     seconds, fraction = divmod(member.mtime_ns, 10**9)
     if fraction:

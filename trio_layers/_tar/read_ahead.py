@@ -21,7 +21,8 @@ _ROOM: Final = 8
 @final
 class ReadAhead(Generic[_T]):
     """Iterates over ``items`` in a thread of its own, and gives what comes of it in this one: the
-    items, then what the iteration raises, if it does. To be closed, which waits for the thread."""
+    items, then what the iteration raises, if it does. To be closed, which waits for the thread.
+    """
 
     def __init__(self, items: Iterator[_T]) -> None:
         self._items = items

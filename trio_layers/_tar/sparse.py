@@ -54,7 +54,8 @@ def pax_map(
     pax: Mapping[bytes, bytes], name: bytes, read: Callable[[int], bytes], max_bytes: int
 ) -> SparseMap:
     """The map that is in records or, in format 1.0, at the beginning of the data, which ``read``
-    gives or raises."""
+    gives or raises.
+    """
     keys = (b"GNU.sparse.size", b"GNU.sparse.realsize")
     sizes = {decimal(pax[key], name, "size") for key in keys if key in pax}
     if len(sizes) != 1:

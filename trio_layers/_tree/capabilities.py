@@ -87,7 +87,8 @@ def probe(directory: int) -> Capabilities:
 
 def _owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
     """`Capabilities.owners`, `Capabilities.ids` and `Capabilities.modes`, tried in a directory that is of no further
-    use."""
+    use.
+    """
     # The group of the directory that the store is in may have been passed on to it.
     os.fchmod(directory, 0o700)
     now = os.fstat(directory)

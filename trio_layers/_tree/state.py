@@ -34,7 +34,8 @@ def implied_directory(path: bytes) -> Entry:
 
 class DependsOnParent(Exception):
     """What would be an error of the layer may be none on its parent, where its paths may lead
-    elsewhere. The parent is not known."""
+    elsewhere. The parent is not known.
+    """
 
 
 @final
@@ -119,7 +120,8 @@ class TreeState:
 
     def assume(self, path: bytes) -> bool:
         """A directory is made that no entry describes, where something may or may not be below:
-        whether that had to be assumed."""
+        whether that had to be assumed.
+        """
         if self.lower is not None:
             return False
         self.assumed[path] = None
@@ -270,7 +272,8 @@ class TreeState:
         self, path: bytes, avoid: AbstractSet[bytes] = frozenset()
     ) -> Iterator[tuple[bytes, list[bytes]]]:
         """The directories from ``path`` down, deepest first, each with what else is in it;
-        those of ``avoid`` as if they were empty."""
+        those of ``avoid`` as if they were empty.
+        """
         found: list[tuple[bytes, list[bytes]]] = []
         todo = [path]
         while todo:

@@ -189,7 +189,8 @@ def _differs(below: Entry) -> bool:
 @final
 class _Log:
     """The file ``entries``. After an error it is closed as it is: to write what is still held
-    could fail, too, and would stand in the place of that error."""
+    could fail, too, and would stand in the place of that error.
+    """
 
     def __init__(self, path: Path) -> None:
         # Whatever the umask is.

@@ -159,7 +159,8 @@ class TreeWriter:
 
     def _place(self, member: Member) -> tuple[int, bytes] | None:
         """Put a member where it belongs; of a file, which is new and empty then, returns a
-        descriptor and the path."""
+        descriptor and the path.
+        """
         name = member.name
         if name.startswith(b"./"):
             name = name[2:]
@@ -194,7 +195,8 @@ class TreeWriter:
 
     def _is_meta(self, parts: list[bytes]) -> bool:
         """Whether it is one of the names under which aufs keeps its books; moby passes over
-        them, too, but for the mark of an opaque directory, which is obeyed."""
+        them, too, but for the mark of an opaque directory, which is obeyed.
+        """
         above, last = parts[:-1], b"".join(parts[-1:])
         if any(part.startswith(_META) for part in above):
             return True
@@ -407,7 +409,8 @@ class TreeWriter:
 
     def _whiteout(self, path: bytes) -> None:
         """Cover what is at ``path`` below, if there may be something: overlayfs shows the name
-        of a whiteout in a directory that it does not merge with another."""
+        of a whiteout in a directory that it does not merge with another.
+        """
         state = self._state
         if state.hidden(path) or (state.lower is not None and state.below(path) is None):
             return

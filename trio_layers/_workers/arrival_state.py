@@ -127,7 +127,8 @@ class ArrivalState:
 
     def listen(self, tell: Callable[[State], None] | None) -> None:
         """Have ``tell`` called with how it stands, now and whenever that changes, in the thread
-        that changes it; it must not wait."""
+        that changes it; it must not wait.
+        """
         with self._changed:
             self._tell = tell
             self._become(self._state)

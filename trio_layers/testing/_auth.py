@@ -1,5 +1,6 @@
 """What an embedded registry lets in, and how it says what it wants (RFC 7617, RFC 6750, and the
-token protocol of ``distribution/docs/spec/auth``)."""
+token protocol of ``distribution/docs/spec/auth``).
+"""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ class Gate:
 
     def issue(self, request: Request, now: float) -> Answer | None:
         """Answer a request for a token: GET, or POST as OAuth2 has it; ``None`` if this
-        registry has no tokens."""
+        registry has no tokens.
+        """
         auth = self._auth
         if not isinstance(auth, TokenAuth):
             return None

@@ -192,7 +192,8 @@ class Slow(Fault):
 @attrs.frozen
 class SlowHead(Fault):
     """The status line and the header go out byte by byte, so many per second of trio's time. Over
-    a transport without sockets they come all at once, after as long."""
+    a transport without sockets they come all at once, after as long.
+    """
 
     bytes_per_second: float
 
@@ -266,7 +267,8 @@ class Longer(Fault):
 @attrs.frozen
 class Shorter(Fault):
     """What is sent has so many bytes less than it should have, and says so, if there are more than
-    that: a range is continued by asking for the rest, which a whole is not taken to have."""
+    that: a range is continued by asking for the rest, which a whole is not taken to have.
+    """
 
     by: int = 1
 

@@ -152,7 +152,8 @@ class Exchange:
 
     async def wait_ended(self) -> None:
         """Wait until the registry is done with it. That a client has gone is noticed over a
-        socket only when more is sent to it."""
+        socket only when more is sent to it.
+        """
         await self._end.wait()
 
     def end(self) -> None:

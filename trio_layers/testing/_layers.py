@@ -120,7 +120,8 @@ class Whiteout(Entry):
 @attrs.frozen
 class Opaque(Entry):
     """Takes away all that the layers below have in the directory ``path`` (OCI ``layer.md``,
-    opaque whiteout). The directory itself needs an entry of its own."""
+    opaque whiteout). The directory itself needs an entry of its own.
+    """
 
 
 @attrs.frozen

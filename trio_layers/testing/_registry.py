@@ -125,7 +125,8 @@ class Registry:
         self, repository: str, manifest: bytes, *, media_type: str, tag: str | None = None
     ) -> Digest:
         """Make any bytes available as a manifest, be it one or not; returns their digest. One that
-        has a subject is among its referrers from then on."""
+        has a subject is among its referrers from then on.
+        """
         digest = digest_of(manifest)
         place = self._repository(repository)
         place.manifests[digest] = (media_type, Blob(manifest, len(manifest)))
@@ -299,7 +300,8 @@ def _referrer(
     manifest: bytes, media_type: str, digest: Digest
 ) -> tuple[str | None, dict[str, object]]:
     """The digest of what a manifest refers to, if it does, and its entry in the list of that (OCI
-    distribution specification, "Listing Referrers")."""
+    distribution specification, "Listing Referrers").
+    """
     try:
         document: object = json.loads(manifest)
     except (ValueError, RecursionError):

@@ -73,7 +73,8 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
 
     async def collect(self, store: StoreT) -> None:
         """Make the store drop what nobody refers to, if that takes a word. Overridden, it lets
-        the suite see whether all is kept that has a reference."""
+        the suite see whether all is kept that has a reference.
+        """
         await trio.lowlevel.checkpoint()
 
     def checks(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
@@ -855,7 +856,8 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
 
     async def test_opposite_orders_do_not_meet(self) -> None:
         """[a, b] and [b, a] at once: each stages its upper layer first, and then waits for the
-        other's."""
+        other's.
+        """
         async with self._opened() as store:
             layers = [_layer(f"{number}", size=10_000) for number in range(6)]
 
@@ -951,7 +953,8 @@ class _StreamError(Exception):
 @final
 class _Stream(trio.abc.ReceiveStream):
     """A layer's bytes, in pieces. At ``stop`` it raises ``error``, or else says so and waits for
-    ever."""
+    ever.
+    """
 
     def __init__(
         self,
@@ -1070,7 +1073,8 @@ async def _cancelled_at_each_step(
     do: Callable[[BuiltLayer], Awaitable[None]], look: Callable[[BuiltLayer], Awaitable[None]]
 ) -> None:
     """Do something with one layer after the other, and cancel it later each time, until it gets
-    to its end; ``look`` at each layer with which it was cancelled."""
+    to its end; ``look`` at each layer with which it was cancelled.
+    """
     step = 0
     while True:
         # Each step of a short way, and some of a long one.
