@@ -228,7 +228,7 @@ def test_every_module_keeps_the_rules(path: Path) -> None:
         ("_tar.reader", "from trio_layers._store.content import X", "imports upward, _store"),
         ("_tar.reader", "import trio", "imports trio"),
         ("_rootfs.view", "from .._workers import pool", "imports upward, _workers"),
-        ("_catalog.catalog", "from .._workers import pool", "imports its neighbour _workers"),
+        ("_catalog.rows", "from .._workers import pool", "imports its neighbour _workers"),
         ("_engine.slots", "from .._tar import reader", "imports another room, _tar"),
         ("_store.directory", "from .._pull import open_puller", "imports upward, _pull"),
         ("_store.directory", "from trio_layers import open_puller", "imports upward, __init__"),

@@ -9,7 +9,7 @@ from . import abc as abc
 from ._archives.exporting import ArchiveFormat as ArchiveFormat
 from ._archives.exporting import export_images as export_images
 from ._archives.importing import import_images as import_images
-from ._catalog.catalog import StoredImage as StoredImage
+from ._catalog.rows import StoredImage as StoredImage
 from ._digest import ChainID as ChainID
 from ._digest import DiffID as DiffID
 from ._digest import Digest as Digest

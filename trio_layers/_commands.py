@@ -21,7 +21,7 @@ import trio
 
 from ._archives.exporting import export_images
 from ._archives.importing import import_images
-from ._catalog.catalog import StoredImage
+from ._catalog.rows import StoredImage
 from ._display import DisplayKind, open_display
 from ._errors import (
     LayersError,

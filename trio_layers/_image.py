@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 import attrs
 import trio
 
-from ._catalog.catalog import StoredImage
+from ._catalog.rows import StoredImage
 from ._digest import ChainID, DiffID, Digest, RootFS, extend_chain, parse_digest
 from ._errors import InvalidDigest, ManifestError, VerificationError
 from ._manifest import Descriptor

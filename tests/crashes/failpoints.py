@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trio_layers import _files as files
-from trio_layers._catalog import catalog
+from trio_layers._catalog import database
 
 TABLES = ("blobs", "trees", "layers", "images", "image_references", "leases")
 
@@ -243,7 +243,7 @@ def _watch_sync(steps: Steps) -> None:
 
 
 def _watch_catalog(steps: Steps) -> None:
-    class Watched(catalog._Connection):
+    class Watched(database._Connection):
         def __init__(self, *arguments: object, **options: object) -> None:
             with steps.step("open catalog"):
                 super().__init__(*arguments, **options)
@@ -282,7 +282,7 @@ def _watch_catalog(steps: Steps) -> None:
                 steps.committed(keys_of(self), self.full)
                 return done
 
-    catalog._Connection = Watched
+    database._Connection = Watched
 
 
 def keys_of(connection: sqlite3.Connection) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from store.stores import (
     visible,
 )
 
-from trio_layers._catalog.catalog import StoredImage
+from trio_layers._catalog.rows import StoredImage
 from trio_layers._errors import PlatformError, StoreError
 from trio_layers._store.directory import DirectoryStore
 

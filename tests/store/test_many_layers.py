@@ -16,7 +16,7 @@ import trio
 from _tools.calls import calls_of
 from store.stores import Blob, Stream, digest_of, layer_of
 
-from trio_layers._catalog.catalog import StoredLayer, add_layer, find_layer
+from trio_layers._catalog.rows import StoredLayer, add_layer, find_layer
 from trio_layers._digest import ChainID, extend_chain
 from trio_layers._rootfs import merged
 from trio_layers._rootfs.merged import MergedTree, Surveys, TreeStack

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import attrs
 import trio
 
-from .._catalog.catalog import StoredImage
+from .._catalog.rows import StoredImage
 from .._digest import Digest, parse_digest
 from .._errors import ExportError, StoreError
 from .._image import choose_stored

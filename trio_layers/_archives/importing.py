@@ -11,7 +11,7 @@ from typing import Final, final
 import attrs
 import trio
 
-from .._catalog.catalog import StoredImage
+from .._catalog.rows import StoredImage
 from .._digest import DiffID, Digest, digest_of
 from .._engine.download import open_download_manager
 from .._errors import (

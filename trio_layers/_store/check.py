@@ -17,8 +17,8 @@ from typing import Final, Generic, TypeVar, final
 import attrs
 import trio
 
-from .._catalog.catalog import (
-    Catalog,
+from .._catalog.catalog import Catalog
+from .._catalog.rows import (
     StoredBlob,
     StoredLayer,
     StoredTree,

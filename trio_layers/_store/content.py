@@ -18,7 +18,8 @@ from weakref import WeakSet
 
 import trio
 
-from .._catalog.catalog import Catalog, StoredBlob, add_blob, find_blob
+from .._catalog.catalog import Catalog
+from .._catalog.rows import StoredBlob, add_blob, find_blob
 from .._damage import damaged, forget_damage, is_whole_blob, note_damage
 from .._digest import Digest, digest_of
 from .._errors import StoreError, VerificationError

@@ -15,12 +15,11 @@ import attrs
 import trio
 
 from .._blocks import opens_block
-from .._catalog.catalog import (
-    Catalog,
+from .._catalog.catalog import Catalog, closed_error, while_busy
+from .._catalog.rows import (
     StoredImage,
     StoredLayer,
     StoredTree,
-    closed_error,
     drop_image,
     drop_references,
     find_blob,
@@ -32,7 +31,6 @@ from .._catalog.catalog import (
     find_tree,
     put_image,
     set_layout,
-    while_busy,
 )
 from .._damage import any_noted, is_noted
 from .._digest import ChainID, DiffID, Digest, digest_of

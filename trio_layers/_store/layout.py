@@ -18,11 +18,9 @@ from typing import Final, TypeVarTuple
 
 import attrs
 
-from .._catalog.catalog import (
+from .._catalog.database import (
     APPLICATION_ID,
     VERSION,
-    IndexRow,
-    StoredImage,
     complete_tables,
     connect,
     copy_to_memory,
@@ -31,6 +29,7 @@ from .._catalog.catalog import (
     migrate,
     transaction,
 )
+from .._catalog.rows import IndexRow, StoredImage
 from .._digest import Digest
 from .._errors import ManifestError, StoreNotFound, UnsupportedStore
 from .._files import (

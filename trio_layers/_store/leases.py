@@ -16,7 +16,8 @@ from typing import Final, TypeVar, TypeVarTuple, final
 
 import trio
 
-from .._catalog.catalog import Catalog, add_leases, drop_leases, find_tree
+from .._catalog.catalog import Catalog
+from .._catalog.rows import add_leases, drop_leases, find_tree
 from .._digest import ChainID, Digest
 from .._errors import StoreBusy, StoreError
 from .._lifetime import Lifetime, while_open

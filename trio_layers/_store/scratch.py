@@ -30,7 +30,8 @@ from typing import Final, final
 import attrs
 import trio
 
-from .._catalog.catalog import Catalog, drop_leases, find_holders
+from .._catalog.catalog import Catalog
+from .._catalog.rows import drop_leases, find_holders
 from .._digest import Digest
 from .._errors import StoreError, StoreReadOnly
 from .._files import disk_errors, file_name, remove_directory, try_lock, unlock

@@ -19,7 +19,8 @@ from typing import Final, TypeAlias, final
 
 import trio
 
-from .._catalog.catalog import StoredTree, closed_error, set_diff_id
+from .._catalog.catalog import closed_error
+from .._catalog.rows import StoredTree, set_diff_id
 from .._digest import ChainID, Digest
 from .._errors import DecompressionError, UnpackError, VerificationError
 from .._lifetime import while_open

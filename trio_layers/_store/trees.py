@@ -19,8 +19,8 @@ from typing import Final, Protocol, final
 import attrs
 import trio
 
-from .._catalog.catalog import (
-    Catalog,
+from .._catalog.catalog import Catalog
+from .._catalog.rows import (
     StoredBlob,
     StoredLayer,
     StoredTree,

@@ -12,7 +12,8 @@ from typing import final
 import attrs
 import trio
 
-from .._catalog.catalog import Catalog, find_layer
+from .._catalog.catalog import Catalog
+from .._catalog.rows import find_layer
 from .._digest import ChainID, Digest
 from .._files import disk_errors, disk_usage
 from .content import Content
