@@ -71,7 +71,6 @@ from ._pull import Image as Image
 from ._pull import Puller as Puller
 from ._pull import PullPolicy as PullPolicy
 from ._pull import open_puller as open_puller
-from ._pull import open_store as open_store
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
 from ._registry.answers import RateLimit as RateLimit
@@ -88,6 +87,7 @@ from ._store.check import Problem as Problem
 from ._store.collect import Collected as Collected
 from ._store.collect import MountedTree as MountedTree
 from ._store.directory import DirectoryStore as DirectoryStore
+from ._store.directory import open_store as open_store
 from ._store.usage import ImageUsage as ImageUsage
 from ._store.usage import StoreUsage as StoreUsage
 from ._tar.limits import Limits as Limits

@@ -36,11 +36,11 @@ from ._nursery import open_hidden_nursery
 from ._output import write_all, write_text
 from ._platform import parse_platform
 from ._printable import printable
-from ._pull import Image, Puller, open_puller, open_store
+from ._pull import Image, Puller, open_puller
 from ._reference import parse_reference
 from ._registry.client import RegistryClient, open_registry_client
 from ._registry.credentials import Credentials
-from ._store.directory import DirectoryStore
+from ._store.directory import DirectoryStore, open_store
 from .abc import ProgressSink
 
 __all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain"]

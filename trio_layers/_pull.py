@@ -37,14 +37,11 @@ from ._registry.credentials import CredentialsFor
 from ._registry.http import AsyncClient
 from ._registry.transport import STALL_LIMIT
 from ._rootfs.view import RootfsView
-from ._store import directory
-from ._store.directory import DirectoryStore
+from ._store.directory import DirectoryStore, open_store
 from ._tar.limits import Limits
-from ._workers.pool import open_workers
-from ._workers.unpacker import Unpacker
 from .abc import BlobSink, ProgressSink, ReportProgress
 
-__all__ = ["Image", "PullPolicy", "Puller", "open_puller", "open_store"]
+__all__ = ["Image", "PullPolicy", "Puller", "open_puller"]
 
 PullPolicy: TypeAlias = Literal["always", "missing", "never"]
 """When a registry is asked: each time, so that the newest image is had; if the store has no such
@@ -73,49 +70,6 @@ class Image:
     config: ImageConfig
     layers: tuple[ImageLayer, ...]
     rootfs: RootfsView = attrs.field(eq=False, repr=False)
-
-
-@opens_block
-async def open_store(
-    path: str | os.PathLike[str],
-    *,
-    limits: Limits = Limits(),  # noqa: B008  a frozen value
-    create: bool = True,
-    read_only: bool = False,
-) -> AsyncIterator[DirectoryStore]:
-    """Open the store in a directory, for the block. Any number of processes may have it open.
-
-    Layers that arrive are unpacked in processes, as many as there are cores, two at least and eight
-    at most. They are started, with ``sys.executable``, when there is something to unpack, do not
-    import the program's own modules, and end with the block or with the program.
-
-    Args:
-        path: The directory. If it is empty or not there, a store is made in it, mode 0700.
-        limits: How much a layer may hold that is unpacked in the block. Layers that are there
-            stay, whatever they hold.
-        create: Whether to make a store if there is none.
-        read_only: Whether to open the store without writing, for a read-only file system, or as
-            root for another user's store. Reads see the store's state at opening. Leases protect
-            nothing in this mode: other processes may remove and collect images meanwhile. Methods
-            that write raise `StoreReadOnly`.
-
-    Raises:
-        StoreNotFound: if there is no store, and ``create`` is false or ``read_only`` is true.
-        UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
-            user. Nothing in it is changed. With ``read_only`` another user's store is accepted, but
-            a store that an older version made is not.
-        StoreReadOnly: if it cannot be written.
-        StoreError: for what else the disk does.
-
-    Entering and leaving are checkpoints.
-    """
-    check_path("path", path, "the path of a store's directory")
-    async with open_workers(limits) as workers:
-        opened = directory.open_store(
-            path, unpacker=Unpacker(limits), builder=workers, create=create, read_only=read_only
-        )
-        async with opened as store:
-            yield store
 
 
 @opens_block

@@ -269,7 +269,7 @@ async def test_a_layer_that_came_from_another_blob(tmp_path: Path) -> None:
         stored = await put(store, second, "second:1")
         for layer in second.layers:
             await trio.Path(tmp_path, "store", blob(layer.descriptor.digest)).unlink()
-            await store._catalog.write(
+            await store._parts.catalog.write(
                 lambda connection, digest=layer.descriptor.digest: connection.execute(
                     "DELETE FROM blobs WHERE digest = ?", (digest,)
                 )

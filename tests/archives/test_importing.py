@@ -769,7 +769,7 @@ async def test_names_are_put_at_once(
     async with opened(tmp_path) as store:
         monkeypatch.setattr(directory, "replace_file", replace_file)
         await import_images(store, Stream(tar_of(OCI)), reference="first:1")
-        store._catalog._connection.set_trace_callback(statements.append)
+        store._parts.catalog._connection.set_trace_callback(statements.append)
         counts = []
         for count in (100, 200):
             statements.clear()
@@ -778,7 +778,7 @@ async def test_names_are_put_at_once(
             assert len(images) == count
             assert len(written) == 1
             counts.append(sum(not each.startswith("--") for each in statements))
-        store._catalog._connection.set_trace_callback(None)
+        store._parts.catalog._connection.set_trace_callback(None)
         assert counts[1] - counts[0] <= 100 * 3
         assert len(await store.images()) == 201
         assert not (await store.check()).problems

@@ -23,14 +23,13 @@ import httpx
 import trio
 from _tools.moments import NEVER, Countdown, moments
 from registry.fakes import MemorySink, Report
+from store.stores import open_with_threads
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_layers import Progress, Puller, open_puller
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import RegistryClient, open_registry_client
-from trio_layers._store.directory import DirectoryStore, open_store
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
+from trio_layers._store.directory import DirectoryStore
 from trio_layers.testing import (
     Answer,
     Delay,
@@ -164,7 +163,7 @@ async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
 
     async def attempt(at: int) -> None:
         nonlocal more
-        async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+        async with open_with_threads(tmp_path) as store:
             empty = contents(store)
             more = await pull_at(store, internet, at, met)
             # Nobody holds anything any more: then all of it can go.

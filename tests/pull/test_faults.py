@@ -15,6 +15,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+from store.stores import open_with_threads
 
 from trio_layers import (
     AuthenticationError,
@@ -31,9 +32,6 @@ from trio_layers import (
 )
 from trio_layers._registry.retries import MAX_ATTEMPTS
 from trio_layers._registry.transport import MAX_REDIRECTS
-from trio_layers._store import directory
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import (
     Challenge,
     Corrupt,
@@ -223,7 +221,7 @@ async def attempt(
     stall_limit: float = 0.3,
 ) -> Exception | None:
     """Unpacked in threads, since to start a process takes longer than all the rest."""
-    opened = directory.open_store(path, unpacker=Unpacker(Limits()))
+    opened = open_with_threads(path)
     try:
         with trio.fail_after(60):
             async with (

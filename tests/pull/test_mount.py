@@ -526,7 +526,7 @@ async def test_a_tree_that_somebody_else_mounts(tmp_path: Path) -> None:
         await trio.run_process(command)
         try:
             async with open_store(tmp_path / "store") as other:
-                await store._holds.drop_all()
+                await store._parts.leases.drop_all()
                 collected = await other.collect()
             assert [tree.id for tree in collected.mounted] == [
                 f"sha256:{t.name}" for t in trees[:2]

@@ -7,11 +7,9 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+from store.stores import open_with_threads
 
 from trio_layers import Progress, RegistryError, VerificationError, open_puller
-from trio_layers._store import directory
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import (
     Corrupt,
     Cut,
@@ -57,7 +55,7 @@ async def pull(store: Path, reference: str, sink: Events | None = None, **option
     """
     with trio.fail_after(30):
         async with (
-            directory.open_store(store, unpacker=Unpacker(Limits())) as opened,
+            open_with_threads(store) as opened,
             open_puller(opened, retry_tick=0.001, stall_limit=0.2, **options) as puller,
             puller.pull(reference, progress=sink) as image,
         ):

@@ -31,8 +31,6 @@ from trio_layers._errors import ExportError, StoreError
 from trio_layers._lifetime import Lifetime
 from trio_layers._rootfs.merged import MergedTree
 from trio_layers._rootfs.view import RootfsView
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
 
 LOWER = [
     {"name": "./", "type": "dir"},
@@ -104,7 +102,7 @@ def no_scratch(kind: str) -> AbstractAsyncContextManager[Path]:
 
 def view_of(trees: list[Path]) -> RootfsView:
     tree = MergedTree(trees, check_cancelled=trio.from_thread.check_cancelled)
-    return RootfsView(tree, Unpacker(Limits()), no_scratch, Lifetime(StoreError))
+    return RootfsView(tree, no_scratch, Lifetime(StoreError))
 
 
 async def test_read_bytes(view: RootfsView) -> None:
@@ -236,7 +234,6 @@ async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> No
 
     view = RootfsView(
         MergedTree(trees, check_cancelled=check),
-        Unpacker(Limits()),
         no_scratch,
         Lifetime(StoreError),
     )

@@ -10,7 +10,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import attrs
@@ -20,7 +20,13 @@ import trio
 from trio_layers._compression import Decompressor
 from trio_layers._digest import DiffID, Digest, extend_chain
 from trio_layers._manifest import Descriptor
-from trio_layers._store.directory import DirectoryStore, open_store
+from trio_layers._rootfs.merged import MergedTree
+from trio_layers._store import trees
+from trio_layers._store.directory import DirectoryStore, open_with_builder
+from trio_layers._tar.limits import Limits
+from trio_layers._tree.unpack import Unpacked, fits, unpack
+from trio_layers._workers import build
+from trio_layers._workers.threads import Threads
 
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
 
@@ -108,15 +114,6 @@ class Stream(trio.abc.ReceiveStream):
         await trio.lowlevel.checkpoint()
 
 
-@attrs.frozen
-class Unpacked:
-    diff_id: DiffID
-    size: int
-    entries: int
-    assumed: tuple[bytes, ...]
-    needs_lower: bool
-
-
 class TarUnpacker:
     """Unpacks with `tarfile`. A layer with a file ``needs-lower`` is not whole without its
     parents; one with ``assumes`` makes an assumption that holds if `assumption` does."""
@@ -133,6 +130,7 @@ class TarUnpacker:
         *,
         lower: object,
         check_cancelled: Callable[[], None],
+        **options: object,
     ) -> Unpacked:
         self.calls.append("alone" if lower is None else "on top")
         decompressor = Decompressor()
@@ -154,21 +152,79 @@ class TarUnpacker:
         (target / "entries").write_text(json.dumps({"names": names, "lower": lower is not None}))
         self.before_return()
         return Unpacked(
-            DiffID(digest_of(bytes(tar))),
-            len(tar),
-            len(names),
-            (b"", b"etc") if "assumes" in names and lower is None else (),
-            "needs-lower" in names and lower is None,
+            diff_id=DiffID(digest_of(bytes(tar))),
+            size=len(tar),
+            entries=len(names),
+            assumed=(b"", b"etc") if "assumes" in names and lower is None else (),
+            needs_lower="needs-lower" in names and lower is None,
+            incomplete=False,
         )
 
-    def holds(self, assumed: tuple[bytes, ...], lower: object) -> bool:
+    def fits(self, assumed: tuple[bytes, ...], lower: object) -> bool:
         return not assumed or self.assumption
 
 
+class Watched:
+    """The real unpacker. It counts its calls and the bytes of the last one.
+
+    Attributes:
+        began: Number of calls.
+        read: Number of bytes read in the last call.
+        reached: A number of bytes, and the event to set when so many are read.
+    """
+
+    def __init__(self) -> None:
+        self.began = 0
+        self.read = 0
+        self.reached: tuple[int, trio.Event] = (0, trio.Event())
+
+    def unpack(self, read: Callable[[int], bytes], target: Path, **options: object) -> Unpacked:
+        self.began += 1
+        self.read = 0
+
+        def reading(size: int) -> bytes:
+            data = read(size)
+            self.read += len(data)
+            wanted, event = self.reached
+            if self.read >= wanted and not event.is_set():
+                trio.from_thread.run_sync(event.set)
+            return data
+
+        return unpack(reading, target, **options)  # type: ignore[arg-type]
+
+    def fits(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
+        return fits(assumed, lower)
+
+
 @asynccontextmanager
-async def opened(path: Path, unpacker: TarUnpacker | None = None) -> AsyncIterator[DirectoryStore]:
-    async with open_store(path, unpacker=unpacker or TarUnpacker()) as store:
-        yield store
+async def opened(
+    path: Path, unpacker: TarUnpacker | Watched | None = None
+) -> AsyncIterator[DirectoryStore]:
+    """Open a store with this unpacker, a `TarUnpacker` if none is given, in threads."""
+    unpacker = unpacker or TarUnpacker()
+    _UNPACKERS.append(unpacker)
+    _replace_unpacker()
+    try:
+        async with open_with_threads(path) as store:
+            yield store
+    finally:
+        _UNPACKERS.remove(unpacker)
+        _replace_unpacker()
+
+
+_UNPACKERS: list[TarUnpacker | Watched] = []
+"""The unpackers of the open stores. They all have the newest one, so tests use one at a time."""
+
+
+def _replace_unpacker() -> None:
+    newest = _UNPACKERS[-1] if _UNPACKERS else None
+    build.unpack = newest.unpack if newest else unpack
+    trees.fits = newest.fits if newest else fits
+
+
+def open_with_threads(path: Path) -> AbstractAsyncContextManager[DirectoryStore]:
+    """Open a store whose unpacker runs in threads of this process."""
+    return open_with_builder(path, Threads(Limits()))
 
 
 async def ingest(store: DirectoryStore, data: bytes) -> Descriptor:

@@ -12,7 +12,7 @@ from store.stores import describe, digest_of, ingest, opened, visible
 
 from trio_layers._digest import Digest
 from trio_layers._errors import StoreError
-from trio_layers._store.content import Batch
+from trio_layers._store.batch import Batch
 
 ONE, TWO = b"one" * 1000, b"two"
 
@@ -60,14 +60,14 @@ async def test_they_are_held_before_they_are_visible(
 ) -> None:
     """Or a garbage collection could take them away at once."""
     async with opened(tmp_path) as store:
-        commit = store._commits.commit
+        commit = store._parts.commits.commit
         seen: list[set[str]] = []
 
         async def watched(*args: object, **options: object) -> None:
             seen.append(await trio.to_thread.run_sync(held, tmp_path))
             await commit(*args, **options)
 
-        monkeypatch.setattr(store._commits, "commit", watched)
+        monkeypatch.setattr(store._parts.commits, "commit", watched)
         async with store.lease() as lease, store.batch() as batch:
             one = await add(batch, ONE)
             await batch.commit([one], lease=lease)
@@ -116,7 +116,7 @@ async def test_a_commit_that_fails_shows_none(
                 def fail() -> None:
                     raise StoreError("the disk")
 
-                monkeypatch.setattr(store._commits, "_sync", fail)
+                monkeypatch.setattr(store._parts.commits, "_sync", fail)
                 await batch.commit(digests, lease=lease)
         assert visible(tmp_path) == []
         monkeypatch.undo()

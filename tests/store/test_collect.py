@@ -54,7 +54,7 @@ async def give_back(store: DirectoryStore, *layers: Layer) -> None:
     """Release layers, and wait until others see it."""
     for layer in layers:
         store.release(layer)
-    await store._holds.drop_idle()
+    await store._parts.leases.drop_idle()
 
 
 async def test_a_store_of_images_has_no_garbage(tmp_path: Path) -> None:
@@ -206,13 +206,13 @@ async def test_a_layer_upon_its_parent_alone_is_not_lost_on_its_way(tmp_path: Pa
     needs = layer_of(**{"needs-lower": "x"})
     async with opened(tmp_path) as store, opened(tmp_path) as other:
         base = await store.register(Stream(BASE.data), None, BASE.descriptor)
-        put, collected = store._trees._put, []
+        put, collected = store._trees._write_layer_row, []
 
         async def late(*args: object) -> object:
             collected.append(await other.collect())
             return await put(*args)  # type: ignore[arg-type]
 
-        store._trees._put = late  # type: ignore[assignment, method-assign]
+        store._trees._write_layer_row = late  # type: ignore[assignment, method-assign]
         layer = await store.register(Stream(needs.data), base.chain_id, needs.descriptor)
         assert collected == [NOTHING]
         assert (layer.tree / "fs" / "needs-lower").exists()

@@ -16,12 +16,9 @@ import pytest
 import trio
 from _tools.leaving import Discard, assert_nothing_left, leave_at, no_descriptor_left
 from archives.layouts import oci_image, small_image, tar_of
-from store.stores import Blob, Stream, describe, layer_of
+from store.stores import Blob, Stream, describe, layer_of, open_with_threads
 
 from trio_layers import DirectoryStore, StoreClosed, StoredImage, export_images, import_images
-from trio_layers._store.directory import open_store
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
 
 # One of `STRIDE` moments of each call is tested; the environment variable selects all.
 STRIDE: Final = 1 if os.environ.get("TRIO_LAYERS_CANCELLATIONS") == "all" else 2
@@ -33,7 +30,7 @@ Call = Callable[[DirectoryStore, Path], Awaitable[object]]
 
 
 def opened(path: Path) -> AbstractAsyncContextManager[DirectoryStore]:
-    return open_store(path, unpacker=Unpacker(Limits()))
+    return open_with_threads(path)
 
 
 def new_layer() -> Blob:

@@ -14,22 +14,20 @@ import attrs
 import pytest
 import trio
 from _tools.calls import calls_of
-from store.stores import Blob, Stream, digest_of, layer_of
+from store.stores import Blob, Stream, digest_of, layer_of, open_with_threads
 
 from trio_layers._catalog.rows import StoredLayer, add_layer, find_layer
 from trio_layers._digest import ChainID, extend_chain
 from trio_layers._rootfs import merged
 from trio_layers._rootfs.merged import MergedTree, Surveys, TreeStack
-from trio_layers._store.directory import DirectoryStore, open_store
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
+from trio_layers._store.directory import DirectoryStore
 
 LAYER = layer_of(**{"a/b/file": "content"})
 
 
 @asynccontextmanager
 async def opened(path: Path) -> AsyncIterator[DirectoryStore]:
-    async with open_store(path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(path) as store:
         yield store
 
 
@@ -47,7 +45,7 @@ async def put_stack(store: DirectoryStore, blob: Blob, height: int) -> list[Chai
             add_layer(connection, StoredLayer(chain, row.diff_id, chains[-1], row.tree, row.blob))
             chains.append(chain)
 
-    await store._catalog.write(add)
+    await store._parts.catalog.write(add)
     return chains
 
 
@@ -82,11 +80,10 @@ async def test_a_layer_of_a_high_stack_is_found_in_short_steps(
     height = 3000
     async with opened(tmp_path / "store") as store:
         chains = await put_stack(store, LAYER, height)
-        real = store._object
+        real = store._layers._object_of
         with counting_steps() as steps:
-            # Instances have no ``__dict__``, so the test must patch the class.
             monkeypatch.setattr(
-                DirectoryStore, "_object", lambda self, *args: (steps.note(), real(*args))[1]
+                store._layers, "_object_of", lambda *args: (steps.note(), real(*args))[1]
             )
             layer = await store.get(chains[-1])
         assert layer is not None
@@ -119,7 +116,7 @@ async def test_a_repeated_layer_takes_as_many_jobs_on_any_height(
         chains = await put_stack(store, LAYER, 1200)
         top = await store.get(chains[-1])
         assert top is not None
-        real_read, real_list = store._catalog.read, merged._list_of
+        real_read, real_list = store._parts.catalog.read, merged._list_of
 
         async def read(job: Callable[..., object], *args: object) -> object:
             nonlocal jobs
@@ -131,7 +128,7 @@ async def test_a_repeated_layer_takes_as_many_jobs_on_any_height(
             lists += 1
             return real_list(tree)
 
-        monkeypatch.setattr(store._catalog, "read", read)
+        monkeypatch.setattr(store._parts.catalog, "read", read)
         monkeypatch.setattr(merged, "_list_of", list_of)
         counts = []
         layers = [top]
@@ -163,7 +160,7 @@ async def test_a_lease_on_many_things_ends_in_short_steps(tmp_path: Path) -> Non
     digests = [digest_of(b"%d" % number) for number in range(10_000)]
     async with opened(tmp_path) as store:
         with counting_steps() as steps:
-            holds = store._holds
+            holds = store._parts.leases
             real = holds.let_go
             try:
                 holds.let_go = lambda some: (steps.note(len(some)), real(some))[1]
@@ -180,7 +177,7 @@ async def test_a_lease_on_many_things_ends_in_short_steps(tmp_path: Path) -> Non
             [count] = connection.execute("SELECT count(*) FROM leases").fetchone()
             return count
 
-        assert await store._catalog.read(leases) == 0
+        assert await store._parts.catalog.read(leases) == 0
 
 
 async def test_a_lease_on_many_things_that_is_cancelled_ends_all_the_same(tmp_path: Path) -> None:
@@ -191,8 +188,8 @@ async def test_a_lease_on_many_things_that_is_cancelled_ends_all_the_same(tmp_pa
                 scope.cancel()
                 await trio.lowlevel.checkpoint()
         assert scope.cancelled_caught
-        assert not store._holds._uses
-        assert not store._holds._written
+        assert not store._parts.leases._uses
+        assert not store._parts.leases._written
 
 
 def test_a_stack_that_grows_is_surveyed_in_linear_work(tmp_path: Path) -> None:

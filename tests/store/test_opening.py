@@ -385,7 +385,7 @@ async def test_a_sweep_that_fails_harms_nobody(
     async with opened(tmp_path) as store:
         monkeypatch.setattr(os, "listdir", fail)
         await store.put_blob(describe(b"data"), b"data")
-        async with store._scratch.name("blob") as path:
+        async with store._parts.scratch.name("blob") as path:
             path.touch()  # to be discarded, and swept
         await failed.wait()
         await trio.testing.wait_all_tasks_blocked()

@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,14 @@ from store.stores import (
     Blob,
     Stream,
     TarUnpacker,
+    Watched,
     arriving,
     chain_of,
     describe,
     digest_of,
     ingest,
     layer_of,
+    open_with_threads,
     opened,
     tar_of,
     visible,
@@ -32,12 +33,10 @@ from store.stores import (
 from trio_layers._digest import ChainID
 from trio_layers._errors import StoreError, StoreFull, UnpackError, VerificationError
 from trio_layers._store import commits
-from trio_layers._store.content import Partial
-from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
-from trio_layers._tar.limits import Limits
-from trio_layers._tree import unpack as worker
+from trio_layers._store.directory import DirectoryStore
+from trio_layers._store.layers import DirectoryLayer
+from trio_layers._store.partial import Partial
 from trio_layers._workers.arrival_state import Abandoned, ArrivalState, Follower, StartedOver, State
-from trio_layers._workers.unpacker import Unpacker
 
 MIB = 1024 * 1024
 NOISE = random.Random(1).randbytes(3 * MIB)
@@ -62,35 +61,9 @@ async def stage(store: DirectoryStore, blob: Blob, parent: ChainID | None = None
     return layer
 
 
-class Watched:
-    """The unpacker that is used with the store; says what it has read, and how often it began."""
-
-    def __init__(self) -> None:
-        self.began = 0
-        self.read = 0
-        self.reached: tuple[int, trio.Event] = (0, trio.Event())
-
-    def unpack(self, read: Callable[[int], bytes], target: Path, **options: object) -> object:
-        self.began += 1
-        self.read = 0
-
-        def reading(size: int) -> bytes:
-            data = read(size)
-            self.read += len(data)
-            wanted, event = self.reached
-            if self.read >= wanted and not event.is_set():
-                trio.from_thread.run_sync(event.set)
-            return data
-
-        return worker.unpack(reading, target, **options)  # type: ignore[arg-type]
-
-    def holds(self, *args: object) -> bool:
-        return worker.holds(*args)  # type: ignore[arg-type]
-
-
 async def test_a_layer_is_unpacked_while_it_arrives(tmp_path: Path) -> None:
     unpacker = Watched()
-    async with open_store(tmp_path, unpacker=unpacker) as store:
+    async with opened(tmp_path, unpacker) as store:
         async with store.stage(TOP.descriptor) as staged:
             assert (staged.complete, staged.offset) == (False, 0)
             unpacker.reached = MIB, trio.Event()
@@ -118,7 +91,7 @@ async def test_a_layer_is_unpacked_while_it_arrives(tmp_path: Path) -> None:
 async def test_what_is_started_over_is_never_mixed(tmp_path: Path) -> None:
     other = layer_of(other=NOISE[::-1])
     unpacker = Watched()
-    async with open_store(tmp_path, unpacker=unpacker) as store:
+    async with opened(tmp_path, unpacker) as store:
         async with store.stage(TOP.descriptor) as staged:
             for data in (other.data[: 2 * MIB], other.data[: MIB + 17], TOP.data[:MIB]):
                 unpacker.reached = MIB, trio.Event()
@@ -138,7 +111,7 @@ async def test_what_is_started_over_is_never_mixed(tmp_path: Path) -> None:
 async def test_what_is_wrong_with_unverified_bytes_is_not_the_layers_fault(tmp_path: Path) -> None:
     """The worker has met the damage by then; the next attempt brings the right ones."""
     wrong = TOP.data[: 2 * MIB] + bytes(len(TOP.data) - 2 * MIB)
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         async with store.stage(TOP.descriptor) as staged:
             await staged.write(wrong)
             with trio.move_on_after(0.1) as scope:
@@ -155,7 +128,7 @@ async def test_what_is_wrong_with_unverified_bytes_is_not_the_layers_fault(tmp_p
 
 async def test_a_layer_that_is_verified_and_cannot_be_unpacked(tmp_path: Path) -> None:
     data = TOP.data[:1000] + bytes(len(TOP.data) - 1000)
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         async with store.stage(describe(data)) as staged:
             await staged.write(data)
             await staged.finish(ignore)
@@ -171,7 +144,7 @@ async def test_a_layer_that_is_verified_and_cannot_be_unpacked(tmp_path: Path) -
 
 async def test_left_without_commit_the_bytes_stay_and_nothing_else(tmp_path: Path) -> None:
     unpacker = Watched()
-    async with open_store(tmp_path, unpacker=unpacker) as store:
+    async with opened(tmp_path, unpacker) as store:
         unpacker.reached = MIB, trio.Event()
         async with store.stage(TOP.descriptor) as staged:
             await staged.write(TOP.data[: 2 * MIB + 1])
@@ -188,7 +161,7 @@ async def test_left_without_commit_the_bytes_stay_and_nothing_else(tmp_path: Pat
 
 async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
     """At each checkpoint of the whole once: the worker is quiet, and nothing arrives twice."""
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         for deadline in range(1, 200):
             scope = trio.CancelScope()
             steps = 0
@@ -230,7 +203,7 @@ async def test_cancelled_in_a_write_it_lets_nobody_else_write_meanwhile(
             async with store.stage(TOP.descriptor) as staged:
                 await staged.write(data)
 
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         scope = trio.CancelScope()
         monkeypatch.setattr(Partial, "append", slow)
         try:
@@ -458,7 +431,7 @@ async def test_what_is_ready_together_is_synced_together(tmp_path: Path, syncs: 
     jobs: list[int] = []
 
     async def commit(store: DirectoryStore, number: int) -> None:
-        await store._commits.commit(lambda connection: jobs.append(number), since=0)
+        await store._parts.commits.commit(lambda connection: jobs.append(number), since=0)
 
     async with opened(tmp_path) as store:
         async with trio.open_nursery() as nursery:
@@ -476,7 +449,7 @@ async def test_one_that_fails_takes_nobody_with_it(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stage, store, BASE)
             with pytest.raises(StoreError, match="this one"):
-                await store._commits.commit(fail, since=0)
+                await store._parts.commits.commit(fail, since=0)
         assert await store.get(chain_of(BASE)) is not None
 
 
@@ -522,13 +495,13 @@ async def test_a_commit_waits_for_those_that_are_on_their_way(
     """… and no longer than until the last of them is there."""
     monkeypatch.setattr(commits, "_LINGER", 3600)
     sequencer = trio.testing.Sequencer()
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
 
         async def make(number: int) -> None:
-            with store._commits.expecting():
+            with store._parts.commits.expecting():
                 async with sequencer(number):
                     pass
-            await store._commits.commit(lambda connection: None, since=0)
+            await store._parts.commits.commit(lambda connection: None, since=0)
 
         async with trio.open_nursery() as nursery:
             for number in range(5):
@@ -547,16 +520,16 @@ async def test_a_cancelled_commit_does_not_wait_for_the_disk(
         go_on.wait()
 
     done: list[str] = []
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         monkeypatch.setattr(commits, "sync_file_system", slow)
         scope = trio.CancelScope()
 
         async def cancelled() -> None:
             with scope:
-                await store._commits.commit(lambda connection: done.append("cancelled"), since=0)
+                await store._parts.commits.commit(lambda connection: done.append("cancelled"), since=0)
 
         async def wanted() -> None:
-            await store._commits.commit(lambda connection: done.append("wanted"), since=0)
+            await store._parts.commits.commit(lambda connection: done.append("wanted"), since=0)
 
         try:
             async with trio.open_nursery() as others:

@@ -12,8 +12,9 @@ from store.stores import Blob, Stream, arriving, describe, digest_of, layer_of, 
 
 from trio_layers import DecompressionError, LayersError, LimitExceeded, Limits, UnpackError
 from trio_layers._digest import DiffID
-from trio_layers._pull import open_puller, open_store
-from trio_layers._store.directory import DirectoryLayer, DirectoryStore
+from trio_layers._pull import open_puller
+from trio_layers._store.directory import DirectoryStore, open_store
+from trio_layers._store.layers import DirectoryLayer
 
 GOOD = layer_of(good="good")
 

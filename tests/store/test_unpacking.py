@@ -14,13 +14,22 @@ from pathlib import Path
 
 import pytest
 import trio
-from store.stores import Blob, Stream, arriving, chain_of, describe, digest_of, layer_of, visible
+from store.stores import (
+    Blob,
+    Stream,
+    arriving,
+    chain_of,
+    describe,
+    digest_of,
+    layer_of,
+    open_with_threads,
+    visible,
+)
 
 from trio_layers._digest import DiffID
 from trio_layers._errors import UnpackError, UnsupportedStore
-from trio_layers._store.directory import DirectoryLayer, DirectoryStore, open_store
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
+from trio_layers._store.directory import DirectoryStore
+from trio_layers._store.layers import DirectoryLayer
 
 
 def layer(*members: tarfile.TarInfo, **files: str) -> Blob:
@@ -63,7 +72,7 @@ def is_shared(layer: DirectoryLayer) -> bool:
 async def test_a_tree_is_shared_where_the_directories_it_implies_are_as_implied(
     tmp_path: Path,
 ) -> None:
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         for below in ([], [USUAL]):
             top = await register(store, *below, IMPLYING)
             assert is_shared(top)
@@ -73,20 +82,20 @@ async def test_a_tree_is_shared_where_the_directories_it_implies_are_as_implied(
 
 
 async def test_where_they_are_not_the_layer_is_unpacked_on_top(tmp_path: Path) -> None:
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         top = await register(store, PRIVATE, IMPLYING)
         assert not is_shared(top)
         rootfs = await store.rootfs(top.chain_id)
         assert (await rootfs.stat("etc")).mode == 0o700
         assert await rootfs.read_bytes("/etc/group") == b"wheel"
         assert await rootfs.read_bytes("/etc/passwd") == b"root"
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         again = await register(store, USUAL, IMPLYING)
         assert is_shared(again)
 
 
 async def test_a_hard_link_to_a_file_below(tmp_path: Path) -> None:
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         top = await register(store, USUAL, LINKING)
         assert not is_shared(top)
         rootfs = await store.rootfs(top.chain_id)
@@ -100,7 +109,7 @@ async def test_a_tree_that_was_made_upon_nothing_is_not_shared(tmp_path: Path) -
     """A whiteout is dropped where there is nothing to hide, and not where there is."""
     whiteout = layer(**{"home__.wh.secret": ""})
     below = layer(member("home", tarfile.DIRTYPE), home__secret="s", home__other="o")
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         alone = await register(store, whiteout)
         assert alone.chain_id == alone.diff_id
         assert not is_shared(alone)
@@ -114,7 +123,7 @@ async def test_a_tree_that_was_made_upon_nothing_is_not_shared(tmp_path: Path) -
 async def test_a_stream_that_fails_in_the_middle_of_a_file_fails_as_itself(tmp_path: Path) -> None:
     failure = PermissionError(13, "not our disk")
     blob = layer_of(big=random.Random(1).randbytes(300_000))
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         with pytest.raises(PermissionError) as caught:
             await store.register(Stream(blob.data, stop_at=200_000, error=failure), None)
         assert caught.value is failure
@@ -124,7 +133,7 @@ async def test_cancelled_in_the_middle_of_a_file_nothing_is_left_but_its_bytes(
     tmp_path: Path,
 ) -> None:
     blob = layer_of(big=random.Random(1).randbytes(300_000))
-    async with open_store(tmp_path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(tmp_path) as store:
         stream = Stream(blob.data, stop_at=200_000)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.register, stream, None, blob.descriptor)
@@ -158,5 +167,5 @@ def test_without_privilege() -> None:
 
 
 async def open_and_leave(path: Path) -> None:
-    async with open_store(path, unpacker=Unpacker(Limits())):
+    async with open_with_threads(path):
         pytest.fail("entered")

@@ -9,15 +9,15 @@ from pathlib import Path
 import trio
 from store.test_unpacking import IMPLYING, PRIVATE, register
 
-from trio_layers._store.directory import open_store
+from trio_layers._store.directory import open_with_builder
 from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
+from trio_layers._workers.threads import Threads
 
 
 async def main(path: Path) -> None:
-    async with open_store(path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_builder(path, Threads(Limits())) as store:
         await register(store, PRIVATE, IMPLYING)
-    async with open_store(path, unpacker=Unpacker(Limits())) as store:
+    async with open_with_builder(path, Threads(Limits())) as store:
         top = await register(store, PRIVATE, IMPLYING)
         rootfs = await store.rootfs(top.chain_id)
         assert await rootfs.read_bytes("/etc/group") == b"wheel"

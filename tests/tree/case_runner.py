@@ -25,7 +25,7 @@ from cases.layers import maketar
 from trio_layers import _errors
 from trio_layers._entries import Entry
 from trio_layers._rootfs.view import MergedTree
-from trio_layers._tree.unpack import Limits
+from trio_layers._tar.limits import Limits
 
 OVERRIDE = "user.containers.override_stat"
 

@@ -23,14 +23,11 @@ from _tools.layer_stacks import diff_id, listed, mounted, on_disk, unpack_blob, 
 from _tools.plain_tars import archive
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
-from store.stores import Blob, Stream, describe
+from store.stores import Blob, Stream, describe, open_with_threads
 
 from trio_layers._entries import Entry
 from trio_layers._errors import UnpackError
 from trio_layers._rootfs.view import MergedTree
-from trio_layers._store.directory import open_store
-from trio_layers._tar.limits import Limits
-from trio_layers._workers.unpacker import Unpacker
 from trio_layers.testing import build_image
 
 # Few, so that paths meet.
@@ -209,7 +206,7 @@ async def check_store(
     """One store has the same layers upon different parents, whichever came first."""
     counts: Counter[str] = Counter(stores=1)
     blobs = blobs_of(stack)
-    async with open_store(base / "store", unpacker=Unpacker(Limits())) as store:
+    async with open_with_threads(base / "store") as store:
         for number, order in enumerate(orders):
             place = base / f"order-{number}"
             place.mkdir()

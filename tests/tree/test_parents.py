@@ -13,7 +13,8 @@ from _tools.plain_tars import archive
 from trio_layers._entries import Entry
 from trio_layers._errors import LimitExceeded, StoreError, UnpackError
 from trio_layers._rootfs.view import MergedTree
-from trio_layers._tree.unpack import Limits, holds, unpack
+from trio_layers._tar.limits import Limits
+from trio_layers._tree.unpack import fits, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 
@@ -67,7 +68,7 @@ def test_no_assumption_where_the_layer_hides_what_is_below(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("below", "fits"),
+    ("below", "expected"),
     [
         (None, True),
         ({"type": "dir", "mtime": 77}, True),
@@ -79,14 +80,16 @@ def test_no_assumption_where_the_layer_hides_what_is_below(tmp_path: Path) -> No
     ],
     ids=str,
 )
-def test_holds(tmp_path: Path, below: dict | None, fits: bool) -> None:
+def test_a_tree_fits_if_its_assumptions_hold(
+    tmp_path: Path, below: dict | None, expected: bool
+) -> None:
     """An assumed directory is absent below, or one with the metadata it was made with."""
     entries = [{"name": "./", "type": "dir"}]
     if below is not None:
         entries.append({"name": "a", **below})
     unpack_blob(archive(*entries), tmp_path / "below")
     unpacked = unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "a/b"}), tmp_path / "t")
-    assert holds(unpacked.assumed, MergedTree([tmp_path / "below"])) is fits
+    assert fits(unpacked.assumed, MergedTree([tmp_path / "below"])) is expected
 
 
 def test_usr_merge(tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[d
     unpack_blob(below, tmp_path / "below")
     lower = MergedTree([tmp_path / "below"])
     alone = unpack_blob(archive(*upper), tmp_path / "alone")
-    assert alone.needs_lower or not holds(alone.assumed, lower)
+    assert alone.needs_lower or not fits(alone.assumed, lower)
     unpack_blob(archive(*upper), tmp_path / "upon", lower)
     there = {entry.path for entry in MergedTree([tmp_path / "below", tmp_path / "upon"]).walk()}
     assert not {path for path in there if path.startswith(b"d/")}

@@ -15,7 +15,8 @@ from _tools.plain_tars import archive
 from tree.test_parents import DEBIAN, merged
 
 from trio_layers._errors import LimitExceeded, StoreFull, StoreReadOnly, UnpackError
-from trio_layers._tree.unpack import Limits, unpack
+from trio_layers._tar.limits import Limits
+from trio_layers._tree.unpack import unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from store.stores import Blob, chain_of, layer_of
-from store.test_staging import MIB, NOISE, Watched, ignore, stage
+from store.stores import Blob, Watched, chain_of, layer_of, open_with_threads, opened
+from store.test_staging import MIB, NOISE, ignore, stage
 from store.test_unpack_errors import blob_of, tar
 
 from trio_layers import Limits, open_store
@@ -20,14 +20,9 @@ from trio_layers._workers.arrival_state import ArrivalState, Recalled
 from trio_layers._workers.build import Arrival, Past
 from trio_layers._workers.lending import Lending, Loan
 from trio_layers._workers.pool import open_workers
-from trio_layers._workers.unpacker import Unpacker
 
 Store = directory.DirectoryStore
 OpenStore = Callable[[Path], AbstractAsyncContextManager[Store]]
-
-
-def open_with_threads(path: Path) -> AbstractAsyncContextManager[Store]:
-    return directory.open_store(path, unpacker=Unpacker(Limits()))
 
 
 OPEN = pytest.mark.parametrize("open_it", [open_store, open_with_threads])
@@ -39,7 +34,7 @@ def slow_layer(number: int) -> Blob:
 
 async def all_lent(store: Store, waiting: int) -> None:
     """Wait until no worker is idle and ``waiting`` stages wait."""
-    limiter = store._trees.builder.limiter
+    limiter = store._parts.builder.limiter
     with trio.fail_after(30):
         while store.statistics().waiting != waiting or limiter.available_tokens:  # noqa: ASYNC110
             await trio.sleep(0.01)
@@ -52,7 +47,7 @@ async def test_layers_that_trickle_in_hold_up_nobody(
 ) -> None:
     """Any number of slow layers is possible. They are unpacked after their arrival."""
     async with open_it(tmp_path) as store:
-        count = int(store._trees.builder.limiter.total_tokens) + extra
+        count = int(store._parts.builder.limiter.total_tokens) + extra
         slow = [slow_layer(number) for number in range(count)]
         go_on = trio.Event()
         told: list[list[int]] = [[] for _ in slow]
@@ -89,7 +84,7 @@ async def test_one_worker_is_enough(open_it: OpenStore, tmp_path: Path) -> None:
     """Damage in the slow layer's first bytes changes nothing: its worker only waits."""
     damaged = blob_of(tar({"name": "a", "text": "a" * 2 * MIB})[: MIB + 1000] + bytes(9 * MIB))
     async with open_it(tmp_path) as store:
-        store._trees.builder.limiter.total_tokens = 1
+        store._parts.builder.limiter.total_tokens = 1
         for blob in (slow_layer(0), damaged):
             async with store.stage(blob.descriptor) as staged:
                 await staged.write(blob.data[:-MIB])
@@ -100,7 +95,7 @@ async def test_one_worker_is_enough(open_it: OpenStore, tmp_path: Path) -> None:
 
 async def test_a_stage_that_waits_for_a_worker_can_be_left(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
-        store._trees.builder.limiter.total_tokens = 1
+        store._parts.builder.limiter.total_tokens = 1
         async with store.stage(slow_layer(0).descriptor) as first:
             await first.write(slow_layer(0).data[:MIB])
             async with store.stage(slow_layer(1).descriptor) as second:
@@ -277,8 +272,8 @@ async def test_a_slow_layer_that_is_unpacked_twice_is_right(tmp_path: Path) -> N
     """The second unpacking reads the kept bytes, and the first tree is removed."""
     unpacker = Watched()
     blob = slow_layer(0)
-    async with directory.open_store(tmp_path, unpacker=unpacker) as store:
-        store._trees.builder.limiter.total_tokens = 1
+    async with opened(tmp_path, unpacker) as store:
+        store._parts.builder.limiter.total_tokens = 1
         async with store.stage(blob.descriptor) as staged:
             unpacker.reached = 2 * MIB, trio.Event()
             await staged.write(blob.data[: 2 * MIB])

@@ -421,7 +421,7 @@ def test_ahead_or_not_is_the_same(size: int, tmp_path: Path) -> None:
             return bytes(data)
 
         try:
-            outcomes.append(str(unpack(read, target, ahead=ahead)))
+            outcomes.append(str(unpack(read, target, read_ahead=ahead)))
         except UnpackError as error:
             outcomes.append(str(error))
         outcomes.append((target / "entries").read_bytes() if size in (0, len(LARGE.data)) else b"")
@@ -440,7 +440,7 @@ def test_ahead_ends_when_unpacking_does(tmp_path: Path) -> None:
         return data[:size] if reads == 1 else bytes(size)
 
     with pytest.raises(trio_layers.LimitExceeded, match="max_entries"):
-        unpack(read, tmp_path, limits=limits, ahead=True)
+        unpack(read, tmp_path, limits=limits, read_ahead=True)
     ended = reads
     assert reads < 100
 
@@ -449,7 +449,7 @@ def test_ahead_ends_when_unpacking_does(tmp_path: Path) -> None:
 
     (tmp_path / "other").mkdir()
     with pytest.raises(ConnectionError, match="the cable"):
-        unpack(fail, tmp_path / "other", ahead=True)
+        unpack(fail, tmp_path / "other", read_ahead=True)
     assert reads == ended
 
 
@@ -460,7 +460,7 @@ async def test_only_a_layer_that_is_alone_gets_two_threads(
     job = _workers.Job
 
     def note(**fields):  # type: ignore[no-untyped-def]
-        jobs.append(fields["ahead"])
+        jobs.append(fields["read_ahead"])
         return job(**fields)
 
     monkeypatch.setattr(_workers, "Job", note)

@@ -18,7 +18,8 @@ from .._image import choose_stored
 from .._manifest import Manifest, decode_config, decode_manifest
 from .._platform import Platform, parse_platform
 from .._reference import Reference, parse_reference
-from .._store.directory import DirectoryLayer, DirectoryStore
+from .._store.directory import DirectoryStore
+from .._store.layers import DirectoryLayer
 from .._store.layout import OCI_LAYOUT, index_document
 from .documents import (
     DOCKER,

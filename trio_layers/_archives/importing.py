@@ -47,8 +47,6 @@ from .._reference import Reference, parse_reference
 from .._select import MAX_INDEX_DEPTH, check_platform, choose_image
 from .._store.directory import DirectoryStore
 from .._store.layout import INDEX_ANNOTATION
-from .._tar.limits import Limits
-from .._workers.unpacker import Unpacker
 from ..abc import BlobSink, ProgressSink, ReportProgress
 from .candidates import Candidate, decode, digest_prefix, list_images, select
 from .documents import (
@@ -157,9 +155,7 @@ async def import_images(
         platform = parse_platform(platform)
     async with store._lifetime.use(), store.lease() as lease, store.batch() as batch:
         shelf = Shelf(store, batch, lease)
-        unpacker = store.unpacker
-        limits = unpacker.limits if isinstance(unpacker, Unpacker) else Limits()
-        opened = await open_source(source, shelf, limits)
+        opened = await open_source(source, shelf, store.limits)
 
         images: list[_Image] = []
         finder = _Finder(opened, shelf, platform)

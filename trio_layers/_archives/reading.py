@@ -28,7 +28,9 @@ from .._errors import (
 )
 from .._manifest import MAX_DOCUMENT_SIZE
 from .._printable import printable_value
-from .._store.directory import Batch, DirectoryStore, Lease
+from .._store.batch import Batch
+from .._store.directory import DirectoryStore
+from .._store.leases import Lease
 from .._tar.limits import Limits
 from .._tar.reader import Content, Member, TarReader
 from .._tree.unpack import Inflated

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Generator
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias, final
+from typing import Final, TypeAlias, final
 
 import trio
 
@@ -17,36 +17,17 @@ from .._digest import Digest
 from .._entries import Entry, ExportReport
 from .._lifetime import Lifetime, while_open
 from ..abc import BinaryFile
+from .archive import archive
+from .export import export
 from .merged import MergedTree, path_error
 from .mount import OpenScratch, open_mount
 
-__all__ = ["Exporter", "RootfsView"]
+__all__ = ["RootfsView"]
 
 _CHUNK: Final = 1 << 20
 
 HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManager[None]]
 """Protects trees from deletion during a block; see `LeaseCounts.holding_trees`."""
-
-
-class Exporter(Protocol):
-    """Writes merged trees elsewhere. Both functions block, and are called in worker threads."""
-
-    def export(
-        self,
-        source: MergedTree,
-        target: Path,
-        *,
-        root_metadata: bool,
-        check_cancelled: Callable[[], None],
-    ) -> ExportReport:
-        """Write all of ``source`` into a directory; see `RootfsView.export`."""
-        ...
-
-    def archive(
-        self, source: MergedTree, *, check_cancelled: Callable[[], None]
-    ) -> Generator[bytes, None, None]:
-        """The bytes of a tar of all of ``source``; see `RootfsView.export_tar`."""
-        ...
 
 
 @final
@@ -72,14 +53,12 @@ class RootfsView:
     def __init__(
         self,
         tree: MergedTree,
-        exporter: Exporter,
         scratch: OpenScratch,
         lifetime: Lifetime,
         hold: HoldTrees | None = None,
     ) -> None:
         self._lifetime = lifetime
         self._tree = tree
-        self._exporter = exporter
         self._scratch = scratch
         self._hold = hold
 
@@ -189,7 +168,7 @@ class RootfsView:
         """
         target = Path(directory)
         return await trio.to_thread.run_sync(
-            lambda: self._exporter.export(
+            lambda: export(
                 self._tree,
                 target,
                 root_metadata=root_metadata,
@@ -214,9 +193,7 @@ class RootfsView:
             StoreError: if the store is damaged.
             OSError: if a file cannot be opened since too many are.
         """
-        pieces = self._exporter.archive(
-            self._tree, check_cancelled=trio.from_thread.check_cancelled
-        )
+        pieces = archive(self._tree, check_cancelled=trio.from_thread.check_cancelled)
         with closing(pieces):
             # Not one thread for all of it: none is kept while the stream does not take more.
             while piece := await trio.to_thread.run_sync(next, pieces, b""):

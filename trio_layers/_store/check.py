@@ -11,13 +11,11 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, Generic, TypeVar, final
 
 import attrs
 import trio
 
-from .._catalog.catalog import Catalog
 from .._catalog.rows import (
     StoredBlob,
     StoredLayer,
@@ -34,11 +32,12 @@ from .._errors import LayersError, StoreError, StoreReadOnly, text_of
 from .._files import file_name, replace_file
 from .._manifest import Descriptor, Manifest, decode_config, decode_manifest
 from .._nursery import open_hidden_nursery
+from .._tree.verify import verify
 from .collect import Collector
 from .content import Content
 from .layout import OCI_LAYOUT, index_document
-from .leases import LeaseCounts
-from .trees import Trees, Unpacker, tree_upon
+from .parts import StoreParts
+from .trees import Trees, tree_upon
 
 __all__ = ["CheckReport", "Checker", "Problem"]
 
@@ -134,23 +133,18 @@ class Checker:
 
     def __init__(
         self,
-        root: Path,
-        *,
-        catalog: Catalog,
+        parts: StoreParts,
         content: Content,
         trees: Trees,
-        holds: LeaseCounts,
         collector: Collector,
-        unpacker: Unpacker,
         write_index: Callable[[sqlite3.Connection], None],
     ) -> None:
-        self._root = root
-        self._catalog = catalog
+        self._root = parts.root
+        self._catalog = parts.catalog
+        self._leases = parts.leases
         self._content = content
         self._trees = trees
-        self._holds = holds
         self._collector = collector
-        self._unpacker = unpacker
         self._write_index = write_index
         self._threads = trio.CapacityLimiter(os.cpu_count() or 1)
 
@@ -171,7 +165,7 @@ class Checker:
             *await self._look_at_all(images),
         ]
         # In a transaction: others replace the file in theirs.
-        run = self._catalog.read if self._holds.read_only else self._catalog.note
+        run = self._catalog.read if self._leases.read_only else self._catalog.note
         text = await run(self._look_at_index)
         if text is not None:
             problems.append(Problem("index", "", text))
@@ -215,7 +209,7 @@ class Checker:
 
     async def _look_again(self, kind: _Kind[T], id: Digest) -> list[Problem]:
         """It may have been removed meanwhile, and even be back. Now it stays."""
-        async with self._holds.holding(id):
+        async with self._leases.holding(id):
             item = await self._catalog.read(kind.find, id)
             if item is None:
                 return []
@@ -243,7 +237,7 @@ class Checker:
 
     def _look_at_tree(self, tree: StoredTree) -> None:
         path = self._trees.path(tree.id)
-        summary = self._unpacker.verify(path, check_cancelled=trio.from_thread.check_cancelled)
+        summary = verify(path, check_cancelled=trio.from_thread.check_cancelled)
         listed = (summary.diff_id, summary.size, summary.entries, tuple(summary.assumed))
         if listed != (tree.diff_id, tree.size, tree.entries, tree.assumed):
             raise StoreError("its list and its row in the catalog do not agree")
@@ -290,7 +284,7 @@ class Checker:
 
     async def _repair(self, problems: list[Problem]) -> None:
         await self._catalog.write(self._drop, problems)
-        self._holds.forget()
+        self._leases.forget()
         for kind, take in (
             ("tree", self._collector.take_trees),
             ("blob", self._collector.take_blobs),

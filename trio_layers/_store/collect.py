@@ -20,12 +20,11 @@ from typing import Final, TypeAlias, final
 import attrs
 import trio
 
-from .._catalog.catalog import Catalog
 from .._damage import forget_damage
 from .._digest import Digest
 from .._files import disk_errors, disk_usage, file_name, remove_directory, try_lock, unlock
 from .._rootfs.mount_table import find_used_trees
-from .scratch import Scratch
+from .parts import StoreParts
 
 __all__ = ["Collected", "Collector", "MountedTree"]
 
@@ -100,13 +99,13 @@ class _Garbage:
 class Collector:
     """Finds and removes what nobody needs."""
 
-    def __init__(self, root: Path, catalog: Catalog, scratch: Scratch) -> None:
-        self._root = root
-        self._blobs = root / "blobs" / "sha256"
-        self._trees = root / "trees" / "sha256"
-        self._ingest = root / "ingest"
-        self._catalog = catalog
-        self._scratch = scratch
+    def __init__(self, parts: StoreParts) -> None:
+        self._root = parts.root
+        self._blobs = parts.root / "blobs" / "sha256"
+        self._trees = parts.root / "trees" / "sha256"
+        self._ingest = parts.root / "ingest"
+        self._catalog = parts.catalog
+        self._scratch = parts.scratch
 
     async def find(self) -> Collected:
         """What there is to remove."""

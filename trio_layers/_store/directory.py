@@ -1,95 +1,108 @@
-"""The store on disk: layers, blobs and images in one directory, which processes share."""
+"""The store on disk: layers, blobs and images in one directory that processes share."""
 
 from __future__ import annotations
 
 import os
-import sqlite3
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, final
-from weakref import WeakValueDictionary
 
 import attrs
 import trio
 
+from .._arguments import check_path
 from .._blocks import opens_block
 from .._catalog.catalog import Catalog, closed_error, while_busy
-from .._catalog.rows import (
-    StoredImage,
-    StoredLayer,
-    StoredTree,
-    drop_image,
-    drop_references,
-    find_blob,
-    find_image,
-    find_images,
-    find_index_rows,
-    find_layer,
-    find_layout,
-    find_tree,
-    put_image,
-    set_layout,
-)
-from .._damage import any_noted, is_noted
-from .._digest import ChainID, DiffID, Digest, digest_of
-from .._errors import ManifestError, StoreError
-from .._files import replace_file
+from .._catalog.rows import StoredImage, StoredTree, find_image, find_images
+from .._digest import ChainID, Digest
 from .._lifetime import Lifetime, while_open
-from .._manifest import Descriptor, Manifest, decode_manifest
-from .._platform import parse_platform
-from .._rootfs.merged import MergedTree, Surveys, TreeStack
+from .._manifest import Descriptor
 from .._rootfs.view import RootfsView
+from .._tar.limits import Limits
+from .._workers.build import Builder
+from .._workers.pool import open_workers
 from ..abc import Layer, ReportArrived
+from .batch import Batch, open_batch
 from .check import Checker, CheckReport
 from .collect import Collected, Collector
-from .commits import Commits, Job, open_commits
-from .content import Batch, BlobStream, Content, Ingest
-from .layout import encode_index, locate, open_directory, open_to_read
-from .leases import Lease, LeaseCounts, open_lease, open_lease_counts
-from .scratch import Scratch, open_scratch
+from .commits import open_commits
+from .content import BlobStream, Content
+from .images import DOCUMENT_LIMIT, Images
+from .ingest import Ingest, open_ingest
+from .layers import DirectoryLayer, Layers, missing_layer_error, read_tar_size
+from .layout import locate, open_directory, open_to_read
+from .leases import Lease, open_lease, open_lease_counts
+from .parts import StoreParts
+from .scratch import open_scratch
 from .staging import DirectoryStage, Staging
-from .trees import Base, Builder, Trees, Unpacker
+from .trees import Trees
 from .usage import Meter, StoreUsage
 
-__all__ = ["Batch", "DirectoryLayer", "DirectoryStore", "Lease", "StoreStatistics", "open_store"]
+__all__ = ["DirectoryStore", "StoreStatistics", "open_store", "open_with_builder"]
 
-_DOCUMENT_LIMIT: Final = 4 * 1024 * 1024
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
 
-# Number of layer objects to make between two checkpoints: a millisecond or two of work.
-_STRIDE: Final = 256
 
-
-@asynccontextmanager
+@opens_block
 async def open_store(
     path: str | os.PathLike[str],
     *,
-    unpacker: Unpacker,
-    builder: Builder | None = None,
+    limits: Limits = Limits(),  # noqa: B008  a frozen value
     create: bool = True,
     read_only: bool = False,
 ) -> AsyncIterator[DirectoryStore]:
-    """Open the store in a directory, for the block. Any number of processes may have it open.
+    """Open the store in a directory for the block.
+
+    Any number of processes may have a store open at once.
+
+    Layers that arrive are unpacked in worker processes, one for each core, but at least two and at
+    most eight. They start, with ``sys.executable``, when there is something to unpack. They do not
+    import the program's own modules, and end with the block or with the program.
+
+    Leaving the block removes the unfinished files that were made in it. After a crash, the next
+    program that opens the store removes them.
+
+    Cancellation: entering leaves nothing open. Leaving is shielded, and takes a few milliseconds.
 
     Args:
-        path: The directory. If it is empty or not there, a store is made in it, mode 0700.
-        unpacker: Makes trees of layers.
-        builder: Makes those of layers that arrive; ``None``: threads with the ``unpacker``.
-        create: Create the store if the path has none.
-        read_only: Open the store for reading only, and write nothing.
+        path: The store's directory. If it is empty or missing, a new store is made there, with
+            mode 0700.
+        limits: The limits on each layer that is unpacked in the block. Layers in the store stay,
+            whatever their size.
+        create: Whether to make a new store if there is none.
+        read_only: Whether to open the store without writing, for a read-only file system, or as
+            root for another user's store. Reads see the store's state at opening. Leases protect
+            nothing in this mode: other processes may remove and collect images meanwhile. Methods
+            that write raise `StoreReadOnly`.
 
     Raises:
-        StoreNotFound: if the path has no store and the call may not create one.
-        UnsupportedStore: if it is not a store, was made by a newer version, or by or for another
-            user. Nothing in it is changed.
-        StoreReadOnly: if it cannot be written.
-        StoreError: for what else the disk does.
-
-    Entering and leaving are checkpoints. Leaving removes what was left half-made in the block;
-    where the block fails or is cancelled, the next who opens the store does.
+        StoreNotFound: if there is no store, and ``create`` is false or ``read_only`` is true.
+        UnsupportedStore: if the directory has other contents, or a store that a newer version
+            made, or a store made by or for another user. Nothing in it is changed. With
+            ``read_only``, another user's store is accepted, but a store that an older version
+            made is not.
+        StoreReadOnly: if the store cannot be written.
+        StoreError: for other errors of the disk.
     """
+    check_path("path", path, "the path of a store's directory")
+    async with open_workers(limits) as workers:
+        opened = open_with_builder(path, workers, limits=limits, create=create, read_only=read_only)
+        async with opened as store:
+            yield store
+
+
+@asynccontextmanager
+async def open_with_builder(
+    path: str | os.PathLike[str],
+    builder: Builder,
+    *,
+    limits: Limits = Limits(),  # noqa: B008  a frozen value
+    create: bool = True,
+    read_only: bool = False,
+) -> AsyncIterator[DirectoryStore]:
+    """Open a store like `open_store`, with other workers; tests use threads."""
     create = create and not read_only
     root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
     opening = open_to_read if read_only else partial(open_directory, create=create)
@@ -100,59 +113,31 @@ async def open_store(
             open_scratch(root, catalog, read_only=read_only) as scratch,
             open_lease_counts(
                 catalog, scratch.holder, scratch.process, read_only=read_only
-            ) as holds,
+            ) as leases,
             open_commits(catalog, root) as commits,
         ):
-            store = DirectoryStore(root, catalog, scratch, commits, holds, unpacker, builder)
-            if not (read_only or await catalog.read(store._is_index_right)):
-                await catalog.write(store._write_index)
+            lifetime = Lifetime(partial(closed_error, root))
+            parts = StoreParts(root, limits, catalog, scratch, commits, leases, builder, lifetime)
+            store = DirectoryStore(parts)
+            if not (read_only or await catalog.read(store._images.is_index_right)):
+                await catalog.write(store._images.write_index)
             try:
                 yield store
             finally:
-                await store._lifetime.close()
+                await lifetime.close()
                 store._content.close_streams()
     finally:
         await catalog.close()
 
 
-@final
-@attrs.frozen(eq=False)
-class DirectoryLayer:
-    """A layer of a `DirectoryStore`.
-
-    Attributes:
-        diff_id: The digest of its tar.
-        chain_id: Names it together with what is below it.
-        parent: What is below it.
-        blob: The digest of the blob it was unpacked from, which is in the store.
-        tree: Where it is unpacked: files in ``fs``, the list of them in ``entries``.
-    """
-
-    diff_id: DiffID
-    chain_id: ChainID
-    parent: DirectoryLayer | None = attrs.field(repr=False)
-    blob: Digest
-    tree: Path
-    _content: Content = attrs.field(repr=False)
-    _stack: TreeStack = attrs.field(repr=False)
-
-    async def tar_stream(self) -> BlobStream:
-        """The layer's blob, as it was registered: compressed as it came.
-
-        Raises:
-            StoreError: if it is not there any more.
-        """
-        return await self._content.open(self.blob)
-
-
 @attrs.frozen
 class StoreStatistics:
-    """What goes on in an open store, in this process.
+    """The present activity of an open store in this process.
 
     Attributes:
-        layers: How many layers are referred to.
-        references: How many references to them are not released.
-        unpacking: How many layers are being unpacked.
+        layers: Number of layers with references.
+        references: Number of references that are not released.
+        unpacking: Number of layers that are being unpacked.
         waiting: Number of layers that wait for an unpacking worker, including layers that gave
             up their worker because their download is slow.
     """
@@ -168,88 +153,57 @@ class DirectoryStore:
     """Layers, blobs and images in a directory. It comes from `open_store`.
 
     It is a `~trio_layers.abc.LayerStore`, and an OCI image layout that other tools can read.
-    What is visible in it has been verified and is durable; what is half-made at a crash, a
-    failure or a cancellation is never visible. Its methods may be called from any number of
-    tasks at once, and all that are async raise `StoreError` for what the disk does, of which
-    `StoreFull` and `StoreReadOnly` are kinds. Cancelled, each of them leaves the store as it was
-    or has done its work.
+    Everything visible in it has been verified and is durable. After a crash, a failure or a
+    cancellation, nothing half-made is ever visible. The methods may be called from any number of
+    tasks at once. All async methods raise `StoreError` for errors of the disk, of which
+    `StoreFull` and `StoreReadOnly` are kinds.
 
-    Leaving the store's block ends the calls that run in any task. These calls, and all later
+    Cancellation: unless a method says more, a cancelled call leaves the store as it was, or has
+    done its work.
+
+    Leaving the store's block ends the running calls in all tasks. These calls, and all later
     ones, raise `StoreClosed`.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        catalog: Catalog,
-        scratch: Scratch,
-        commits: Commits,
-        holds: LeaseCounts,
-        unpacker: Unpacker,
-        builder: Builder | None,
-    ) -> None:
-        self._root = root
-        self._catalog = catalog
-        self._scratch = scratch
-        self._commits = commits
-        self._holds = holds
-        self._unpacker = unpacker
-        self._lifetime = Lifetime(partial(closed_error, root))
-        self._content = Content(root, catalog, scratch, commits, self._lifetime)
-        self._trees = Trees(
-            root,
-            catalog=catalog,
-            content=self._content,
-            scratch=scratch,
-            commits=commits,
-            holds=holds,
-            unpacker=unpacker,
-            builder=builder,
-        )
-        self._staging = Staging(self._content, self._trees, scratch, commits, holds, self._put)
-        self._collector = Collector(root, catalog, scratch)
-        self._meter = Meter(root, catalog, self._content, self._trees)
+    def __init__(self, parts: StoreParts) -> None:
+        self._parts = parts
+        self._catalog = parts.catalog
+        self._lifetime = parts.lifetime
+        self._content = Content(parts)
+        self._trees = Trees(parts, self._content)
+        self._layers = Layers(parts, self._content, self._trees)
+        self._images = Images(parts, self._content, self._layers)
+        self._staging = Staging(parts, self._content, self._trees, self._put_layer)
+        self._collector = Collector(parts)
+        self._meter = Meter(parts, self._content, self._trees)
         self._checker = Checker(
-            root,
-            catalog=catalog,
-            content=self._content,
-            trees=self._trees,
-            holds=holds,
-            collector=self._collector,
-            unpacker=unpacker,
-            write_index=self._write_index,
+            parts, self._content, self._trees, self._collector, self._images.write_index
         )
-        # One object for each layer, for as long as anybody has it.
-        self._layers = WeakValueDictionary[ChainID, DirectoryLayer]()
-        self._references: dict[ChainID, int] = {}
-        # Layers that looked damaged when they were last looked up.
-        self._damaged: set[ChainID] = set()
-        self._surveys = Surveys()
 
     def __repr__(self) -> str:
         now = self.statistics()
         return (
-            f"<DirectoryStore {str(self._root)!r}: {now.layers} layers in use, "
+            f"<DirectoryStore {str(self.path)!r}: {now.layers} layers in use, "
             f"{now.unpacking} unpacking, {now.waiting} waiting>"
         )
 
     @property
     def path(self) -> Path:
-        """The directory, absolute."""
-        return self._root
+        """The store's directory, as an absolute path."""
+        return self._parts.root
 
     @property
-    def unpacker(self) -> Unpacker:
-        """The functions that unpack layers into trees in this store."""
-        return self._unpacker
+    def limits(self) -> Limits:
+        """The limits on each layer that is unpacked."""
+        return self._parts.limits
 
     def statistics(self) -> StoreStatistics:
-        """What goes on now."""
-        builder = self._trees.builder
+        """Return the present activity of the store in this process."""
+        builder = self._parts.builder
         now = [limiter.statistics() for limiter in (self._trees.threads, builder.limiter)]
         return StoreStatistics(
-            layers=len(self._references),
-            references=sum(self._references.values()),
+            layers=self._layers.in_use,
+            references=self._layers.references,
             unpacking=sum(each.borrowed_tokens for each in now),
             waiting=sum(each.tasks_waiting for each in now) + builder.waiting,
         )
@@ -258,49 +212,31 @@ class DirectoryStore:
 
     @while_open
     async def get(self, chain_id: ChainID) -> DirectoryLayer | None:
-        """The layer of this chain ID, with a reference to it; ``None`` if it is not there."""
-        # First held, then looked for: what is found stays.
-        await self._holds.hold([chain_id])
-        try:
-            layer = await self._find(chain_id)
-        except BaseException:
-            self._holds.let_go([chain_id])
-            raise
-        if layer is None or chain_id in self._damaged:
-            # A damaged layer counts as missing, so that the caller downloads it again.
-            self._holds.let_go([chain_id])
-            return None
-        return self._refer(layer)
+        """Find a layer and take a reference to it; ``None`` if the store lacks the layer.
+
+        A layer that is known to be damaged counts as missing.
+
+        Cancellation: no reference is taken.
+        """
+        return await self._layers.get(chain_id)
 
     @while_open
     async def find(self, chain_id: ChainID) -> DirectoryLayer | None:
-        """Like `get`, without a reference: if nothing else holds the layer, it may be removed.
-        While the object is there, layers below it that are held, too, are not looked up again.
-        """
-        return await self._find(chain_id)
+        """Find a layer without a reference; ``None`` if the store lacks the layer.
 
-    async def _find(self, chain_id: ChainID) -> DirectoryLayer | None:
-        layer = self._sure(chain_id)
-        if layer is not None:
-            await trio.lowlevel.checkpoint()
-            return layer
-        rows, layer = await self._catalog.read(self._find_rows, chain_id)
-        if not rows:
-            return None
-        for number, (row, tree) in enumerate(reversed(rows), 1):
-            layer = self._object(row, tree, layer)
-            if number % _STRIDE == 0:
-                await trio.lowlevel.checkpoint()
-        return layer
+        Unless something else holds the layer, it may be removed at any time. While the object
+        exists, held layers below it are not looked up again.
+        """
+        return await self._layers.find(chain_id)
 
     @while_open
     async def tar_size(self, layer: Layer) -> int:
-        """The length of a layer's tar in bytes, decompressed.
+        """Return the size of a layer's tar in bytes, uncompressed.
 
         Raises:
-            StoreError: if the layer is not there.
+            StoreError: if the store lacks the layer.
         """
-        return await self._catalog.read(_tar_size, layer.chain_id)
+        return await self._catalog.read(read_tar_size, layer.chain_id)
 
     @while_open
     async def register(
@@ -309,101 +245,83 @@ class DirectoryStore:
         parent: ChainID | None,
         descriptor: Descriptor | None = None,
     ) -> DirectoryLayer:
-        """Decompress the stream, unpack it on top of ``parent``, and return the layer with a
-        reference to it.
+        """Unpack a compressed stream on top of ``parent``, and return the layer.
 
-        The stream is read to its end, unless the blob that ``descriptor`` names is in the store
-        and has been unpacked before; closing it is the caller's. A blob that is not in the store
-        yet is kept on the way, so leave its `ingest` before. Two calls for one blob, in any
-        process, do not do the work twice: one waits.
+        The caller gets a reference to the layer. The stream is read to its end, unless the store
+        has the blob that ``descriptor`` names and has unpacked it before. The caller closes the
+        stream. The store also keeps the blob. Leave the `ingest` of a blob before the call. Two
+        calls for one blob, in any process, do not do the work twice: one waits.
 
-        Cancellation: the layer is not there, or it is there and returned all the same. What
-        came of the blob is kept if ``descriptor`` says which it is.
+        Cancellation: the store lacks the layer, or the layer is returned all the same. The
+        received bytes are kept if ``descriptor`` is given.
+
+        Args:
+            stream: The layer, compressed or not.
+            parent: The chain ID of the layer below; ``None`` for the bottom layer.
+            descriptor: The blob's descriptor, if it is known.
 
         Raises:
             DecompressionError: as for `LayerStore.register`.
-            UnpackError: if the layer is damaged, or holds what must not be unpacked.
-            VerificationError: if what came is not what ``descriptor`` names.
-            StoreError: if there is no layer ``parent``, or for what the disk does.
-            Exception: what the stream raises when read.
+            UnpackError: if the layer is damaged, or has an entry that must not be unpacked.
+            VerificationError: if the stream is not the blob that ``descriptor`` names.
+            StoreError: if the store lacks the layer ``parent``, or for errors of the disk.
+            Exception: an error raised by the stream.
         """
-        async with self._on(parent) as (base, below):
-            row = await self._trees.register(stream, base, descriptor)
-            return self._refer_new(row, below)
+        return await self._layers.register(stream, parent, descriptor)
 
     def stage(
         self, descriptor: Descriptor, waiting: ReportArrived | None = None
     ) -> AbstractAsyncContextManager[DirectoryStage]:
-        """Take a blob in, and unpack it while it arrives, in the block; see
-        `~trio_layers.abc.StagingStore`.
+        """Receive a blob and unpack it meanwhile; see `~trio_layers.abc.StagingStore`.
+
+        Cancellation: entering leaves nothing behind. Leaving keeps the received bytes.
 
         Raises:
-            InvalidDigest: if the descriptor's digest is none.
-            VerificationError: if the blob is there and has another size.
-            StoreError: for what the disk does.
+            InvalidDigest: if the descriptor's digest is invalid.
+            VerificationError: if the store has the blob with another size.
+            StoreError: for errors of the disk.
         """
         return self._staging.open(descriptor, waiting)
 
     @while_open
-    async def _put(
+    async def _put_layer(
         self, parent: ChainID | None, tree: StoredTree | None, blob: Digest
     ) -> DirectoryLayer:
-        async with self._on(parent) as (base, below):
-            row = await self._trees.put_on(base, tree, blob)
-            return self._refer_new(row, below)
-
-    @asynccontextmanager
-    async def _on(
-        self, parent: ChainID | None
-    ) -> AsyncIterator[tuple[Base, DirectoryLayer | None]]:
-        """What a layer is put on, with a reference to it for the block."""
-        below = None
-        if parent is not None:
-            below = await self.get(parent)
-            if below is None:
-                raise StoreError(f"there is no layer {parent} to put another on")
-        try:
-            yield Base(parent, self._merged(below)), below
-        finally:
-            if below is not None:
-                self.release(below)
+        return await self._layers.put(parent, tree, blob)
 
     def release(self, layer: Layer) -> None:
-        """Give one reference back. The layer stays in the store until it is removed
-        (see `collect`).
-        """
-        references = self._references.pop(layer.chain_id)
-        if references > 1:
-            self._references[layer.chain_id] = references - 1
-        self._holds.let_go([layer.chain_id])
+        """Give back one reference. The layer stays in the store until a `collect` removes it."""
+        self._layers.release(layer)
 
     @while_open
     async def rootfs(self, chain_id: ChainID | None) -> RootfsView:
-        """The files of a layer and all below it, merged; ``None``: of nothing.
+        """Open the root file system of a layer: the merged files of the layer and all below it.
+
+        Args:
+            chain_id: The top layer; ``None`` for an empty root file system.
 
         Raises:
-            StoreError: if the layer is not there.
+            StoreError: if the store lacks the layer.
         """
         layer = None
         if chain_id is None:
             await trio.lowlevel.checkpoint()
         else:
-            layer = await self.find(chain_id)
+            layer = await self._layers.find(chain_id)
             if layer is None:
-                raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
+                raise missing_layer_error(chain_id)
         return RootfsView(
-            self._merged(layer),
-            self._unpacker,
-            self._scratch.name,
+            self._layers.merged(layer),
+            self._parts.scratch.name,
             self._lifetime,
-            self._holds.holding_trees,
+            self._parts.leases.holding_trees,
         )
 
     # Blobs.
 
     @while_open
     async def blob(self, digest: Digest) -> Path | None:
-        """The file of a blob, not to be changed; ``None`` if it is not there."""
+        """Return the path of a blob's file, which must not be changed; ``None`` if missing."""
         stored = await self._content.find(digest)
         return None if stored is None else self._content.path(digest)
 
@@ -417,69 +335,72 @@ class DirectoryStore:
         return self._content.path(digest) if whole else None
 
     def ingest(self, descriptor: Descriptor) -> AbstractAsyncContextManager[Ingest]:
-        """Take a blob in, in the block, and commit it there.
+        """Receive a blob in the block, and commit it there.
 
-        Entering waits until nobody else, in any process, takes this blob in or unpacks it; then
-        it may be there (`Ingest.committed`), or part of it (`Ingest.offset`). Left without
-        commit, what came is kept, and the next to take it in goes on from there. Never wait for
-        one blob while taking in another, or for `register` of this one.
+        Entering waits until no other task or process receives or unpacks this blob. The store may
+        then have all of it (`Ingest.committed`) or a part (`Ingest.offset`). Without a commit, the
+        received bytes are kept, and the next ingest goes on from there. While an ingest is open,
+        never wait for another blob, nor for `register` of this one.
+
+        Cancellation: entering leaves nothing behind. Leaving keeps the received bytes.
 
         Raises:
-            InvalidDigest: if the descriptor's digest is none.
-            VerificationError: if the blob is there and has another size.
-            StoreError: for what the disk does.
+            InvalidDigest: if the descriptor's digest is invalid.
+            VerificationError: if the store has the blob with another size.
+            StoreError: for errors of the disk.
         """
-        return self._content.ingest(descriptor)
+        return open_ingest(self._content, descriptor)
 
     def batch(self) -> AbstractAsyncContextManager[Batch]:
-        """Take blobs in whose digests are not known before, in the block; see `Batch`. Those
-        that are not committed there are removed, however it ends.
+        """Receive blobs in the block whose digests are not known before; see `Batch`.
+
+        Leaving the block removes the blobs that were not committed.
 
         Raises:
-            StoreError: for what the disk does.
+            StoreError: for errors of the disk.
         """
-        return self._content.batch()
+        return open_batch(self._content)
 
     @while_open
     async def put_blob(self, descriptor: Descriptor, data: bytes) -> None:
-        """Store a blob that is in memory. One that is there already stays.
+        """Store a blob that is in memory, unless the store has it.
 
         Raises:
-            VerificationError: if ``data`` is not what ``descriptor`` names.
+            VerificationError: if ``data`` does not match ``descriptor``.
         """
         await self._content.put(descriptor, data)
 
     @while_open
-    async def read_blob(self, digest: Digest, *, limit: int = _DOCUMENT_LIMIT) -> bytes:
-        """All of a blob, verified once more; for manifests and the like.
+    async def read_blob(self, digest: Digest, *, limit: int = DOCUMENT_LIMIT) -> bytes:
+        """Return the bytes of a small blob, such as a manifest, verified once more.
 
         Args:
-            digest: Its name.
-            limit: The most bytes to take into memory. What registries allow a manifest, 4 MiB,
-                if not given (OCI distribution specification, "Pushing Manifests").
+            digest: The blob's digest.
+            limit: The most bytes to read into memory. The default is the largest manifest that
+                registries must accept: 4 MiB (OCI distribution specification, "Pushing
+                Manifests").
 
         Raises:
-            StoreError: if it is not there, or larger than ``limit``.
-            VerificationError: if it is damaged.
+            StoreError: if the store lacks the blob, or the blob is larger than ``limit``.
+            VerificationError: if the blob is damaged.
         """
         return await self._content.read(digest, limit=limit)
 
     @while_open
     async def find_document(self, digest: Digest) -> bytes | None:
-        """All of a blob; ``None`` if it is not there, is no SHA-256 one, or is larger than what
-        registries allow a manifest. It is not verified.
+        """Return the bytes of a manifest, config or index, if they are here and undamaged.
 
-        Raises:
-            StoreError: for what the disk does.
+        Return ``None`` for a missing or damaged blob, for another digest than SHA-256, and for a
+        blob of more than 4 MiB.
         """
-        return await self._content.find_document(digest, limit=_DOCUMENT_LIMIT)
+        return await self._content.find_document(digest, limit=DOCUMENT_LIMIT)
 
     @while_open
     async def open_blob(self, digest: Digest) -> BlobStream:
-        """A stream of a blob; whoever opens it closes it.
+        """Open a stream of a blob; the caller closes it.
 
         Raises:
-            StoreError: if it is not there.
+            StoreError: if the store lacks the blob.
         """
         return await self._content.open(digest)
 
@@ -497,48 +418,36 @@ class DirectoryStore:
         index: Descriptor | None = None,
         documents: Mapping[Digest, bytes] = _NOTHING,
     ) -> None:
-        """Let a reference stand for an image from now on; all of it must be in the store, or in
-        ``documents``. Nothing is written if it does already.
+        """Point a reference to an image. All parts of the image must be in the store.
 
-        An image that had the reference on the same platform loses it, and stays. Other tools
-        find the image in the layout under its reference: ``skopeo inspect oci:STORE:REFERENCE``.
+        An image that had the reference before, on the same platform, loses it but stays in the
+        store. Nothing is written if the reference points to the image already. Other tools find
+        the image in the layout under its reference: ``skopeo inspect oci:STORE:REFERENCE``.
 
         Args:
             reference: The image's full name.
             manifest: The image's manifest.
             config: The image's config.
-            platform: What the image runs on, as ``os/architecture/variant``; one reference has
-                an image for each.
-            chain_id: The image's top layer; ``None`` if it has none, or they are not unpacked.
-            index: The index the image was chosen from, if that is in the store.
-            documents: Its manifest, config and index, if they may be missing yet.
+            platform: The image's platform, as ``os/architecture/variant``. One reference can
+                point to one image for each platform.
+            chain_id: The image's top layer; ``None`` if the image has no layers, or they are not
+                unpacked.
+            index: The index that listed the manifest, if the store has it.
+            documents: The bytes of manifest, config and index, where the store may lack them.
 
         Raises:
-            StoreError: if something of the image is not in the store.
-            VerificationError: if a document is not what its digest says.
-            PlatformError: if ``platform`` is none.
+            StoreError: if the store lacks a part of the image.
+            VerificationError: if a document does not match its digest.
+            PlatformError: if ``platform`` is invalid.
         """
-        if platform is not None:
-            parse_platform(platform)
         image = StoredImage(reference, platform, manifest, config, chain_id, index)
-        if await self._catalog.read(self._is_put, image):
-            return
-        document = documents.get(manifest.digest)
-        if document is None:
-            document = await self.read_blob(manifest.digest)
-        layers = await trio.to_thread.run_sync(_blobs_of_layers, document, manifest)
-        blobs = [blob for blob in (manifest, config, index) if blob is not None]
-        new = [(blob, documents[blob.digest]) for blob in blobs if blob.digest in documents]
-        since = self._commits.failures
-        async with self._content.written(new) as place:
-            job = partial(self._put_image, image, layers, place)
-            await self._commits.commit(job, since=since)
+        await self._images.put_image(image, documents)
 
     @while_open
     async def put_images(self, images: Sequence[StoredImage]) -> None:
-        """Store several images under their references in one transaction.
+        """Point several references to their images in one transaction; see `put_image`.
 
-        If the call fails, no reference has changed. See `put_image`.
+        If the call fails, no reference has changed.
 
         Args:
             images: References and images. All parts of the images must be in the store.
@@ -547,22 +456,15 @@ class DirectoryStore:
             StoreError: if the store lacks a part of an image.
             PlatformError: if the platform of an image is invalid.
         """
-        since = self._commits.failures
-        layers: dict[Digest, list[Digest]] = {}
-        for manifest in {image.manifest.digest: image.manifest for image in images}.values():
-            document = await self.read_blob(manifest.digest)
-            blobs = await trio.to_thread.run_sync(_blobs_of_layers, document, manifest)
-            layers[manifest.digest] = blobs
-        await trio.to_thread.run_sync(_check_platforms, images)
-        await self._commits.commit(partial(self._put_images, images, layers), since=since)
+        await self._images.put_images(images)
 
     @while_open
     async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
-        """What a reference stands for; ``None`` if that is nothing.
+        """Return the image of a reference; ``None`` if there is none.
 
         Args:
             reference: The image's full name.
-            platform: The platform it was put under; ``None``: the one put last.
+            platform: The platform it was stored for; ``None``: the platform stored last.
         """
         return await self._catalog.read(find_image, reference, platform)
 
@@ -573,260 +475,92 @@ class DirectoryStore:
         The documents are compared with their digests. The layers get a quick check only, and
         must not have been found damaged before.
         """
-        documents = (image.manifest, image.config, image.index)
-        for each in documents:
-            if each is not None and await self.find_document(each.digest) is None:
-                return False
-        return await self._catalog.read(self._is_stack_whole, image.chain_id)
+        return await self._images.looks_whole(image)
 
     @while_open
     async def images(self, reference: str | None = None) -> list[StoredImage]:
-        """All images, by reference; of one reference's platforms, the one put last first.
+        """Return all images by reference. Of one reference, the platform stored last comes first.
 
         Args:
-            reference: The full name of those wanted; ``None``: all.
+            reference: The full name of the wanted images; ``None``: all images.
         """
         return await self._catalog.read(find_images, reference)
 
     @opens_block
     async def lease(self, *digests: Digest | None) -> AsyncIterator[Lease]:
-        """Keep blobs, layers and images in the store for the block; see `Lease.hold`.
+        """Keep blobs, layers and images in the store during the block; see `Lease.hold`.
 
         The lease ends with the block, at the latest with the process.
+
+        Cancellation: entering leaves no lease. Leaving ends the lease all the same.
         """
-        async with open_lease(self._holds, self._lifetime) as lease:
+        async with open_lease(self._parts.leases, self._lifetime) as lease:
             await lease.hold(*digests)
             yield lease
 
     @while_open
     async def remove(self, reference: str, platform: str | None = None) -> bool:
-        """Take a reference from the image it stands for; whether there was one.
+        """Delete a reference, and return whether it existed.
 
-        The image stays until the next `collect`, which removes it if no other reference stands
-        for it and nobody has a lease on it.
+        The image stays until the next `collect`. That removes the image if it has no other
+        reference and no lease.
 
         Args:
-            reference: The image's full name; or the digest of its manifest: then the image is
-                removed from the list of images with all the references it has.
-            platform: The platform it was put under; ``None``: all.
+            reference: The image's full name; or the digest of its manifest, to delete the image
+                with all its references.
+            platform: The platform it was stored for; ``None``: all platforms.
         """
-        return await self._catalog.write(self._remove, reference, platform)
+        return await self._images.remove(reference, platform)
 
     @while_open
     async def collect(self, *, dry_run: bool = False) -> Collected:
-        """Remove what nobody needs: images that no reference stands for, and layers, trees and
-        blobs that no image needs, downloads that were broken off, and what a crash left.
+        """Delete images without a reference, unneeded layers, trees and blobs, and leftovers.
 
-        What a live process, this one or another, has a lease on or a reference to stays, and so
-        does what it takes in or unpacks at the moment. Pulls go on meanwhile, and a blob that one
-        of them brings is not removed before its lease has ended; whoever brings blobs without a
-        lease (`ingest`, `put_blob`) may lose them at once.
+        A layer, tree or blob is unneeded if no image with a reference has it. Leftovers are
+        broken-off downloads and unfinished files of crashed processes.
 
-        Cancelled, it has removed some of it; what of that still takes space is freed when the
-        store is left, at the latest when it is next opened.
+        Everything with a lease or a reference in a live process stays, and so do blobs that are
+        being received or unpacked. Pulls go on meanwhile: their blobs stay while their leases
+        last. Blobs that are stored without a lease (`ingest`, `put_blob`) may be deleted at once.
+
+        Cancellation: a part of the garbage has been removed. The disk space of that part is freed
+        when the store is left, at the latest when it is next opened.
 
         Args:
-            dry_run: Only tell what would be removed.
+            dry_run: Only report the garbage.
         """
-        await self._holds.drop_idle()
+        await self._parts.leases.drop_idle()
         if dry_run:
             return await self._collector.find()
         return await self._collector.remove()
 
     @while_open
     async def usage(self) -> StoreUsage:
-        """What the store and its images take on the disk. It looks at every file, so it takes a
-        while; what comes or goes meanwhile may be counted or not.
+        """Measure the disk space of the store and its images.
+
+        The call looks at every file, which takes a while. Files that come or go meanwhile may be
+        counted or not.
         """
         return await self._meter.measure()
 
     @while_open
     async def check(self, *, repair: bool = False) -> CheckReport:
-        """Look at all that is there: whether each blob has its digest, each tree is what its list
-        of entries says (names, types, owners, modes, times, attributes, contents), the rows of the
-        catalog agree with each other and with the images' documents, and other tools see the
-        same images.
+        """Verify all blobs, trees, rows of the catalog, and the layout for other tools.
 
-        It reads every byte of the store. Others may use it meanwhile, and what they bring is
-        not looked at. What a crash left is no damage: the next `collect` removes it.
+        Each blob is compared with its digest. Each tree is compared with its list of entries:
+        names, types, owners, modes, times, attributes and contents. The rows of the catalog are
+        compared with each other and with the images' documents. ``index.json`` is compared with
+        the catalog.
 
-        Cancelled, nothing has changed, or all repairs are made.
+        The check reads every byte of the store. Other tasks and processes may use the store
+        meanwhile, and their new blobs and layers are not checked. Leftovers of a crash are no
+        damage: the next `collect` removes them.
+
+        Cancellation: nothing has changed, or all repairs are made.
 
         Args:
-            repair: Drop what is damaged, with the layers that need it, whoever has them: the
-                next pull of an image brings back what is missing, and no more. A catalog that
-                is broken itself cannot be repaired.
+            repair: Drop damaged blobs and trees, with the layers that need them, even if they are
+                in use. The next pull of an image brings back the missing parts only. A broken
+                catalog cannot be repaired.
         """
         return await self._checker.run(repair=repair)
-
-    def _remove(self, connection: sqlite3.Connection, reference: str, platform: str | None) -> bool:
-        if reference.startswith("sha256:"):
-            found = drop_image(connection, Digest(reference))
-        else:
-            found = drop_references(connection, reference, platform) > 0
-        self._write_index(connection)
-        return found
-
-    def _is_put(self, connection: sqlite3.Connection, image: StoredImage) -> bool:
-        """Return whether the reference points to this image, with undamaged documents."""
-        documents = (image.manifest, image.config, image.index)
-        return find_image(connection, image.reference, None) == image and all(
-            self._content.has_whole(connection, each.digest) for each in documents if each
-        )
-
-    def _put_image(
-        self,
-        image: StoredImage,
-        layers: list[Digest],
-        place: Job,
-        connection: sqlite3.Connection,
-    ) -> None:
-        place(connection)
-        self._put_images([image], {image.manifest.digest: layers}, connection)
-
-    def _put_images(
-        self,
-        images: Iterable[StoredImage],
-        layers: Mapping[Digest, list[Digest]],
-        connection: sqlite3.Connection,
-    ) -> None:
-        known: set[Digest] = set()
-        put: set[Digest] = set()
-        for image in images:
-            for blob in (image.manifest, image.config, image.index):
-                if blob is None or blob.digest in known:
-                    continue
-                if find_blob(connection, blob.digest) is None:
-                    raise StoreError(
-                        f"{image.reference} lacks the blob {blob.digest}: store it first"
-                    )
-                known.add(blob.digest)
-            if image.chain_id is not None and image.chain_id not in known:
-                if find_layer(connection, image.chain_id) is None:
-                    raise StoreError(
-                        f"{image.reference} lacks the layer {image.chain_id}: store it first"
-                    )
-                known.add(image.chain_id)
-            is_new = image.manifest.digest not in put
-            put_image(connection, image, layers[image.manifest.digest] if is_new else ())
-            put.add(image.manifest.digest)
-        self._write_index(connection)
-
-    def _is_index_right(self, connection: sqlite3.Connection) -> bool:
-        """Whether ``index.json`` is as the catalog has it. It is not where a crash came between
-        the two; and where somebody has changed it, the catalog wins.
-        """
-        try:
-            document = (self._root / "index.json").read_bytes()
-        except FileNotFoundError:
-            return False
-        return find_layout(connection) == digest_of(document)
-
-    def _write_index(self, connection: sqlite3.Connection) -> None:
-        """In a transaction: whoever writes last has seen what the others wrote."""
-        document = encode_index(find_index_rows(connection))
-        digest = digest_of(document)
-        if find_layout(connection) == digest and self._is_index_right(connection):
-            return
-        path = self._root / "index.json"
-        replace_file(path, document, temporary=self._scratch.new("index"))
-        set_layout(connection, digest)
-
-    def _find_rows(
-        self, connection: sqlite3.Connection, chain_id: ChainID
-    ) -> tuple[list[tuple[StoredLayer, Path]], DirectoryLayer | None]:
-        """Read the rows and trees of a layer and its parents, top first.
-
-        The walk stops at the first parent with a live layer object, and returns this object, too:
-        otherwise each lookup of a layer would read all its parents again.
-        """
-        rows: list[tuple[StoredLayer, Path]] = []
-        below: DirectoryLayer | None = None
-        above: ChainID | None = chain_id
-        while above is not None and below is None:
-            row = find_layer(connection, above)
-            if row is None:
-                break
-            rows.append((row, self._trees.path(row.tree)))
-            self._holds.note_found(row.chain_id)
-            if self._is_row_whole(connection, row):
-                self._damaged.discard(row.chain_id)
-            else:
-                self._damaged.add(row.chain_id)
-            above = row.parent
-            if above is not None:
-                below = self._sure(above)
-        return rows, below
-
-    def _is_stack_whole(self, connection: sqlite3.Connection, chain_id: ChainID | None) -> bool:
-        while chain_id is not None:
-            row = find_layer(connection, chain_id)
-            if row is None or not self._is_row_whole(connection, row):
-                return False
-            chain_id = row.parent
-        return True
-
-    def _is_row_whole(self, connection: sqlite3.Connection, row: StoredLayer) -> bool:
-        return self._content.has_whole(connection, row.blob) and self._trees.is_whole(row)
-
-    def _sure(self, chain_id: ChainID) -> DirectoryLayer | None:
-        """A layer that we have an object of, and that has not been removed since."""
-        layer = self._layers.get(chain_id) if self._holds.is_sure(chain_id) else None
-        if layer is None or chain_id in self._damaged:
-            return None
-        if any_noted() and (is_noted(layer.tree) or is_noted(self._content.path(layer.blob))):
-            return None
-        return layer
-
-    def _object(
-        self, row: StoredLayer, tree: Path, parent: DirectoryLayer | None
-    ) -> DirectoryLayer:
-        """The one object of a layer, unless the layer is another one now, after it was removed."""
-        known = self._layers.get(row.chain_id)
-        if known is not None and (known.blob, known.tree, known.parent) == (row.blob, tree, parent):
-            return known
-        stack = TreeStack(tree, None if parent is None else parent._stack)
-        layer = DirectoryLayer(
-            row.diff_id, row.chain_id, parent, row.blob, tree, self._content, stack
-        )
-        self._layers[row.chain_id] = layer
-        return layer
-
-    def _refer_new(self, row: StoredLayer, below: DirectoryLayer | None) -> DirectoryLayer:
-        """A reference to a layer that is held already."""
-        self._holds.note_found(row.chain_id)
-        self._damaged.discard(row.chain_id)
-        return self._refer(self._object(row, self._trees.path(row.tree), below))
-
-    def _refer(self, layer: DirectoryLayer) -> DirectoryLayer:
-        self._references[layer.chain_id] = self._references.get(layer.chain_id, 0) + 1
-        return layer
-
-    def _merged(self, layer: DirectoryLayer | None) -> MergedTree:
-        """The trees of a layer and those below it."""
-        return MergedTree(
-            None if layer is None else layer._stack,
-            check_cancelled=trio.from_thread.check_cancelled,
-            surveys=self._surveys,
-        )
-
-
-def _blobs_of_layers(document: bytes, descriptor: Descriptor) -> list[Digest]:
-    manifest = decode_manifest(document, descriptor.media_type)
-    if not isinstance(manifest, Manifest):
-        raise ManifestError(f"{descriptor.digest} is an index, and not the manifest of an image")
-    return [layer.digest for layer in manifest.layers]
-
-
-def _check_platforms(images: Iterable[StoredImage]) -> None:
-    for platform in {image.platform for image in images}:
-        if platform is not None:
-            parse_platform(platform)
-
-
-def _tar_size(connection: sqlite3.Connection, chain_id: ChainID) -> int:
-    layer = find_layer(connection, chain_id)
-    tree = None if layer is None else find_tree(connection, layer.tree)
-    if tree is None:
-        raise StoreError(f"there is no layer {chain_id}: pull an image that has it")
-    return tree.size

@@ -1,25 +1,23 @@
-"""Layers, unpacked: from a stream to a tree with a row.
+"""Trees: unpacked layers, from a stream to a durable tree with a row.
 
-A tree depends on its layer alone, so that it is shared by all images that have the layer, as
-long as what the layer leaves open is below it as the unpacker assumed. Where it is not, the
-layer is unpacked once more through what is below, into a tree of that one chain.
+A tree depends on its layer alone, so all images with the layer share it, as long as the layers
+below fit the unpacker's assumptions (see `Unpacked.assumed`). Where they do not fit, the layer is
+unpacked once more through the layers below, into a tree for this one chain.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol, final
+from typing import Final, final
 
 import attrs
 import trio
 
-from .._catalog.catalog import Catalog
 from .._catalog.rows import (
     StoredBlob,
     StoredLayer,
@@ -34,106 +32,33 @@ from .._catalog.rows import (
 from .._compression import Decompressor
 from .._damage import forget_damage, is_whole_tree
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
-from .._entries import Summary
 from .._errors import DecompressionError, UnpackError, VerificationError, text_of
 from .._files import disk_errors, file_name
 from .._manifest import Descriptor
 from .._rootfs.merged import MergedTree
-from .._rootfs.view import Exporter
-from .._workers.build import Arrival, Source, Unpack, Unpacked, build, describe
-from .._workers.lending import Lending, follow_in_thread
-from .commits import Commits
-from .content import Content, Partial
-from .leases import LeaseCounts
-from .scratch import Scratch
+from .._tree.unpack import Unpacked, fits
+from .._workers.build import BlobReader, build, describe
+from .._workers.threads import THREADS
+from .content import Content
+from .partial import Partial
+from .parts import StoreParts
 
-__all__ = ["Base", "Builder", "Threads", "Trees", "Unpacked", "Unpacker", "stored_tree"]
+__all__ = ["Base", "Trees", "stored_tree", "tree_upon"]
 
-_CHUNK: Final = 256 * 1024
+_READ: Final = 256 * 1024
 
-# The longest beginning that is looked at again when a stream fails: a gzip header is shorter.
+# Number of bytes at the beginning of a stream to look at again if it fails: more than the longest
+# gzip header.
 _BEGINNING: Final = 128 * 1024
-
-
-class Unpacker(Exporter, Protocol):
-    """Makes trees, and writes them elsewhere. Its functions block, and are called in worker
-    threads, several at once.
-    """
-
-    @property
-    def unpack(self) -> Unpack: ...
-
-    def holds(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
-        """Whether what was assumed is so on top of ``lower``."""
-        ...
-
-    def verify(self, target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
-        """Compare a tree with its list of entries, whose summary is returned.
-
-        Raises:
-            StoreError: if there is a difference; the message names it, but not the tree.
-        """
-        ...
-
-
-class Builder(Protocol):
-    """Makes trees of blobs while they arrive, several at once, in workers of some kind.
-
-    Attributes:
-        limiter: A token of it is a worker.
-    """
-
-    limiter: trio.CapacityLimiter
-
-    @property
-    def waiting(self) -> int:
-        """Number of blobs that wait for a worker, including blobs that gave one back."""
-        ...
-
-    def prepare(self) -> None:
-        """There will be something to do soon."""
-        ...
-
-    async def follow(self, arrival: Arrival) -> Unpacked:
-        """See `trio_layers._workers.build.follow`. However this ends, nobody is at work in the
-        arrival's ``target`` any more.
-
-        Raises:
-            Recalled, WorkerLost: if the caller must start over with an empty target.
-            WorkerError: if two workers died of this blob or did not answer.
-        """
-        ...
-
-
-@final
-class Threads:
-    """A `Builder` that uses threads of this process."""
-
-    def __init__(self, unpack: Unpack, number: int) -> None:
-        self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
-        self._lending = Lending(self.limiter)
-        self._threads = trio.CapacityLimiter(math.inf)
-        self._unpack = unpack
-
-    @property
-    def waiting(self) -> int:
-        return self._lending.waiting
-
-    def prepare(self) -> None:
-        """Threads start at once."""
-
-    async def follow(self, arrival: Arrival) -> Unpacked:
-        async with self._lending.lend(arrival) as loan:
-            return await follow_in_thread(self._unpack, loan, self._threads)
 
 
 @attrs.frozen
 class Base:
-    """What a layer is put on.
+    """The layers below a new layer.
 
     Attributes:
-        chain_id: The chain ID of the layer below; ``None``: nothing is below.
-        lower: What is below, merged; it is read from disk when it is first needed.
+        chain_id: The chain ID of the layer below; ``None`` below the bottom layer.
+        lower: The layers below, merged. They are read from disk when first needed.
     """
 
     chain_id: ChainID | None
@@ -141,9 +66,15 @@ class Base:
 
 
 @final
-class _Reader:
-    """A stream of trio, counted, hashed and, if its blob is not in the store yet, kept on its
-    way.
+class _StreamReader:
+    """Reads a trio stream in a worker thread, hashes its bytes, and may keep them.
+
+    Args:
+        stream: The compressed layer.
+        kept: The file for the bytes, if the store lacks the blob.
+
+    Attributes:
+        failure: The error that the stream raised, if any.
     """
 
     def __init__(self, stream: trio.abc.ReceiveStream, kept: Partial | None = None) -> None:
@@ -158,7 +89,7 @@ class _Reader:
             data = bytes(trio.from_thread.run(self._stream.receive_some, size))
         except Exception as error:
             self.failure = error
-            if self._opened():
+            if self._decompression_began():
                 raise
             raise DecompressionError(text_of(error)) from error
         if self._kept is not None:
@@ -175,19 +106,18 @@ class _Reader:
         trio.from_thread.check_cancelled()
 
     def finish(self) -> tuple[Digest, int]:
-        """Read on to the end; the digest and the size of it all."""
-        while self.read(_CHUNK):
+        while self.read(_READ):
             pass
         if self._kept is not None:
             return self._kept.digest(), self._kept.size
         return self._verifier.digest, self._verifier.size
 
-    def _opened(self) -> bool:
-        """Whether the unpacker's decompressor has the beginning of the stream behind it."""
+    def _decompression_began(self) -> bool:
+        """Return whether the bytes read include the whole header of a compressed stream."""
         if self._beginning is None:
             return True
         decompressor = Decompressor()
-        # The unpacker's limits may be others, and what fails is the stream.
+        # The unpacker may have other limits, and the error is the stream's in any case.
         with suppress(DecompressionError, UnpackError):
             for _ in decompressor.feed(self._beginning):
                 pass
@@ -196,53 +126,35 @@ class _Reader:
 
 @final
 class Trees:
-    """The trees of a store, and how they come about."""
+    """The trees of a store."""
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        catalog: Catalog,
-        content: Content,
-        scratch: Scratch,
-        commits: Commits,
-        holds: LeaseCounts,
-        unpacker: Unpacker,
-        builder: Builder | None,
-    ) -> None:
-        self._trees = root / "trees" / "sha256"
-        self._catalog = catalog
-        self._commits = commits
-        self._holds = holds
+    def __init__(self, parts: StoreParts, content: Content) -> None:
+        self._parts = parts
         self._content = content
-        self._scratch = scratch
-        self._unpacker = unpacker
-        # Inflating and hashing keep a core busy, and some wait for bytes that have not arrived.
-        number = max(4, 2 * (os.cpu_count() or 1))
-        self.threads = trio.CapacityLimiter(number)
-        self.builder: Builder = builder or Threads(unpacker.unpack, number)
+        self._catalog = parts.catalog
+        self._leases = parts.leases
+        self._trees = parts.root / "trees" / "sha256"
+        self.threads = trio.CapacityLimiter(THREADS)
 
     def path(self, id: Digest) -> Path:
-        """Where a tree is, if it is there."""
+        """Return the path of a tree, which need not exist."""
         return self._trees / file_name(id)
 
     async def register(
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor | None
     ) -> StoredLayer:
-        """Make the layer visible that the stream holds, and hold it; see
-        `DirectoryStore.register`.
-        """
+        """Make a stream's layer visible, and hold it; see `DirectoryStore.register`."""
         if descriptor is None:
-            async with self._scratch.name("partial") as path, self._partial(path) as kept:
-                return await self._from_stream(stream, base, None, kept)
-        async with self._holds.holding(descriptor.digest):
-            layer = await self._known(descriptor, base)
+            async with self._parts.scratch.name("partial") as path, self._partial(path) as kept:
+                return await self._register_stream(stream, base, None, kept)
+        async with self._leases.holding(descriptor.digest):
+            layer = await self._find_registered(descriptor, base)
             if layer is not None:
                 return layer
             return await self._register_locked(stream, base, descriptor)
 
-    async def _known(self, descriptor: Descriptor, base: Base) -> StoredLayer | None:
-        """Find a layer by its existing blob and a tree that fits.
+    async def _find_registered(self, descriptor: Descriptor, base: Base) -> StoredLayer | None:
+        """Register a layer from its existing blob and a tree that fits, if there are such.
 
         The caller then need not wait for the blob's lock: an image may contain one layer thousands
         of times.
@@ -253,56 +165,58 @@ class Trees:
         if not await self._fits(tree, base):
             return None
         # A hold on the blob also protects the tree that was made of it.
-        return await self._put(tree, base, blob.digest)
+        return await self._write_layer_row(tree, base, blob.digest)
 
     def _find_unpacked(
         self, connection: sqlite3.Connection, digest: Digest
     ) -> tuple[StoredBlob | None, StoredTree | None]:
-        """Find a blob and its tree, where neither is known to be damaged."""
+        """Find a blob and its tree, if neither is known to be damaged."""
         blob = find_blob(connection, digest)
         if blob is None or blob.diff_id is None or not self._content.has_whole(connection, digest):
             return None, None
-        return blob, self._find_whole(connection, blob.diff_id)
+        return blob, self._find_whole_tree(connection, blob.diff_id)
 
     async def _register_locked(
         self, stream: trio.abc.ReceiveStream, base: Base, descriptor: Descriptor
     ) -> StoredLayer:
-        """Register a layer, with a hold on its blob."""
-        # The lock is held until the tree is there, so that others who want it wait, and find it.
+        """Register a layer whose blob the caller holds, under the blob's lock.
+
+        Other calls for the same blob wait for the lock, and then find the tree.
+        """
         async with self._content.lock(descriptor.digest):
             blob = await self._content.claim(descriptor)
             if blob is None:
-                path = self._scratch.partial(descriptor.digest)
+                path = self._parts.scratch.partial(descriptor.digest)
                 async with self._partial(path) as kept:
-                    return await self._from_stream(stream, base, descriptor, kept)
-            layer = await self._from_what_is_there(blob, base)
-            return layer or await self._from_stream(stream, base, descriptor, None)
+                    return await self._register_stream(stream, base, descriptor, kept)
+            layer = await self._register_stored(blob, base)
+            return layer or await self._register_stream(stream, base, descriptor, None)
 
-    async def _from_what_is_there(self, blob: StoredBlob, base: Base) -> StoredLayer | None:
-        """The layer, if its blob has been unpacked before: the stream need not be read."""
+    async def _register_stored(self, blob: StoredBlob, base: Base) -> StoredLayer | None:
+        """Register a layer whose blob was unpacked before, without the stream."""
         if blob.diff_id is None:
             return None
         chain = extend_chain(base.chain_id, blob.diff_id)
-        layer = await self._holds.hold_with(chain, self._find_whole_layer, chain)
+        layer = await self._leases.hold_with(chain, self._find_whole_layer, chain)
         if layer is not None:
             return layer
-        self._holds.let_go([chain])
+        self._leases.let_go([chain])
         tree = await self.find(blob)
         if tree is None:
             return None
         return await self.put_on(base, tree, blob.digest)
 
     async def find(self, blob: StoredBlob) -> StoredTree | None:
-        """The tree that a blob was unpacked to, for layers to share."""
+        """Find the tree of a blob that all images share."""
         if blob.diff_id is None:
             return None
-        return await self._catalog.read(self._find_whole, blob.diff_id)
+        return await self._catalog.read(self._find_whole_tree, blob.diff_id)
 
     def is_whole(self, layer: StoredLayer) -> bool:
         """Return whether a layer's tree passes a quick check; blocking."""
         return is_whole_tree(self.path(layer.tree))
 
-    def _find_whole(self, connection: sqlite3.Connection, id: Digest) -> StoredTree | None:
+    def _find_whole_tree(self, connection: sqlite3.Connection, id: Digest) -> StoredTree | None:
         tree = find_tree(connection, id)
         return tree if tree is not None and is_whole_tree(self.path(id)) else None
 
@@ -313,50 +227,61 @@ class Trees:
         return layer if layer is not None and self.is_whole(layer) else None
 
     async def put_on(self, base: Base, tree: StoredTree | None, blob: Digest) -> StoredLayer:
-        """Make the layer visible, and hold it, whose tree is this one, where that fits. Else, and
-        if it has none to share, it is unpacked once more, from its blob, which is stored. Both
-        are to be held.
+        """Make a layer visible, and hold it.
+
+        If its tree does not fit the base, or there is none, the stored blob is unpacked once
+        more. The caller holds blob and tree.
         """
         if tree is not None and await self._fits(tree, base):
-            return await self._put(tree, base, blob)
-        async with self._upon(base, blob) as tree:
-            return await self._put(tree, base, blob)
+            return await self._write_layer_row(tree, base, blob)
+        async with self._unpack_upon(base, blob) as tree:
+            return await self._write_layer_row(tree, base, blob)
 
-    async def _put(self, tree: StoredTree, base: Base, blob: Digest) -> StoredLayer:
+    async def _write_layer_row(self, tree: StoredTree, base: Base, blob: Digest) -> StoredLayer:
+        """Write the row of a layer, and hold the layer.
+
+        Tree and blob are durable already. The row becomes durable with that of the image.
+        """
         layer = StoredLayer(
             extend_chain(base.chain_id, tree.diff_id), tree.diff_id, base.chain_id, tree.id, blob
         )
-        # Trees and blobs are durable; the row is with the image's.
-        return await self._holds.hold_with(layer.chain_id, _add_layer, layer)
+        return await self._leases.hold_with(layer.chain_id, _find_or_add_layer, layer)
 
     def add_tree(
         self, connection: sqlite3.Connection, *, target: Path, tree: StoredTree, blob: Digest
     ) -> None:
-        """A job for `Commits`: give the tree at ``target`` its place unless it has one, and its
-        row. It is what ``blob`` unpacks to.
+        """Move a tree to its place and add its row (a job for `Commits`).
+
+        Args:
+            connection: The catalog, in a transaction.
+            target: The directory where the tree was made.
+            tree: The tree. If the store already has it, nothing is moved.
+            blob: The digest of the blob that unpacks to the tree.
         """
         place = self.path(tree.id)
         stored = find_tree(connection, tree.id) is not None
         if not (stored and is_whole_tree(place)):
             # The tree is damaged, or has no row, because a crash came just before the row's write.
-            self._scratch.discard(place)
+            self._parts.scratch.discard(place)
             os.rename(target, place)
             forget_damage(place)
             if not stored:
                 add_tree(connection, tree)
         set_diff_id(connection, blob, tree.diff_id)
 
-    async def _from_stream(
+    async def _register_stream(
         self,
         stream: trio.abc.ReceiveStream,
         base: Base,
         descriptor: Descriptor | None,
         kept: Partial | None,
     ) -> StoredLayer:
-        since = self._commits.failures
-        async with self._scratch.name("tree") as target:
-            unpacked, blob = await self._unpack(_Reader(stream, kept), target, expected=descriptor)
-            async with self._holds.holding(blob.digest):
+        """Unpack a stream and register the layer; keep the blob in ``kept``, if given."""
+        since = self._parts.commits.failures
+        async with self._parts.scratch.name("tree") as target:
+            reader = _StreamReader(stream, kept)
+            unpacked, blob = await self._unpack(reader, target, expected=descriptor)
+            async with self._leases.holding(blob.digest):
                 if kept is not None:
                     await self._content.keep(kept, blob)
                 tree = None
@@ -364,20 +289,20 @@ class Trees:
                     tree = stored_tree(unpacked, unpacked.diff_id)
                     if await self._fits(tree, base):
                         job = partial(self.add_tree, target=target, tree=tree, blob=blob.digest)
-                        await self._commits.commit(job, since=since)
-                        return await self._put(tree, base, blob.digest)
+                        await self._parts.commits.commit(job, since=since)
+                        return await self._write_layer_row(tree, base, blob.digest)
                 return await self.put_on(base, None, blob.digest)
 
     @asynccontextmanager
-    async def _upon(self, base: Base, digest: Digest) -> AsyncIterator[StoredTree]:
-        """Unpack a stored blob through what is below it; the tree is held for the block."""
-        blob = await self._content.stored(digest)
-        since = self._commits.failures
-        async with self._scratch.name("tree") as target:
+    async def _unpack_upon(self, base: Base, digest: Digest) -> AsyncIterator[StoredTree]:
+        """Unpack a stored blob through the layers below it, and hold the tree for the block."""
+        blob = await self._content.require(digest)
+        since = self._parts.commits.failures
+        async with self._parts.scratch.name("tree") as target:
             try:
                 async with await self._content.open(digest) as stream:
                     unpacked, _ = await self._unpack(
-                        _Reader(stream),
+                        _StreamReader(stream),
                         target,
                         lower=base.lower,
                         expected=describe(digest, blob.size),
@@ -386,14 +311,14 @@ class Trees:
                 await self._content.expect_whole(digest, error)
                 raise
             tree = stored_tree(unpacked, tree_upon(base.chain_id, unpacked.diff_id))
-            async with self._holds.holding(tree.id):
+            async with self._leases.holding(tree.id):
                 job = partial(self.add_tree, target=target, tree=tree, blob=digest)
-                await self._commits.commit(job, since=since)
+                await self._parts.commits.commit(job, since=since)
                 yield tree
 
     @asynccontextmanager
     async def _partial(self, path: Path) -> AsyncIterator[Partial]:
-        new = partial(Partial, path, since=self._commits.failures, fresh=True)
+        new = partial(Partial, path, since=self._parts.commits.failures, fresh=True)
         kept = await trio.to_thread.run_sync(new)
         try:
             yield kept
@@ -406,36 +331,40 @@ class Trees:
 
         def check() -> bool:
             with disk_errors(self._trees):
-                return self._unpacker.holds(tree.assumed, base.lower)
+                return fits(tree.assumed, base.lower)
 
         return await trio.to_thread.run_sync(check)
 
     async def _unpack(
         self,
-        reader: Source,
+        reader: BlobReader,
         target: Path,
         *,
         lower: MergedTree | None = None,
         expected: Descriptor | None = None,
     ) -> tuple[Unpacked, Descriptor]:
-        """The tree, not durable yet, and the descriptor of what was read."""
-        work = partial(build, self._unpacker.unpack, reader, target, lower=lower, expected=expected)
+        """Return the tree, not durable yet, and the descriptor of the bytes read."""
+        limits = self._parts.limits
+        work = partial(build, reader, target, limits=limits, lower=lower, expected=expected)
         return await trio.to_thread.run_sync(work, limiter=self.threads)
 
 
-def _add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> StoredLayer:
+def _find_or_add_layer(connection: sqlite3.Connection, layer: StoredLayer) -> StoredLayer:
     add_layer(connection, layer)
-    there = find_layer(connection, layer.chain_id)
-    assert there is not None
-    return there
+    found = find_layer(connection, layer.chain_id)
+    assert found is not None
+    return found
 
 
 def tree_upon(base: ChainID | None, diff_id: DiffID) -> Digest:
-    """The ID of a layer's tree that is for one base only: the layer's chain ID. Upon nothing
-    that would be the diff ID, which is the ID of the tree that others share.
+    """Return the ID of a layer's tree that fits one base only: the layer's chain ID.
+
+    Without a base, the chain ID is the diff ID, which is the ID of the shared tree. The ID is
+    then the chain ID upon an empty string.
     """
     return extend_chain(ChainID(Digest("")) if base is None else base, diff_id)
 
 
 def stored_tree(unpacked: Unpacked, id: Digest) -> StoredTree:
+    """Return the row of a new tree."""
     return StoredTree(id, unpacked.diff_id, unpacked.size, unpacked.entries, unpacked.assumed)

@@ -12,11 +12,11 @@ from typing import final
 import attrs
 import trio
 
-from .._catalog.catalog import Catalog
 from .._catalog.rows import find_layer
 from .._digest import ChainID, Digest
 from .._files import disk_errors, disk_usage
 from .content import Content
+from .parts import StoreParts
 from .trees import Trees
 
 __all__ = ["ImageUsage", "Meter", "StoreUsage"]
@@ -53,9 +53,9 @@ class StoreUsage:
 class Meter:
     """Measures a store. It looks at every file."""
 
-    def __init__(self, root: Path, catalog: Catalog, content: Content, trees: Trees) -> None:
-        self._root = root
-        self._catalog = catalog
+    def __init__(self, parts: StoreParts, content: Content, trees: Trees) -> None:
+        self._root = parts.root
+        self._catalog = parts.catalog
         self._content = content
         self._trees = trees
 

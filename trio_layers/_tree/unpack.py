@@ -29,7 +29,7 @@ from .writer import TreeWriter
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["Inflated", "Limits", "Unpacked", "holds", "unpack"]
+__all__ = ["Inflated", "Unpacked", "fits", "unpack"]
 
 # A larger slice gains nothing; a smaller one keeps cancellation near.
 _SLICE: Final = 256 * 1024
@@ -43,7 +43,7 @@ class Unpacked:
         diff_id: The digest of its tar.
         size: The tar's length in bytes, all that follows its end included.
         entries: How many entries the tar had.
-        assumed: What must be so below for the tree to fit (see `holds`). Empty if the layer was
+        assumed: What must be so below for the tree to fit (see `fits`). Empty if the layer was
             unpacked on top of its parent.
         needs_lower: The tree is not whole: the layer must be unpacked on top of its parent.
         incomplete: The tree lacks metadata from the list of entries, because the process had no
@@ -71,7 +71,7 @@ def unpack(
     lower: LowerTree | None = None,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
     check_cancelled: Callable[[], None] = _never,
-    ahead: bool = False,
+    read_ahead: bool = False,
     no_umask: bool = False,
 ) -> Unpacked:
     """Unpack a layer; blocks, so it is for a worker.
@@ -82,10 +82,10 @@ def unpack(
         target: An existing, empty directory of ours alone; ``fs`` and ``entries`` are made in it.
             After an error they are left as they are, and are worth nothing.
         lower: What is below the layer. Without it the tree depends on the blob alone, and fits
-            wherever `holds` says so; with it, it is for this parent only.
+            wherever `fits` says so; with it, it is for this parent only.
         limits: How much the layer may hold.
         check_cancelled: Called at each chunk and entry; what it raises comes out as it is.
-        ahead: Whether to read, inflate and hash in a thread of its own, ahead of writing: good for
+        read_ahead: Whether to read, inflate and hash in a thread of its own, ahead of writing: good for
             one large layer, where there is a core for it. Whatever it ends with, this returns
             when ``read`` does.
         no_umask: Whether this process has none, and nobody in it who would set one: then files
@@ -107,7 +107,7 @@ def unpack(
             if not no_umask:
                 capabilities = attrs.evolve(capabilities, modes=False)
             log = _Log(target / "entries")
-        source = Inflated(read, limits, check_cancelled, ahead=ahead)
+        source = Inflated(read, limits, check_cancelled, ahead=read_ahead)
         with log, contextlib.closing(source):
             return _unpack(source, root, capabilities, lower, limits, log.write)
     finally:
@@ -153,7 +153,7 @@ def _unpack(
     return unpacked
 
 
-def holds(assumed: Iterable[bytes], lower: LowerTree) -> bool:
+def fits(assumed: Iterable[bytes], lower: LowerTree) -> bool:
     """Whether a tree that was unpacked without its parent fits on this one.
 
     Args:

@@ -1,6 +1,6 @@
-"""From a layer's bytes to its tree: what is done in a worker, be that a thread or a process.
+"""From a layer's blob to its tree: the work of one worker, a thread or a process.
 
-Nothing here knows trio: a process that only builds trees does not load it.
+This module does not import trio, so that worker processes need not load it.
 """
 
 from __future__ import annotations
@@ -11,124 +11,120 @@ from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
-from .._digest import DiffID, Digest
+from .._digest import Digest
 from .._disk_errors import removed_meanwhile, store_error
 from .._errors import DecompressionError, StoreError, UnpackError, VerificationError
 from .._manifest import Descriptor
+from .._tar.limits import Limits
+from .._tree.unpack import Unpacked, unpack
 from .arrival_state import ArrivalState, Follower
 
 if TYPE_CHECKING:
-    from .._rootfs.merged import MergedTree
+    import trio
 
-__all__ = ["Arrival", "Past", "Source", "Unpack", "Unpacked", "build", "describe", "follow"]
+    from ..abc import LowerTree
+
+__all__ = ["Arrival", "BlobReader", "Builder", "Past", "build", "describe", "follow"]
 
 
-class Unpacked(Protocol):
-    """What an unpacker says of a tree it made."""
+class BlobReader(Protocol):
+    """The compressed bytes of a layer, for `build`."""
 
     @property
-    def diff_id(self) -> DiffID:
-        """The digest of the tar."""
+    def failure(self) -> Exception | None:
+        """The error that `read` raised, if any."""
         ...
 
-    @property
-    def size(self) -> int:
-        """The length of the tar in bytes."""
+    def read(self, size: int) -> bytes:
+        """Return at most ``size`` bytes; ``b""`` at the end."""
         ...
 
-    @property
-    def entries(self) -> int:
-        """How many entries the tar had."""
+    def check(self) -> None:
+        """Raise if the tree is not needed any more."""
         ...
 
-    @property
-    def assumed(self) -> tuple[bytes, ...]:
-        """The directories it implies, without saying what they are like."""
-        ...
-
-    @property
-    def needs_lower(self) -> bool:
-        """Whether the tree is not whole without what is below it."""
+    def finish(self) -> tuple[Digest, int]:
+        """Read on to the end, and return the digest and size of all bytes."""
         ...
 
 
-class Unpack(Protocol):
-    """Makes trees. It blocks, and may be called several times at once."""
+class Builder(Protocol):
+    """Unpacks blobs while they arrive, several at once, in workers of some kind.
 
-    def __call__(
-        self,
-        read: Callable[[int], bytes],
-        target: Path,
-        *,
-        lower: MergedTree | None,
-        check_cancelled: Callable[[], None],
-    ) -> Unpacked:
-        """Make ``fs`` and ``entries`` in the empty directory ``target``.
+    Attributes:
+        limiter: One token for each worker.
+    """
 
-        Args:
-            read: Gives at most so many bytes of the layer, compressed; none at its end.
-            target: Where to.
-            lower: What is below, to be built upon; ``None``: make assumptions, and say which.
-            check_cancelled: Called often; what it raises goes through.
+    limiter: trio.CapacityLimiter
+
+    @property
+    def waiting(self) -> int:
+        """Number of blobs that wait for a worker, including blobs that gave one back."""
+        ...
+
+    def prepare(self) -> None:
+        """Get a worker ready, because there will be a blob soon."""
+        ...
+
+    async def follow(self, arrival: Arrival) -> Unpacked:
+        """Unpack a blob while it arrives; see the function `follow`.
+
+        Cancellation: as after any end of the call, no worker writes into the arrival's
+        ``target`` any more.
 
         Raises:
-            DecompressionError: if no valid stream begins.
-            UnpackError: if the layer is damaged, or holds what must not be unpacked.
+            Recalled, WorkerLost: if the caller must start over with an empty target.
+            WorkerError: if two workers died of this blob or did not answer.
         """
         ...
 
 
-class Source(Protocol):
-    """What an unpacker reads from."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """What reading has failed with."""
-        ...
-
-    def read(self, size: int) -> bytes: ...
-
-    def check(self) -> None:
-        """Raise if nobody wants the result any more."""
-        ...
-
-    def finish(self) -> tuple[Digest, int]:
-        """Read on to the end; the digest and the size of it all."""
-        ...
-
-
 def build(
-    unpack: Unpack,
-    source: Source,
+    reader: BlobReader,
     target: Path,
     *,
-    lower: MergedTree | None = None,
+    limits: Limits,
+    lower: LowerTree | None = None,
     expected: Descriptor | None = None,
+    read_ahead: bool = False,
+    no_umask: bool = False,
 ) -> tuple[Unpacked, Descriptor]:
-    """Make a tree in ``target``, which is not there yet: the tree, not durable, and the
-    descriptor of what was read.
+    """Unpack a blob into ``target``, which must not exist yet.
+
+    For ``limits``, ``lower``, ``read_ahead`` and ``no_umask``, see `unpack`.
+
+    Returns:
+        The tree, not durable yet, and the descriptor of the bytes read.
 
     Raises:
-        DecompressionError, UnpackError: as ``unpack`` does; they have the blob's digest.
-        VerificationError: if what was read is not what was expected.
-        StoreError: for what the disk does.
+        DecompressionError, UnpackError: as for `unpack`; they have the blob's digest.
+        VerificationError: if the bytes are not those of ``expected``.
+        StoreError: for errors of the disk.
     """
     try:
         target.mkdir(0o700)
-        unpacked = unpack(source.read, target, lower=lower, check_cancelled=source.check)
-        digest, size = source.finish()
+        unpacked = unpack(
+            reader.read,
+            target,
+            lower=lower,
+            limits=limits,
+            check_cancelled=reader.check,
+            read_ahead=read_ahead,
+            no_umask=no_umask,
+        )
+        digest, size = reader.finish()
         if expected is None:
             expected = describe(digest, size)
         elif (digest, size) != (expected.digest, expected.size):
             raise VerificationError(
-                f"layer {expected.digest} should be {expected.size} bytes long, but what came "
-                f"is {digest}, {size} bytes long: pull it again",
+                f"layer {expected.digest} does not match its descriptor: it should be "
+                f"{expected.size} bytes long, but the bytes are {digest}, {size} bytes long: "
+                "pull it again",
                 digest=expected.digest,
             )
     except OSError as error:
-        # What the source raises is no matter of our disk.
-        if error is source.failure:
-            raise
+        if error is reader.failure:
+            raise  # not an error of the store's disk
         raise store_error(error, target.parent) from error
     except (DecompressionError, UnpackError, StoreError) as error:
         gone = isinstance(error.__cause__, FileNotFoundError) and not (target / "fs").is_dir()
@@ -165,15 +161,15 @@ class Past:
 
 @attrs.frozen(eq=False)
 class Arrival:
-    """A blob on its way in, of which a tree is to be made.
+    """A blob that arrives, and the place of its tree.
 
     Attributes:
-        path: Where it arrives.
-        growth: How much of it is there.
-        blob: What it is.
-        target: Where the tree is made.
-        report: Told how many bytes of the blob were read, now and then, in any thread.
-        alone: Nothing else is on its way, so that it may be done with all cores.
+        path: The blob's file.
+        growth: The number of bytes in it so far.
+        blob: The blob's descriptor.
+        target: The directory for the tree.
+        report: Called now and then with the number of bytes read, in any thread.
+        alone: Whether no other blob arrives, so that one worker may use two cores.
         past: The restarts of earlier attempts.
     """
 
@@ -186,13 +182,17 @@ class Arrival:
     past: Past = attrs.field(factory=Past)
 
 
-def follow(unpack: Unpack, arrival: Arrival) -> Unpacked:
-    """Make the tree of a blob while it arrives. What is found wrong with it counts when it has
-    been verified: until then, what arrived may be to blame.
+def follow(
+    arrival: Arrival, limits: Limits, *, read_ahead: bool = False, no_umask: bool = False
+) -> Unpacked:
+    """Unpack a blob while it arrives. Blocking.
+
+    An error in the layer is raised only once the blob is verified: the received bytes may be
+    wrong, and the download would then replace them.
 
     Raises:
-        StartedOver, Abandoned: if nobody wants it any more.
-        DecompressionError, UnpackError, StoreError: as `build` does.
+        StartedOver, Abandoned: if the tree is not needed any more.
+        DecompressionError, UnpackError, StoreError: as for `build`.
     """
     path, blob = arrival.path, arrival.blob
     try:
@@ -201,12 +201,20 @@ def follow(unpack: Unpack, arrival: Arrival) -> Unpacked:
         raise store_error(error, path) from error
     with follower:
         try:
-            return build(unpack, follower, arrival.target, expected=blob)[0]
+            unpacked, _ = build(
+                follower,
+                arrival.target,
+                limits=limits,
+                expected=blob,
+                read_ahead=read_ahead,
+                no_umask=no_umask,
+            )
         except (DecompressionError, UnpackError):
             follower.finish()
             raise
+    return unpacked
 
 
 def describe(digest: Digest, size: int) -> Descriptor:
-    """A layer's blob; what its media type says is not believed, so it is not kept either."""
+    """Return the descriptor of a layer's blob, with no media type, which is not trusted anyway."""
     return Descriptor("application/octet-stream", digest, size)

@@ -23,8 +23,10 @@ import attrs
 import trio
 
 from .._nursery import open_hidden_nursery
+from .._tar.limits import Limits
+from .._tree.unpack import Unpacked
 from .arrival_state import Abandoned, ArrivalState, Recalled
-from .build import Arrival, Unpack, Unpacked, follow
+from .build import Arrival, follow
 
 __all__ = ["Lending", "Loan", "follow_in_thread"]
 
@@ -32,7 +34,7 @@ __all__ = ["Lending", "Loan", "follow_in_thread"]
 _LOOK: Final = 0.1
 
 # A worker that is fewer bytes than this behind its blob keeps pace with the download. A blob
-# grows by 1 MiB at a time (`content._BATCH`).
+# grows by 1 MiB at a time (`partial.CHUNK`).
 _NEAR: Final = 2 * 1024 * 1024
 
 # Seconds for which a worker must have kept pace with its download before a stage whose blob is
@@ -230,7 +232,7 @@ def _first(loans: Iterable[Loan]) -> Loan | None:
     return next(iter(loans), None)
 
 
-async def follow_in_thread(unpack: Unpack, loan: Loan, limiter: trio.CapacityLimiter) -> Unpacked:
+async def follow_in_thread(loan: Loan, limits: Limits, limiter: trio.CapacityLimiter) -> Unpacked:
     """Run `follow` in a thread for a loan.
 
     After a cancellation or a recall, the thread stops at the next chunk or entry. The function
@@ -256,7 +258,7 @@ async def follow_in_thread(unpack: Unpack, loan: Loan, limiter: trio.CapacityLim
     try:
         async with open_hidden_nursery() as nursery:
             nursery.start_soon(abandon_when_cancelled)
-            work = partial(follow, unpack, arrival)
+            work = partial(follow, arrival, limits)
             unpacked = await trio.to_thread.run_sync(work, limiter=limiter)
             nursery.cancel_scope.cancel()
         return unpacked

@@ -27,12 +27,12 @@ from .._errors import StoreClosed, WorkerError
 from .._lifetime import Lifetime
 from .._nursery import open_hidden_nursery
 from .._tar.limits import Limits
+from .._tree.unpack import Unpacked
 from .._version import __version__
 from .arrival_state import Abandoned, Recalled, State, WorkerLost
-from .build import Arrival, Unpacked
+from .build import Arrival
 from .lending import Lending, Loan, follow_in_thread
 from .program import ANSWER, BEAT, BEATS, FRAME, GROWTH, JOB, STATE, Beat, Job, frame
-from .unpacker import Unpacker
 
 __all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
@@ -128,7 +128,7 @@ async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
 
 @final
 class Workers:
-    """A `~trio_layers._store.trees.Builder` that uses processes.
+    """A `Builder` that uses processes.
 
     The limiter's tokens bound the number of processes. If no process can be started, threads do
     the work, and a later call tries to start a process again.
@@ -173,7 +173,7 @@ class Workers:
             self._start_one()
 
     async def follow(self, arrival: Arrival) -> Unpacked:
-        """See `~trio_layers._store.trees.Builder`.
+        """See `Builder`.
 
         Raises:
             StoreClosed: if the block of the workers ended before or during the call.
@@ -189,8 +189,7 @@ class Workers:
                 )
                 error.layer = arrival.blob.digest
                 raise error
-            unpack = Unpacker(self._limits).unpack
-            return await follow_in_thread(unpack, loan, self._threads)
+            return await follow_in_thread(loan, self._limits, self._threads)
 
     def _may_start(self) -> bool:
         return self._possible and self._lifetime.is_open and trio.current_time() >= self._try_at
@@ -277,7 +276,7 @@ class Workers:
             size=blob.size,
             target=os.fsencode(arrival.target),
             limits=attrs.asdict(self._limits),
-            ahead=arrival.alone and blob.size >= _LARGE,
+            read_ahead=arrival.alone and blob.size >= _LARGE,
         )
         worker.send(JOB, pickle.dumps(tuple(job)))
         growth.listen(worker.tell)

@@ -16,7 +16,6 @@ import struct
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -24,7 +23,6 @@ from .._digest import Digest
 from .._errors import LayersError, WorkerError
 from .._manifest import Descriptor
 from .._tar.limits import Limits
-from .._tree.unpack import unpack
 from .._version import __version__
 from .arrival_state import Abandoned, ArrivalState, StartedOver, State
 from .build import Arrival, follow
@@ -76,7 +74,7 @@ class Job(NamedTuple):
         media_type, digest, size: Its descriptor.
         target: Where its tree is made.
         limits: The arguments of `Limits`.
-        ahead: Whether another core may inflate it.
+        read_ahead: Whether another core may inflate it.
     """
 
     path: bytes
@@ -85,7 +83,7 @@ class Job(NamedTuple):
     size: int
     target: bytes
     limits: dict[str, int]
-    ahead: bool
+    read_ahead: bool
 
 
 def frame(kind: int, payload: bytes) -> bytes:
@@ -147,16 +145,15 @@ def _pickled(answer: object) -> bytes:
 def _answer(job: Job, growth: ArrivalState, heart: _Heart) -> object:
     """What becomes of a job, an exception included."""
     try:
-        return follow(
-            partial(unpack, limits=Limits(**job.limits), ahead=job.ahead, no_umask=True),
-            Arrival(
-                Path(os.fsdecode(job.path)),
-                growth,
-                Descriptor(job.media_type, Digest(job.digest), job.size),
-                Path(os.fsdecode(job.target)),
-                heart.see,
-            ),
+        arrival = Arrival(
+            Path(os.fsdecode(job.path)),
+            growth,
+            Descriptor(job.media_type, Digest(job.digest), job.size),
+            Path(os.fsdecode(job.target)),
+            heart.see,
         )
+        limits = Limits(**job.limits)
+        return follow(arrival, limits, read_ahead=job.read_ahead, no_umask=True)
     except Exception as error:
         if not isinstance(error, LayersError | StartedOver | Abandoned):
             # To load it takes longer than to unpack a small layer.
