@@ -9,15 +9,18 @@ from typing import Final
 from .._entries import Entry
 from .._tar.pax import END_OF_ARCHIVE, header, padding
 from .._tar.reader import Member
-from .contents import Source, damaged, reading
+from .contents import content_error, open_content
+from .merged import MergedTree
 
 __all__ = ["archive"]
 
 _PIECE: Final = 1 << 18
 
 
-def archive(source: Source, *, check_cancelled: Callable[[], None]) -> Generator[bytes, None, None]:
-    """The bytes of a tar of all of ``source``, in pieces of some 256 KiB. Each step blocks.
+def archive(
+    tree: MergedTree, *, check_cancelled: Callable[[], None]
+) -> Generator[bytes, None, None]:
+    """The bytes of a tar of a merged tree, in pieces of some 256 KiB. Each step blocks.
 
     Raises:
         StoreError: if the store is damaged.
@@ -25,7 +28,7 @@ def archive(source: Source, *, check_cancelled: Callable[[], None]) -> Generator
     """
     held: list[bytes] = []
     size = 0
-    for data in _parts(source, check_cancelled):
+    for data in _parts(tree, check_cancelled):
         held.append(data)
         size += len(data)
         if size >= _PIECE:
@@ -35,23 +38,23 @@ def archive(source: Source, *, check_cancelled: Callable[[], None]) -> Generator
     yield b"".join(held)
 
 
-def _parts(source: Source, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
-    for entry in source.walk():
+def _parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    for entry in tree.walk():
         check_cancelled()
         member = _member(entry)
         yield header(member)
         if not member.size:
             continue
-        with reading(source, entry) as descriptor:
+        with open_content(tree, entry.path) as descriptor:
             left = member.size
             while left:
                 check_cancelled()
                 try:
                     data = os.read(descriptor, min(left, _PIECE))
                 except OSError as error:
-                    raise damaged(entry.path, error.strerror) from error
+                    raise content_error(entry.path, error.strerror) from error
                 if not data:
-                    raise damaged(entry.path, "it ends early")
+                    raise content_error(entry.path, "it ends early")
                 left -= len(data)
                 yield data
         yield padding(member.size)
@@ -61,7 +64,7 @@ def _parts(source: Source, check_cancelled: Callable[[], None]) -> Iterator[byte
 def _member(entry: Entry) -> Member:
     kind = entry.type
     if kind == "whiteout" or kind == "socket":
-        raise damaged(entry.path, f"a {kind} is in its list")
+        raise content_error(entry.path, f"a {kind} is in its list")
     name = entry.path
     if kind == "dir":
         name = (name or b".") + b"/"

@@ -23,7 +23,8 @@ from .._errors import ExportError
 from .._paths import open_empty_directory
 from .._tree.directories import Directories, split
 from .._tree.members import is_settable
-from .contents import Source, damaged, reading
+from .contents import content_error, open_content
+from .merged import MergedTree
 
 __all__ = ["export"]
 
@@ -58,16 +59,16 @@ _STEP: Final = 8 << 20
 
 
 def export(
-    source: Source,
+    tree: MergedTree,
     target: Path,
     *,
     root_metadata: bool = False,
     check_cancelled: Callable[[], None],
 ) -> ExportReport:
-    """Write all of ``source`` into a directory that is empty or not there.
+    """Write a merged tree into an empty or new directory.
 
     Args:
-        source: What to write.
+        tree: The merged tree.
         target: The target directory. A new directory is made with mode 0700.
         root_metadata: Give ``target`` the owner, mode, time and attributes of the root.
         check_cancelled: Called for each entry and chunk; what it raises goes through, when what
@@ -77,13 +78,13 @@ def export(
         ExportError: if ``target`` is not empty, or cannot take what is to be written.
         StoreError: if the store is damaged.
     """
-    entries = source.walk() or _NOTHING
+    entries = tree.walk() or _NOTHING
     with contextlib.ExitStack() as stack:
         try:
             root, remove = open_empty_directory(stack, target, mode=0o700)
         except OSError as error:
             raise ExportError(os.fspath(target), error.strerror) from error
-        writer = _Writer(source, target, root, check_cancelled)
+        writer = _Writer(tree, target, root, check_cancelled)
         before = _RootMetadata.of(root)
         try:
             before.close_to_others(root)
@@ -164,8 +165,10 @@ class _RootMetadata:
 class _Writer:
     """Writes entries below an open, empty directory."""
 
-    def __init__(self, source: Source, target: Path, root: int, check: Callable[[], None]) -> None:
-        self._source = source
+    def __init__(
+        self, tree: MergedTree, target: Path, root: int, check: Callable[[], None]
+    ) -> None:
+        self._tree = tree
         self._target = target
         self._directories = Directories(root)
         self._check = check
@@ -261,7 +264,7 @@ class _Writer:
         descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=into)
         try:
             if entry.size:
-                with reading(self._source, entry) as content:
+                with open_content(self._tree, entry.path) as content:
                     self._copy(content, descriptor, entry)
             self._describe(descriptor, entry)
             os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
@@ -359,5 +362,5 @@ class _Writer:
                 os.lseek(into, position, os.SEEK_SET)
                 copied = os.sendfile(into, content, position, size)
             if not copied:
-                raise damaged(path, "it ends early")
+                raise content_error(path, "it ends early")
             position += copied
