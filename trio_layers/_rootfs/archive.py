@@ -28,7 +28,7 @@ def archive(
     """
     held: list[bytes] = []
     size = 0
-    for data in _parts(tree, check_cancelled):
+    for data in _tar_parts(tree, check_cancelled):
         held.append(data)
         size += len(data)
         if size >= _PIECE:
@@ -38,10 +38,10 @@ def archive(
     yield b"".join(held)
 
 
-def _parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+def _tar_parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     for entry in tree.walk():
         check_cancelled()
-        member = _member(entry)
+        member = _tar_member(entry)
         yield header(member)
         if not member.size:
             continue
@@ -61,7 +61,7 @@ def _parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterator[by
     yield END_OF_ARCHIVE
 
 
-def _member(entry: Entry) -> Member:
+def _tar_member(entry: Entry) -> Member:
     kind = entry.type
     if kind == "whiteout" or kind == "socket":
         raise content_error(entry.path, f"a {kind} is in its list")
@@ -70,7 +70,7 @@ def _member(entry: Entry) -> Member:
         name = (name or b".") + b"/"
     if entry.links is not None and entry.links != entry.path:
         # All that there is to say was said with its first name.
-        return _hardlink(entry, entry.links)
+        return _hard_link_member(entry, entry.links)
     return Member(
         name=name,
         type=kind,
@@ -85,7 +85,7 @@ def _member(entry: Entry) -> Member:
     )
 
 
-def _hardlink(entry: Entry, target: bytes) -> Member:
+def _hard_link_member(entry: Entry, target: bytes) -> Member:
     return Member(
         name=entry.path,
         type="hardlink",

@@ -31,7 +31,7 @@ __all__ = ["export"]
 logger = logging.getLogger(__name__)
 
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_REFERENCE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NODES: Final = {
     "char": stat.S_IFCHR,
     "block": stat.S_IFBLK,
@@ -39,23 +39,23 @@ _NODES: Final = {
     "socket": stat.S_IFSOCK,
 }
 _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
-_SHARED: Final = stat.S_IWGRP | stat.S_IWOTH
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
 # An empty root, for a stack of no trees.
-_NOTHING: Final = [Entry(path=b"", type="dir", mode=0o755)]
+_EMPTY_ROOT: Final = [Entry(path=b"", type="dir", mode=0o755)]
 
 # What says that the kernel or the file system does not do it, or not for us. EINVAL is for an
 # owner that has no number in our user namespace.
 _DENIED: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL})
 
 # What says that the kernel does not copy from this file system to that one by itself.
-_NO_COPY: Final = frozenset(
+_NO_KERNEL_COPY: Final = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ETXTBSY}
 )
 
 # How much is copied between two looks whether to go on.
-_STEP: Final = 8 << 20
+_CHUNK: Final = 8 << 20
 
 
 def export(
@@ -78,7 +78,7 @@ def export(
         ExportError: if ``target`` is not empty, or cannot take what is to be written.
         StoreError: if the store is damaged.
     """
-    entries = tree.walk() or _NOTHING
+    entries = tree.walk() or _EMPTY_ROOT
     with contextlib.ExitStack() as stack:
         try:
             root, remove = open_empty_directory(stack, target, mode=0o700)
@@ -133,7 +133,7 @@ class _RootMetadata:
         are removed, too, because new entries would inherit the default ACL.
         """
         has_acls = not self.xattrs.keys().isdisjoint(_ACLS)
-        if not (has_acls or self.status.st_mode & _SHARED):
+        if not (has_acls or self.status.st_mode & _WRITABLE_BY_OTHERS):
             return
         # Only the owner can change the mode. Another user's directory stays open to that user.
         with contextlib.suppress(PermissionError):
@@ -174,7 +174,7 @@ class _Writer:
         self._check = check
         self._kernel_copies = True
         self._written = 0
-        self._missing: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()
 
     def write(self, entries: Sequence[Entry], *, root_metadata: bool) -> ExportReport:
         """Write them: parents before what is in them.
@@ -190,7 +190,7 @@ class _Writer:
                 here = entry.path
                 self._written += 1
                 try:
-                    self._put(entry)
+                    self._write_entry(entry)
                 except FileExistsError:
                     # Not what we wrote, so not ours to remove.
                     self._written -= 1
@@ -200,12 +200,12 @@ class _Writer:
                     self._check()
                     here = entry.path
                     descriptor = self._directories.open(here)
-                    self._describe(descriptor, entry)
+                    self._set_metadata(descriptor, entry)
                     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
         except OSError as error:
             path = os.path.join(os.fsencode(self._target), here) if here else self._target
             raise ExportError(os.fsdecode(path), error.strerror) from error
-        return ExportReport(entries=len(entries), **self._missing)
+        return ExportReport(entries=len(entries), **self._lost)
 
     def remove(self, entries: Sequence[Entry]) -> None:
         """Remove what was written of them, as far as that goes."""
@@ -216,7 +216,7 @@ class _Writer:
                 # It may have a mode already that shuts us out.
                 with contextlib.suppress(OSError):
                     parent, name = split(entry.path)
-                    handle = os.open(name, _HANDLE, dir_fd=self._directories.open(parent))
+                    handle = os.open(name, _REFERENCE, dir_fd=self._directories.open(parent))
                     try:
                         os.chmod(f"/proc/self/fd/{handle}", 0o700)
                     finally:
@@ -236,21 +236,21 @@ class _Writer:
     def close(self) -> None:
         self._directories.close()
 
-    def _put(self, entry: Entry) -> None:
+    def _write_entry(self, entry: Entry) -> None:
         parent, name = split(entry.path)
         into = self._directories.open(parent)
         if not name:
             pass  # the directory exists
         elif entry.links is not None and entry.links != entry.path:
-            self._link(entry.links, into, name)
+            self._write_hard_link(entry.links, into, name)
         elif entry.type == "file":
-            self._file(into, name, entry)
+            self._write_file(into, name, entry)
         elif entry.type == "dir":
             os.mkdir(name, 0o700, dir_fd=into)
         else:
-            self._special(into, name, entry)
+            self._write_special(into, name, entry)
 
-    def _link(self, target: bytes, into: int, name: bytes) -> None:
+    def _write_hard_link(self, target: bytes, into: int, name: bytes) -> None:
         parent, old = split(target)
         # Opening another directory may close this one.
         into = os.dup(into)
@@ -260,18 +260,18 @@ class _Writer:
         finally:
             os.close(into)
 
-    def _file(self, into: int, name: bytes, entry: Entry) -> None:
+    def _write_file(self, into: int, name: bytes, entry: Entry) -> None:
         descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=into)
         try:
             if entry.size:
                 with open_content(self._tree, entry.path) as content:
                     self._copy(content, descriptor, entry)
-            self._describe(descriptor, entry)
+            self._set_metadata(descriptor, entry)
             os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(descriptor)
 
-    def _special(self, into: int, name: bytes, entry: Entry) -> None:
+    def _write_special(self, into: int, name: bytes, entry: Entry) -> None:
         """A symlink, fifo, device or socket."""
         if entry.type == "symlink":
             os.symlink(entry.linkname or b"", name, dir_fd=into)
@@ -282,12 +282,12 @@ class _Writer:
             except OSError as error:
                 if error.errno not in _DENIED:
                     raise
-                self._missing["devices"] += 1
+                self._lost["devices"] += 1
                 os.mknod(name, stat.S_IFREG | 0o600, dir_fd=into)
-        handle = os.open(name, _HANDLE, dir_fd=into)
+        handle = os.open(name, _REFERENCE, dir_fd=into)
         try:
             self._check_new(os.fstat(handle), entry)
-            self._describe(f"/proc/self/fd/{handle}", entry)
+            self._set_metadata(f"/proc/self/fd/{handle}", entry)
         finally:
             os.close(handle)
         times = (entry.mtime_ns, entry.mtime_ns)
@@ -303,7 +303,7 @@ class _Writer:
         if found.st_uid != os.geteuid():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
-    def _describe(self, subject: int | str, entry: Entry) -> None:
+    def _set_metadata(self, subject: int | str, entry: Entry) -> None:
         """Set owner, xattrs, mode, in this order: a change of owner drops set-id bits and
         capabilities, an ACL changes the mode.
         """
@@ -313,13 +313,13 @@ class _Writer:
         except OSError as error:
             if error.errno not in _DENIED:
                 raise
-            self._missing["owners"] += 1
+            self._lost["owners"] += 1
             if mode & _SET_IDS and entry.type != "dir":
-                self._missing["set_ids"] += 1
+                self._lost["set_ids"] += 1
                 mode &= ~_SET_IDS
         for attribute, value in entry.xattrs.items():
             if not is_settable(attribute):
-                self._missing["xattrs"] += 1
+                self._lost["xattrs"] += 1
                 continue
             try:
                 # As bytes: the locale's encoding is not the layer's.
@@ -327,7 +327,7 @@ class _Writer:
             except OSError as error:
                 if error.errno not in _DENIED:
                     raise
-                self._missing["xattrs"] += 1
+                self._lost["xattrs"] += 1
         if entry.type != "symlink":
             os.chmod(subject, mode)
 
@@ -349,12 +349,12 @@ class _Writer:
     def _copy_data(self, content: int, into: int, position: int, end: int, path: bytes) -> None:
         while position < end:
             self._check()
-            size = min(end - position, _STEP)
+            size = min(end - position, _CHUNK)
             if self._kernel_copies:
                 try:
                     copied = os.copy_file_range(content, into, size, position, position)
                 except OSError as error:
-                    if error.errno not in _NO_COPY:
+                    if error.errno not in _NO_KERNEL_COPY:
                         raise
                     self._kernel_copies = False
                     continue

@@ -43,9 +43,9 @@ _MAX_LAYERS: Final = 500
 _ATTEMPTS: Final = 10_000
 
 # In a scratch directory, where the mount is unless a target was given.
-_ROOT: Final = "root"
+_MOUNT_POINT: Final = "root"
 
-_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PATH_ONLY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 # Numbers of system calls since Linux 5.2, the same on all machines that Python knows but Alpha:
 # the C library has functions for them only since glibc 2.36.
@@ -91,11 +91,11 @@ async def open_mount(
     async with scratch("mount") as place:
         # This asks for the working directory, and nothing else. The kernel resolves the rest:
         # after a link, ".." is not what it looks like.
-        path = place / _ROOT if target is None else Path(target).absolute()  # noqa: ASYNC240
+        path = place / _MOUNT_POINT if target is None else Path(target).absolute()  # noqa: ASYNC240
         mount = await trio.to_thread.run_sync(
             partial(_mount, trees, path, place=place, writable=writable)
         )
-        unmount = partial(clean_up_in_thread, _Once(partial(_unmount, mount)))
+        unmount = partial(clean_up_in_thread, _RunOnce(partial(_unmount, mount)))
         try:
             # Another process may remove the trees once the store's block is left, so the end of
             # the store's lifetime unmounts.
@@ -106,7 +106,7 @@ async def open_mount(
 
 
 @final
-class _Once:
+class _RunOnce:
     """A step that runs on the first call only."""
 
     def __init__(self, step: Callable[[], None]) -> None:
@@ -125,14 +125,14 @@ def detach_stale(place: Path) -> None:
     """
     with ExitStack() as stack:
         try:
-            below = os.open(place, _PATH | os.O_NOFOLLOW)
+            below = os.open(place, _PATH_ONLY | os.O_NOFOLLOW)
             stack.callback(os.close, below)
             while True:
-                root = os.open(_ROOT, _PATH | os.O_NOFOLLOW, dir_fd=below)
+                root = os.open(_MOUNT_POINT, _PATH_ONLY | os.O_NOFOLLOW, dir_fd=below)
                 stack.callback(os.close, root)
                 if mount_id(root) == mount_id(below):
                     return  # no mount is left on the directory
-                _check(_libc().umount2(_name(root).encode(), _MNT_DETACH))
+                _check_result(_libc().umount2(_descriptor_path(root).encode(), _MNT_DETACH))
         except OSError as error:
             # ENOENT: there is no mount. EPERM: we may not unmount. If a mount is there, removing
             # the directory fails and reports it.
@@ -295,7 +295,7 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
         def set_directory(key: str, path: Path) -> None:
             # The kernel looks it up at once, so that one descriptor at a time does.
             with ExitStack() as while_set:
-                set_string(key, _name(_opened(while_set, path)))
+                set_string(key, _descriptor_path(_open_path(while_set, path)))
 
         set_string("source", overlay.source)
         for path in overlay.lower:
@@ -322,11 +322,11 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
 def _mount_by_page(overlay: _Overlay, target: int) -> None:
     """Mount with mount(2), which takes at most one page of options."""
     with ExitStack() as stack:
-        names = [_name(_opened(stack, path)) for path in overlay.lower]
+        names = [_descriptor_path(_open_path(stack, path)) for path in overlay.lower]
         options = [f"lowerdir={':'.join(names)}"]
         if overlay.upper is not None and overlay.work is not None:
-            options.append(f"upperdir={_name(_opened(stack, overlay.upper))}")
-            options.append(f"workdir={_name(_opened(stack, overlay.work))}")
+            options.append(f"upperdir={_descriptor_path(_open_path(stack, overlay.upper))}")
+            options.append(f"workdir={_descriptor_path(_open_path(stack, overlay.work))}")
         options += [k if v is None else f"{k}={v}" for k, v in overlay.settings()]
         data = ",".join(options).encode()
         page = os.sysconf("SC_PAGESIZE")
@@ -336,8 +336,8 @@ def _mount_by_page(overlay: _Overlay, target: int) -> None:
                 f"{len(names)} layers do not fit: use Linux 6.8 or later, or export() instead"
             )
         flags = _MS_NODEV | (_MS_RDONLY if overlay.upper is None else 0)
-        source, point = overlay.source.encode(), _name(target).encode()
-        _check(_libc().mount(source, point, b"overlay", _long(flags), data))
+        source, point = overlay.source.encode(), _descriptor_path(target).encode()
+        _check_result(_libc().mount(source, point, b"overlay", _long(flags), data))
 
 
 def _find_root(source: bytes, path: Path) -> int:
@@ -355,7 +355,7 @@ def _find_root(source: bytes, path: Path) -> int:
             break  # another process has unmounted it
         for point in (os.fsencode(path), *(mount.point for mount in mounts)):
             try:
-                root = os.open(point, _PATH)
+                root = os.open(point, _PATH_ONLY)
             except OSError:
                 continue
             if mount_id(root) in [mount.id for mount in mounts]:
@@ -382,14 +382,14 @@ def _mount_error(error: OSError, layers: int) -> MountError:
     )
 
 
-def _opened(stack: ExitStack, path: Path) -> int:
+def _open_path(stack: ExitStack, path: Path) -> int:
     """A descriptor that stands for a directory, while ``stack`` is."""
-    descriptor = os.open(path, _PATH)
+    descriptor = os.open(path, _PATH_ONLY)
     stack.callback(os.close, descriptor)
     return descriptor
 
 
-def _name(descriptor: int) -> str:
+def _descriptor_path(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
@@ -400,7 +400,7 @@ def _unmount_all(mount: int) -> None:
     """
     try:
         while True:
-            _check(_libc().umount2(_name(mount).encode(), _MNT_DETACH))
+            _check_result(_libc().umount2(_descriptor_path(mount).encode(), _MNT_DETACH))
     except OSError as error:
         if error.errno != errno.EINVAL:  # nothing is (any more)
             raise
@@ -419,11 +419,11 @@ def _syscall(number: int, *args: int | bytes | None) -> int:
     # Variadic: each argument has to have the width of a register.
     whole = (_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args)
     result: int = _libc().syscall(_long(number), *whole)
-    _check(result)
+    _check_result(result)
     return result
 
 
-def _check(result: int) -> None:
+def _check_result(result: int) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -94,7 +94,7 @@ class RootfsView:
         await self._load()
         entry = self._resolve(path, follow=False)
         if entry.linkname is None:
-            raise path_error(errno.EINVAL, _encoded(path))
+            raise path_error(errno.EINVAL, _to_bytes(path))
         return entry.linkname
 
     @while_open
@@ -264,7 +264,7 @@ class RootfsView:
         if entry.type != "file":
             # About what was asked for: the root's own path says nothing.
             number = errno.EISDIR if entry.type == "dir" else errno.EINVAL
-            raise path_error(number, _encoded(path))
+            raise path_error(number, _to_bytes(path))
         return open(self._tree.open_listed(entry.path), "rb")
 
     def _read(self, path: str | bytes) -> bytes:
@@ -276,8 +276,8 @@ class RootfsView:
         return b"".join(chunks)
 
     def _resolve(self, path: str | bytes, *, follow: bool) -> Entry:
-        return self._tree.resolve(_encoded(path), follow=follow)
+        return self._tree.resolve(_to_bytes(path), follow=follow)
 
 
-def _encoded(path: str | bytes) -> bytes:
+def _to_bytes(path: str | bytes) -> bytes:
     return path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")
