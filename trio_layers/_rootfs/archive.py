@@ -1,4 +1,4 @@
-"""A merged tree as one tar."""
+"""Writes a merged tree as a tar."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ _PIECE: Final = 1 << 18
 def archive(
     tree: MergedTree, *, check_cancelled: Callable[[], None]
 ) -> Generator[bytes, None, None]:
-    """The bytes of a tar of a merged tree, in pieces of some 256 KiB. Each step blocks.
+    """Yield the bytes of a tar of a merged tree, in pieces of about 256 KiB.
+
+    Each step blocks, so take it in a worker thread.
 
     Raises:
         StoreError: if the store is damaged.
-        OSError: if a file cannot be opened since too many are.
+        OSError: if too many files are open.
     """
     held: list[bytes] = []
     size = 0
@@ -64,12 +66,12 @@ def _tar_parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterato
 def _tar_member(entry: Entry) -> Member:
     kind = entry.type
     if kind == "whiteout" or kind == "socket":
-        raise content_error(entry.path, f"a {kind} is in its list")
+        raise content_error(entry.path, f"its list of entries contains a {kind}")
     name = entry.path
     if kind == "dir":
         name = (name or b".") + b"/"
     if entry.links is not None and entry.links != entry.path:
-        # All that there is to say was said with its first name.
+        # The member for the file's first name has the content and metadata.
         return _hard_link_member(entry, entry.links)
     return Member(
         name=name,

@@ -1,7 +1,8 @@
-"""A merged tree written into a plain directory.
+"""Writes a merged tree into a plain directory.
 
-What there is comes from the list of entries, only contents from the disk. Every path is reached
-by descriptors from the directory down (see `Directories`), nothing is followed or replaced.
+Entries come from the trees' lists, only file contents are read from the disk. Each path is opened
+by descriptors from the target directory down (see `Directories`), so no link is followed and no
+entry is replaced.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
-# An empty root, for a stack of no trees.
+# The root of a stack without trees.
 _EMPTY_ROOT: Final = [Entry(path=b"", type="dir", mode=0o755)]
 
-# What says that the kernel or the file system does not do it, or not for us. EINVAL is for an
-# owner that has no number in our user namespace.
+# Errors when the kernel or the file system does not support a call, or forbids it. EINVAL means an
+# owner without a number in our user namespace.
 _DENIED: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL})
 
-# What says that the kernel does not copy from this file system to that one by itself.
+# Errors when copy_file_range(2) does not work between the two file systems.
 _NO_KERNEL_COPY: Final = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ETXTBSY}
 )
 
-# How much is copied between two looks whether to go on.
+# Bytes copied between two checks for cancellation.
 _CHUNK: Final = 8 << 20
 
 
@@ -71,11 +72,11 @@ def export(
         tree: The merged tree.
         target: The target directory. A new directory is made with mode 0700.
         root_metadata: Give ``target`` the owner, mode, time and attributes of the root.
-        check_cancelled: Called for each entry and chunk; what it raises goes through, when what
-            was written has been removed.
+        check_cancelled: Called for each entry and chunk. Its errors are raised unchanged, after
+            the written files have been removed.
 
     Raises:
-        ExportError: if ``target`` is not empty, or cannot take what is to be written.
+        ExportError: if ``target`` is not empty, or an entry cannot be written there.
         StoreError: if the store is damaged.
     """
     entries = tree.walk() or _EMPTY_ROOT
@@ -177,11 +178,11 @@ class _Writer:
         self._lost: Counter[str] = Counter()
 
     def write(self, entries: Sequence[Entry], *, root_metadata: bool) -> ExportReport:
-        """Write them: parents before what is in them.
+        """Write entries, each parent before its children.
 
-        Directories get their metadata in the end, the deepest first: their times, which each
-        change in them moves, default ACLs, which what is made in them would inherit, and modes
-        that may shut us out.
+        Directories get their metadata in the end, the deepest first. Until then, each new entry
+        would change their times and inherit their default ACLs, and their modes may deny us
+        access.
         """
         here = b""
         try:
@@ -192,7 +193,7 @@ class _Writer:
                 try:
                     self._write_entry(entry)
                 except FileExistsError:
-                    # Not what we wrote, so not ours to remove.
+                    # Another process made this file, so remove() must not delete it.
                     self._written -= 1
                     raise
             for entry in reversed(entries):
@@ -208,12 +209,12 @@ class _Writer:
         return ExportReport(entries=len(entries), **self._lost)
 
     def remove(self, entries: Sequence[Entry]) -> None:
-        """Remove what was written of them, as far as that goes."""
+        """Remove the written entries as far as possible."""
         failure: OSError | None = None
         written = entries[1 : self._written]
         for entry in written:
             if entry.type == "dir":
-                # It may have a mode already that shuts us out.
+                # Its mode may deny us access already.
                 with contextlib.suppress(OSError):
                     parent, name = split(entry.path)
                     handle = os.open(name, _REFERENCE, dir_fd=self._directories.open(parent))
@@ -231,7 +232,7 @@ class _Writer:
             except OSError as error:
                 failure = error
         if failure is not None:
-            logger.warning("cannot remove what was written to %s: %s", self._target, failure)
+            logger.warning("cannot remove the partial export in %s: %s", self._target, failure)
 
     def close(self) -> None:
         self._directories.close()
@@ -272,7 +273,7 @@ class _Writer:
             os.close(descriptor)
 
     def _write_special(self, into: int, name: bytes, entry: Entry) -> None:
-        """A symlink, fifo, device or socket."""
+        """Make a symlink, fifo, device or socket."""
         if entry.type == "symlink":
             os.symlink(entry.linkname or b"", name, dir_fd=into)
         else:
@@ -304,8 +305,9 @@ class _Writer:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def _set_metadata(self, subject: int | str, entry: Entry) -> None:
-        """Set owner, xattrs, mode, in this order: a change of owner drops set-id bits and
-        capabilities, an ACL changes the mode.
+        """Set owner, xattrs and mode, in this order.
+
+        A change of owner drops set-id bits and capabilities, and an ACL changes the mode.
         """
         mode = entry.mode
         try:
@@ -322,7 +324,7 @@ class _Writer:
                 self._lost["xattrs"] += 1
                 continue
             try:
-                # As bytes: the locale's encoding is not the layer's.
+                # The name is bytes, because the locale's encoding can differ from the layer's.
                 os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
             except OSError as error:
                 if error.errno not in _DENIED:
@@ -332,7 +334,7 @@ class _Writer:
             os.chmod(subject, mode)
 
     def _copy(self, content: int, into: int, entry: Entry) -> None:
-        """Copy a file's data; what is a hole in it stays one."""
+        """Copy a file's data and keep its holes."""
         position = 0
         while position < entry.size:
             try:
@@ -340,7 +342,7 @@ class _Writer:
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
-                # Nothing but a hole is left.
+                # The rest is a hole.
                 os.ftruncate(into, entry.size)
                 return
             position = os.lseek(content, start, os.SEEK_HOLE)

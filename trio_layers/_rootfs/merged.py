@@ -1,6 +1,6 @@
-"""Stacks of trees as one, by overlayfs' rules: what is at a path, and from which tree.
+"""Merges a stack of trees by overlayfs' rules.
 
-All of it is told by the trees' lists of entries; only contents are read from their ``fs``.
+Entries come from the trees' lists, only file contents are read from the trees' ``fs``.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ __all__ = ["MergedTree", "SurveyCache", "TreeStack", "path_error"]
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
-# As many as Linux follows for one path (path_resolution(7)).
+# The number of links that Linux follows for one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
 
-# What says that the process or the system is at its limits, and nothing about the store.
+# Errors for a process or system at its limits. They do not mean that the store is damaged.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 # Errors on opening a listed file after the removal of its tree or a change in it.
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
-# How many entries between two looks whether to go on: a few milliseconds.
+# Number of entries between two checks for cancellation: a few milliseconds.
 _CHECK_INTERVAL: Final = 1024
 
-# How long one who waits for another's reading looks away, in seconds.
+# Seconds between two checks for cancellation while another thread reads the lists.
 _POLL: Final = 0.05
 
-# How many stacks are remembered, and of how many directories each: some megabytes.
+# Largest number of cached stacks, and of directories in each: some megabytes.
 _CACHED_STACKS: Final = 4
 _CACHED_DIRECTORIES: Final = 16 * 1024
 
-# Places for the hashes of the paths of what is no directory.
+# Slots for hashes of the paths of entries that are not directories.
 _HASH_SLOTS: Final = 1 << 22
 
 
 class _Node:
-    """One path of the merged view: what is there, from which tree, what is in it."""
+    """A path of the merged tree: its entry, the number of its tree, its children."""
 
     __slots__ = ("children", "entry", "tree")
 
@@ -60,7 +60,7 @@ class _Node:
         self.children: dict[bytes, _Node] = {} if entry.type == "dir" else _NO_CHILDREN
 
 
-# One for all that are no directories. Nothing is ever put into it.
+# Shared by all entries that are not directories. It stays empty.
 _NO_CHILDREN: Final[dict[bytes, _Node]] = {}
 
 
@@ -110,16 +110,16 @@ def _stack_of(trees: Iterable[Path]) -> TreeStack | None:
 
 @final
 class MergedTree:
-    """The merged view of unpacked layers.
+    """The merged tree of a stack of layers.
 
-    It blocks, so it is for worker threads, several at once if need be. The lists of entries are
-    read when something is first asked for. If that is given up, the next who asks starts anew.
+    Its methods block, so they are called in worker threads; several threads may use it at once.
+    The first call reads the lists of entries. If that call is cancelled, the next one starts anew.
 
     Args:
         trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last; or
             a stack of trees, which makes the object in constant time.
-        check_cancelled: Called now and then while lists are read; what it raises goes through.
-        surveys: What `survey` has found out before, of any stacks.
+        check_cancelled: Called regularly while lists are read. Its errors are raised unchanged.
+        surveys: A cache for `survey`, shared by merged trees.
 
     Raises:
         StoreError: (all methods) if a list of entries is damaged or cannot be read.
@@ -147,28 +147,32 @@ class MergedTree:
 
     @property
     def loaded(self) -> bool:
-        """Whether the lists are in memory, so that `lookup` does not touch the disk."""
+        """Whether the lists are in memory, so that `lookup` does not read the disk."""
         return self._entries is not None
 
     def load(self) -> None:
-        """Read the lists of entries, unless that was done."""
+        """Read the lists of entries, unless they are in memory."""
         self._load_entries()
 
     def lookup(self, path: bytes) -> Entry | None:
-        """What is there; ``None`` for nothing. Links on the way are not followed."""
+        """Return the entry at a path without following links; ``None`` if there is none."""
         node = self._load_entries().find(path)
         return None if node is None else node.entry
 
     def resolve(self, path: bytes, *, follow: bool) -> Entry:
-        """What a process inside finds at ``path``; ``follow``: also if the last part is a link.
+        """Return the entry at ``path`` as a process inside the root finds it.
+
+        Args:
+            path: The path.
+            follow: Follow a link in the last part of the path, too.
 
         Raises:
-            OSError: as `RootfsView.stat`.
+            OSError: as for `RootfsView.stat`.
         """
         root = self._load_entries().root
         if root is None:
             raise path_error(errno.ENOENT, path)
-        # All from the root to here: a step takes no longer where it is deep.
+        # The nodes from the root to here, so that each step takes constant time at any depth.
         trail = [root]
         todo = path.split(b"/")[::-1]
         links = 0
@@ -197,10 +201,11 @@ class MergedTree:
         return trail[-1].entry
 
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
-        """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
+        """Return the entry at each path; only directories' entries are complete.
 
-        Unless the lists are in memory, only what tells of directories is parsed, or of these
-        paths: little else is asked of layers when another is put on them.
+        For other entries, only the type is certain. If the lists are not in memory, only their
+        lines about directories or about these paths are parsed, because unpacking a layer needs
+        little else about the layers below.
         """
         paths = tuple(paths)
         entries = self._entries
@@ -218,7 +223,7 @@ class MergedTree:
         return {path: None if node is None else node.entry for path, node in found.items()}
 
     def open_listed(self, path: bytes) -> int:
-        """Open a file from the list; see `open`.
+        """Open a file that is in the list; see `open`.
 
         Raises:
             StoreError: if the file cannot be opened.
@@ -234,7 +239,7 @@ class MergedTree:
             raise _damaged_file(self.trees[node.tree], path, error.strerror) from error
 
     def links(self, path: bytes) -> tuple[bytes, ...]:
-        """All names, sorted, of the file that is there."""
+        """Return all names of the file at a path, sorted."""
         entries = self._load_entries()
         node = entries.find(path)
         if node is None:
@@ -242,7 +247,7 @@ class MergedTree:
         return entries.names.get((node.tree, node.entry.links or b""), (path,))
 
     def open(self, path: bytes) -> int:
-        """A descriptor to read the file that is there; its taker closes it.
+        """Open the file at a path for reading; the caller closes the descriptor.
 
         Raises:
             OSError: if the image has no regular file at the path, or the file cannot be opened.
@@ -269,14 +274,14 @@ class MergedTree:
         return descriptor
 
     def walk(self) -> list[Entry]:
-        """All there is, sorted by path (bytes); the root is first."""
+        """Return all entries, sorted by path (bytes); the root is first."""
         found = [node.entry for node in self._load_entries().nodes()]
         found.sort(key=lambda entry: entry.path)
         return found
 
     def _load_entries(self) -> _MergedEntries:
         if self._entries is None:
-            # Whoever waits can be cancelled, too.
+            # A thread that waits for the lock can be cancelled, too.
             while not self._lock.acquire(timeout=_POLL):
                 self._check()
             try:
@@ -289,11 +294,11 @@ class MergedTree:
 
 @final
 class _MergedEntries:
-    """The lists of a stack of trees, read and merged.
+    """The merged entries of a stack of trees.
 
     Attributes:
-        root: The root; ``None`` where there is no tree.
-        names: All names of each file that has several, by its tree and the first of them.
+        root: The root; ``None`` for a stack without trees.
+        names: All names of each file with several names, by its tree and its first name.
     """
 
     def __init__(
@@ -322,7 +327,7 @@ class _MergedEntries:
         return node
 
     def nodes(self) -> Iterator[_Node]:
-        """All of them, in no order."""
+        """Yield all nodes in arbitrary order."""
         todo = [] if self.root is None else [self.root]
         while todo:
             node = todo.pop()
@@ -330,7 +335,7 @@ class _MergedEntries:
             yield node
 
     def add(self, entry: Entry, number: int, tree: Path) -> None:
-        """Lay an entry over what is there; a list has parents before what is in them."""
+        """Add an entry on top of the entries below; its parent must be there already."""
         parent: _Node | None = None
         name = b""
         known = self.root
@@ -338,7 +343,7 @@ class _MergedEntries:
             above, _, name = entry.path.rpartition(b"/")
             parent = self.find(above)
             if parent is None or parent.entry.type != "dir":
-                raise damaged(tree, "its list of entries has one in a directory that is not listed")
+                raise damaged(tree, "its list of entries lacks a parent directory")
             known = parent.children.get(name)
         children = None
         if entry.type == "dir" and known is not None and known.entry.type == "dir":
@@ -361,7 +366,7 @@ class _MergedEntries:
             parent.children[name] = node
 
     def _update_links(self, check: Callable[[], None]) -> None:
-        """Of a file's names, those count that are still to be seen."""
+        """Correct the first names of hard links, because upper trees can hide some names."""
         groups: dict[tuple[int, bytes], list[_Node]] = {}
         for count, node in enumerate(self.nodes()):
             if not count % _CHECK_INTERVAL:
@@ -380,8 +385,9 @@ class _MergedEntries:
 
 @final
 class SurveyCache:
-    """What lists say of directories, remembered for some stacks: while an image's layers are put
-    one on another, each list is read once. For any threads.
+    """A cache of the directories of some stacks, safe for threads.
+
+    With it, each list is read once while the layers of an image are unpacked one after another.
     """
 
     def __init__(self) -> None:
@@ -390,7 +396,7 @@ class SurveyCache:
     def survey(
         self, stack: TreeStack | None, paths: Iterable[bytes], check: Callable[[], None]
     ) -> dict[bytes, Entry | None] | None:
-        """See `MergedTree.survey`; ``None`` if this cannot tell."""
+        """Return `MergedTree.survey` for a stack; ``None`` if that needs the lists themselves."""
         directories = self._take_highest(stack)
         if not directories.extend(stack, check):
             return None
@@ -402,7 +408,7 @@ class SurveyCache:
         return found
 
     def _take_highest(self, stack: TreeStack | None) -> _KnownDirectories:
-        """What is remembered of most of the lower trees; nobody else has it then."""
+        """Remove and return the cached directories of the highest known part of a stack."""
         while stack is not None and self._known:
             directories = self._known.pop(stack.key, None)
             if directories is not None:
@@ -413,7 +419,7 @@ class SurveyCache:
 
 @final
 class _KnownDirectories:
-    """The directories of a stack that grows, and where there may be something else."""
+    """The directories of a growing stack, and hashes of the paths of other entries."""
 
     def __init__(self) -> None:
         self._entries = _MergedEntries((), _never_cancelled)
@@ -423,8 +429,9 @@ class _KnownDirectories:
 
     @property
     def count(self) -> int:
-        """The number of paths at which the stack has or had a directory. Thousands of layers may
-        list the same few.
+        """The number of paths at which the stack has or had a directory.
+
+        Thousands of layers may list the same few directories.
         """
         return len(self._paths)
 
@@ -445,7 +452,7 @@ class _KnownDirectories:
         return True
 
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None] | None:
-        """What is at these paths; ``None`` if one of them may be no directory."""
+        """Return the entries at paths; ``None`` if one may not be a directory."""
         found: dict[bytes, Entry | None] = {}
         for path in paths:
             if self._maybe_others[hash(listed_as(path)) % _HASH_SLOTS]:
@@ -488,12 +495,12 @@ def _open_list(tree: Path) -> Iterator[BinaryIO]:
             raise damaged(tree, reason) from error
         raise StoreError(f"{tree}: {reason}; try again") from error
     except StoreError as error:
-        # The error of the list itself: text_of() would quote its advice, too.
+        # The list's own error also gives advice after ": pull", which damaged() adds again.
         raise damaged(tree, str(error).partition(": pull")[0]) from error
 
 
 def _read_list(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:
-    """A tree's entries; with ``only``, at least those of the paths in it."""
+    """Return a tree's entries; with ``only``, at least the entries at these paths."""
     with _open_list(tree) as file:
         chosen = None if only is None else lines_about(only, _check_between(file, check))
         if chosen is None:
@@ -510,5 +517,5 @@ def _check_between(lines: Iterable[bytes], check: Callable[[], None]) -> Iterato
 
 
 def path_error(number: int, path: bytes) -> OSError:
-    """The `OSError` that the operating system raises with this number, about a path."""
+    """Return the `OSError` for a path that the operating system raises with this number."""
     return OSError(number, os.strerror(number), path.decode("utf-8", "surrogateescape"))
