@@ -81,7 +81,7 @@ def open_empty_directory(
         OSError: as for `open_directory`; ``ENOTEMPTY`` for a directory with entries.
     """
     remove = opens = None
-    with contextlib.suppress(IsADirectoryError):  # a path such as "." is that of one
+    with contextlib.suppress(IsADirectoryError):  # a path such as "." has no name
         parent, name = open_parent(path)
         stack.callback(os.close, parent)
         with contextlib.suppress(FileExistsError):
@@ -92,9 +92,7 @@ def open_empty_directory(
         root = open_directory(path) if opens is None else opens()
         stack.callback(os.close, root)
         if os.listdir(root):
-            raise OSError(
-                errno.ENOTEMPTY, "it is not empty: name a directory that is, or a new one"
-            )
+            raise OSError(errno.ENOTEMPTY, "directory is not empty; name an empty or a new one")
     except OSError:
         if remove is not None:
             with contextlib.suppress(OSError):
@@ -130,8 +128,8 @@ def _walk(path: str, make: int | None) -> int:
                 if not _may_follow(os.fstat(here), found, ours):
                     raise OSError(
                         errno.ELOOP,
-                        f"{name!r} on the way is a link that another user may have planted: "
-                        "name the place that it leads to",
+                        f"{name!r} in the path is a link that another user may have planted; "
+                        "name its target instead",
                     )
                 if _is_magic(found):
                     new = os.open(name, _START, dir_fd=here)
