@@ -181,7 +181,7 @@ class BodyStream(trio.abc.ReceiveStream):
         self._exchange = exchange
         self._position = answer.start
         self._stalled = False
-        self._fd: int | None = None
+        self._descriptor: int | None = None
         self._started: float | None = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -199,7 +199,7 @@ class BodyStream(trio.abc.ReceiveStream):
             self._stalled = True
         if sent == answer.cut_after:
             raise ConnectionReset if answer.cut_by_reset else ConnectionCut
-        size = self._piece(sent, max_bytes)
+        size = self._next_size(sent, max_bytes)
         if self._is_slow(sent):
             if self._started is None:
                 self._started = trio.current_time()
@@ -213,7 +213,7 @@ class BodyStream(trio.abc.ReceiveStream):
     def _is_slow(self, sent: int) -> bool:
         return self._answer.bytes_per_second != math.inf and sent >= self._answer.slow_after
 
-    def _piece(self, sent: int, max_bytes: int | None) -> int:
+    def _next_size(self, sent: int, max_bytes: int | None) -> int:
         """How long the next piece is: up to where something happens."""
         answer = self._answer
         size = MEMORY_CHUNK if isinstance(answer.blob.content, bytes) else FILE_CHUNK
@@ -231,9 +231,9 @@ class BodyStream(trio.abc.ReceiveStream):
         if isinstance(content, bytes):
             data = content[start : start + size]
         else:
-            if self._fd is None:
-                self._fd = await trio.to_thread.run_sync(os.open, content, os.O_RDONLY)
-            data = await trio.to_thread.run_sync(os.pread, self._fd, size, start)
+            if self._descriptor is None:
+                self._descriptor = await trio.to_thread.run_sync(os.open, content, os.O_RDONLY)
+            data = await trio.to_thread.run_sync(os.pread, self._descriptor, size, start)
             if not data:
                 raise ConnectionCut(f"{content} is shorter than it was")
         wrong = [offset - start for offset in self._answer.flipped]
@@ -248,7 +248,7 @@ class BodyStream(trio.abc.ReceiveStream):
     async def aclose(self) -> None:
         """Close the file, if there is one. Done also where it is cancelled."""
         self._exchange.end()
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         await trio.lowlevel.checkpoint()

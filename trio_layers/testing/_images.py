@@ -98,9 +98,9 @@ class Built:
         blobs = root / "blobs" / "sha256"
         blobs.mkdir(parents=True, exist_ok=True)
         for digest, content in self.blobs.items():
-            _place(content, blobs / digest.removeprefix("sha256:"))
+            _write_blob(content, blobs / digest.removeprefix("sha256:"))
         for descriptor, manifest in self.manifests:
-            _place(manifest, blobs / descriptor.digest.removeprefix("sha256:"))
+            _write_blob(manifest, blobs / descriptor.digest.removeprefix("sha256:"))
         named = attrs.evolve(
             self.descriptor, annotations={"org.opencontainers.image.ref.name": tag}
         )
@@ -194,8 +194,8 @@ def build_artifact(
         subject: What it refers to, of which it is a referrer then.
         annotations: The manifest's annotations, which are in the list of referrers, too.
     """
-    about = _describe(content, artifact_type)
-    empty = _describe(_EMPTY, "application/vnd.oci.empty.v1+json")
+    about = _descriptor_of(content, artifact_type)
+    empty = _descriptor_of(_EMPTY, "application/vnd.oci.empty.v1+json")
     manifest = _encode(
         {
             "schemaVersion": 2,
@@ -209,7 +209,7 @@ def build_artifact(
     )
     return BuiltArtifact(
         descriptor=attrs.evolve(
-            _describe(manifest, _MANIFEST["oci"]),
+            _descriptor_of(manifest, _MANIFEST["oci"]),
             artifact_type=artifact_type,
             annotations=dict(annotations or {}),
         ),
@@ -274,7 +274,7 @@ def build_image(
             ],
         }
     )
-    config_descriptor = _describe(config, _CONFIG[format])
+    config_descriptor = _descriptor_of(config, _CONFIG[format])
     manifest = _encode(
         {
             "schemaVersion": 2,
@@ -285,7 +285,7 @@ def build_image(
         }
     )
     return BuiltImage(
-        descriptor=_describe(manifest, _MANIFEST[format]),
+        descriptor=_descriptor_of(manifest, _MANIFEST[format]),
         manifest=manifest,
         config=config,
         config_descriptor=config_descriptor,
@@ -311,7 +311,7 @@ def build_index(images: Iterable[BuiltImage], *, format: Format = "oci") -> Buil
         }
     )
     return BuiltIndex(
-        descriptor=_describe(manifest, _INDEX[format]), manifest=manifest, images=images
+        descriptor=_descriptor_of(manifest, _INDEX[format]), manifest=manifest, images=images
     )
 
 
@@ -348,12 +348,20 @@ def sample_image(
         Directory(""),
         Directory("srv"),
         Directory("srv/app", uid=1000, gid=1000),
-        File("srv/app/main", data=_noise("main", 512 * 1024), mode=0o755, uid=1000, gid=1000),
+        File(
+            "srv/app/main",
+            data=_incompressible_bytes("main", 512 * 1024),
+            mode=0o755,
+            uid=1000,
+            gid=1000,
+        ),
         HardLink("srv/app/run", "srv/app/main", mode=0o755, uid=1000, gid=1000),
         Directory("var"),
         Directory("var/cache"),
         Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
-        File("var/cache/app/old", data=_noise("old", 256 * 1024), uid=1000, gid=1000),
+        File(
+            "var/cache/app/old", data=_incompressible_bytes("old", 256 * 1024), uid=1000, gid=1000
+        ),
     ]
     cleaned = [
         Directory(""),
@@ -382,7 +390,7 @@ def sample_image(
     )
 
 
-def _noise(seed: str, size: int) -> bytes:
+def _incompressible_bytes(seed: str, size: int) -> bytes:
     """Bytes that do not compress, the same every time."""
     return hashlib.shake_128(seed.encode()).digest(size)
 
@@ -396,7 +404,7 @@ def _in_format(
     return attrs.evolve(layer, descriptor=attrs.evolve(layer.descriptor, media_type=media_type))
 
 
-def _describe(document: bytes, media_type: str) -> Descriptor:
+def _descriptor_of(document: bytes, media_type: str) -> Descriptor:
     return Descriptor(media_type, digest_of(document), len(document))
 
 
@@ -421,7 +429,7 @@ def _encode(document: Mapping[str, object]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def _place(content: bytes | Path, path: Path) -> None:
+def _write_blob(content: bytes | Path, path: Path) -> None:
     if isinstance(content, bytes):
         path.write_bytes(content)
         return

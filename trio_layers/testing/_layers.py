@@ -169,7 +169,7 @@ def build_layer(
             writer.add(info, entry.xattrs, (data,))
         writer.end_of_archive()
     writer.finish()
-    return _describe(writer, compression, format, out.getvalue())
+    return _built_layer(writer, compression, format, out.getvalue())
 
 
 def layers_from_directory(
@@ -223,11 +223,11 @@ def layers_from_directory(
                 position += 1
             writer.end_of_archive()
             writer.finish()
-        layers.append(_describe(writer, compression, format, path))
+        layers.append(_built_layer(writer, compression, format, path))
     return layers
 
 
-def _describe(
+def _built_layer(
     writer: LayerWriter, compression: Compression, format: Format, content: bytes | Path
 ) -> BuiltLayer:
     descriptor = Descriptor(layer_media_type(format, compression), writer.digest, writer.size)

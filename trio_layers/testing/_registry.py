@@ -130,7 +130,7 @@ class Registry:
         digest = digest_of(manifest)
         place = self._repository(repository)
         place.manifests[digest] = (media_type, Blob(manifest, len(manifest)))
-        subject, referrer = _referrer(manifest, media_type, digest)
+        subject, referrer = _read_subject(manifest, media_type, digest)
         if subject is not None:
             place.referrers.setdefault(subject, {})[digest] = referrer
         if tag is not None:
@@ -272,7 +272,7 @@ class Registry:
         if request.method not in ("GET", "HEAD"):
             return error_answer(405, "UNSUPPORTED", "this registry can only be pulled from")
         if request.path in ("/v2", "/v2/"):
-            return _whole(Blob(b"{}", 2), {"Content-Type": "application/json"})
+            return _complete_answer(Blob(b"{}", 2), {"Content-Type": "application/json"})
         if route is None:
             return error_answer(404, "NAME_INVALID", f"nothing is at {request.path}")
         repository = self._repositories.get(route["name"])
@@ -280,15 +280,15 @@ class Registry:
             return error_answer(404, "NAME_UNKNOWN", f"no repository {route['name']}")
         match route["kind"]:
             case "manifests":
-                return _manifest(repository, route["reference"])
+                return _manifest_answer(repository, route["reference"])
             case "referrers" if self._has_referrers:
-                return _referrers(repository, route["reference"], request)
+                return _referrers_answer(repository, route["reference"], request)
             case "referrers":
                 return error_answer(404, "UNSUPPORTED", "this registry lists no referrers")
             case "blobs":
-                return _blob(repository, Digest(route["reference"]), request)
+                return _blob_answer(repository, Digest(route["reference"]), request)
             case _:
-                return _tags(route["name"], repository, route["reference"], request)
+                return _tags_answer(route["name"], repository, route["reference"], request)
 
     def _repository(self, name: str) -> _Repository:
         if not re.fullmatch(_NAME, name):
@@ -296,7 +296,7 @@ class Registry:
         return self._repositories.setdefault(name, _Repository())
 
 
-def _referrer(
+def _read_subject(
     manifest: bytes, media_type: str, digest: Digest
 ) -> tuple[str | None, dict[str, object]]:
     """The digest of what a manifest refers to, if it does, and its entry in the list of that (OCI
@@ -349,7 +349,7 @@ async def open_registry(
         nursery.cancel_scope.cancel()
 
 
-def _whole(blob: Blob, headers: dict[str, str]) -> Answer:
+def _complete_answer(blob: Blob, headers: dict[str, str]) -> Answer:
     return Answer(
         status=200,
         headers={**headers, "Content-Length": str(blob.size)},
@@ -358,7 +358,7 @@ def _whole(blob: Blob, headers: dict[str, str]) -> Answer:
     )
 
 
-def _manifest(repository: _Repository, reference: str) -> Answer:
+def _manifest_answer(repository: _Repository, reference: str) -> Answer:
     digest = repository.tags.get(reference, Digest(reference))
     found = repository.manifests.get(digest)
     if found is None:
@@ -369,10 +369,10 @@ def _manifest(repository: _Repository, reference: str) -> Answer:
         "Docker-Content-Digest": digest,
         "ETag": f'"{digest}"',
     }
-    return _whole(blob, headers)
+    return _complete_answer(blob, headers)
 
 
-def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
+def _blob_answer(repository: _Repository, digest: Digest, request: Request) -> Answer:
     blob = repository.blobs.get(digest)
     if blob is None:
         return error_answer(404, "BLOB_UNKNOWN", f"no blob {digest}")
@@ -392,12 +392,12 @@ def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
         or request.headers.get("if-range", etag) != etag
         or not any(asked.groups())
     ):
-        return _whole(blob, headers)
+        return _complete_answer(blob, headers)
     if asked[1]:
         start = int(asked[1])
         stop = min(int(asked[2]) + 1, blob.size) if asked[2] else blob.size
         if asked[2] and int(asked[2]) < start:
-            return _whole(blob, headers)
+            return _complete_answer(blob, headers)
     else:
         start, stop = max(0, blob.size - int(asked[2])), blob.size
     if start >= blob.size or start >= stop:
@@ -408,7 +408,7 @@ def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
     return Answer(status=206, headers=headers, blob=blob, start=start, stop=stop)
 
 
-def _tags(name: str, repository: _Repository, reference: str, request: Request) -> Answer:
+def _tags_answer(name: str, repository: _Repository, reference: str, request: Request) -> Answer:
     if reference != "list":
         return error_answer(404, "NAME_INVALID", f"nothing is at {request.path}")
     query = parse_qs(request.query)
@@ -422,10 +422,10 @@ def _tags(name: str, repository: _Repository, reference: str, request: Request) 
             following = f"/v2/{name}/tags/list?n={limit}&last={tags[-1]}"
             headers["Link"] = f'<{following}>; rel="next"'
     body = json.dumps({"name": name, "tags": tags}).encode()
-    return _whole(Blob(body, len(body)), headers)
+    return _complete_answer(Blob(body, len(body)), headers)
 
 
-def _referrers(repository: _Repository, digest: str, request: Request) -> Answer:
+def _referrers_answer(repository: _Repository, digest: str, request: Request) -> Answer:
     wanted = parse_qs(request.query).get("artifactType")
     found = [
         entry
@@ -436,4 +436,4 @@ def _referrers(repository: _Repository, digest: str, request: Request) -> Answer
     if wanted is not None:
         headers["OCI-Filters-Applied"] = "artifactType"
     body = json.dumps({"schemaVersion": 2, "mediaType": _INDEX, "manifests": found}).encode()
-    return _whole(Blob(body, len(body)), headers)
+    return _complete_answer(Blob(body, len(body)), headers)

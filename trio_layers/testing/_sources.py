@@ -102,8 +102,8 @@ class ScriptedSource:
         Raises:
             Exception: the attempt's error.
         """
-        attempt = self._next()
-        await _play(attempt, progress)
+        attempt = self._next_attempt()
+        await _run_attempt(attempt, progress)
         body = self._body(attempt)
         return MemoryStream(body), len(body) if attempt.size is None else attempt.size
 
@@ -113,16 +113,16 @@ class ScriptedSource:
         Raises:
             Exception: the attempt's error.
         """
-        attempt = self._next()
+        attempt = self._next_attempt()
         if sink.offset and not attempt.resumes:
             await sink.restart()
         body = self._body(attempt)
         arrives = attempt.arrives
         if arrives is None:
             arrives = len(body) if attempt.error is None else 0
-        await _play(attempt, progress, sink, body[sink.offset : arrives])
+        await _run_attempt(attempt, progress, sink, body[sink.offset : arrives])
 
-    def _next(self) -> Attempt:
+    def _next_attempt(self) -> Attempt:
         attempt = self._attempts[min(self.calls, len(self._attempts) - 1)]
         self.calls += 1
         return attempt
@@ -137,7 +137,7 @@ class ScriptedSource:
         self.closes += 1
 
 
-async def _play(
+async def _run_attempt(
     attempt: Attempt, progress: ReportProgress, sink: BlobSink | None = None, data: bytes = b""
 ) -> None:
     steps: list[tuple[float, bytes | tuple[str, int, int]]] = []

@@ -32,7 +32,7 @@ class _Compressor(Protocol):
     def flush(self) -> bytes: ...
 
 
-class _Plain:
+class _NoCompressor:
     def compress(self, data: bytes, /) -> bytes:
         return data
 
@@ -43,7 +43,7 @@ class _Plain:
 def _compressor(compression: Compression, level: int | None) -> _Compressor:
     match compression:
         case "none":
-            return _Plain()
+            return _NoCompressor()
         case "gzip":
             # 31: with gzip's header, whose time zlib leaves at 0.
             return zlib.compressobj(-1 if level is None else level, zlib.DEFLATED, 31)
