@@ -41,12 +41,12 @@ StoreT = TypeVar("StoreT", bound=LayerStore)
 
 
 class StoreSuite(abc.ABC, Generic[StoreT]):
-    """Tests of a `~trio_layers.abc.LayerStore`. Each opens a store of its own, once.
+    """Tests of a `~trio_layers.abc.LayerStore`, each with a new store.
 
     Attributes:
-        verifies_descriptors: Whether the store compares what comes with the descriptor it is
-            given. Then a difference has to be an error; else it is not looked at.
-        patience: Seconds that a test may take, on a machine as slow as they come.
+        verifies_descriptors: Whether the store compares blobs with their descriptors. If so, a
+            difference must be an error; otherwise it is not tested.
+        patience: The longest time of a test in seconds, on the slowest machine.
     """
 
     verifies_descriptors: ClassVar[bool] = False
@@ -54,16 +54,18 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
 
     @abc.abstractmethod
     def open_store(self) -> AbstractAsyncContextManager[StoreT]:
-        """A store that is empty, for the block."""
+        """Open an empty store for the block."""
 
     async def collect(self, store: StoreT) -> None:
-        """Make the store drop what nobody refers to, if that takes a word. Overridden, it lets
-        the suite see whether all is kept that has a reference.
+        """Make the store delete all layers without a reference.
+
+        Override this if your store needs a call for that. Then the suite can test that the store
+        keeps all layers with a reference.
         """
         await trio.lowlevel.checkpoint()
 
     def checks(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
-        """All tests, by name: each is to be called and awaited, in trio."""
+        """Yield the name and the asynchronous function of each test."""
         for name in sorted(dir(self)):
             if name.startswith("test_"):
                 yield name, getattr(self, name)
@@ -82,19 +84,19 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
         return True
 
     async def _check_absent(self, store: StoreT, *layers: BuiltLayer, when: str) -> None:
-        """That the top one of a stack is not there."""
+        """Check that the store lacks the top layer of a stack."""
         there = await self._is_there(store, chain_id_of(*layers))
         check(not there, f"{when}, the layer is in the store")
 
-    # What a layer is, and where it is found.
+    # The identity of layers.
 
     async def test_what_is_not_there_is_none(self) -> None:
-        """`get` of a layer that nobody registered."""
+        """`get` returns ``None`` for a layer that was never registered."""
         async with self._open_in_time() as store:
             await self._check_absent(store, make_layer("a"), when="before it is registered")
 
     async def test_a_layer_is_named_by_its_tar(self) -> None:
-        """Diff ID, chain ID and parent are right, and so is what `get` finds."""
+        """Diff ID, chain ID and parent are right, also in the layer from `get`."""
         async with self._open_in_time() as store:
             built = make_layer("a")
             layer = await store.register(LayerStream(built), None)
@@ -105,7 +107,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(each)
 
     async def test_layers_stand_on_each_other(self) -> None:
-        """Chain IDs and parents of a stack, and of another on the same base."""
+        """Chain IDs and parents are right in several stacks on the same base."""
         async with self._open_in_time() as store:
             base, one, two, top = (make_layer(name) for name in ("base", "one", "two", "top"))
             for stack in ((base, one, top), (base, two, top), (base, top)):
@@ -118,7 +120,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                     store.release(layer)
 
     async def test_what_is_there_is_returned_as_it_is(self) -> None:
-        """Registered again, in another compression, a layer is the same one."""
+        """A layer that is registered again, with another compression, is the same layer."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a")
             layers = await register_stack(store, base, built)
@@ -130,7 +132,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(layer)
 
     async def test_an_unknown_parent_is_an_error(self) -> None:
-        """Nothing can be put on what is not there, and nothing is stored then."""
+        """A layer upon a missing parent is an error, and is not stored."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a")
             with ExpectError(Exception):
@@ -138,10 +140,10 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             await self._check_absent(store, base, built, when="without its parent")
             await self._check_absent(store, built, when="when it was meant for a parent")
 
-    # What comes.
+    # The stream of a layer.
 
     async def test_each_compression(self) -> None:
-        """The magic bytes say which it is; the layer is the same."""
+        """The store finds the compression by the magic bytes."""
         async with self._open_in_time() as store:
             for compression in get_args(Compression):
                 built = make_layer(f"in {compression}", compression=compression)
@@ -150,7 +152,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(layer)
 
     async def test_empty_layers(self) -> None:
-        """A tar without entries; the same compressed."""
+        """A tar without entries is a layer, with each compression."""
         async with self._open_in_time() as store:
             for compression in get_args(Compression):
                 built = build_layer([], compression=compression)
@@ -159,7 +161,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(layer)
 
     async def test_pieces_of_any_size(self) -> None:
-        """A stream gives what it likes, up to what it is asked for."""
+        """A stream may return pieces of any size up to the requested one."""
         async with self._open_in_time() as store:
             small, large = make_layer("small"), make_layer("large", size=3_000_000)
             for built, piece in ((small, 1), (small, 7), (large, 10_000), (large, 10_000_000)):
@@ -168,7 +170,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(layer)
 
     async def test_where_no_stream_begins(self) -> None:
-        """What is wrong with, or while reading, the beginning is a `DecompressionError`."""
+        """A wrong or unreadable beginning is a `DecompressionError`."""
         async with self._open_in_time() as store:
             built = make_layer("a")
             named = gzip_with_name(built)
@@ -188,7 +190,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             await check_can_register(store, built)
 
     async def test_what_a_stream_raises_comes_out_as_it_is(self) -> None:
-        """In no group, and with nothing stored, whichever compression it is."""
+        """The stream's error is raised unchanged, without a group, and nothing is stored."""
         async with self._open_in_time() as store:
             for compression in get_args(Compression):
                 built = make_layer(f"in {compression}", size=100_000, compression=compression)
@@ -196,19 +198,19 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 half = len(blob_of(built)) // 2
                 with ExpectError(StreamError, when="the stream fails") as raised:
                     await store.register(LayerStream(built, stop=half, error=error), None)
-                check(raised.error is error, "what the stream raised is another object now")
+                check(raised.error is error, "the stream's error is raised as another object")
                 await self._check_absent(store, built, when="after its stream failed")
                 await check_can_register(store, built)
 
     async def test_what_is_damaged_is_not_stored(self) -> None:
-        """A stream that ends early, or has wrong bytes in the middle."""
+        """A stream that ends early or has wrong bytes is an error."""
         async with self._open_in_time() as store:
             for compression in set(get_args(Compression)) - {"none"}:
                 built = make_layer(f"in {compression}", size=100_000, compression=compression)
                 data = blob_of(built)
                 half = len(data) // 2
                 damaged = [data[:half]]
-                if compression != "zstd":  # whose checksum is an option
+                if compression != "zstd":  # its checksum is optional
                     damaged.append(data[:half] + bytes(1000) + data[half + 1000 :])
                 for wrong in damaged:
                     with ExpectError(Exception, when=f"{compression} is damaged"):
@@ -216,7 +218,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                     await self._check_absent(store, built, when="though it came damaged")
 
     async def test_the_stream_is_left_open(self) -> None:
-        """It is its owner's, after success, failure and cancellation."""
+        """The store does not close the stream after success, failure or cancellation."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
             streams = [
@@ -232,13 +234,13 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 check(not stream.closed, f"the stream of a layer was closed when it was {when}")
 
     async def test_descriptors(self) -> None:
-        """One that fits changes nothing; one that does not, where the store looks."""
+        """A wrong descriptor is an error if the store verifies them."""
         async with self._open_in_time() as store:
             built, other = make_layer("a", size=10_000), make_layer("other")
             if self.verifies_descriptors:
                 size = attrs.evolve(built.descriptor, size=built.descriptor.size + 1)
                 for wrong in (other.descriptor, size):
-                    with ExpectError(Exception, when="what comes is not what its descriptor says"):
+                    with ExpectError(Exception, when="the stream differs from its descriptor"):
                         await store.register(LayerStream(built), None, wrong)
                     await self._check_absent(store, built, when="though its descriptor is wrong")
             for layer in (built, other):
@@ -249,7 +251,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
     # Cancellation.
 
     async def test_cancelled_at_each_step(self) -> None:
-        """Wherever it is cancelled, a layer is not stored, or returned all the same."""
+        """At each step, a cancelled call stores no layer, or returns it all the same."""
         async with self._open_in_time() as store:
             [base] = await register_stack(store, make_layer("base"))
 
@@ -265,7 +267,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             store.release(base)
 
     async def test_cancelled_while_the_stream_waits(self) -> None:
-        """Waiting for more ends at once, and the next to register starts afresh."""
+        """Cancellation stops a wait at once, and the next call starts anew."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
             for stop in (0, 5, 50_000, len(blob_of(built))):
@@ -276,7 +278,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             await check_can_register(store, built)
 
     async def test_methods_are_checkpoints(self) -> None:
-        """Also where there is nothing to do."""
+        """All methods are checkpoints, even if there is nothing to do."""
         async with self._open_in_time() as store:
             built = make_layer("a")
             held: list[Layer] = []
@@ -299,7 +301,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
     # References.
 
     async def test_a_layer_stays_while_it_is_referred_to(self) -> None:
-        """Each `get` and `register` is one reference, and each `release` gives back one."""
+        """Each `get` and `register` adds a reference, and each `release` removes one."""
         async with self._open_in_time() as store:
             built = make_layer("a")
             held = [
@@ -321,7 +323,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             await check_can_register(store, built)
 
     async def test_a_layer_keeps_those_below(self) -> None:
-        """A reference to the top one is enough, also where it came by `get`."""
+        """A reference to the top layer, also one from `get`, keeps all layers below."""
         async with self._open_in_time() as store:
             stack = [make_layer(name) for name in ("a", "b", "c")]
             *below, top = await register_stack(store, *stack)
@@ -344,7 +346,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             store.release(again)
 
     async def test_a_failure_takes_no_reference(self) -> None:
-        """A layer is not kept, and not lost, by calls for it that fail."""
+        """A failed call neither adds nor removes a reference to the parent."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a", size=100_000)
             [layer] = await register_stack(store, base)
@@ -362,10 +364,10 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             check(await self._is_there(store, top.chain_id), "a layer with a reference is gone")
             store.release(top)
 
-    # What was stored, once more.
+    # The data of layers.
 
     async def test_the_data_can_be_registered_again(self) -> None:
-        """`Layer.tar_stream` is what `register` takes, on whatever parent."""
+        """`register` takes the stream of `Layer.tar_stream`, upon any parent."""
         async with self._open_in_time() as store:
             base = await store.register(LayerStream(make_layer("base")), None)
             for compression in get_args(Compression):
@@ -379,7 +381,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             store.release(base)
 
     async def test_the_data_can_be_read_by_many(self) -> None:
-        """Each stream is one of its own, and may be closed early."""
+        """Each stream is independent, and may be closed early."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
             [layer] = await register_stack(store, built)
@@ -390,10 +392,10 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                     nursery.start_soon(check_readable, layer, built)
             store.release(layer)
 
-    # Many at once.
+    # Concurrency.
 
     async def test_one_layer_is_registered_by_many(self) -> None:
-        """They get the same layer, and each of them a reference."""
+        """All callers get the same layer, and each gets a reference."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a", size=100_000)
             layers: list[Layer] = []
@@ -415,7 +417,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(layers.pop())
 
     async def test_many_layers_are_registered_at_once(self) -> None:
-        """Any number of tasks may use a store."""
+        """Any number of tasks may use a store at once."""
         async with self._open_in_time() as store:
             base = make_layer("base")
 
@@ -436,7 +438,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                     nursery.start_soon(use, number)
 
     async def test_one_that_is_cancelled_harms_nobody(self) -> None:
-        """Others may be waiting for what it was doing: then they do it."""
+        """If a cancelled call did work for others, one of the others does it."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
             stuck = LayerStream(built, stop=50_000)

@@ -39,21 +39,21 @@ StagingStoreT = TypeVar("StagingStoreT", bound=StagingStore)
 
 
 class StagingStoreSuite(StoreSuite[StagingStoreT]):
-    """Tests of a `~trio_layers.abc.StagingStore`: those of `StoreSuite`, and more.
+    """Tests of a `~trio_layers.abc.StagingStore`, including `StoreSuite`.
 
     Attributes:
-        keeps_blobs: Whether a layer's blob stays in the store with it, so that staging it again
-            needs no download.
-        many: How many stages may wait for their parents at once.
+        keeps_blobs: Whether the store keeps a layer's blob, so that staging the layer again needs
+            no download.
+        many: The number of stages that must be able to wait for their parents at once.
     """
 
     keeps_blobs: ClassVar[bool] = False
     many: ClassVar[int] = 1000
 
-    # One stage, from its first byte to its layer.
+    # From the first byte to the layer.
 
     async def test_stage_a_layer(self) -> None:
-        """What has arrived is counted and hashed; all of it is a layer."""
+        """A stage counts and hashes the bytes, and makes a layer of them."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             data = blob_of(built)
@@ -63,7 +63,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                     await stage.write(data[start : start + 700_000])
                     check_stage(stage, data[: start + 700_000])
                 await stage.finish(ignore)
-                check(stage.complete, "a stage is not complete though it is finished")
+                check(stage.complete, "a finished stage is not complete")
                 layer = await stage.commit(None)
                 check_stack(layer, built)
             await self.collect(store)
@@ -72,7 +72,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_stage_each_compression(self) -> None:
-        """As for `register`."""
+        """A stage takes the same compressions as `register`."""
         async with self._open_in_time() as store:
             for compression in get_args(Compression):
                 for built in (
@@ -84,7 +84,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                     store.release(layer)
 
     async def test_stage_upon_a_parent(self) -> None:
-        """One that comes after all has arrived, and one that does not come."""
+        """A parent may come after all bytes; a missing parent is an error."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a")
             async with store.stage(built.descriptor) as stage:
@@ -100,7 +100,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_staged_layers_are_held(self) -> None:
-        """`Stage.commit` gives a reference, as `register` does."""
+        """`Stage.commit` adds a reference, as `register` does."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a")
             below = await stage_layer(store, base)
@@ -115,7 +115,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store.release(layers.pop(0))
 
     async def test_progress_of_a_stage(self) -> None:
-        """It never falls, never exceeds the blob's size, and reaches it before the commit ends."""
+        """Progress never falls, and ends with the blob's size before the commit ends."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             told: list[int] = []
@@ -127,7 +127,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_stage_again_what_is_there(self) -> None:
-        """Nothing is to be written where the store has the blob; the layer is the same."""
+        """A stage of a stored blob is complete, and makes the same layer."""
         async with self._open_in_time() as store:
             built = make_layer("a")
             layer = await stage_layer(store, built)
@@ -136,14 +136,16 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                     check(stage.complete, "a blob that is there is not complete when staged")
                     check_stage(stage, blob_of(built), complete=True)
                 again = await finish_stage(stage, built)
-            check_equal(again.chain_id, layer.chain_id, "the chain ID of what was staged before")
+            check_equal(
+                again.chain_id, layer.chain_id, "the chain ID of a layer that was staged before"
+            )
             store.release(layer)
             store.release(again)
 
     # Attempts.
 
     async def test_attempts_are_never_mixed(self) -> None:
-        """After a restart, bytes from before it count for nothing."""
+        """After a restart, earlier bytes do not count."""
         async with self._open_in_time() as store:
             built, other = make_layer("a", size=3_000_000), make_layer("other", size=3_000_000)
             async with store.stage(built.descriptor) as stage:
@@ -157,7 +159,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_what_arrived_is_resumed(self) -> None:
-        """Left without a commit, a stage leaves its bytes for the next, and nothing else."""
+        """Without a commit, a stage leaves only its bytes, for the next stage."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             data = blob_of(built)
@@ -173,7 +175,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_what_is_complete_is_resumed(self) -> None:
-        """A blob that has come, and was not committed, need not come again."""
+        """A complete blob without a commit is there for the next stage."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
             async with store.stage(built.descriptor) as stage:
@@ -186,7 +188,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_wrong_bytes_can_be_dropped_later(self) -> None:
-        """What an attempt left may be anything: the next sees that by its digest."""
+        """The digest shows the next stage that the bytes left over are wrong."""
         async with self._open_in_time() as store:
             built, other = make_layer("a", size=100_000), make_layer("other", size=100_000)
             wrong = blob_of(other)[:50_000]
@@ -199,10 +201,10 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             check_stack(layer, built)
             store.release(layer)
 
-    # What goes wrong.
+    # Failures.
 
     async def test_what_is_verified_and_damaged_fails_for_certain(self) -> None:
-        """`Stage.wait_failed` and `Stage.commit` tell the same, and nothing is stored."""
+        """`Stage.wait_failed` and `Stage.commit` report the same, and nothing is stored."""
         async with self._open_in_time() as store:
             good = blob_of(make_layer("a", size=100_000))
             no_gzip = b"\x1f\x8b\x08\x00" + b"\xff" * 2
@@ -212,15 +214,17 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                     await stage.write(data)
                     await stage.finish(ignore)
                     failed = await stage.wait_failed()
-                    with ExpectError(kind, when="what was staged is damaged") as raised:
+                    with ExpectError(kind, when="the staged blob is damaged") as raised:
                         await stage.commit(None)
-                    check_equal(type(failed), type(raised.error), "what wait_failed returns")
+                    check_equal(
+                        type(failed), type(raised.error), "the type of error from wait_failed"
+                    )
             await self._check_absent(
                 store, make_layer("a", size=100_000), when="though it is damaged"
             )
 
     async def test_what_is_not_verified_fails_nothing(self) -> None:
-        """Damage in bytes that are dropped again is forgotten."""
+        """Damage in bytes before a restart does not fail the stage."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             failures: list[Exception] = []
@@ -242,15 +246,15 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_what_is_not_the_blob_is_not_finished(self) -> None:
-        """Where the store compares: the attempt has failed then, and another one follows."""
+        """If the store verifies, wrong bytes fail the attempt, and another one can follow."""
         async with self._open_in_time() as store:
             built, other = make_layer("a", size=100_000), make_layer("other", size=100_000)
             async with store.stage(built.descriptor) as stage:
                 if self.verifies_descriptors:
                     await stage.write(blob_of(other))
-                    with ExpectError(Exception, when="what came is not the blob"):
+                    with ExpectError(Exception, when="the bytes are not the blob"):
                         await stage.finish(ignore)
-                    check(not stage.complete, "what is not the blob is complete")
+                    check(not stage.complete, "a stage with wrong bytes is complete")
                     if stage.offset:
                         await stage.restart()
                 layer = await finish_stage(stage, built)
@@ -258,7 +262,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_what_the_block_raises_comes_out_as_it_is(self) -> None:
-        """At each stage of a stage."""
+        """An error of the block is raised unchanged at each step."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
             error = StreamError()
@@ -270,14 +274,14 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                         if step == 2:
                             await fill_stage(stage, built)
                         raise error
-                check(raised.error is error, "what the block raised is another object now")
+                check(raised.error is error, "the block's error is raised as another object")
             await self._check_absent(store, built, when="after its block failed")
             store.release(await stage_layer(store, built))
 
     # Cancellation.
 
     async def test_stage_cancelled_at_each_step(self) -> None:
-        """Wherever it is cancelled, a layer is not stored, or returned all the same."""
+        """At each step, a cancelled stage stores no layer, or returns it all the same."""
         async with self._open_in_time() as store:
             base = await stage_layer(store, make_layer("base"))
 
@@ -297,7 +301,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(base)
 
     async def test_waiting_for_a_failure_can_be_cancelled(self) -> None:
-        """And changes nothing, as one that nobody hears."""
+        """Cancelling `Stage.wait_failed` changes nothing."""
         async with self._open_in_time() as store:
             built = make_layer("a")
             async with store.stage(built.descriptor) as stage:
@@ -309,7 +313,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             store.release(layer)
 
     async def test_abort_stops(self) -> None:
-        """Leaving waits for nobody, whatever there is still to be unpacked or to arrive."""
+        """Leaving a stage does not wait for unpacking or for other stages."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
 
@@ -330,7 +334,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 await self._check_absent(store, built, when="after an abort")
             store.release(await stage_layer(store, built))
 
-    # Many at once.
+    # Concurrency.
 
     async def test_two_stage_one_layer(self) -> None:
         """Whether one waits, or each has its own: both get the layer."""
@@ -351,7 +355,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store.release(layer)
 
     async def test_staged_and_registered_at_once(self) -> None:
-        """Both ways to one layer."""
+        """Staging and registering one layer at once give the same layer."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             layers: list[Layer] = []
@@ -370,7 +374,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store.release(layer)
 
     async def test_who_waits_takes_over(self) -> None:
-        """From one who is cancelled with half of the blob, and from one who fails."""
+        """A waiting stage takes over from one that fails with a part of the blob."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             layers: list[Layer] = []
@@ -391,7 +395,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store.release(layer)
 
     async def test_who_waits_is_told_no_more_than_there_can_be(self) -> None:
-        """Of a blob that somebody else brings, and not after it has been entered."""
+        """A waiting stage gets reports up to the blob's size, and none after entering."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
             told: list[int] = []
@@ -420,14 +424,15 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store.release(layer)
 
     async def test_opposite_orders_do_not_meet(self) -> None:
-        """[a, b] and [b, a] at once: each stages its upper layer first, and then waits for the
-        other's.
+        """Pulls of [a, b] and [b, a] do not deadlock.
+
+        Each stages its upper layer first, and then waits for the other's.
         """
         async with self._open_in_time() as store:
             layers = [make_layer(f"{number}", size=10_000) for number in range(6)]
 
             async def pull(stack: list[BuiltLayer]) -> None:
-                """From the top: each stage is open until the one below is a layer."""
+                """Stage from the top; each stage stays open until the layer below is there."""
                 *below, top = stack
                 async with store.stage(top.descriptor) as stage:
                     if not stage.complete:
@@ -450,7 +455,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store.release(layer)
 
     async def test_many_wait_for_their_parents(self) -> None:
-        """Complete, and with nothing left to do but to wait, a stage is in nobody's way."""
+        """Complete stages that wait for their parents do not block other stages."""
         async with self._open_in_time() as store:
             base = make_layer("base")
             waiting: set[int] = set()

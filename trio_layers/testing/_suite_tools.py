@@ -43,12 +43,12 @@ __all__ = [
 ]
 
 
-# Layers to try it with.
+# Layers and streams for the tests.
 
 
 @lru_cache(maxsize=64)
 def make_layer(name: str, *, size: int = 100, compression: Compression = "gzip") -> BuiltLayer:
-    """A layer that is as large as it is downloaded, or a bit larger, and unlike all others."""
+    """Make a unique layer, whose blob has at least ``size`` bytes."""
     noise = hashlib.shake_128(name.encode()).digest(size)
     return build_layer([Directory(""), File(name, data=noise)], compression=compression)
 
@@ -59,7 +59,7 @@ def blob_of(built: BuiltLayer) -> bytes:
 
 
 def gzip_with_name(built: BuiltLayer) -> bytes:
-    """The layer's tar with a gzip header of more than ten bytes."""
+    """Return the layer's tar with a gzip header of more than ten bytes."""
     out = io.BytesIO()
     with gzip.GzipFile("a-name-in-the-header", "wb", fileobj=out, mtime=0) as file:
         file.write(gzip.decompress(blob_of(built)))
@@ -76,12 +76,14 @@ def chain_id_of(*layers: BuiltLayer) -> ChainID:
 
 @final
 class StreamError(Exception):
-    """What only a stream or a block of the suite raises."""
+    """An error that only streams and blocks of the suite raise."""
 
 
 @final
 class LayerStream(trio.abc.ReceiveStream):
-    """A layer's bytes, in pieces. At ``stop`` it raises ``error``, or else says so and waits for
+    """A layer's bytes in pieces.
+
+    At the offset ``stop``, it raises ``error``; without an error, it sets `stopped` and waits for
     ever.
     """
 
@@ -126,11 +128,11 @@ def ignore(position: int) -> None:
     pass
 
 
-# What stores are asked to do.
+# Calls of stores.
 
 
 async def register_stack(store: LayerStore, *stack: BuiltLayer) -> list[Layer]:
-    """A stack, bottom first, with a reference to each."""
+    """Register a stack, bottom first, with a reference to each layer."""
     layers: list[Layer] = []
     for built in stack:
         below = layers[-1].chain_id if layers else None
@@ -139,7 +141,7 @@ async def register_stack(store: LayerStore, *stack: BuiltLayer) -> list[Layer]:
 
 
 async def check_can_register(store: LayerStore, *stack: BuiltLayer) -> None:
-    """That it can be done, after something else went wrong."""
+    """Check that the store can register a stack, after a failure."""
     layers = await register_stack(store, *stack)
     check_stack(layers[-1], *stack)
     for layer in layers:
@@ -147,7 +149,7 @@ async def check_can_register(store: LayerStore, *stack: BuiltLayer) -> None:
 
 
 async def fill_stage(stage: Stage, built: BuiltLayer, told: Callable[[int], None] = ignore) -> None:
-    """Bring what is missing."""
+    """Write the missing bytes and finish the stage."""
     data = blob_of(built)
     if not stage.complete:
         for start in range(stage.offset, len(data), 1_000_000):
@@ -171,7 +173,7 @@ async def stage_layer(
     parent: ChainID | None = None,
     told: Callable[[int], None] = ignore,
 ) -> Layer:
-    """As the engine does it: a layer that a stage does not end well with goes back."""
+    """Stage a layer as the engine does, and release it if the stage fails."""
     layer: Layer | None = None
     try:
         async with store.stage(built.descriptor) as stage:
@@ -184,7 +186,7 @@ async def stage_layer(
 
 
 async def cancel_when(event: trio.Event, do: Callable[[], Awaitable[Layer]]) -> None:
-    """Do something that is cancelled when ``event`` has happened."""
+    """Cancel a call when ``event`` has happened, and check that it stopped."""
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
 
@@ -195,18 +197,19 @@ async def cancel_when(event: trio.Event, do: Callable[[], Awaitable[Layer]]) -> 
             nursery.start_soon(cancel)
             await do()
             nursery.cancel_scope.cancel()
-    check(scope.cancelled_caught, "what was cancelled while it waited went on all the same")
+    check(scope.cancelled_caught, "a call that was cancelled while it waited went on")
 
 
 async def cancel_at_each_step(
     do: Callable[[BuiltLayer], Awaitable[None]], look: Callable[[BuiltLayer], Awaitable[None]]
 ) -> None:
-    """Do something with one layer after the other, and cancel it later each time, until it gets
-    to its end; ``look`` at each layer with which it was cancelled.
+    """Call ``do`` with new layers, cancel each call a bit later, until one ends.
+
+    ``look`` is called with the layer of each cancelled call.
     """
     step = 0
     while True:
-        # Each step of a short way, and some of a long one.
+        # All steps of a short call, and some steps of a long one.
         step += 1 + step // 20
         built = make_layer(f"step {step}")
         instrument = _CancelAtStep(step)
@@ -224,7 +227,7 @@ async def cancel_at_each_step(
 
 @final
 class _CancelAtStep(trio.abc.Instrument):
-    """Cancels when tasks have made so many steps: whatever waits then is not waited for."""
+    """Cancels its scope when tasks have made a number of steps."""
 
     def __init__(self, step: int) -> None:
         self.scope = trio.CancelScope()
@@ -236,11 +239,11 @@ class _CancelAtStep(trio.abc.Instrument):
             self.scope.cancel()
 
 
-# What is checked.
+# Checks.
 
 
 def check(condition: bool, otherwise: str) -> None:
-    # Not "assert": the suite says what is wrong where nobody rewrites that, and with -O.
+    # An assert statement would say nothing with -O, or without pytest's rewriting.
     if not condition:
         raise AssertionError(otherwise)
 
@@ -250,7 +253,7 @@ def check_equal(found: object, expected: object, what: str) -> None:
 
 
 def check_stack(layer: Layer, *stack: BuiltLayer) -> None:
-    """Names and parents of a layer, which is the top of the stack."""
+    """Check IDs and parents of the top layer of a stack."""
     found: Layer | None = layer
     for number in range(len(stack), 0, -1):
         assert found is not None, f"a layer on {number} others has too few parents"
@@ -261,7 +264,7 @@ def check_stack(layer: Layer, *stack: BuiltLayer) -> None:
 
 
 async def check_readable(layer: Layer, built: BuiltLayer) -> None:
-    """That the layer's data is there, in whatever compression: as a store would take it."""
+    """Check that a store can register the layer's data, in any compression."""
     store = MemoryStore()
     async with await layer.tar_stream() as stream:
         read = await store.register(stream, None)
@@ -269,7 +272,7 @@ async def check_readable(layer: Layer, built: BuiltLayer) -> None:
 
 
 def check_stage(stage: Stage, data: bytes, *, complete: bool | None = False) -> None:
-    """That so much is there; ``complete``: whether that is known to be all, ``None``: may be."""
+    """Check the bytes of a stage, and whether it is complete (``None``: either)."""
     check_equal(stage.offset, len(data), "the offset of a stage")
     check_equal(stage.digest, digest_of(data), "the digest of a stage")
     if complete is not None:
@@ -278,7 +281,7 @@ def check_stage(stage: Stage, data: bytes, *, complete: bool | None = False) -> 
 
 @final
 class ExpectError:
-    """That the block raises such an error, and no group."""
+    """Expects an error of a type from the block, without a group."""
 
     def __init__(self, kind: type[Exception], *, when: str = "something is wrong") -> None:
         self.error = Exception()
@@ -299,7 +302,7 @@ class ExpectError:
         is_it = isinstance(error, self._kind) and not isinstance(error, ExceptionGroup)
         if error is None or not is_it or isinstance(error, AssertionError):
             found = "nothing was" if error is None else f"{error!r} was"
-            expected = f"if {self._when}, {self._kind.__name__} is to be raised"
+            expected = f"if {self._when}, {self._kind.__name__} has to be raised"
             raise AssertionError(f"{expected}, and {found}") from error
         self.error = error
         return True

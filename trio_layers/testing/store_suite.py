@@ -1,28 +1,28 @@
-"""What any layer store must do, as tests to run on yours.
+"""Tests that any layer store must pass, to run on your own store.
 
-`StoreSuite` checks what `trio_layers.abc.LayerStore` promises, `StagingStoreSuite` that and what
-`~trio_layers.abc.StagingStore` does. Say how to open a store, and the methods are tests, for
-pytest-trio (in its trio mode, or marked ``trio``):
+`StoreSuite` tests the promises of `trio_layers.abc.LayerStore`, and `StagingStoreSuite` also those
+of `~trio_layers.abc.StagingStore`. Write a subclass that opens your store; its methods are tests
+for pytest-trio (in its trio mode, or marked ``trio``):
 
     class TestMyStore(StagingStoreSuite[MyStore]):
         def open_store(self):
             return open_my_store()
 
-For anyio's pytest plugin mark the class ``anyio``, and let the fixture ``anyio_backend`` be
-``"trio"``. A directory for each test comes by a fixture of the class:
+For anyio's pytest plugin, mark the class ``anyio``, and let the fixture ``anyio_backend`` return
+``"trio"``. A fixture of the class can give each test a directory:
 
         @pytest.fixture(autouse=True)
         def _directory(self, tmp_path):
             self.directory = tmp_path
 
-Nothing here needs pytest. Without it:
+The suite does not need pytest. Without it:
 
     for name, check in TestMyStore().checks():
         trio.run(check)
 
-A check that fails raises `AssertionError`, or what the store raised where it must not; one that
-takes longer than `StoreSuite.patience` raises `trio.TooSlowError`. The suite shows what is wrong
-with a store that others see. It cannot show what a crash or a full disk does to it.
+A check that fails raises `AssertionError`, or the store's unexpected error. A check that takes
+longer than `StoreSuite.patience` raises `trio.TooSlowError`. The suite tests the visible behavior
+of a store. It cannot test the effects of a crash or a full disk.
 """
 
 from .._util import export_as_public
