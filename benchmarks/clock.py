@@ -1,9 +1,9 @@
-"""Counts where a Python process spends its time, from its start to its end, whatever it runs.
+"""Measures the time of each stage in a Python process, from its start to its end.
 
-`benchmarks.stages` has this installed by ``sitecustomize`` in the processes that it looks at.
-What takes time in a pull is done by a few functions of the standard library and of the
-decompressors; each is replaced by one that keeps the time of its calls, on the wall and on the
-thread's own CPU clock. All the rest is Python. A call costs about a microsecond more by it.
+`benchmarks.stages` installs this by ``sitecustomize`` in the processes that it measures. In a pull,
+a few functions of the standard library and of the decompressors take most of the time. Each is
+replaced by a function that adds up the time of its calls, on the wall and on the thread's CPU
+clock. The rest is Python. The replacement makes a call about a microsecond slower.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ FUNCTIONS = {
 SOCKETS = "recv recv_into recvmsg recvmsg_into send sendall sendmsg connect"
 
 Spent = dict[tuple[str, bool], list[float]]
-"""By stage and whether in the main thread: calls, CPU seconds, wall seconds."""
+"""Calls, CPU seconds and wall seconds, by stage and whether in the main thread."""
 
-_spent: dict[int, Spent] = {}  # by thread: nobody has to lock
-_threads = ("main", "others")  # what they are called in the end
+_spent: dict[int, Spent] = {}  # by thread, so no lock is needed
+_threads = ("main", "others")  # names of the main thread and the others in reports
 _original_exit = os._exit
 _rename = os.rename
 
 
 def install(directory: str) -> None:
-    """Begin to count; what was counted is written to the directory when the process ends."""
+    """Start measuring; write the figures to the directory when the process ends."""
     os.register_at_fork(after_in_child=_spent.clear)
     for stage, names in FUNCTIONS.items():
         for name in names.split():
@@ -104,7 +104,7 @@ def _timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Proxy:
-    """An object, one method of which is timed."""
+    """A proxy of an object with one timed method."""
 
     def __init__(self, stage: str, wrapped: Any, method: str) -> None:
         self._wrapped = wrapped
@@ -139,12 +139,12 @@ def _time_sqlite() -> None:
 
 
 def _reach_workers(directory: str) -> None:
-    """Have the library's workers count, too, which read no ``sitecustomize``."""
+    """Measure the library's workers, too, although they read no ``sitecustomize``."""
     original = subprocess.Popen.__init__
-    load = "from trio_layers import _worker\n"
+    load = "from trio_layers._workers import program\n"
     count = (
         f"from benchmarks import clock\nclock.install({directory!r})\n"
-        f"{load}clock.watch_worker(_worker, {directory!r})\n"
+        f"{load}clock.watch_worker(program, {directory!r})\n"
     )
 
     @functools.wraps(original)
@@ -157,7 +157,7 @@ def _reach_workers(directory: str) -> None:
 
 
 def watch_worker(worker: Any, directory: str) -> None:
-    """Write what was counted at each message: a worker is killed when it has nothing to do."""
+    """Write the figures at each message, because an idle worker is killed."""
     global _threads
     _threads = ("worker", "its ahead")
     original = worker._send
@@ -177,10 +177,10 @@ def _write(directory: str) -> None:
         for (stage, in_main), figures in spent.items():
             sums = stages[first if in_main else second].setdefault(stage, [0, 0.0, 0.0])
             sums[:] = [a + b for a, b in zip(sums, figures, strict=True)]
-    for who, cpu in ((first, main), (second, total - main)):
-        rest = cpu - sum(figures[1] for figures in stages[who].values())
-        stages[who]["Python, all the rest"] = [0, max(rest, 0.0), 0.0]
-    # Whole, whenever the process is killed.
+    for thread, cpu in ((first, main), (second, total - main)):
+        rest = cpu - sum(figures[1] for figures in stages[thread].values())
+        stages[thread]["Python, all the rest"] = [0, max(rest, 0.0), 0.0]
+    # A new name makes the file complete, even if the process is killed meanwhile.
     path = f"{directory}/{os.getpid()}"
     with open(path, "w") as file:
         json.dump(stages, file)
