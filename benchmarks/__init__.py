@@ -1,5 +1,5 @@
-"""Measurements, to be read and not to be asserted.
+"""Measurements of pulls, for reading, not for assertions.
 
-``python -m benchmarks`` compares pulls, ``benchmarks.stages`` says where the time of one goes,
-``benchmarks.engine`` measures the engine alone.
+``python -m benchmarks`` compares pulls, ``benchmarks.stages`` shows the time of each stage of a
+pull, ``benchmarks.engine`` measures the engine alone.
 """

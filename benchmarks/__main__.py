@@ -1,11 +1,11 @@
-"""Pulls from docker-registry on loopback: this package, its peers, and the least it can take.
+"""Compares pulls from docker-registry on loopback: this package, its peers and a lower bound.
 
     python -m benchmarks [--only SCENARIO,…] [--with CONTESTANT,…] [--rounds N] [--json FILE]
 
-As root, on Linux with cgroup v2, with docker-registry and e2fsprogs installed; of the peers,
-those take part that are installed. Contestants take turns, in another order each round. Each
-pull goes to an ext4 of its own, made for it on a file in memory: on a used disk the same work may
-take ten times as long. Daemons run before the clock does. See docs/performance.md.
+It needs root, Linux with cgroup v2, docker-registry and e2fsprogs. The peers that are installed
+take part. Contestants take turns, in another order each round. Each pull gets a new ext4 on a file
+in memory, because on a used disk the same work may take ten times as long. Daemons are started
+before the clock. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from .stock import REPOSITORY, default_cache, facts, read_blobs, stock
 
 @attrs.frozen
 class Scenario:
-    """
+    """A measured pull.
+
     Attributes:
-        title: What it shows.
+        title: The title in reports.
         image: The image's shape.
-        before: A tag that is pulled before the clock runs.
-        tag: The tag that is pulled.
+        before: A tag to pull before the clock starts.
+        tag: The measured tag.
     """
 
     title: str
@@ -58,13 +59,15 @@ class Scenario:
 
 
 SCENARIOS = {
-    "large": Scenario("8 layers, 1.04 GB, one of them half of it", "large"),
+    "large": Scenario("8 layers, 1.04 GB, half of it in one layer", "large"),
     "small": Scenario("40 layers of 100 small files", "small"),
-    "zstd": Scenario("the 8 layers, by zstd", "large-zstd"),
+    "zstd": Scenario("the 8 layers, with zstd", "large-zstd"),
     "layers-200": Scenario("200 layers of 100 small files", "layers-200"),
     "layer-4G": Scenario("a single layer of 4 GB", "layer-4G"),
     "again": Scenario("the 40 layers again: nothing to do", "small", before="latest"),
-    "rebased": Scenario("the 8 layers, all but the lowest are there", "large", "latest", "rebased"),
+    "rebased": Scenario(
+        "the 8 layers, all but the lowest already there", "large", "latest", "rebased"
+    ),
 }
 
 
@@ -73,10 +76,11 @@ class Run:
     """One pull.
 
     Attributes:
-        wall: Seconds until it said it was done.
-        sync: Seconds it then took to have all of it on disk.
-        user, system: CPU seconds of all its processes, a daemon's included.
-        peak: Bytes that its processes had resident, together, at most.
+        wall: Seconds until the contestant reported the end.
+        sync: Seconds to write the rest to the disk after that.
+        user: CPU seconds of all processes in user mode, including a daemon.
+        system: The same in the kernel.
+        peak: The largest resident memory of all processes together, in bytes.
     """
 
     scenario: str
@@ -96,7 +100,7 @@ class Run:
 def main() -> None:
     options = _options()
     if os.geteuid() != 0:
-        raise SystemExit("only root can make file systems and mount them")
+        raise SystemExit("benchmarks need root: they make and mount file systems")
     enter_own_mounts("benchmarks")
     interrupt_on_signals()
     sweep()
@@ -141,15 +145,15 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", type=names(SCENARIOS), default=list(SCENARIOS), metavar="SCENARIO,…",
-        help=f"which scenarios: {', '.join(SCENARIOS)}")  # fmt: skip
+        help=f"scenarios to run: {', '.join(SCENARIOS)}")  # fmt: skip
     add("--with", type=names(CONTESTANTS), dest="contestants", metavar="CONTESTANT,…",
-        help=f"who takes part: {', '.join(CONTESTANTS)}")  # fmt: skip
+        help=f"contestants: {', '.join(CONTESTANTS)}")  # fmt: skip
     add("--containerd", type=Path, action="append", default=[], metavar="DIR",
-        help="a directory with another containerd and ctr, to take part as well")  # fmt: skip
-    add("--rounds", type=int, default=5, metavar="N")
-    add("--json", type=Path, metavar="FILE", help="where to write all figures")
-    add("--plot", type=Path, metavar="FILE", help="where to draw them, as SVG")
-    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="where images are kept")
+        help="directory with another containerd and ctr to add as a contestant")  # fmt: skip
+    add("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: 5)")
+    add("--json", type=Path, metavar="FILE", help="file for all figures")
+    add("--plot", type=Path, metavar="FILE", help="file for a drawing of the figures, as SVG")
+    add("--cache", type=Path, default=default_cache(), metavar="DIR", help="directory for images")
     return parser.parse_args()
 
 
@@ -159,7 +163,7 @@ def _contestants(options: argparse.Namespace) -> list[Contestant]:
         if options.contestants is not None and contestant.name not in options.contestants:
             continue
         if missing := contestant.missing():
-            print(f"without {contestant.name}: {', '.join(missing)} not installed")
+            print(f"{contestant.name} is skipped: {', '.join(missing)} not installed")
             continue
         chosen.append(contestant)
     return [*chosen, *map(other_containerd, options.containerd)]
@@ -186,16 +190,16 @@ def _measure(
                 try:
                     run = _pull(name, contestant, number, host, directory, size)
                 except Failed as error:
-                    print(f"{contestant.name} cannot do it: {error}")
+                    print(f"{contestant.name} failed: {error}")
                     continue
                 runs.append(run)
                 taking_part.append(contestant)
                 _say(f"{name}, round {number + 1}: {contestant.name} {run.wall:.2f} s")
-            # Another goes first.
+            # The next round begins with another contestant.
             taking_part = taking_part[1:] + taking_part[:1]
         _say("")
         if scenario.before is not None and scenario.before == scenario.tag:
-            print(f"the registry's own answer takes {_answer(host) * 1000:.1f} ms")
+            print(f"an answer of the registry takes {_answer(host) * 1000:.1f} ms")
     return runs
 
 
@@ -212,7 +216,7 @@ def _pull(
         with contestant.open(processes, disk) as pull:
             if scenario.before is not None:
                 pull(f"{host}/{REPOSITORY}:{scenario.before}")
-            os.sync()  # what others have left to write is not for this one to wait for
+            os.sync()  # the contestant must not wait for data of others
             before = processes.usage()
             with processes.watched() as peak:
                 wall = pull(f"{host}/{REPOSITORY}:{scenario.tag}")
@@ -242,7 +246,7 @@ def _sync_file_system(directory: Path) -> None:
 
 
 def _answer(host: str) -> float:
-    """Seconds for a manifest's digest, connection and all; the median."""
+    """Return the median seconds for a manifest's digest, including the connection."""
     times = []
     for _ in range(50):
         start = time.monotonic()

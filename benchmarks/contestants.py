@@ -1,6 +1,6 @@
-"""Who takes part: this package in two ways, its peers, and what they are all measured against.
+"""The contestants: this package in two ways, its peers, and references to compare with.
 
-A contestant is opened on an empty disk, which starts its daemon if it has one, and then pulls.
+A contestant is opened on an empty disk, which starts its daemon, if any. Then it pulls.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from .machine import Failed, Group, wait_for
 ROOT = Path(__file__).parents[1]
 
 Pull = Callable[[str], float]
-"""Pulls a reference, and says how many seconds it took."""
+"""Pulls a reference, and returns the seconds that it took."""
 
 
 @attrs.frozen
 class Contestant:
-    """
+    """A program that pulls images.
+
     Attributes:
-        name: How it is called in tables.
+        name: The name in tables.
         kind: ``ours``, ``peer`` or ``reference``.
-        programs: What must be installed.
-        open: Makes it ready on an empty disk.
-        version: A command that prints it.
-        again: Whether it can pull when there is something already.
+        programs: The programs that must be installed.
+        open: Prepares the contestant on an empty disk.
+        version: A command that prints the version.
+        again: Whether it can pull a second image to the same disk.
     """
 
     name: str
@@ -98,7 +99,7 @@ def _library(group: Group, disk: Path) -> Iterator[Pull]:
     def answer() -> str:
         line = stdout.readline()
         if not line:
-            raise Failed(["library"], "the process ended; see its error above")
+            raise Failed(["library"], "the process has ended; see its error above")
         return line
 
     def pull(reference: str) -> float:
@@ -119,7 +120,7 @@ def _floor(group: Group, disk: Path) -> Iterator[Pull]:
 
 @contextmanager
 def _inflate(group: Group, disk: Path) -> Iterator[Pull]:
-    """The floor's blobs, fetched before, inflated on one core, and nothing else."""
+    """Only inflates the floor's blobs on one core; they are fetched before."""
 
     def pull(reference: str) -> float:
         _timed(group, [_python("benchmarks.floor", reference, str(disk))])
@@ -139,7 +140,7 @@ def _inflate(group: Group, disk: Path) -> Iterator[Pull]:
 @contextmanager
 def _docker(group: Group, disk: Path) -> Iterator[Pull]:
     socket, log = disk / "docker.sock", disk / "docker.log"
-    (disk / "daemon.json").write_text("{}")  # the machine's own is not for us
+    (disk / "daemon.json").write_text("{}")  # the machine's own configuration is not used
     with log.open("wb") as file:
         daemon = group.start(
             ["dockerd", "--host", f"unix://{socket}", "--data-root", str(disk / "docker"),
@@ -200,7 +201,7 @@ def _wait_for_daemon(command: list[str], daemon: subprocess.Popen[str], log: Pat
 
 @contextmanager
 def _podman(group: Group, disk: Path) -> Iterator[Pull]:
-    # It puts blobs into TMPDIR first, which belongs on the same disk.
+    # podman puts blobs into TMPDIR first, so TMPDIR must be on the same disk.
     (disk / "tmp").mkdir()
     podman = ["podman", "--root", str(disk / "root"), "--runroot", str(disk / "run"),
               "--storage-driver", "overlay", "--events-backend", "none"]  # fmt: skip
@@ -251,7 +252,7 @@ CONTESTANTS = {
             ("skopeo", "--version"),
             again=False,
         ),
-        # It checks less than the others, and keeps no layers.
+        # crane checks less than the others, and keeps no layers.
         Contestant("crane", "reference", ("crane", "tar"), _crane, ("crane", "version"), False),
         Contestant(FLOOR, "reference", (), _floor, again=False),
         Contestant(INFLATE, "reference", (), _inflate, again=False),
@@ -260,7 +261,7 @@ CONTESTANTS = {
 
 
 def other_containerd(directory: Path) -> Contestant:
-    """A containerd from elsewhere, beside the one that is installed."""
+    """Return a contestant for another containerd beside the installed one."""
     program = str(directory / "containerd")
     version = versions([Contestant("", "peer", (), _containerd(), (program, "--version"))])[""]
     name = f"containerd-{version}"

@@ -1,10 +1,10 @@
-"""The engine on layers of nothing: what it costs as there is more of it.
+"""Measures how the engine's time and memory grow, with empty layers.
 
     python -m benchmarks.engine
 
 Time must be linear and memory bounded: in the number of layers of a pull, of pulls that share
-their layers, and of events that a slow sink has to take. Each measurement is a process of its own,
-on a mock clock; CPU seconds, and what its peak of memory is over that of a pull of nothing.
+their layers, and of events for a slow sink. Each measurement is a process of its own on a mock
+clock. It shows CPU seconds, and the peak of memory beyond that of a pull of a single layer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trio_layers.abc import ReportProgress
 ROUNDS = 5
 
 
-class Nothing:
-    """A layer of its own name, which reports so many steps."""
+class EmptyLayer:
+    """A unique layer that reports a number of steps."""
 
     def __init__(self, index: int, events: int = 0) -> None:
         self.key = self.id = str(index)
@@ -52,19 +52,19 @@ async def ignore(event: Progress) -> None:
 
 
 async def layers(number: int) -> None:
-    """One pull of so many layers."""
+    """Pull ``number`` layers at once."""
     async with open_download_manager(MemoryStore()) as manager:
-        sources = [Nothing(index) for index in range(number)]
+        sources = [EmptyLayer(index) for index in range(number)]
         async with manager.download(sources, progress=ignore) as rootfs:
             assert len(rootfs.diff_ids) == number
 
 
 async def pulls(number: int) -> None:
-    """So many pulls of the same ten layers, all at once."""
+    """Pull the same ten layers ``number`` times at once."""
     async with open_download_manager(MemoryStore()) as manager:
 
         async def pull() -> None:
-            sources = [Nothing(index) for index in range(10)]
+            sources = [EmptyLayer(index) for index in range(10)]
             async with manager.download(sources, progress=ignore) as rootfs:
                 assert len(rootfs.diff_ids) == 10
 
@@ -74,13 +74,13 @@ async def pulls(number: int) -> None:
 
 
 async def events(number: int) -> None:
-    """A pull with so many events, by a sink that takes a second for each it gets."""
+    """Pull with ``number`` events, and a sink that takes a second for each event."""
 
     async def take(event: Progress) -> None:
         await trio.sleep(1)
 
     async with open_download_manager(MemoryStore()) as manager:
-        async with manager.download([Nothing(0, number)], progress=take):
+        async with manager.download([EmptyLayer(0, number)], progress=take):
             pass
 
 
@@ -92,7 +92,7 @@ SCENARIOS: dict[str, tuple[Callable[[int], Awaitable[None]], tuple[int, int]]] =
 
 
 def peak() -> int:
-    """Bytes."""
+    """Return the peak of this process's memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -104,7 +104,7 @@ def run_one(scenario: str, number: int) -> None:
 
 
 def measure(scenario: str, number: int) -> tuple[float, float]:
-    """The medians of CPU seconds and bytes."""
+    """Return the medians of CPU seconds and bytes."""
     command = [sys.executable, "-m", "benchmarks.engine", "--run", scenario, str(number)]
     runs = [
         [float(figure) for figure in subprocess.check_output(command, text=True).split()]
@@ -116,7 +116,9 @@ def measure(scenario: str, number: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine")
-    parser.add_argument("--run", nargs=2, metavar=("SCENARIO", "N"), help="once, in this process")
+    parser.add_argument(
+        "--run", nargs=2, metavar=("SCENARIO", "N"), help="run one measurement in this process"
+    )
     options = parser.parse_args()
     if options.run:
         run_one(options.run[0], int(options.run[1]))
@@ -130,7 +132,10 @@ def main() -> None:
                 f"{number:>7} {scenario:7} {cpu:7.2f} s of CPU, {cpu / number * 1e6:6.0f} µs each; "
                 f"{size / 1e6:6.1f} MB more, {size / number:6.0f} bytes each"
             )
-        print(f"{'':7} ten times as many: {each[1] / each[0]:.2f} times as long, each", flush=True)
+        print(
+            f"{'':7} with ten times as many, each takes {each[1] / each[0]:.2f} times as long",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""The least that a pull can be in Python, to be measured against.
+"""A lower bound: the fastest pull in Python, for comparison.
 
     python -m benchmarks.floor HOST:PORT/REPOSITORY:TAG DIRECTORY
 
 It fetches the blobs over plain sockets, hashes them, inflates them with isal, hashes the tars,
 keeps the blobs, makes the same files with the same metadata, a directory for each layer, and ends
-with one ``syncfs``. It compares no hash with anything, and knows nothing of errors, retries,
-progress, links that lead astray, whiteouts or a catalog: an image with more in it than
-`benchmarks.images` makes is not for it.
+with one ``syncfs``. It does not compare hashes, and has no errors, retries, progress, checks of
+links, whiteouts or catalog. It works with images of `benchmarks.images` only.
 
-Its shape, each part of it because it was faster than what else was tried:
+Each part of its design was faster than the alternatives:
 
-- Two processes, the layers dealt out by size, the largest first. A process takes a mebibyte from
-  the socket, hashes it, writes it, inflates it 64 KiB at a time, and gives what comes out, never
-  more than 128 KiB, to the hash and to the files: all of that stays in the core's cache. Where the
-  two have equal shares, threads would only add their hand-overs.
-- A process whose share is too large, because one layer is, has three threads in a row: fetch and
-  hash and keep; inflate; hash and write. All that takes time in them goes on without the lock.
-- The next layers are asked for, on connections of their own, before this one is done, so that
-  nobody waits for the registry's answer.
-- Paths are relative to the working directory, as bytes. A file is opened with its mode, written,
-  given its owner only if that is not the process's own, its time, and is closed: four calls.
-  What is larger than 256 KiB gets its space first, which makes the writing cheaper.
+- Two processes share the layers by size, the largest first. A process takes a mebibyte from the
+  socket, hashes it, writes it, and inflates it 64 KiB at a time. It gives the output, at most
+  128 KiB, to the hash and to the files, so the data stays in the core's cache. If the two shares
+  are equal, threads would only add hand-overs.
+- If one large layer makes a process's share too large, the process has three threads in a row:
+  fetch, hash and keep; inflate; hash and write. Their slow calls run without the interpreter's
+  lock.
+- The next layers are requested on other connections before the present layer ends, so that no
+  process waits for the registry's answer.
+- Paths are relative to the working directory, as bytes. A file takes four calls: open with its
+  mode, write, set its time, close; and one more if its owner is not that of the process. Files
+  larger than 256 KiB get their space first, which makes writing cheaper.
 
-``python -m benchmarks.floor --inflate DIRECTORY`` prints the seconds that it takes to read and
-inflate the blobs kept there, on one core and without anything else.
+``python -m benchmarks.floor --inflate DIRECTORY`` prints the seconds for only reading and inflating
+the kept blobs on one core.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LARGE = 256 << 10
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 Layer = dict[str, Any]
-"""A descriptor from the manifest, with ``index``, its place in it."""
+"""A descriptor from the manifest, with its position as ``index``."""
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def size_of(layers: list[Layer]) -> int:
 
 
 def pull(client: Client, directory: str, share: list[Layer], all_layers: list[Layer]) -> None:
-    """A process's share of the work."""
+    """Pull a process's share of the layers."""
     threads = size_of(share) > 1.25 * size_of(all_layers) / PROCESSES
     in_thread = beside if threads else iter
     paths = (f"blobs/{layer['digest']}" for layer in share)
@@ -117,16 +117,16 @@ def pull(client: Client, directory: str, share: list[Layer], all_layers: list[La
 
 
 class Client:
-    """HTTP, as far as docker-registry needs it."""
+    """A minimal HTTP client for docker-registry."""
 
     def __init__(self, host: str, repository: str) -> None:
         self._host, self._repository = host, repository
         self._idle: list[socket.socket] = []
-        # Threads hold one of these, two of them wait, and one is being filled.
+        # A thread uses one buffer, two wait, and one is being filled.
         self._buffers = itertools.cycle([memoryview(bytearray(FETCH)) for _ in range(4)])
 
     def get_all(self, paths: Iterable[str]) -> Iterator[Iterator[memoryview]]:
-        """The bodies one after another, some of them asked for ahead."""
+        """Yield the bodies in order, and request some of them ahead."""
         paths = iter(paths)
         asked = collections.deque(map(self._ask, itertools.islice(paths, AHEAD)))
         while asked:
@@ -173,7 +173,7 @@ class Client:
 def keep(
     directory: str, digest: str, data: Iterable[memoryview | bytes], size: int = 0
 ) -> Iterator[memoryview | bytes]:
-    """Write a blob, and pass it on."""
+    """Write a blob, and yield its pieces."""
     descriptor = os.open(f"{directory}/blobs/{digest.removeprefix('sha256:')}", NEW, 0o644)
     if size > LARGE:
         os.posix_fallocate(descriptor, 0, size)
@@ -211,7 +211,7 @@ def inflated(data: Iterable[memoryview | bytes], media_type: str) -> Iterator[by
 
 
 def beside(pieces: Iterator[Any]) -> Iterator[Any]:
-    """The pieces, made by another thread, at most two of them ahead."""
+    """Yield pieces that another thread makes, at most two of them ahead."""
     made: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(2)
 
@@ -223,7 +223,7 @@ def beside(pieces: Iterator[Any]) -> Iterator[Any]:
             made.put(None)
         except BaseException:
             traceback.print_exc()
-            os._exit(1)  # nobody would wake who waits
+            os._exit(1)  # the main thread would wait for ever
 
     threading.Thread(target=make).start()
     while (piece := made.get()) is not None:
@@ -238,14 +238,14 @@ def unpack(tar: Iterator[bytes], tree: str) -> None:
     directories = []
     held, position, end = b"", 0, 0
     for piece in tar:
-        # What is left is less than a header.
+        # The rest of the last piece is less than a header.
         held = held[position:] + piece if position < end else piece
         position, end = 0, len(held)
         while end - position >= 512:
             header = held[position : position + 512]
             position += 512
             kind = header[156]
-            if not kind:  # the end, or what follows it
+            if not kind:  # the end, or padding after it
                 continue
             name = header[:100].rstrip(b"\0")
             mode = int(header[100:107], 8)
@@ -285,7 +285,9 @@ def unpack(tar: Iterator[bytes], tree: str) -> None:
             elif kind == ord("1"):
                 os.link(header[157:257].rstrip(b"\0"), name)
             else:
-                raise SystemExit(f"an entry of type {chr(kind)} is not for the floor")
+                raise SystemExit(
+                    f"unsupported type of entry {chr(kind)}: use an image of benchmarks.images"
+                )
     for name, times in reversed(directories):
         os.utime(name, times)
 

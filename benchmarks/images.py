@@ -1,8 +1,8 @@
-"""Seeded images to measure with, written as an OCI layout, in constant memory.
+"""Makes images for measurements from a seed, as an OCI layout, in constant memory.
 
-Their content compresses, and inflates, about as a root file system does: text, something like
-machine code, and a part that is compressed already. File sizes spread as they do there, most
-small and a few large. The same shape and seed give the same tars everywhere.
+The content compresses and inflates about as fast as a root file system: text, data like machine
+code, and a part that is already compressed. Most files are small and a few large, as in a root file
+system. The same shape and seed give the same tars everywhere.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ else:
 
 @attrs.frozen
 class Shape:
-    """What an image is like.
+    """The parameters of an image.
 
     Attributes:
         sizes: Bytes of file content in each layer, bottom first.
         file_size: Mean size of a file in bytes.
         compression: ``gzip`` or ``zstd``.
-        other_base: Bytes in the lowest layer of a second image, tagged ``rebased``, which has all
-            but that one layer in common with the first.
+        other_base: Bytes in the lowest layer of a second image, tagged ``rebased``. It shares all
+            other layers with the first image.
     """
 
     sizes: tuple[int, ...]
@@ -72,7 +72,7 @@ _LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 @attrs.frozen
 class Facts:
-    """How large a layer or an image is."""
+    """The size of a layer or an image."""
 
     layers: int
     files: int
@@ -88,7 +88,7 @@ class _Written:
 
 
 def write_layout(directory: Path, shape: Shape, *, seed: int = 1) -> dict[str, Facts]:
-    """Write the image, tagged ``latest``, into a fresh directory; say what each tag has."""
+    """Write an image with the tag ``latest`` into a new directory; return each tag's facts."""
     blobs = directory / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     sizes = [*shape.sizes, *([shape.other_base] if shape.other_base is not None else [])]
@@ -133,7 +133,7 @@ def _write_json(blobs: Path, media_type: str, value: dict[str, object]) -> dict[
 
 
 class _Hashed:
-    """Passes on what is written, hashed and counted."""
+    """A file that hashes and counts the bytes written to another."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -159,7 +159,7 @@ def _write_layer(blobs: Path, shape: Shape, seed: int, index: int, size: int) ->
         packed = _Hashed(file)
         with _compressed(packed, shape.compression) as compressed:
             plain = _Hashed(compressed)
-            # With GNU's format no name or number used here needs a header of its own.
+            # In GNU's format, no name or number of these files needs a second header.
             with tarfile.open(mode="w|", fileobj=plain, format=tarfile.GNU_FORMAT) as tar:
                 files = _Layer(tar, seed, index, size, shape.file_size).write()
     digest = packed.digest
@@ -170,7 +170,7 @@ def _write_layer(blobs: Path, shape: Shape, seed: int, index: int, size: int) ->
 
 
 def _compressed(file: _Hashed, compression: str) -> IO[bytes]:
-    # Both at the level that builders of images use.
+    # Both levels are those of common builders.
     if compression == "zstd":
         return zstd.ZstdFile(file, "wb", level=3)
     return gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0)
@@ -190,7 +190,7 @@ class _Layer:
         self._top = f"usr/share/layer{index}"
 
     def write(self) -> int:
-        """Write the entries; say how many are regular files."""
+        """Write the entries; return the number of regular files."""
         for folder in ("usr", "usr/share", self._top):
             self._add(folder, tarfile.DIRTYPE, 0o755)
         for number, size in enumerate(self._sizes):
@@ -214,13 +214,13 @@ class _Layer:
         info.type, info.mode, info.size, info.linkname = type_, mode, size, link
         below_top = name.startswith(self._top)
         info.uid = info.gid = self._owner if below_top else 0
-        file = link if type_ == tarfile.LNKTYPE else name  # another name of it, all else the same
+        file = link if type_ == tarfile.LNKTYPE else name  # a hard link has its file's metadata
         info.mtime = 1_600_000_000 + (zlib.crc32(file.encode()) % 10_000_000 if below_top else 0)
         self._tar.addfile(info, _Pieces(self._content.file(size)) if size else None)
 
 
 def _sizes(rng: random.Random, total: int, count: int) -> list[int]:
-    """So many sizes of this sum, the median about a seventh of the mean, none over 40 means."""
+    """Return ``count`` sizes: the median about a seventh of the mean, none over 40 means."""
     weights = [min(rng.lognormvariate(0, 2), 300) for _ in range(count)]
     scale = total / sum(weights)
     edges = [0, *(round(scale * edge) for edge in itertools.accumulate(weights))]
@@ -229,7 +229,7 @@ def _sizes(rng: random.Random, total: int, count: int) -> list[int]:
 
 
 class _Content:
-    """What is in files: slices of pools, too far apart for gzip to find them again."""
+    """Content of files: slices of pools, too far apart for gzip to find repetitions."""
 
     POOL = 24_000_000
 
@@ -245,7 +245,7 @@ class _Content:
         self._code = _pool(rng, codes, pool)
 
     def file(self, size: int) -> Iterator[bytes]:
-        """One file's content: of 25 files 13 are text, 10 code, and 2 are noise."""
+        """Yield a file's content: of 25 files, 13 are text, 10 code and 2 noise."""
         kind = self._rng.random() * 25
         while size > 0:
             length = min(size, self._rng.randint(2_000, 60_000))
@@ -261,7 +261,7 @@ class _Content:
 
 
 def _pool(rng: random.Random, words: list[bytes], size: int) -> bytes:
-    """Words, and as many phrases of them, rare ones and common ones, as Zipf has it."""
+    """Return text of words and of as many phrases, with frequencies by Zipf's law."""
     phrases = [b"".join(_choose(rng, words, rng.randint(2, 8))) for _ in range(len(words))]
     both = [*itertools.chain(*zip(words, phrases, strict=True))]
     mean = len(b"".join(both)) / len(both)
@@ -278,7 +278,7 @@ def _weights(count: int) -> list[float]:
 
 
 class _Pieces:
-    """A file to read, of pieces."""
+    """A readable file from pieces."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces

@@ -1,6 +1,6 @@
-"""What a fair run needs of the machine: a new disk, a group of processes that is measured, an end.
+"""Tools for fair runs: a new disk, a measured group of processes, a clean end.
 
-Linux, as root. Everything here is a context manager that takes away what it made.
+They need Linux and root. The context managers remove everything that they make.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 import attrs
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PREFIX = "layers-bench-"  # short: podman takes no long paths
+PREFIX = "layers-bench-"  # short, because podman accepts no long paths
 MEMORY = Path("/dev/shm")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def enter_own_mounts(module: str) -> None:
-    """Go on in a mount namespace of our own: what is mounted ends with us, however we end."""
+    """Continue in a new mount namespace, whose mounts end with this process."""
     marker = "TRIO_LAYERS_BENCHMARKS_UNSHARED"
     if os.environ.pop(marker, None) is None:
         os.environ[marker] = "1"
@@ -35,14 +35,14 @@ def enter_own_mounts(module: str) -> None:
 
 
 def interrupt_on_signals() -> None:
-    """Have each signal that ends us unwind as Ctrl-C does."""
+    """Raise `KeyboardInterrupt` for each signal that ends a process."""
     for number in ENDING:
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold off the signals that end us, for the time of a clean-up."""
+    """Block these signals during a clean-up."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -51,7 +51,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def run(command: list[str], **options: object) -> None:
-    """Run a command; its output is shown if it fails."""
+    """Run a command, and show its output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
         raise Failed(command, done.stdout + done.stderr)
@@ -66,19 +66,21 @@ class Failed(Exception):
 
 
 def disk_for(facts: Mapping[str, int], images: int = 1) -> int:
-    """The size of a disk that an image can be pulled to, or several of its size, also by those who
-    keep more of it."""
+    """Return the size of a disk for some images.
+
+    It is large enough for contestants that keep more than others.
+    """
     return images * (facts["packed"] + facts["unpacked"]) * 3 // 2 + (1 << 30)
 
 
 @contextmanager
 def fresh_disk(memory: Path, size: int) -> Iterator[Path]:
-    """An ext4, just made, on a file in memory."""
+    """Make and mount an ext4 on a file in memory."""
     image, mount = memory / "disk.img", memory / "disk"
     try:
         with image.open("wb") as file:
-            # A disk has its sectors: what has to get memory first, from the host perhaps, when it
-            # is written to, takes three times as long.
+            # A real disk has its sectors already. A sparse file gets its memory at the first write,
+            # perhaps from the host, which takes three times as long.
             os.posix_fallocate(file.fileno(), 0, size)
         mount.mkdir()
         options = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
@@ -93,7 +95,7 @@ def fresh_disk(memory: Path, size: int) -> Iterator[Path]:
 
 
 def _unmount_all(top: Path) -> None:
-    """Unmount it with what daemons mounted in it, the newest first."""
+    """Unmount it and all mounts of daemons in it, the newest first."""
     mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     for path in reversed(mounted):
         path = path.encode().decode("unicode_escape")
@@ -108,7 +110,7 @@ def _unmount_all(top: Path) -> None:
 
 @attrs.frozen
 class Usage:
-    """CPU time of a group of processes, in seconds, up to a moment."""
+    """CPU time of a group of processes so far, in seconds."""
 
     user: float
     system: float
@@ -128,11 +130,10 @@ class Peak:
 
 @attrs.define
 class Group:
-    """A cgroup (v2) of one contestant: all its processes, whoever starts them.
+    """A cgroup (v2) with all processes of one contestant.
 
-    CPU time is the kernel's account, of processes that ended, too. Memory is what the processes
-    have resident at once, each counted by itself, looked at a hundred times a second: pages that
-    two of them share count twice.
+    The kernel counts CPU time, including ended processes. Memory is the sum of the resident memory
+    of all processes, read a hundred times a second; pages that two processes share count twice.
     """
 
     path: Path
@@ -142,7 +143,7 @@ class Group:
         return Usage(int(fields["user_usec"]) / 1e6, int(fields["system_usec"]) / 1e6)
 
     def start(self, command: list[str], **options: object) -> subprocess.Popen[str]:
-        """Start a process that is in the group from its beginning, deaf to our Ctrl-C."""
+        """Start a process in the group, in a session of its own, safe from our Ctrl-C."""
         enter = 'echo $$ > "$0" && exec "$@"'
         shell = ["/bin/sh", "-c", enter, str(self.path / "cgroup.procs"), *command]
         return subprocess.Popen(shell, start_new_session=True, text=True, **options)
@@ -153,7 +154,7 @@ class Group:
             if "populated 0" in (self.path / "cgroup.events").read_text():
                 return
             time.sleep(0.01)
-        raise TimeoutError(f"processes in {self.path} do not end")
+        raise TimeoutError(f"{self.path}: its processes do not end")
 
     @contextmanager
     def watched(self) -> Iterator[Peak]:
@@ -188,12 +189,14 @@ def _cgroup_root() -> Path:
         _, mount, kind, *_ = line.split()
         if kind == "cgroup2":
             return Path(mount)
-    raise SystemExit("no cgroup v2 is mounted: CPU time of daemons could not be told")
+    raise SystemExit(
+        "benchmarks need cgroup v2 to measure the CPU time of daemons: none is mounted"
+    )
 
 
 @contextmanager
 def group(name: str) -> Iterator[Group]:
-    """A cgroup; at the end all that is in it is killed."""
+    """Make a cgroup, and kill all its processes in the end."""
     path = _cgroup_root() / f"{PREFIX}{os.getpid()}-{name}"
     path.mkdir()
     made = Group(path)
@@ -207,7 +210,7 @@ def group(name: str) -> Iterator[Group]:
 
 @contextmanager
 def memory() -> Iterator[Path]:
-    """A directory in memory."""
+    """Make a directory in memory."""
     made = MEMORY / f"{PREFIX}{os.getpid()}"
     made.mkdir(mode=0o700)
     try:
@@ -218,7 +221,7 @@ def memory() -> Iterator[Path]:
 
 
 def sweep() -> None:
-    """Take away what a run left that was killed."""
+    """Remove the leftovers of a killed run."""
     with uninterrupted():
         _sweep()
 
@@ -245,7 +248,7 @@ http: {{addr: "127.0.0.1:{port}"}}
 
 @contextmanager
 def registry(root: Path) -> Iterator[str]:
-    """docker-registry on loopback, with its storage in ``root``."""
+    """Run docker-registry on loopback with the storage ``root``."""
     if shutil.which("docker-registry") is None:
         raise SystemExit("docker-registry is not installed")
     with socket.socket() as probe:
@@ -253,7 +256,7 @@ def registry(root: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     config = root / "config.yml"
     config.write_text(REGISTRY.format(root=root, port=port))
-    # It is no contestant, but is to end as surely.
+    # The group is not measured; it ends all processes of the registry.
     with group("registry") as processes:
         serve = ["docker-registry", "serve", str(config)]
         processes.start(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -269,9 +272,9 @@ def _listens(port: int) -> bool:
     return True
 
 
-def wait_for(ready: Callable[[], bool], what: str) -> None:
+def wait_for(ready: Callable[[], bool], program: str) -> None:
     for _ in range(600):
         if ready():
             return
         time.sleep(0.05)
-    raise Failed([what], "does not answer")
+    raise Failed([program], "does not answer")

@@ -1,9 +1,8 @@
-"""How much memory unpacking takes, of layers made to take much: ``python -m benchmarks.memory``.
+"""Measures the memory for unpacking hostile layers: ``python -m benchmarks.memory``.
 
-Each layer is unpacked by a process of its own, which makes it while it reads it. Shown are the
-process's peak of resident memory, what of that it had before, and the time. Last comes a whole
-pull of a layer of 10 GB: the peak of all its processes together. That takes root, and 13 GB of
-disk.
+Each layer is made and unpacked in a process of its own. The report shows the process's peak of
+resident memory, its memory before, and the time. Last comes a whole pull of a layer of 10 GB, with
+the peak of all its processes together. This pull needs root and 13 GB of disk.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ MIB = 1 << 20
 
 
 def header(name: str, *, size: int = 0, type: bytes = b"0") -> bytes:
-    """A ustar header."""
+    """Return a ustar header."""
     fields = name.encode().ljust(100, b"\0")
     fields += b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"14371573000\0"
     fields += b" " * 8 + type + bytes(100) + b"ustar\x0000"
@@ -53,7 +52,7 @@ def padded(data: bytes) -> bytes:
 
 
 def sparse_file() -> Iterator[bytes]:
-    """10 GB, of which a byte in each GB is data."""
+    """Yield a tar with a file of 10 GB, which has a byte of data in each GB."""
     step, count = 10**9, 10
     records = {"major": "1", "minor": "0", "name": "disk", "realsize": f"{step * count}"}
     text = b""
@@ -67,14 +66,14 @@ def sparse_file() -> Iterator[bytes]:
 
 
 def empty_files() -> Iterator[bytes]:
-    """10⁶ of them, in 1,000 directories."""
+    """Yield a tar with 10⁶ empty files in 1,000 directories."""
     for directory in range(1000):
         yield b"".join(header(f"{directory}/{number}") for number in range(1000))
     yield bytes(2 * BLOCK)
 
 
 def bomb() -> Iterator[bytes]:
-    """Zeros without end, behind an archive, in zstd."""
+    """Yield an archive and then zeros without end, in zstd."""
     yield zstd.compress(header("file") + bytes(2 * BLOCK))
     yield from itertools.repeat(zstd.compress(bytes(64 * MIB)))
 
@@ -87,7 +86,7 @@ LAYERS: dict[str, Callable[[], Iterator[bytes]]] = {
 
 
 def peak() -> int:
-    """In MiB."""
+    """Return the peak of this process's memory in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
@@ -115,7 +114,7 @@ def measure(name: str, directory: str | None) -> str:
 
 
 def layer_of_10_gb(path: Path) -> BuiltLayer:
-    """Ten files of 1 GB, of noise that comes 16 times, one behind the other."""
+    """Make a layer with ten files of 1 GB; each MiB is noise repeated 16 times."""
     piece = random.Random(1).randbytes(MIB // 16) * 16
     packed = zstd.compress(piece)
     tar = hashlib.sha256()
@@ -168,8 +167,8 @@ def measure_pull(directory: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
-    parser.add_argument("--directory", help="where to unpack; room for 10⁶ inodes is needed")
-    parser.add_argument("--layer", choices=LAYERS, help="this one only, in this process")
+    parser.add_argument("--directory", help="directory for unpacking, with room for 10⁶ inodes")
+    parser.add_argument("--layer", choices=LAYERS, help="unpack only this layer, in this process")
     arguments = parser.parse_args()
     if arguments.layer:
         print(f"{arguments.layer:25} {measure(arguments.layer, arguments.directory)}")

@@ -13,7 +13,7 @@ PEER = "#4a6fa5"
 
 
 def draw(report: dict[str, Any]) -> str:
-    """The drawing of what ``python -m benchmarks --json`` writes: medians, and least to most."""
+    """Draw the report of ``python -m benchmarks --json``: medians with least and most."""
     parts: list[str] = []
     top = 8
     for scenario, facts in report["scenarios"].items():

@@ -1,16 +1,15 @@
-"""What a service notices of a pull: how late its event loop is, and how soon a pull ends that
-nobody wants any more.
+"""Measures the effects of pulls on a service: lag of its loop, and ends of cancelled pulls.
 
     python -m benchmarks.service [--rounds N]
 
-As root, like ``python -m benchmarks``, from the same registry to disks made the same way.
+It needs root, as ``python -m benchmarks`` does, and uses the same registry and the same disks.
 
-Lag: while images are pulled, another task sleeps for a millisecond, again and again; shown is how
-late it wakes up. Beside it stands the lag of a loop that has nothing else to do while another
-process pulls: how late the machine itself is. Quiet: pulls are cancelled at random moments; shown
-is how long it takes until the pull has ended and nothing works for it any more. One of the images
-is a bomb: a layer of zeros, in zstd, that expands to 16 GB. Start: from the decision to have
-a worker until it can take a layer.
+Lag: during pulls, another task sleeps for a millisecond, again and again. Its lag is the time by
+which it wakes up late. For comparison, the lag of an idle loop is shown while another process
+pulls; this is the lag of the machine itself. Quiet: pulls are cancelled at random moments. Shown is
+the time until the pull has ended and no work for it goes on. One of the images is a bomb: a layer
+of zeros, in zstd, that expands to 16 GB. Start: the time from the decision to start a worker until
+it can take a layer.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ async def _watch_another(reference: str, disk: Path, lags: list[float]) -> None:
 
 @asynccontextmanager
 async def watched(lags: list[float]) -> AsyncIterator[None]:
-    """Note how late a task wakes up that sleeps in the block."""
+    """Record the lags of a task that sleeps during the block."""
 
     async def sleep() -> None:
         while True:
@@ -122,7 +121,7 @@ async def watched(lags: list[float]) -> AsyncIterator[None]:
 
 
 async def _cancel(reference: str, disk: Path, after: float) -> list[float]:
-    """Seconds from a cancellation to the end of the pull; none if the pull was faster."""
+    """Return the seconds until a cancelled pull has ended; none if it ended before."""
     async with open_puller(disk / "store") as puller:
         return await until_quiet(puller, reference, partial(trio.sleep, after))
 
@@ -145,12 +144,12 @@ async def until_quiet(
     took = time.perf_counter() - cancelled
     busy = puller.store.statistics().unpacking
     if busy:
-        raise AssertionError(f"{busy} layers are unpacked for nobody")
+        raise AssertionError(f"{busy} layers are still being unpacked after the end of the pull")
     return [took] if cancelled else []
 
 
 def make_bomb() -> BuiltImage:
-    """An image of one layer, of 1.5 MB, with a file of 16 GB."""
+    """Make an image with one layer of 1.5 MB that contains a file of 16 GB."""
     info = tarfile.TarInfo("zeros")
     info.size = 16 << 30
     pieces = [zstd.compress(info.tobuf(tarfile.GNU_FORMAT))]
@@ -169,7 +168,7 @@ async def _with_bomb(bomb: BuiltImage, directory: Path, rounds: int) -> None:
                 async with open_puller(disk / "store") as puller, watched(lags):
 
                     async def moment() -> None:
-                        # Until it has begun, and somewhat longer.
+                        # The moment comes some time after unpacking has begun.
                         while not puller.store.statistics().unpacking:  # noqa: ASYNC110
                             await trio.sleep(TICK)
                         await trio.sleep(random.uniform(0.3, 1))
@@ -189,18 +188,18 @@ async def _start() -> None:
     print(f"start of a worker: {statistics.median(times) * 1000:.0f} ms (median of 10)")
 
 
-def _print_lag(what: str, lags: list[float]) -> None:
+def _print_lag(title: str, lags: list[float]) -> None:
     cuts = statistics.quantiles(lags, n=1000)
     print(
-        f"lag, {what:36} p50 {cuts[499] * 1000:6.2f} ms, p99 {cuts[989] * 1000:6.2f}, "
+        f"lag, {title:36} p50 {cuts[499] * 1000:6.2f} ms, p99 {cuts[989] * 1000:6.2f}, "
         f"p99.9 {cuts[998] * 1000:6.2f}, most {max(lags) * 1000:6.1f}, of {len(lags)}",
         flush=True,
     )
 
 
-def _print_quiet(what: str, times: list[float]) -> None:
+def _print_quiet(title: str, times: list[float]) -> None:
     print(
-        f"quiet, {what:34} median {statistics.median(times) * 1000:6.1f} ms, "
+        f"quiet, {title:34} median {statistics.median(times) * 1000:6.1f} ms, "
         f"most {max(times) * 1000:6.1f}, of {len(times)}",
         flush=True,
     )

@@ -1,11 +1,11 @@
-"""Says where the time of a pull goes, ours and the floor's, stage by stage.
+"""Shows the time of each stage of a pull, ours and the floor's.
 
     python -m benchmarks.stages [--image large|small|…]
 
-As root, like ``python -m benchmarks``. The pull is a whole ``python -m trio_layers pull``, on an
-ext4 of its own, its processes under the clocks of `benchmarks.clock`. CPU seconds add up to what
-the processes took. Wall seconds are sums over threads, and hold what a call waited for, the
-interpreter's lock included.
+It needs root, as ``python -m benchmarks`` does. The pull is a whole ``python -m trio_layers pull``
+on a new ext4, and `benchmarks.clock` measures its processes. CPU seconds add up to the total of the
+processes. Wall seconds are sums over threads, and include waiting in a call, such as for the
+interpreter's lock.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
             ours = _watched(directory, pull)
     start = _cpu_of_start()
     _print(options.image, floor, ours)
-    print(f"\nOf Python, starting and importing takes {start:.2f} s of CPU.")
+    print(f"\nThe share of starting Python and importing is {start:.2f} s of CPU.")
 
 
 def _watched(directory: Path, arguments: list[str]) -> tuple[float, float, Stages]:
@@ -102,7 +102,7 @@ def _cpu_of_start() -> float:
 def _print(
     image: str, floor: tuple[float, float, Stages], ours: tuple[float, float, Stages]
 ) -> None:
-    print(f"{image}, under the clocks")
+    print(f"{image}, with clocks")
     print(f"{'':36}{'':^10}{'trio_layers':^37}{'floor':^34}".rstrip())
     print(f"{'stage':24}{'thread':10}" + f"{'CPU s':>9}{'wall s':>9}{'calls':>10}{'µs':>8}" * 2)
     stages = {**ours[2], **floor[2]}

@@ -26,13 +26,13 @@ def default_cache() -> Path:
 
 
 def stock(cache: Path, name: str) -> Path:
-    """The storage with the image, filled if it is not there: a matter of half a minute for 1 GB.
+    """Return a storage with the image; making it takes half a minute for 1 GB.
 
-    It is found again by a hash of the shape and of the generator's source.
+    The name of the storage contains a hash of the shape and of the generator's source.
     """
     generator = Path(images.__file__).read_bytes()
-    what = f"{SHAPES[name]!r} {zlib.ZLIB_RUNTIME_VERSION}".encode()
-    key = hashlib.sha256(generator + what).hexdigest()[:16]
+    shape = f"{SHAPES[name]!r} {zlib.ZLIB_RUNTIME_VERSION}".encode()
+    key = hashlib.sha256(generator + shape).hexdigest()[:16]
     made = cache / f"{name}-{key}"
     if made.exists():
         return made
@@ -57,7 +57,7 @@ def stock(cache: Path, name: str) -> Path:
 
 
 def read_blobs(storage: Path) -> None:
-    """Bring all of it into the page cache, so that no round has to wait for the disk."""
+    """Read all blobs into the page cache, so that no round waits for the disk."""
     for path in storage.rglob("data"):
         with path.open("rb") as file:
             while file.read(1 << 20):
@@ -98,6 +98,6 @@ def _expect(connection: http.client.HTTPConnection, status: int) -> http.client.
 
 
 def facts(storage: Path, tag: str) -> dict[str, int]:
-    """How large an image is, as noted when it was made."""
+    """Return the size of an image as recorded when it was made."""
     noted: dict[str, dict[str, int]] = json.loads((storage / "facts.json").read_bytes())
     return noted[tag]

@@ -1,11 +1,12 @@
-"""A store of many layers: what opening, a pull of what is there, gc and check cost in it.
+"""Measures a store of many layers: opening, a pull of a stored image, and gc.
 
     python -m benchmarks.store [--rounds N]
 
-Opening and the store's part of such a pull must not depend on how much there is, gc must be
-linear. The rows are written straight to the catalog; each blob is a file and each tree a directory
-of its own, so that gc has something to look at and to remove. On an ext4 of its own, as root.
-Milliseconds, medians of the rounds, in a process of their own; of gc, seconds.
+The time for opening, and for the store's part of such a pull, must not depend on the number of
+layers. The time of gc must be linear. The rows are written directly to the catalog. Each blob is a
+file and each tree a directory, so that gc has files to look at and to remove. The store is on a new
+ext4, which needs root. The figures are medians of the rounds in milliseconds, measured in a process
+of their own; for gc, they are seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from trio_layers.testing import open_registry, sample_image
 from .machine import enter_own_mounts, fresh_disk, memory
 
 SIZES = {0: 0, 100: 10, 10_000: 100, 100_000: 1_000}
-"""Rows of layers, and images that they are of."""
+"""The number of images for each number of layers."""
 
 
 def digest(text: str) -> str:
@@ -38,7 +39,7 @@ def digest(text: str) -> str:
 
 
 def fill(path: Path, layers: int, images: int) -> None:
-    """Rows and files, as pulls of images of unequal layers leave them."""
+    """Write the rows and files that pulls of images without common layers leave."""
     connection = sqlite3.connect(path / "catalog.sqlite", isolation_level=None)
     connection.execute("BEGIN")
     for name, rows in rows_of(layers, images).items():
@@ -124,13 +125,13 @@ async def collect(store: DirectoryStore, layers: int) -> float:
     start = time.perf_counter()
     collected = await store.collect()
     taken = time.perf_counter() - start
-    # The sample's layers go with the first.
+    # The first collection also deletes the layers of the sample image.
     assert layers <= collected.layers <= layers + len(sample_image().layers), collected
     return taken
 
 
 def drop(path: Path) -> None:
-    """Half of the images lose their references."""
+    """Delete the references of half of the images."""
     connection = sqlite3.connect(path / "catalog.sqlite", isolation_level=None)
     connection.execute("DELETE FROM image_references WHERE serial % 2")
     connection.close()

@@ -1,8 +1,8 @@
-"""A process that has its store open and has pulled before: what a service that pulls is.
+"""A process with an open store that has pulled before, like a service that pulls.
 
-Another image, of a few small layers, has come from a registry in the process itself. Then it says
-``ready``, reads references, one a line, and answers each with the seconds until the image was
-there. The clock runs inside: no start of a process and no pipe is in the figure.
+It first pulls another image with a few small layers from a registry in the process itself, and
+prints ``ready``. Then it reads references, one per line, pulls each, and prints the seconds. The
+clock runs inside the process, so the figure contains no start of a process and no pipe.
 """
 
 from __future__ import annotations
