@@ -1,9 +1,9 @@
-"""Ask a registry what it has, without pulling it: tags, an image's parts, and what refers to it.
+"""Read from a registry without pulling: tags, an image's layers, and its referrers.
 
     python examples/ask_registry.py [REF]
 
-Without REF a registry is started on loopback, with a small image and its bill of materials in it.
-The logins of docker and podman are used.
+Without REF, the example starts a registry on loopback with a small image and its SBOM. Logins are
+those of docker and podman.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ async def main(reference: str | None) -> None:
             reference = await stack.enter_async_context(open_sample_registry())
         client = await stack.enter_async_context(open_registry_client(credentials=LoginFiles()))
 
+        # A tag points to the digest of a manifest, or of an index of manifests by platform.
         found = await client.resolve(reference)
         print(f"{reference}\n{found.digest} ({found.media_type})\n")
 
+        # resolve_image() chooses this machine's platform, and reads manifest and config.
         image = await client.resolve_image(reference)
         size = sum(layer.size for layer in image.layers)
         print(f"for {image.config.platform}: {len(image.layers)} layers, {size} bytes")
@@ -44,6 +46,7 @@ async def main(reference: str | None) -> None:
         tags = await client.tags(reference)
         print(f"{len(tags)} tags, the first of them {', '.join(tags[:10])}")
 
+        # Referrers are artifacts about an image, such as SBOMs and signatures.
         for referrer in await client.referrers(reference):
             print(f"referrer {referrer.digest}: {referrer.artifact_type!r}")
 

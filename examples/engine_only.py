@@ -1,6 +1,8 @@
-"""The transfer engine alone, on layer sources of one's own: no registry, no disk.
+"""Use the transfer engine alone, with your own layer sources: no registry, no disk.
 
-Two pulls share a base layer, which is downloaded once, and whose first attempt fails.
+    python examples/engine_only.py
+
+Two pulls share a base layer. Its first download fails, is retried, and serves both pulls.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from trio_layers.abc import ReportProgress
 
 
 class TarLayer:
-    """A layer with one file in it, from a network that is slow and sometimes fails."""
+    """A source of a layer with one file, on a slow network that may fail."""
 
     def __init__(self, name: str, text: str, failures: int = 0) -> None:
-        self.key = f"tar:{name}"  # sources with equal keys share a download
-        self.id = name  # what progress is reported under
+        self.key = f"tar:{name}"  # sources with equal keys share one download
+        self.id = name  # the ID in progress events
         self._text = text
         self._failures = failures
 
     def diff_id(self) -> None:
-        return None  # not known before the download
+        return None  # the diff ID is not known before the download
 
     async def download(self, progress: ReportProgress) -> tuple[MemoryStream, int]:
         if self._failures:
@@ -57,8 +59,9 @@ async def main() -> None:
                 amount = f" {event.current}/{event.total}" if event.total else ""
                 print(f"  {name}: {event.id}: {event.action}{amount}")
 
+            # The store keeps the layers as long as this block runs.
             async with manager.download(sources, progress=show) as rootfs:
-                print(f"{name} is here:")
+                print(f"{name} is complete:")
                 for diff_id in rootfs.diff_ids:
                     print(f"  {diff_id}")
 

@@ -1,9 +1,9 @@
-"""Pull an image and list what came: its layers, then its files.
+"""Pull an image, and list its layers and files.
 
     python examples/pull_image.py [REF] [--store DIR]
 
-Without REF a registry is started on loopback, with a small image in it; without --store the image
-goes to a temporary directory. Progress is shown on stderr: bars on a terminal, lines elsewhere.
+Without REF, the example starts a registry on loopback with a small image. Without --store, it uses
+a temporary directory. Progress is shown on stderr: as bars on a terminal, otherwise as lines.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ async def main(reference: str | None, store: str) -> None:
             image = await stack.enter_async_context(puller.pull(reference, progress=progress))
 
         print(f"{image.reference} for {image.platform}\n{image.digest}\n")
+        # The image cannot be deleted from the store until the stack closes its pull.
         for layer in image.layers:
             print(f"layer {layer.descriptor.digest}  {layer.descriptor.size} bytes")
             print(f"    = {layer.diff_id} unpacked")
@@ -55,7 +56,7 @@ async def main(reference: str | None, store: str) -> None:
 
 
 def line_of(entry: Entry) -> str:
-    """What ``ls -l`` would say."""
+    """Format an entry like ``ls -l``."""
     mode = stat.filemode(TYPES.get(entry.type, 0) | entry.mode)
     owner = f"{entry.uid}:{entry.gid}"
     modified = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.mtime_ns // 10**9))
@@ -66,9 +67,9 @@ def line_of(entry: Entry) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Pull an image and list what came.")
-    parser.add_argument("reference", metavar="REF", nargs="?", help="such as debian:12")
-    parser.add_argument("--store", metavar="DIR", help="where images are kept")
+    parser = argparse.ArgumentParser(description="Pull an image, and list its layers and files.")
+    parser.add_argument("reference", metavar="REF", nargs="?", help="reference, such as debian:12")
+    parser.add_argument("--store", metavar="DIR", help="directory of the store")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         trio.run(main, arguments.reference, arguments.store or f"{temporary}/store")

@@ -1,10 +1,9 @@
-"""Look into an image: read a file, list what is large, take all of it out, mount it.
+"""Read files of an image, list its largest files, export it and mount it.
 
     python examples/root_file_system.py [REF] [--store DIR]
 
-Without REF a registry is started on loopback, with a small image in it; without --store the image
-goes to a temporary directory. An image that the store has is not pulled again. Only the mount
-needs root.
+Without REF, the example starts a registry on loopback with a small image. Without --store, it uses
+a temporary directory. An image in the store is not pulled again. Only the mount needs root.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ async def main(reference: str | None, directory: Path, store: Path) -> None:
         puller = await stack.enter_async_context(open_puller(store))
         image = await stack.enter_async_context(puller.pull(reference, policy="missing"))
         print(image.reference, image.digest)
-        await look_into(image.rootfs)
-        await take_out(image.rootfs, directory)
+        await read_files(image.rootfs)
+        await export(image.rootfs, directory)
         try:
             async with image.rootfs.mount() as path:
                 print(f"\nmounted on {path}:", *sorted(name.name for name in path.iterdir()))
@@ -44,8 +43,8 @@ async def main(reference: str | None, directory: Path, store: Path) -> None:
             print(f"\n{error}")
 
 
-async def look_into(rootfs: RootfsView) -> None:
-    """Without a mount, and without a container: links are followed inside the image."""
+async def read_files(rootfs: RootfsView) -> None:
+    """Read files without a mount or a container; links stay inside the image."""
     if await rootfs.exists("/etc/os-release"):
         print((await rootfs.read_bytes("/etc/os-release")).decode(errors="replace"))
     files = [entry for entry in await rootfs.walk() if entry.type == "file"]
@@ -55,8 +54,8 @@ async def look_into(rootfs: RootfsView) -> None:
         print(f"{entry.size:>10}  {entry.path!r} begins with {start!r}")
 
 
-async def take_out(rootfs: RootfsView, directory: Path) -> None:
-    """As a directory; and, where that cannot have all of it without root, as a tar that has."""
+async def export(rootfs: RootfsView, directory: Path) -> None:
+    """Export to a directory, and to a tar, which keeps owners and devices without root."""
     report = await rootfs.export(directory / "rootfs")
     print(
         f"\n{report.entries} paths exported", "" if report.complete else f"({report})", flush=True
@@ -71,9 +70,9 @@ async def take_out(rootfs: RootfsView, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Look into an image.")
-    parser.add_argument("reference", metavar="REF", nargs="?", help="such as debian:12")
-    parser.add_argument("--store", metavar="DIR", type=Path, help="where images are kept")
+    parser = argparse.ArgumentParser(description="Read, export and mount an image's files.")
+    parser.add_argument("reference", metavar="REF", nargs="?", help="reference, such as debian:12")
+    parser.add_argument("--store", metavar="DIR", type=Path, help="directory of the store")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
