@@ -1,4 +1,4 @@
-"""Root file systems written out: into a directory, and as a tar."""
+"""Exports of root file systems, to a directory and to a tar."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices ne
 NOBODY = 65534
 CAPABILITY = {"hex": "0100000200040000000000000000000000000000"}
 
-# Of each kind, with all that a ustar header does not hold.
+# All types of entries, with values that do not fit into a ustar header.
 LAYER: list[dict] = [
     {"name": "./", "type": "dir", "mode": "0751", "uid": 3, "mtime": "77.000000001"},
     {"name": "d/", "type": "dir", "mode": "1770", "gid": 4, "mtime": "-1.5"},
@@ -89,8 +89,7 @@ STACKS = [(name, case) for name, case in CASES if "limits" not in case]
 
 @pytest.mark.parametrize("case", [c for _, c in STACKS], ids=[name for name, _ in STACKS])
 def test_cases(case: dict, tmp_path: Path) -> None:
-    """What is exported is what the view shows and what the kernel's overlay has; a tar of it
-    unpacks to the same again."""
+    """The export equals the view and the kernel's overlay, and its tar unpacks to the same."""
     outside = tmp_path / "outside"
     plant(outside)
     blobs = [Pieces(partial(maketar.iter_layer, layer, str(outside))) for layer in case["layers"]]
@@ -111,14 +110,14 @@ def test_cases(case: dict, tmp_path: Path) -> None:
     if incomplete:
         return
     assert seen == entries
-    # A directory that no entry describes has its time from below, which overlayfs does not know.
+    # A directory without an entry has the time of the lower layer, unlike in overlayfs.
     timeless = {e.path for tree in trees for e in listed(tree)[0] if e.implied}
     with mounted(trees, tmp_path) as root:
         assert without_times(on_disk(root), timeless) == without_times(seen, timeless)
 
 
 def test_everything(view: MergedTree, tmp_path: Path) -> None:
-    """One of each kind, into a directory that is made, and into one that is there."""
+    """All types of entries are exported, to a new and to an existing directory."""
     entries = view.walk()
     assert exported(view, tmp_path / "made") == ExportReport(entries=len(entries))
     assert on_disk(tmp_path / "made") == entries
@@ -142,7 +141,7 @@ def test_everything(view: MergedTree, tmp_path: Path) -> None:
 
 
 def test_tarfile_reads_it(view: MergedTree) -> None:
-    """All but the fractions of seconds, which it makes floats of."""
+    """Python's tarfile reads all fields; it makes floats of fractions of seconds."""
     found = []
     with tarfile.open(fileobj=io.BytesIO(packed(view)), errors="surrogateescape") as reader:
         for info in reader:
@@ -186,7 +185,7 @@ def content(view: MergedTree, entry: Entry) -> bytes:
 
 
 def test_gnu_tar_reads_it(view: MergedTree, tmp_path: Path) -> None:
-    """To the last attribute, names byte for byte, without a complaint."""
+    """GNU tar extracts all attributes and names byte for byte, without a warning."""
     out = tmp_path / "out"
     out.mkdir()
     command = ["tar", "--extract", "--preserve-permissions", "--same-owner", "--numeric-owner"]
@@ -200,7 +199,7 @@ def test_gnu_tar_reads_it(view: MergedTree, tmp_path: Path) -> None:
 
 
 def test_tar_is_the_same_each_time(tmp_path: Path) -> None:
-    """Whatever layers a file system came from."""
+    """Equal file systems from different layers give the same tar."""
     one = [tar_of(*LAYER)]
     several = [
         tar_of({"name": "gone"}),
@@ -216,7 +215,7 @@ def test_tar_is_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_pieces_are_small(tmp_path: Path) -> None:
-    """However large a file, and however many there are."""
+    """Pieces stay small for large files and for many files."""
     entries = [{"name": f"{n}", "text": ""} for n in range(2000)]
     large = {"name": "large", "fill": {"byte": 65, "count": 5_000_000}}
     view = MergedTree(unpack_stack([tar_of(large, *entries)], tmp_path))
@@ -229,7 +228,7 @@ def test_pieces_are_small(tmp_path: Path) -> None:
 def test_sparse_files_stay_sparse(
     error: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holes at the start, in the middle and at the end, whichever way the kernel copies."""
+    """Holes at the start, in the middle and at the end stay, with each way of copying."""
     data = [[1 << 20, 4096], [1 << 30, 70000]]
     sparse = {"format": "pax-1.0", "realsize": 1 << 31, "map": data}
     entry = {"name": "sparse", "sparse": sparse, "fill": {"byte": 65, "count": 74096}}
@@ -259,7 +258,7 @@ def test_to_another_file_system(view: MergedTree, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("made", [True, False])
 def test_a_full_disk(made: bool, tmp_path: Path) -> None:
-    """Nothing is left, and a directory that was there is as it was."""
+    """After the failure nothing is left, and an existing directory is unchanged."""
     files = [{"name": f"d/{n}", "fill": {"byte": 65, "count": 300_000}} for n in range(9)]
     view = MergedTree(unpack_stack([tar_of(*files)], tmp_path))
     with small_disk(tmp_path / "disk", "2m") as disk:
@@ -418,7 +417,7 @@ def test_links_that_are_followed(view: MergedTree, tmp_path: Path) -> None:
 
 
 def test_stopped_anywhere(view: MergedTree, tmp_path: Path) -> None:
-    """Wherever it is cancelled, nothing is left."""
+    """An export that is cancelled anywhere leaves nothing."""
     target = tmp_path / "target"
     there = tmp_path / "there"
     there.mkdir(0o711)
@@ -448,8 +447,7 @@ def test_stopped_anywhere(view: MergedTree, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["d", "su", "empty", "disk", "away"])
 def test_what_comes_in_between_is_not_followed(name: str, view: MergedTree, tmp_path: Path) -> None:
-    """Somebody plants a link where a file or a directory is to be: an error, and nothing outside
-    is touched; what he planted is left to him."""
+    """A link planted in the place of an entry is an error, and is neither followed nor removed."""
     outside, target = tmp_path / "outside", tmp_path / "target"
     plant(outside)
     before = on_disk(outside)
@@ -483,7 +481,7 @@ def test_a_directory_replaced_by_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "gone", "link"])
 def test_a_damaged_store(damage: str, view: MergedTree, tmp_path: Path) -> None:
-    """It is said, and nothing is left of what was written."""
+    """Damage is an error, and the partial export is removed."""
     [tree] = view.trees
     file = tree / "fs/su"
     if damage in ("gone", "link"):
@@ -500,7 +498,7 @@ def test_a_damaged_store(damage: str, view: MergedTree, tmp_path: Path) -> None:
 
 
 def test_no_more_files(view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many open files are no damage: nobody is told to remove the image."""
+    """Too many open files are not damage, so the error does not mention the image."""
 
     def refuse(path: bytes) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fsdecode(path))
@@ -513,7 +511,7 @@ def test_no_more_files(view: MergedTree, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_disk_that_cannot_be_read(view: MergedTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tar's errors are the store's, whose files it is made of."""
+    """A read error while the tar is made is an error of the store."""
 
     def fails(descriptor: int, size: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -526,7 +524,7 @@ def test_a_disk_that_cannot_be_read(view: MergedTree, monkeypatch: pytest.Monkey
 def test_no_more_files_for_the_target(
     view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A directory that was made goes again, even if it cannot be opened."""
+    """A new directory is removed, even if it cannot be opened."""
     view.load()
     really = os.open
 
@@ -548,7 +546,7 @@ def test_no_layers(tmp_path: Path) -> None:
     assert packed(MergedTree([])) == bytes(1024)
 
 
-# Privilege is dropped when all is imported: the interpreter may be in a directory of root's own.
+# Privilege is dropped after the imports, because only root may be able to read the interpreter.
 CHILD = """
 import io, json, os, shutil, sys
 from pathlib import Path
@@ -595,8 +593,11 @@ def theirs() -> Iterator[Path]:
 
 @pytest.mark.parametrize("mode", ["user", "namespace"])
 def test_unprivileged(mode: str, view: MergedTree, theirs: Path) -> None:
-    """As umoci has it: permissions as they are, owners ours, and then no set-id bits. The tar has
-    it all, byte for byte. In a user namespace with one user, all but that one are out of reach."""
+    """Without privilege, the directory lacks owners and set-id bits, as with umoci.
+
+    Permissions stay. The tar has everything, byte for byte. In a user namespace with one user, no
+    other user can be an owner.
+    """
     command = [sys.executable, "-c", CHILD, str(theirs), mode]
     if mode == "namespace":
         unshare = ["unshare", "--user", "--map-root-user"]
@@ -610,7 +611,7 @@ def test_unprivileged(mode: str, view: MergedTree, theirs: Path) -> None:
     entries = view.walk()
     seen = {entry.path: entry for entry in on_disk(theirs / "out")}
     us = NOBODY if mode == "user" else 0
-    # All but the further names of files.
+    # All entries except the further names of files.
     files = [entry for entry in entries if entry.links in (None, entry.path)]
     assert report == ExportReport(
         entries=len(entries),
@@ -649,13 +650,13 @@ def test_unprivileged(mode: str, view: MergedTree, theirs: Path) -> None:
         {"name": b"\xff"},
         {"type": "symlink", "linkname": b"l" * 101},
         {"type": "symlink", "linkname": b"\xc3\xa9"},
-        # The length of a record counts itself.
+        # The length of a record includes the digits of the length.
         *({"xattrs": {"user.x": b"v" * size}} for size in (*range(66, 80), 970, 980, 65536)),
     ],
     ids=lambda change: "-".join(f"{key}={str(value)[:20]}" for key, value in change.items()),
 )
 def test_headers(change: dict) -> None:
-    """What ustar does not hold is read as it was, by ourselves and by Python."""
+    """Our reader and Python read values that do not fit into ustar."""
     member = Member(
         **{
             "name": b"name",

@@ -1,4 +1,4 @@
-"""What is found out of directories without all being read, is what all that is read says."""
+"""Surveys of directories from parts of the lists equal those from whole lists."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ END = summary_line(
 
 
 def write_list(tree: Path, chance: random.Random) -> None:
-    """A layer's list: entries come, are replaced and removed, as a writer would tell it."""
+    """Write a random list of a layer, with replaced and removed entries."""
     there: dict[bytes, str] = {}
     lines = []
 
@@ -93,7 +93,7 @@ def test_surveys_agree_with_the_whole(seed: int, tmp_path: Path) -> None:
     trees = [tmp_path / str(number) for number in range(8)]
     for tree in trees:
         write_list(tree, chance)
-    # Also in no order, and for stacks that part from one another.
+    # Surveys come in any order, and for stacks that diverge.
     heights = [*range(1, 9), 3, 8, 5]
     stacks = [trees[:height] for height in heights] + [[*trees[:3], trees[6]], trees]
     paths = {b"", *NAMES, b"missing"}
@@ -114,7 +114,7 @@ def test_surveys_agree_with_the_whole(seed: int, tmp_path: Path) -> None:
 def test_lists_are_read_once(
     remembered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers list the same directories again and again, which takes no more memory."""
+    """Repeated directories in many layers take no more memory."""
     monkeypatch.setattr(merged, "_CACHED_DIRECTORIES", remembered)
     surveys = SurveyCache()
     chance = random.Random(1)

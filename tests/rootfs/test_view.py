@@ -1,4 +1,4 @@
-"""The merged view, and its face for trio."""
+"""Merged trees and the root file system view."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ UPPER = [
     ],
 )
 def test_survey(layers: list, tmp_path: Path) -> None:
-    """Directories, and what is none, are those that all of the lists, read together, tell of."""
+    """A survey finds the same directories and other entries as the whole lists."""
     trees = unpack_stack([archive(*layer) for layer in layers], tmp_path)
     alone, whole = MergedTree(trees), MergedTree(trees)
     paths = [b"", b"a", b"b", b"usr", b"usr/lib/os-release", b"gone", b"no/such", b"a/b"]
@@ -106,7 +106,7 @@ def view_of(trees: list[Path]) -> RootfsView:
 
 
 async def test_read_bytes(view: RootfsView) -> None:
-    """Links are followed inside the root, and the top layer's content is read."""
+    """Links stay inside the root, and the content is that of the top layer."""
     for path in ("etc/os-release", "/etc/os-release", b"/lib/os-release", "lib/../lib/os-release"):
         assert await view.read_bytes(path) == b"NAME=new\n"
     assert await view.read_bytes("out") == b"NAME=new\n"
@@ -129,7 +129,7 @@ async def test_read_bytes(view: RootfsView) -> None:
     ],
 )
 async def test_errors(view: RootfsView, path: str, number: int) -> None:
-    """What fails raises what a real directory would, and names what was asked for."""
+    """Failures raise the errors of a real directory, with the requested path."""
     with pytest.raises(OSError, match=re.escape(path)) as caught:
         await view.read_bytes(path)
     assert caught.value.errno == number
@@ -139,7 +139,7 @@ async def test_errors(view: RootfsView, path: str, number: int) -> None:
 
 
 async def test_stat_and_readlink(view: RootfsView) -> None:
-    """A link itself, or what it leads to."""
+    """`stat` returns a link or its target, `readlink` the target's path."""
     assert (await view.stat("lib")).path == b"usr/lib"
     assert (await view.stat("/lib", follow_symlinks=False)).type == "symlink"
     assert await view.readlink("lib") == b"/usr/lib"
@@ -149,7 +149,7 @@ async def test_stat_and_readlink(view: RootfsView) -> None:
 
 
 async def test_walk_is_sorted(view: RootfsView) -> None:
-    """All that is seen, by path, whiteouts applied."""
+    """`walk` returns all visible entries by path, with whiteouts applied."""
     paths = [entry.path for entry in await view.walk()]
     assert paths == sorted(paths)
     assert paths[0] == b""
@@ -158,7 +158,7 @@ async def test_walk_is_sorted(view: RootfsView) -> None:
 
 
 async def test_every_call_is_a_checkpoint(view: RootfsView) -> None:
-    """Also when all that is asked for is in memory."""
+    """Each call is a checkpoint, even if the answer is in memory."""
     await view.stat("/")
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -176,7 +176,7 @@ async def test_every_call_is_a_checkpoint(view: RootfsView) -> None:
 
 
 async def test_open(tmp_path: Path) -> None:
-    """A file to seek in, closed with its block."""
+    """An open file can seek, and is closed with its block."""
     content = bytes(range(256)) * 1000
     view = view_of(unpack_stack([archive(*LOWER, {"name": "f", "b64": b64(content)})], tmp_path))
     before = os.listdir("/proc/self/fd")
@@ -205,7 +205,7 @@ async def test_open(tmp_path: Path) -> None:
 
 
 async def test_nothing_on_the_disk_is_followed(view: RootfsView, tmp_path: Path) -> None:
-    """What is a link on the disk, where the list has none, leads nowhere; the error says where."""
+    """An unlisted link on the disk is not followed, and the error names the path."""
     (tmp_path / "secret").write_bytes(b"secret")
     file = view._tree.trees[1] / "fs/usr/lib/os-release"
     file.unlink()
@@ -219,7 +219,7 @@ async def test_nothing_on_the_disk_is_followed(view: RootfsView, tmp_path: Path)
 
 @pytest.mark.parametrize("method", ["stat", "walk", "read_bytes", "export", "export_tar"])
 async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> None:
-    """It ends within some thousand lines, also for one who waits, and the next one gets all."""
+    """Reading and waiting stop within some thousand lines; the next call gets all entries."""
     entries = [{"name": f"{number}"} for number in range(3000)]
     trees = unpack_stack([archive(*entries)], tmp_path)
     scope = trio.CancelScope()
@@ -266,7 +266,7 @@ async def test_export(view: RootfsView, tmp_path: Path) -> None:
 
 
 async def test_export_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a large file: nothing is left, nothing is open."""
+    """An export cancelled inside a large file leaves no file and no descriptor."""
     large = {"name": "large", "fill": {"byte": 65, "count": 30_000_000}}
     view = view_of(unpack_stack([archive({"name": "a"}, large)], tmp_path))
     copy, copied = os.copy_file_range, []
@@ -287,7 +287,7 @@ async def test_export_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_export_tar(view: RootfsView, tmp_path: Path) -> None:
-    """Unpacked it is the same again; the stream stays open."""
+    """The tar unpacks to the same tree, and the stream stays open."""
     stream = trio.testing.MemorySendStream()
     await view.export_tar(stream)
     unpack_blob(bytes(stream.get_data_nowait()), tmp_path / "again")
@@ -296,7 +296,7 @@ async def test_export_tar(view: RootfsView, tmp_path: Path) -> None:
 
 
 class Slow(trio.abc.SendStream):
-    """Takes one piece and no more."""
+    """A stream that takes one piece and then blocks."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -316,7 +316,7 @@ class Slow(trio.abc.SendStream):
 
 
 async def test_a_stream_sets_the_pace(tmp_path: Path) -> None:
-    """While it takes nothing no thread is held, and cancellation leaves nothing open."""
+    """A blocked stream occupies no thread, and cancellation leaves nothing open."""
     large = {"name": "large", "fill": {"byte": 65, "count": 5_000_000}}
     view = view_of(unpack_stack([archive(large)], tmp_path))
     before = os.listdir("/proc/self/fd")
@@ -339,7 +339,7 @@ async def test_what_a_stream_raises_comes_out(view: RootfsView) -> None:
 
 
 def test_open_does_not_follow_what_is_on_the_disk(tmp_path: Path) -> None:
-    """A tree that was tampered with does not lead out of itself."""
+    """A manipulated tree does not lead out of the tree."""
     (tree,) = unpack_stack([archive({"name": "d/f", "text": "x"})], tmp_path)
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -360,7 +360,7 @@ SUMMARY = Summary(
 
 
 def test_entries_round_trip() -> None:
-    """Every field comes back, names byte for byte."""
+    """Writing and parsing entries keeps every field, names byte for byte."""
     entries = [
         Entry(path=b"", type="dir", mode=0o755, opaque=True, implied=True),
         Entry(path=b"\xff\n\xc3\xa9", type="symlink", mode=0o777, linkname=b"\xfe/%"),
@@ -375,7 +375,7 @@ def test_entries_round_trip() -> None:
 
 
 def test_later_lines_win() -> None:
-    """Replaced, removed, linked, made opaque: the list tells what is there in the end."""
+    """The last lines decide about replaced, removed, linked and opaque entries."""
     file = Entry(path=b"a", type="file", crc32=1, xattrs={"security.capability": b"c"})
     directory = Entry(path=b"d", type="dir", mode=0o700)
     lines = [
@@ -411,7 +411,7 @@ def test_later_lines_win() -> None:
     ],
 )
 def test_damaged_list(lines: list[bytes]) -> None:
-    """A list that is not whole, or not a list, is an error of the store."""
+    """An incomplete or invalid list is a `StoreError`."""
     with pytest.raises(StoreError, match="list of entries"):
         parse_entries(lines)
 
@@ -427,7 +427,7 @@ def test_damaged_list(lines: list[bytes]) -> None:
     ids=["no-root", "no-parent", "no-path", "cut-off"],
 )
 def test_damaged_list_of_a_tree(tmp_path: Path, lines: list[bytes]) -> None:
-    """However a list is damaged, and whatever is asked, it is an error of the store."""
+    """Any damage of a list is a `StoreError` in all methods."""
     (tmp_path / "entries").write_bytes(b"".join([*lines, summary_line(SUMMARY)]))
     with pytest.raises(StoreError, match="list of entries"):
         MergedTree([tmp_path]).lookup(b"a")
@@ -436,7 +436,7 @@ def test_damaged_list_of_a_tree(tmp_path: Path, lines: list[bytes]) -> None:
 
 
 def test_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many open files are no damage: nobody is told to remove the layer."""
+    """Too many open files are not damage, so the error does not mention the layer."""
     (tree,) = unpack_stack([archive(*LOWER)], tmp_path)
 
     def refuse(path: Path, mode: str) -> None:
@@ -453,8 +453,7 @@ def test_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deep_links_are_linear(tmp_path: Path) -> None:
-    """Links that lead deep down and up again, one to the next: a step is a step anywhere, since
-    it is taken in trio's thread."""
+    """Links through deep directories take linear time, because trio's thread resolves them."""
     depth, links = 500, 35
     down, up = "/".join("a" * depth), "/.." * depth
     entries: list[dict] = [{"name": "./", "type": "dir"}, {"name": down, "type": "dir"}]

@@ -1,4 +1,4 @@
-"""The image builder: what it makes is what other tools understand."""
+"""The image builder, checked with other tools."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def members(layer) -> dict[str, tarfile.TarInfo]:
 
 @pytest.mark.parametrize("compression", DECOMPRESS)
 def test_layer_digests_are_those_of_its_bytes(compression: str) -> None:
-    """The descriptor names the blob, the diff ID the tar inside, which is the same for all."""
+    """The descriptor has the blob's digest, the diff ID that of the tar, which is always equal."""
     entries = [File("a", data=b"x" * 100_000)]
     layer = build_layer(entries, compression=compression)
     assert layer.descriptor.digest == digest(layer.content)
@@ -113,7 +113,7 @@ def test_entries_come_back_through_tarfile() -> None:
 
 
 def test_what_ustar_cannot_hold_is_in_a_pax_header() -> None:
-    """Long and non-ASCII names, large owners, fractional and negative times."""
+    """PAX headers hold long and non-ASCII names, large owners, fractional and negative times."""
     long = "/".join(["directory"] * 30)
     layer = build_layer(
         [
@@ -134,7 +134,7 @@ def test_what_ustar_cannot_hold_is_in_a_pax_header() -> None:
 
 @pytest.mark.parametrize("size", range(80, 100))
 def test_pax_record_lengths_count_themselves(size: int) -> None:
-    """Around the length where the number gets a digit more."""
+    """Lengths are right around the values where they get another digit."""
     found = members(build_layer([File("f", xattrs={"user.a": b"v" * size, "user.b": b"w"})]))
     assert found["f"].pax_headers["SCHILY.xattr.user.a"] == "v" * size
     assert found["f"].pax_headers["SCHILY.xattr.user.b"] == "w"
@@ -205,7 +205,7 @@ def test_index_names_its_images_and_their_platforms() -> None:
 
 
 def test_sample_image_is_the_same_in_every_run() -> None:
-    """Written down where compression cannot change it."""
+    """The digests without compression are constant."""
     assert sample_image().diff_ids == sample_image(compression="zstd", format="docker").diff_ids
     assert sample_image(compression="none").digest == (
         "sha256:e1d43b5489adcdad30227d85ffdf2d4f1e3599f926fa7023665747ad30002156"
@@ -229,7 +229,7 @@ def make_tree(root: Path) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3, 40])
 def test_directory_in_parts_is_the_directory(tmp_path: Path, parts: int) -> None:
-    """Unpacked one over the other, the layers are the tree again, whatever their number."""
+    """Any number of layers unpacks to the original tree."""
     source, output, target = tmp_path / "source", tmp_path / "output", tmp_path / "target"
     make_tree(source)
     output.mkdir()
@@ -238,7 +238,7 @@ def test_directory_in_parts_is_the_directory(tmp_path: Path, parts: int) -> None
     for layer in layers:
         assert layer.descriptor.digest == digest(layer.content.read_bytes())
         with tarfile.open(layer.content) as tar:
-            # Debian 12's Python has no filters yet.
+            # Python in Debian 12 has no filters yet.
             tar.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
             tar.extractall(target)
     names = {path.relative_to(source) for path in source.rglob("*")} - {Path("d/socket")}
@@ -280,7 +280,7 @@ def test_layout_of_file_backed_layers_does_not_copy_them(tmp_path: Path) -> None
 @pytest.mark.integration
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 def test_umoci_unpacks_the_sample(tmp_path: Path, compression: str) -> None:
-    """Whiteouts, the opaque directory, links and owners come out as the docstring says."""
+    """The sample unpacks in umoci as documented: whiteouts, opaque directory, links, owners."""
     umoci = require("umoci")
     sample_image(compression=compression).write_oci_layout(tmp_path / "layout", tag="1")
     subprocess.run(
@@ -314,7 +314,7 @@ def served_manifest(reference: str) -> bytes:
 def test_a_docker_registry_takes_a_layout(
     tmp_path: Path, docker_registry, compression: str
 ) -> None:
-    """The fixture is a registry one can push to, and it takes what the builder makes."""
+    """docker-registry accepts a pushed layout of the builder."""
     image = sample_image(compression=compression)
     image.write_oci_layout(tmp_path)
     reference = docker_registry.push(tmp_path, f"testing/{compression}:1")
@@ -331,7 +331,7 @@ def test_a_docker_registry_takes_an_index(tmp_path: Path, docker_registry) -> No
 
 @pytest.mark.integration
 def test_pushed_as_docker_it_is_what_the_builder_makes(tmp_path: Path, docker_registry) -> None:
-    """skopeo, rewriting the manifest, names the same config and layers, by the same types."""
+    """The manifest that skopeo rewrites has the same config, layers and media types."""
     sample_image().write_oci_layout(tmp_path)
     reference = docker_registry.push(tmp_path, "testing/docker:1", as_docker=True)
     served, ours = json.loads(served_manifest(reference)), sample_image(format="docker").manifest

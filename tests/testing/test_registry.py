@@ -1,4 +1,4 @@
-"""The embedded registry over a socket and in memory: one set of tests, the same answers."""
+"""The embedded registry, with the same tests over a socket and in memory."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def challenge_of(response: httpx.Response) -> dict[str, str]:
 
 
 async def test_anonymous_tokens(connect) -> None:
-    """The challenge says where tokens are; a token is good for the repository it names."""
+    """The challenge names the token server; a token allows only its repository."""
     async with connect(TokenAuth()) as (registry, client):
         registry.add(IMAGE, f"{NAME}:v1")
         registry.add(IMAGE, "other/demo:v1")
@@ -271,7 +271,7 @@ async def test_tokens_expire_by_trio_time(autojump_clock) -> None:
 
 
 async def test_reply_hits_as_many_requests_as_it_is_told_to(connect) -> None:
-    """`skip`, `times`, the method and the order of the rules, on one path."""
+    """Rules respect `skip`, `times`, the method and their order."""
     async with connect() as (registry, client):
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
         busy = Reply(429, headers={"Retry-After": "7"}, body=b"later")
@@ -398,7 +398,7 @@ async def test_wrong_range_starts_elsewhere_and_says_so(connect, shift: int, sta
 
 
 async def test_redirect_leads_to_another_registry(connect) -> None:
-    """By socket the other one sees the request; in memory the transport answers for all hosts."""
+    """Over a socket the other registry gets the request; in memory, the same transport does."""
     async with connect() as (registry, client), open_registry() as other:
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
         other.add_blob(NAME, DATA)
@@ -419,7 +419,7 @@ async def test_slow_delay_and_stall_take_trio_time(autojump_clock) -> None:
             assert trio.current_time() - start == pytest.approx(3)
             async for _ in response.aiter_raw():
                 pass
-        # 3 + 10: the bytes that were held up come at once, as they do from a congested network.
+        # 3 + 10: the delayed bytes come at once, as from a congested network.
         assert trio.current_time() - start == pytest.approx(13)
 
 
@@ -436,7 +436,7 @@ async def test_slow_after_so_many_bytes(autojump_clock) -> None:
 
 
 async def test_a_slow_head_comes_byte_by_byte(autojump_clock) -> None:
-    """And the body as ever."""
+    """The head comes byte by byte, and the body at full speed."""
     registry = Registry()
     registry.inject("/v2/", SlowHead(2))
     client, server = trio.testing.memory_stream_pair()
@@ -455,7 +455,7 @@ async def test_a_slow_head_comes_byte_by_byte(autojump_clock) -> None:
 
 
 async def test_a_slow_head_takes_as_long_in_memory(autojump_clock) -> None:
-    """And is a read timeout only if one byte is."""
+    """In memory, a slow head takes the same time; a read timeout depends on each byte."""
     async with memory_client() as (registry, client):
         registry.inject("/v2/", SlowHead(2), SlowHead(0.1))
         registry.inject("/v2/", SlowHead(1))
@@ -472,7 +472,7 @@ async def test_a_slow_head_takes_as_long_in_memory(autojump_clock) -> None:
 
 
 async def test_shorter_says_so(connect) -> None:
-    """A whole and a range; what has no more than that is as it was."""
+    """`Shorter` shortens a whole blob and a range, but no body that is too short."""
     async with connect() as (registry, client):
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
         registry.inject(url, Shorter(100), times=None)
@@ -504,7 +504,7 @@ async def test_challenges_go_back_and_forth(connect) -> None:
 
 
 async def test_a_stall_is_a_read_timeout(connect) -> None:
-    """In memory as on the socket; what came before it is there."""
+    """A stall is a read timeout in memory and over a socket, after the bytes before it."""
     async with connect() as (registry, client):
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
         registry.inject(url, Stall(1000))
@@ -528,7 +528,7 @@ async def test_a_late_answer_is_a_read_timeout(autojump_clock) -> None:
 
 
 async def test_blobs_come_from_files(connect, tmp_path) -> None:
-    """Whole, ranged, cut, corrupted: the same as from memory."""
+    """Blobs in files give the same whole, ranged, cut and corrupted answers."""
     (tmp_path / "blob").write_bytes(DATA * 3)
     async with connect() as (registry, client):
         with pytest.raises(ValueError, match="missing digest"):
@@ -594,7 +594,7 @@ def test_repr_counts() -> None:
     assert "secret" not in repr(BasicAuth("user", "secret"))
 
 
-# What only sockets have.
+# Tests that need sockets.
 
 
 async def test_a_connection_serves_many_requests() -> None:
@@ -611,7 +611,7 @@ async def exchange_raw(registry: Registry, data: bytes) -> bytes:
     host, _, port = registry.host.partition(":")
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         received = bytearray()
-        with contextlib.suppress(trio.BrokenResourceError):  # closed with data not yet read
+        with contextlib.suppress(trio.BrokenResourceError):  # the client closes with unread data
             await stream.send_all(data)
             async for chunk in stream:
                 received += chunk

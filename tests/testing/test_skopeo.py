@@ -1,4 +1,4 @@
-"""skopeo pulls from the embedded registry, so it is a registry."""
+"""Pulls of skopeo from the embedded registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripted source, alone and with the engine it is made for."""
+"""The scripted source, alone and with the engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def test_attempts_are_played_in_order_and_the_last_again(autojump_clock) -
 
 
 async def test_attempts_are_played_into_a_sink(autojump_clock) -> None:
-    """Pieces come evenly, before what is told of them at the same time; what is there stays."""
+    """Pieces come evenly, before reports of the same moment; bytes in the sink stay."""
     source = ScriptedSource(
         b"0123456789",
         attempts=[
@@ -91,7 +91,7 @@ async def test_attempts_are_played_into_a_sink(autojump_clock) -> None:
 
 
 async def test_it_is_a_source_for_the_engine(autojump_clock) -> None:
-    """One retry, the diff ID told, closed once."""
+    """With the engine, the source is retried once, gets its diff ID, and is closed once."""
     source = ScriptedSource(TAR, attempts=[Attempt(error=RuntimeError("once")), Attempt()])
     store = MemoryStore()
     async with open_download_manager(store) as manager:

@@ -1,4 +1,4 @@
-"""The suite for layer stores: our own pass it, and those with a defect do not."""
+"""The suite for layer stores: our stores pass it, and stores with a defect fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TestDirectoryStore(StagingStoreSuite[DirectoryStore]):
 
 
 class Defect(Exception):
-    """What a store raises that it must not."""
+    """An error that a store must not raise."""
 
 
 DEFECTS: list[tuple[type[MemoryStore], str]] = []
@@ -65,7 +65,7 @@ class InventsLayers(MemoryStore):
 
 @shown_by("a_layer_is_named_by_its_tar", "each_compression", "stage_a_layer")
 class NamesTheBlob(MemoryStore):
-    """The diff ID is that of what came, not of the tar in it."""
+    """The diff ID is that of the blob, not of the tar inside."""
 
     def add(self, data, parent, descriptor=None):
         layer = super().add(data, parent, descriptor)
@@ -151,7 +151,7 @@ class ClosesStreams(MemoryStore):
 
 @shown_by("cancelled_at_each_step", "stage_cancelled_at_each_step")
 class CanBeCancelledLate(MemoryStore):
-    """It has stored the layer then."""
+    """A call can be cancelled after it has stored the layer."""
 
     async def register(self, stream, parent, descriptor=None):
         layer = await super().register(stream, parent, descriptor)
@@ -174,7 +174,7 @@ class CanBeCancelledLate(MemoryStore):
 
 @shown_by("cancelled_while_the_stream_waits")
 class StoresWhatCame(MemoryStore):
-    """What it has read when it is cancelled may be all."""
+    """A cancelled call stores the bytes that it has read."""
 
     async def register(self, stream, parent, descriptor=None):
         data = b""
@@ -316,7 +316,7 @@ class MixesAttempts(ChangesStages):
 
 @shown_by("stage_each_compression")
 class WritesInPieces(ChangesStages):
-    """And loses the last one."""
+    """The last byte of each piece is lost."""
 
     def change(self, stage):
         write = stage.write
@@ -340,7 +340,7 @@ class ProgressFalls(ChangesStages):
 
 @shown_by("what_arrived_is_resumed", "what_is_complete_is_resumed", "who_waits_takes_over")
 class ForgetsAndWaits(MemoryStore):
-    """What arrived is dropped, and only one may stage a blob, without a queue."""
+    """Arrived bytes are dropped, and a second stage of a blob fails instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -458,7 +458,7 @@ class StagesWithoutReference(ChangesStages):
 
 @shown_by("descriptors", "what_is_not_the_blob_is_not_finished", "stage_again_what_is_there")
 class PromisesTooMuch(MemoryStore):
-    """It is said to verify descriptors, and to keep blobs."""
+    """The suite is told that the store verifies descriptors and keeps blobs."""
 
 
 class SuiteOf(StagingStoreSuite[MemoryStore]):
@@ -477,7 +477,7 @@ class SuiteOf(StagingStoreSuite[MemoryStore]):
 async def test_a_defect_is_found(store: type[MemoryStore], name: str, autojump_clock) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         await dict(SuiteOf(store).checks())[name]()
-    # What a store must not raise comes out as it is.
+    # Errors that a store must not raise are raised unchanged.
     expected = (AssertionError, trio.TooSlowError, trio.WouldBlock, Defect, LayersError, KeyError)
     assert all(issubclass(each, expected) for each in leaves(caught.value))
 
@@ -497,7 +497,7 @@ async def test_the_same_without_a_defect(autojump_clock) -> None:
         await check()
 
 
-# As users run it.
+# Runs of the suite as users start it.
 
 STORE = """
 from contextlib import asynccontextmanager
