@@ -52,6 +52,7 @@ LEVELS: dict[str, int] = {
     "_output": 1,
     "_single_flight": 1,
     "_util": 1,
+    "_hosts_toml": 1,
     "_files": 1,
     "_disk_errors": 1,
     "_damage": 1,
@@ -92,10 +93,10 @@ EVERYWHERE = frozenset({"attrs", "typing_extensions"})
 LIBRARIES: dict[str, frozenset[str]] = {
     # Where a library, or a module of Python's own, may be imported: a place, or one module of it.
     "trio": frozenset(name for name, level in LEVELS.items() if level > VALUES)
-    - {"_tar", "_tree", "_disk_errors", "_damage", "_processes"},
+    - {"_tar", "_tree", "_disk_errors", "_damage", "_hosts_toml", "_processes"},
     "outcome": frozenset({"_engine"}),
-    "httpx": frozenset({"_registry.http", "testing"}),
-    "httpcore": frozenset({"_registry.http"}),
+    "httpx": frozenset({"_registry.http", "_registry.http_send", "testing"}),
+    "httpcore": frozenset({"_registry.http", "_registry.http_backend", "_registry.http_send"}),
     "pickle": frozenset({"_workers"}),
     "subprocess": frozenset({"_logins", "_workers"}),
     "h11": frozenset({"testing"}),
@@ -112,7 +113,7 @@ LIBRARIES: dict[str, frozenset[str]] = {
     "tarfile": frozenset({"testing"}),
     "asyncio": frozenset(),
     "requests": frozenset(),
-    "tomllib": frozenset({"_registry"}),
+    "tomllib": frozenset({"_hosts_toml"}),
     "ssl": frozenset({"_registry", "testing"}),
 }
 FILES = frozenset(
@@ -122,6 +123,7 @@ FILES = frozenset(
         "_damage",
         "_disk_errors",
         "_files",
+        "_hosts_toml",
         "_logins",
         "_output",
         "_paths",
