@@ -73,14 +73,14 @@ from ._pull import PullPolicy as PullPolicy
 from ._pull import open_puller as open_puller
 from ._reference import Reference as Reference
 from ._reference import parse_reference as parse_reference
-from ._registry.answers import RateLimit as RateLimit
 from ._registry.blobs import BlobChunks as BlobChunks
 from ._registry.client import RegistryClient as RegistryClient
 from ._registry.client import RegistryStatistics as RegistryStatistics
-from ._registry.client import ResolvedImage as ResolvedImage
 from ._registry.client import open_registry_client as open_registry_client
 from ._registry.credentials import Credentials as Credentials
 from ._registry.credentials import CredentialsSource as CredentialsSource
+from ._registry.error_responses import RateLimit as RateLimit
+from ._registry.resolving import ResolvedImage as ResolvedImage
 from ._rootfs.view import RootfsView as RootfsView
 from ._store.check import CheckReport as CheckReport
 from ._store.check import Problem as Problem

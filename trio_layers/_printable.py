@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
-__all__ = ["printable", "printable_line", "printable_path", "printable_value"]
+__all__ = ["printable", "printable_line", "printable_path", "printable_value", "without_login"]
 
 MAX_LINE: Final = 300
+
+# A password may contain characters that end it for a parser of URLs, so this match is greedy.
+_LOGIN: Final = re.compile(r"\A([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
 
 
 def printable(text: str) -> str:
@@ -33,3 +37,8 @@ def printable_value(value: object) -> str:
         return "missing"
     text = repr(value) if isinstance(value, str | int | float) else type(value).__name__
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def without_login(url: str) -> str:
+    """Replace the name and password of a URL, or of a malformed one, by an ellipsis."""
+    return _LOGIN.sub(r"\1…@", url)

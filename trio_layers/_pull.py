@@ -31,10 +31,11 @@ from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Progress, Status
 from ._reference import Reference, parse_reference
-from ._registry.answers import RateLimit
-from ._registry.client import RegistryClient, ResolvedImage, open_registry_client
+from ._registry.client import RegistryClient, open_registry_client
 from ._registry.credentials import CredentialsFor
+from ._registry.error_responses import RateLimit
 from ._registry.http import AsyncClient
+from ._registry.resolving import ResolvedImage
 from ._registry.transport import STALL_LIMIT
 from ._rootfs.view import RootfsView
 from ._store.directory import DirectoryStore, open_store

@@ -50,11 +50,12 @@ from trio_layers import (
     import_images,
     open_store,
 )
-from trio_layers._archives import candidates, importing, reading
+from trio_layers._archives import candidates, importing, reading, selecting
 from trio_layers._compression import zstd
 from trio_layers._digest import digest_of
 from trio_layers._manifest import decode_manifest
-from trio_layers._store import directory, layout
+from trio_layers._store import images as stored_images
+from trio_layers._store import layout
 from trio_layers.testing import build_image, build_index, sample_image
 
 IMAGE = small_image()
@@ -473,12 +474,12 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "a version to come": (
         changed(OCI, **{"oci-layout": b'{"imageLayoutVersion":"2.0.0"}'}),
         ArchiveError,
-        "oci-layout: a layout of version '2.0.0'",
+        "oci-layout: unsupported OCI layout version: '2.0.0'",
     ),
     "a layout of no version": (
         changed(OCI, **{"oci-layout": b"[]"}),
         ArchiveError,
-        "of version None",
+        "unsupported OCI layout version: missing",
     ),
     "an index that is none": (
         changed(OCI, **{"index.json": b"{}"}),
@@ -547,7 +548,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "no JSON": ({**DOCKER, "manifest.json": b"[{"}, ArchiveError, "manifest.json: not JSON"),
     "JSON of no depth": ({**DOCKER, "manifest.json": DEEP}, ArchiveError, "json: not JSON"),
     "no images": ({**DOCKER, "manifest.json": b"[]"}, ArchiveError, "has no image"),
-    "no path": (with_docker(Config=None), ArchiveError, "Config is None, not a string"),
+    "no path": (with_docker(Config=None), ArchiveError, "Config is missing, not a string"),
     "no layers": (with_docker(Layers="a"), ArchiveError, "Layers is 'a', not an array"),
     "no config": (changed(DOCKER, **{CONFIG: None}), ArchiveError, f"lacks '{CONFIG}', the config"),
     "another config": (
@@ -759,7 +760,7 @@ async def test_names_are_put_at_once(
 ) -> None:
     """One import writes ``index.json`` once; its SQL statements grow linearly with its names."""
     written: list[Path] = []
-    replace = directory.replace_file
+    replace = stored_images.replace_file
 
     def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
         written.append(path)
@@ -767,7 +768,7 @@ async def test_names_are_put_at_once(
 
     statements: list[str] = []
     async with opened(tmp_path) as store:
-        monkeypatch.setattr(directory, "replace_file", replace_file)
+        monkeypatch.setattr(stored_images, "replace_file", replace_file)
         await import_images(store, Stream(tar_of(OCI)), reference="first:1")
         store._parts.catalog._connection.set_trace_callback(statements.append)
         counts = []
@@ -807,6 +808,7 @@ async def test_a_name_costs_later_ones_little(
 
 
 async def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selecting, "MAX_NAMES", 5)
     monkeypatch.setattr(candidates, "MAX_NAMES", 5)
     async with opened(tmp_path) as store:
         for members in many_names(6).values():

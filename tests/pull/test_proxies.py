@@ -318,10 +318,10 @@ async def test_a_socks_proxy(
     [
         ({"login": "someone:canary-5ocks"}, "got NO ACCEPTABLE METHODS"),
         ({"refuses": 5}, "Connection refused"),
-        ({"garbage": b""}, "did not answer as it should"),
-        ({"garbage": b"HTTP/1.1 400 Bad Request\r\n\r\n"}, "did not answer as it should"),
-        ({"garbage": b"\x05"}, "did not answer as it should"),
-        ({"garbage": b"\x05\x00\x05"}, "did not answer as it should"),
+        ({"garbage": b""}, "sent an invalid reply"),
+        ({"garbage": b"HTTP/1.1 400 Bad Request\r\n\r\n"}, "sent an invalid reply"),
+        ({"garbage": b"\x05"}, "sent an invalid reply"),
+        ({"garbage": b"\x05\x00\x05"}, "sent an invalid reply"),
     ],
 )
 async def test_a_socks_proxy_that_refuses(

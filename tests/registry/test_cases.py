@@ -27,6 +27,7 @@ from trio_layers._errors import (
     PlatformError,
     VerificationError,
 )
+from trio_layers._hosts_toml import Host, read_configuration
 from trio_layers._logins import lookup
 from trio_layers._logins.files import find_as_docker, parse_login_file
 from trio_layers._logins.lookup import LoginFiles
@@ -44,7 +45,6 @@ from trio_layers._reference import parse_reference
 from trio_layers._registry.auth import parse_challenges
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.hosts_toml import Host, read_configuration
 
 HERE = Path(__file__).parents[1] / "cases" / "registry"
 

@@ -40,8 +40,9 @@ from trio_layers._errors import (
 )
 from trio_layers._platform import Platform, host_platform
 from trio_layers._reference import parse_reference
-from trio_layers._registry.client import ResolvedImage, open_registry_client
+from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.pagination import decode_tags
+from trio_layers._registry.resolving import ResolvedImage
 
 HOST = "https://registry.example"
 APP = parse_reference("registry.example/team/app")
@@ -235,12 +236,12 @@ async def test_documents_found_by_descriptor(change: bytes) -> None:
     good = await resolve(Network(**{HOST: registry}), platform=ARM)
     data = good.manifest_bytes
     registry.manifests[image.digest] = (OCI_MANIFEST, data + change if change else data[:-1])
-    with pytest.raises(VerificationError, match="its digest or size differs"):
+    with pytest.raises(VerificationError, match="the digest or size differs"):
         await resolve(Network(**{HOST: registry}), platform=ARM)
     registry.manifests[image.digest] = (OCI_MANIFEST, data)
     digest, config = good.manifest.config.digest, good.config_bytes
     registry.blobs[digest] = config + change if change else config[:-1] + b" "
-    with pytest.raises(VerificationError, match="its digest or size differs") as caught:
+    with pytest.raises(VerificationError, match="the digest or size differs") as caught:
         await resolve(Network(**{HOST: registry}), platform=ARM)
     assert caught.value.digest == digest
 
@@ -296,7 +297,7 @@ async def test_a_long_list_of_tags_is_put_together_off_the_loop(
         threads.add(threading.get_ident())
         return list(decode_tags(data, host))
 
-    monkeypatch.setattr("trio_layers._registry.client.decode_tags", decode)
+    monkeypatch.setattr("trio_layers._registry.listing.decode_tags", decode)
     async with network.client() as http, open_registry_client(client=http) as client:
         assert await client.tags(APP) == tuple(tags)
     assert threads

@@ -144,7 +144,7 @@ async def test_hashes_are_computed_off_the_loop(monkeypatch: pytest.MonkeyPatch)
         threads.add(threading.get_ident())
         return digest_of(data, *like)
 
-    monkeypatch.setattr("trio_layers._registry.client.digest_of", compute)
+    monkeypatch.setattr("trio_layers._registry.documents.digest_of", compute)
     network = Network(**{HOST: Encoding("gzip", length=True)})
     async with network.client() as http, open_registry_client(client=http) as client:
         assert await client.get_blob(APP, BLOB) == CONTENT

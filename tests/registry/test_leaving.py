@@ -266,7 +266,7 @@ async def test_a_given_client_that_is_closed(name: str) -> None:
     async with world.network.client() as http, open_registry_client(client=http) as client:
         await CALLS[name](client, "r.example/team/app")
         await http.aclose()
-        with pytest.raises(ClientClosed, match="the httpx client that was given is closed"):
+        with pytest.raises(ClientClosed, match="the given httpx client is closed"):
             await CALLS[name](client, "r.example/team/app")
     assert client.statistics().active == 0
 

@@ -37,13 +37,13 @@ from trio_layers._errors import (
     VerificationError,
 )
 from trio_layers._gocompat import parse_duration
+from trio_layers._hosts_toml import read_configuration
 from trio_layers._logins.lookup import LoginFiles
 from trio_layers._platform import parse_platform
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.endpoints import COOLDOWN, Endpoint
-from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.tls import TLSConfig, make_context
 from trio_layers.testing import Redirect, Reply, build_image, open_registry
 

@@ -25,16 +25,16 @@ from registry.fakes import Body, MemorySink, Network, Report, describe
 from trio.testing import MockClock
 
 from trio_layers._errors import HostsError, LayersError, NetworkSettingError, RegistryError
+from trio_layers._hosts_toml import read_configuration
 from trio_layers._logins.lookup import LoginFiles
+from trio_layers._printable import without_login
 from trio_layers._reference import parse_reference
-from trio_layers._registry import http as adapter
-from trio_layers._registry import transport
+from trio_layers._registry import http_log, http_send, transport
 from trio_layers._registry.client import RegistryClient, open_registry_client
 from trio_layers._registry.credentials import Credentials, CredentialsFor
 from trio_layers._registry.hosts import parse_url
-from trio_layers._registry.hosts_toml import read_configuration
 from trio_layers._registry.http import new_client
-from trio_layers._registry.redaction import redact_error, secrets_of, without_login, without_secrets
+from trio_layers._registry.redaction import redact_error, secrets_of, without_secrets
 from trio_layers._registry.tls import TLSConfig, make_context
 from trio_layers._registry.tokens import Tokens
 from trio_layers.testing import BasicAuth, Fault, Raw, Reply, open_registry, sample_image
@@ -330,7 +330,7 @@ LEAKS = {
     "what a token server repeats": (transport, "secrets_of", lambda *_: frozenset(), "tokens-403"),
     "what a broken answer repeats": (transport, "redact_error", lambda *_: None, "broken-fields"),
     "a part of a broken URL": (transport, "redact_error", lambda *_: None, "broken-location"),
-    "a signed URL in a log": (adapter, "discreet", contextlib.nullcontext, "storage-500"),
+    "a signed URL in a log": (http_send, "discreet", contextlib.nullcontext, "storage-500"),
     "a redirect with a secret": (transport, "origin_of", lambda _: "anybody", "redirect"),
     "one that comes back": (transport, "origin_of", lambda _: "anybody", "redirect-back"),
     "a login in a redirect": (
@@ -680,7 +680,7 @@ def test_other_requests_keep_their_log(caplog: pytest.LogCaptureFixture) -> None
     """What httpcore logs of requests that are not ours is left alone."""
     with caplog.at_level(logging.DEBUG):
         logging.getLogger("httpcore.http11").debug("receive_response_headers.complete x=1")
-        with adapter.discreet():
+        with http_log.discreet():
             logging.getLogger("httpcore.http11").debug("receive_response_headers.complete x=1")
             logging.getLogger("httpcore.connection").debug("connect_tcp.started host='h'")
     assert caplog.messages == [

@@ -32,7 +32,8 @@ from trio_layers._errors import AuthenticationError, RegistryError
 from trio_layers._reference import parse_reference
 from trio_layers._registry.client import open_registry_client
 from trio_layers._registry.credentials import Credentials
-from trio_layers._registry.http import new_client, read_more_at_once, send
+from trio_layers._registry.http import new_client, read_more_at_once
+from trio_layers._registry.http_send import send
 from trio_layers._registry.transport import MAX_REDIRECTS
 from trio_layers.testing import open_registry
 

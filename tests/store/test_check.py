@@ -191,7 +191,7 @@ TREES: dict[str, tuple[Damage, str]] = {
         "'etc/shadow' is no whiteout",
     ),
     "list": (change_list(b'{"end"', b'{"ond"'), "list of entries is damaged"),
-    "list of others": (change_list(b'"entries":', b'"entries":1'), "do not agree"),
+    "list of others": (change_list(b'"entries":', b'"entries":1'), "differs from its row"),
     "listed mode": (change_list(b'"m":', b'"m":1'), "has another mode"),
     "no list": (lambda w: (w.top / "entries").unlink(), "cannot be read"),
     "no files": (lambda w: shutil.rmtree(w.top / "fs"), "cannot be read"),
@@ -214,17 +214,17 @@ OTHERS: dict[str, tuple[Damage, set[str], str]] = {
     "an image's blobs": (
         lambda w: w.edit("DELETE FROM image_blobs"),
         {"image"},
-        "other layers than its manifest",
+        "its manifest name different layers",
     ),
     "an image's layers": (
         lambda w: w.edit(f"UPDATE images SET chain_id = '{w.image.layers[0].chain_id}'"),
         {"image"},
-        "other layers than its config",
+        "its config name different layers",
     ),
     "a layer's tree": (
         lambda w: w.edit(f"UPDATE layers SET tree = '{w.image.layers[0].diff_id}'"),
         {"layer"},
-        "is of another layer",
+        "belongs to another layer",
     ),
     "a layer's diff ID": (
         lambda w: w.edit("UPDATE layers SET diff_id = 'x' WHERE parent IS NOT NULL"),

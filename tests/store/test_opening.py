@@ -363,7 +363,7 @@ async def test_what_others_left_in_a_directory_is_not_made_a_store_of(
     (path / "catalog.sqlite").touch()
     plant(path)
     before = snapshot(path)
-    with pytest.raises(UnsupportedStore, match="ingest in it is a link or of another user"):
+    with pytest.raises(UnsupportedStore, match="ingest in it is a link or belongs to another user"):
         async with opened(path):
             pytest.fail("entered")
     assert snapshot(path) == before

@@ -526,7 +526,9 @@ async def test_a_cancelled_commit_does_not_wait_for_the_disk(
 
         async def cancelled() -> None:
             with scope:
-                await store._parts.commits.commit(lambda connection: done.append("cancelled"), since=0)
+                await store._parts.commits.commit(
+                    lambda connection: done.append("cancelled"), since=0
+                )
 
         async def wanted() -> None:
             await store._parts.commits.commit(lambda connection: done.append("wanted"), since=0)

@@ -155,7 +155,7 @@ def check_layout(data: bytes) -> None:
     version = document.get("imageLayoutVersion") if isinstance(document, dict) else None
     if not isinstance(version, str) or version.split(".")[0] != "1":
         raise ArchiveError(
-            f"{LAYOUT}: a layout of version {printable_value(version)}, and 1.0.0 is known"
+            f"{LAYOUT}: unsupported OCI layout version: {printable_value(version)} (expected 1.0.0)"
         )
 
 

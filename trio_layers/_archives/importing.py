@@ -44,11 +44,11 @@ from .._manifest import (
 from .._platform import Platform, host_platform, parse_platform
 from .._printable import printable_value
 from .._reference import Reference, parse_reference
-from .._select import MAX_INDEX_DEPTH, check_platform, choose_image
+from .._select import check_platform, choose_image, walk_index
 from .._store.directory import DirectoryStore
 from .._store.layout import INDEX_ANNOTATION
 from ..abc import BlobSink, ProgressSink, ReportProgress
-from .candidates import Candidate, decode, digest_prefix, list_images, select
+from .candidates import Candidate, decode, list_images
 from .documents import (
     CONFIG_TYPE,
     DOCKER,
@@ -60,6 +60,7 @@ from .documents import (
     encode_manifest,
 )
 from .reading import Shelf, Source, open_source
+from .selecting import digest_prefix, select
 
 __all__ = ["import_images"]
 
@@ -294,22 +295,20 @@ class _Finder:
         source = self._source
         name = f"{source.name}: {called}"
         wanted = self._platform or host_platform()
-        index: Descriptor | None = None
         several = len(roots) > 1
         if several:
             among = Index(INDEX_TYPES[0], tuple(roots))
-            descriptor = await _choose(source, name, among, wanted)
+            root = await _choose(source, name, among, wanted)
         else:
-            [descriptor] = roots
-        root = descriptor
-        for _ in range(MAX_INDEX_DEPTH):
-            if descriptor.media_type not in INDEX_TYPES:
-                break
-            if index is None:
-                index = descriptor
-            descriptor = await self._entry_of(descriptor, name, wanted)
-        if descriptor.media_type in INDEX_TYPES:
-            raise ManifestError(f"more than {MAX_INDEX_DEPTH} indexes lead to one another")
+            [root] = roots
+
+        async def is_index(descriptor: Descriptor) -> bool:
+            return descriptor.media_type in INDEX_TYPES
+
+        async def entry_of(index: Descriptor) -> Descriptor:
+            return await self._entry_of(index, name, wanted)
+
+        descriptor, index = await walk_index(root, is_index=is_index, entry_of=entry_of)
         chosen = several or index is not None
         said = descriptor.platform if chosen else None
         image = await self._find_manifest(descriptor, said)

@@ -21,8 +21,9 @@ from .._single_flight import SingleFlight
 from .credentials import Credentials, CredentialsFor
 from .hosts import domain_of, origin_of
 from .http import URL
+from .response import RegistryResponse
 from .tokens import FIT_FOR_A_HEADER, Grant, Tokens
-from .transport import RegistryResponse, Transport
+from .transport import Transport
 
 __all__ = ["Access", "Authenticator", "Challenge", "RedirectedAccess", "parse_challenges"]
 

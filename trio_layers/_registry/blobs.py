@@ -21,9 +21,9 @@ from .._lifetime import Lifetime
 from .._manifest import Descriptor
 from .._progress import Status
 from ..abc import BlobSink, ReportProgress
-from .answers import mark_final
 from .encoding import ContentDecoder, NotEncoded, coding_of, named_encoding, slices_of
-from .transport import RegistryResponse
+from .error_responses import mark_final
+from .response import RegistryResponse
 
 __all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open", "write_embedded"]
 

@@ -18,7 +18,7 @@ from .._errors import DecompressionError, UnpackError
 from .._printable import printable_line
 
 if TYPE_CHECKING:
-    from .transport import RegistryResponse
+    from .response import RegistryResponse
 
 __all__ = [
     "ContentDecoder",

@@ -35,20 +35,22 @@ from .._errors import (
     VerificationError,
     is_final,
 )
+from .._hosts_toml import Configuration, Host, read_configuration
 from .._manifest import Descriptor
 from .._reference import Reference
 from .._single_flight import SingleFlight
-from .answers import RateLimit, rate_limit, read_error
 from .auth import Authenticator, Challenge, RedirectedAccess, parse_challenges
 from .blobs import EntityTags
+from .connections import Connections
 from .credentials import Credentials, CredentialsFor
+from .error_responses import RateLimit, rate_limit, read_error
 from .foreign_urls import MAX_URLS, ForeignURL
-from .hosts import base_urls, is_loopback, origin_of, parse_url, registry_of
-from .hosts_toml import Configuration, Host, read_configuration
+from .hosts import HostSettings, base_urls, is_loopback, origin_of, parse_url, registry_of
 from .http import URL, InvalidURL
+from .response import RegistryResponse
 from .retries import Retries, is_transient
 from .tls import TLSConfig
-from .transport import Connections, HostSettings, Method, RegistryResponse, Transport
+from .transport import Method, Transport
 
 __all__ = ["Endpoint", "Endpoints", "try_each"]
 
@@ -65,7 +67,7 @@ _MAY_HIDE: Final = (401, 403, 404)
 _TELLING: Final = (200, 401, 404)
 
 T = TypeVar("T")
-SiteT = TypeVar("SiteT", bound="Endpoint | ForeignURL")
+EndpointT = TypeVar("EndpointT", bound="Endpoint | ForeignURL")
 
 
 @final
@@ -149,13 +151,7 @@ class Endpoint:
             CredentialsError: if it cannot be told who asks.
         """
         base = await self._find_base()
-        url = base.join(f"{reference.path}/{path}")
-        if self._upstream is not None:
-            url = url.copy_set_param("ns", self._upstream)
-            # It knows us, and its tokens know it, by its own name, and the repository by where it
-            # has that: a cache for several registries, such as Harbor, has them in directories.
-            inside = base.path.partition("/v2/")[2]
-            reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
+        url, reference = self._localize(base, reference, path)
         access = self._authenticator.access(reference)
         redirected = RedirectedAccess(self._others, reference, url)
         while True:
@@ -181,7 +177,7 @@ class Endpoint:
                     yield answer
                     return
                 error = await read_error(answer, what, sent_there=answer.redirected)
-            # RegistryResponse challenges once the connection is released, because the source of the
+            # Answer challenges once the connection is released, because the source of the
             # credentials may wait for a person to type a password.
             if answer.redirected:
                 if answer.status == 401 and await redirected.refused(answer):
@@ -202,6 +198,17 @@ class Endpoint:
             if answer.status in (401, 403):
                 access.failed()
             raise error
+
+    def _localize(self, base: URL, reference: Reference, path: str) -> tuple[URL, Reference]:
+        """Return the URL at this host, and the reference by which the host knows the image."""
+        url = base.join(f"{reference.path}/{path}")
+        if self._upstream is None:
+            return url, reference
+        # A mirror issues tokens for its own name, and for the repository's path at the mirror: a
+        # cache for several registries, such as Harbor, has each in a directory.
+        inside = base.path.partition("/v2/")[2]
+        reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
+        return url.copy_set_param("ns", self._upstream), reference
 
     async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
         """Return the challenges of ``/v2/``; none if it has none, or its refusal is final.
@@ -426,19 +433,19 @@ def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], 
 
 
 async def try_each(
-    endpoints: Sequence[SiteT], attempt: Callable[[SiteT], Awaitable[T]], retries: Retries
+    endpoints: Sequence[EndpointT], attempt: Callable[[EndpointT], Awaitable[T]], retries: Retries
 ) -> T:
     """Try each endpoint in turn until one succeeds, as containerd does.
 
-    A registry, verification or manifest error at one endpoint leads to the next endpoint; any other error
-    is raised at once. When all endpoints have failed, the endpoints with transient failures are tried in
-    another round.
+    A registry, verification or manifest error at one endpoint leads to the next endpoint; any
+    other error is raised at once. When all endpoints have failed, the endpoints with transient
+    failures are tried in another round.
 
-    Endpoints that could not be reached a moment ago are tried last, and only if no other endpoint has
-    failed with a final error.
+    Endpoints that could not be reached a moment ago are tried last, and only if no other endpoint
+    has failed with a final error.
 
-    If exactly one endpoint sent a wrong blob or document, and all endpoints' errors are final, that endpoint is
-    tried once more: a disk or a proxy may have damaged the bytes on the way.
+    If exactly one endpoint sent a wrong blob or document, and all endpoints' errors are final, that
+    endpoint is tried once more: a disk or a proxy may have damaged the bytes on the way.
 
     Args:
         endpoints: The hosts, in the order in which to try them. The registry itself is the last.
@@ -446,12 +453,12 @@ async def try_each(
         retries: Decides on another round, and waits for it.
 
     Raises:
-        LayersError: the error of the last endpoint, with the other endpoints' errors in its text. It is
-            final only if the errors of all endpoints are.
+        LayersError: the error of the last endpoint, with the other endpoints' errors in its text.
+            It is final only if the errors of all endpoints are.
     """
-    failures: dict[SiteT, LayersError] = {}
-    wrong: list[SiteT] = []
-    turns: Iterable[SiteT] = _turns(endpoints, failures)
+    failures: dict[EndpointT, LayersError] = {}
+    wrong: list[EndpointT] = []
+    turns: Iterable[EndpointT] = _turns(endpoints, failures)
     while True:
         for endpoint in turns:
             try:
@@ -462,42 +469,54 @@ async def try_each(
                     wrong.append(endpoint)
                 if len(endpoints) > 1:
                     endpoint.note(error)
-                    log.info("%s failed, and others are asked: %s", endpoint.name, error)
-        settled = is_final(failures[endpoints[-1]])
-        hopeful = [
-            endpoint
-            for endpoint in endpoints
-            # If the registry's answer is final, do not wait for mirrors that cannot be reached.
-            if is_transient(failures[endpoint]) and not (settled and endpoint.trouble)
-        ]
-        # A host that asks to wait does not delay the retries of the others.
-        hopeful = [
-            endpoint for endpoint in hopeful if not _asks_to_wait(failures[endpoint])
-        ] or hopeful
+                    log.info("%s failed, so other hosts are asked: %s", endpoint.name, error)
+        hopeful = _hopeful(endpoints, failures)
         if await retries.wait([failures[endpoint] for endpoint in hopeful]):
             turns = hopeful
         elif len(wrong) == 1 and all(map(is_final, failures.values())):
             turns = list(wrong)
         else:
-            break
-    if len(endpoints) == 1:
-        raise failures[endpoints[0]]
-    *others, last = [failures[endpoint] for endpoint in endpoints]
-    told = last.copy_to_raise()
-    told.args = ("; before that, ".join([str(last), *map(str, others)]),)
-    raise told from next((each for each in (last, *others) if not is_final(each)), last)
+            raise _combine([failures[endpoint] for endpoint in endpoints])
+
+
+def _hopeful(
+    endpoints: Sequence[EndpointT], failures: Mapping[EndpointT, LayersError]
+) -> list[EndpointT]:
+    """Return the endpoints for another round."""
+    settled = is_final(failures[endpoints[-1]])
+    hopeful = [
+        endpoint
+        for endpoint in endpoints
+        # If the registry's answer is final, do not wait for mirrors that cannot be reached.
+        if is_transient(failures[endpoint]) and not (settled and endpoint.trouble)
+    ]
+    # A host that asks to wait does not delay the retries of the others.
+    return [each for each in hopeful if not _asks_to_wait(failures[each])] or hopeful
+
+
+def _combine(failures: Sequence[LayersError]) -> LayersError:
+    """Return the error of the last endpoint, with the texts of the others."""
+    *others, last = failures
+    if not others:
+        return last
+    error = last.copy_to_raise()
+    error.args = ("; before that, ".join([str(last), *map(str, others)]),)
+    error.__cause__ = next((each for each in (last, *others) if not is_final(each)), last)
+    return error
 
 
 def _asks_to_wait(error: LayersError) -> bool:
     return isinstance(error, RateLimited) and bool(error.retry_after)
 
 
-def _turns(endpoints: Sequence[SiteT], failures: dict[SiteT, LayersError]) -> Iterator[SiteT]:
+def _turns(
+    endpoints: Sequence[EndpointT], failures: dict[EndpointT, LayersError]
+) -> Iterator[EndpointT]:
     """Yield the endpoints in the order of trying, unreachable endpoints last.
 
     The caller adds each failure to ``failures`` between two endpoints. If a registry or mirror has
-    failed with a final error, the unreachable endpoints are not yielded: their earlier errors are added
-    to ``failures``.
+    failed with a final error, the unreachable endpoints are not yielded: their earlier errors are
+    added to ``failures``.
     """
     resting = {endpoint: trouble for endpoint in endpoints if (trouble := endpoint.trouble)}
     yield from [endpoint for endpoint in endpoints if endpoint not in resting]

@@ -14,11 +14,12 @@ from typing import Final, final
 from .._errors import LayersError, RegistryError
 from .._printable import printable_line
 from .._reference import Reference
-from .answers import mark_final, read_error
 from .blobs import EntityTags
+from .error_responses import mark_final, read_error
 from .hosts import parse_url
 from .http import URL, InvalidURL
-from .transport import RegistryResponse, Transport
+from .response import RegistryResponse
+from .transport import Transport
 
 __all__ = ["MAX_URLS", "ForeignURL"]
 

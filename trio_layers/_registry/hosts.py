@@ -1,21 +1,32 @@
-"""Which host is asked for an image, and how."""
+"""The hosts of registries: their URLs, and settings for requests to them."""
 
 from __future__ import annotations
 
 import ipaddress
 
+import attrs
+
 from .._errors import InvalidReference
 from .._reference import Reference
 from .http import URL, InvalidURL
+from .tls import TLSConfig
 
-__all__ = ["base_urls", "domain_of", "is_loopback", "origin_of", "parse_url", "registry_of"]
+__all__ = [
+    "HostSettings",
+    "base_urls",
+    "domain_of",
+    "is_loopback",
+    "origin_of",
+    "parse_url",
+    "registry_of",
+]
 
 # Docker Hub's registry does not answer under the name that its images have.
 _REGISTRY_OF = {"docker.io": "registry-1.docker.io"}
 
 
 def registry_of(domain: str) -> str:
-    """The host, with its port, of the registry of images that are named so."""
+    """Return the host, with its port, of the registry for a domain in references."""
     return _REGISTRY_OF.get(domain, domain)
 
 
@@ -25,10 +36,10 @@ def domain_of(host: str) -> str:
 
 
 def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:
-    """Where the reference's registry may be, in the order in which to try.
+    """Return the base URLs of the reference's registry, in the order in which to try them.
 
     HTTPS is first. Plain HTTP follows for this machine, as in Docker, whose daemon takes all of
-    127.0.0.0/8 and ``::1`` for insecure registries; for others only with ``plain_http``.
+    127.0.0.0/8 and ``::1`` for insecure registries; for other hosts only with ``plain_http``.
 
     Raises:
         InvalidReference: if the reference's domain cannot be a host with a port.
@@ -49,10 +60,10 @@ def base_urls(reference: Reference, *, plain_http: bool) -> tuple[URL, ...]:
 
 
 def parse_url(text: str) -> URL:
-    """A URL whose host and port can be asked: httpx looks at some of it when it is used only.
+    """Parse a URL, and check its host and port, which httpx checks only when it uses them.
 
     Raises:
-        InvalidURL: if it is none.
+        InvalidURL: if the URL is invalid.
     """
     url = URL(text)
     try:
@@ -65,7 +76,7 @@ def parse_url(text: str) -> URL:
 
 
 def is_loopback(url: URL) -> bool:
-    """Whether the URL's host is this machine, and says so."""
+    """Return whether the URL's host is this machine, by its name or address."""
     if url.host == "localhost":
         return True
     try:
@@ -75,5 +86,29 @@ def is_loopback(url: URL) -> bool:
 
 
 def origin_of(url: URL) -> tuple[str, str, int | None]:
-    """What credentials are bound to. httpx leaves out the scheme's own port."""
+    """Return the origin of a URL, to which credentials are bound.
+
+    httpx leaves out the scheme's default port.
+    """
     return url.scheme, url.host, url.port
+
+
+@attrs.frozen
+class HostSettings:
+    """Settings for requests to one host.
+
+    They are dropped once another host has redirected a request, even back to this host.
+
+    Attributes:
+        origins: The host's origins: scheme, host and port, perhaps with several schemes.
+        headers: Header fields for each request.
+        tls: The certificates of the host and of ours; ``None``: the usual ones. Other hosts to
+            which this one refers, for a token or a blob, are verified by the same certificates,
+            but do not get ours.
+        connect_limit: Seconds that a connection to the host may take; ``None``: the usual limit.
+    """
+
+    origins: frozenset[tuple[str, str, int | None]]
+    headers: tuple[tuple[bytes, bytes], ...] = attrs.field(default=(), repr=False)
+    tls: TLSConfig | None = None
+    connect_limit: float | None = None

@@ -17,7 +17,7 @@ from .._errors import RegistryError
 from .._json import parse_json
 from .._manifest import MAX_DOCUMENT_SIZE
 from .encoding import looks_like_json, read_fitting
-from .transport import RegistryResponse
+from .response import RegistryResponse
 
 __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
 

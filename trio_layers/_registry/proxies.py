@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from typing import Final, TypeAlias, final
 
 from .._errors import NetworkSettingError
-from .._printable import printable_line
+from .._printable import printable_line, without_login
 from .hosts import is_loopback, parse_url
 from .http import URL, InvalidURL
-from .redaction import without_login
 
 __all__ = ["Proxies", "setting_shown"]
 

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote, quote_plus
 from .._printable import printable_line
 from .http import InvalidURL
 
-__all__ = ["redact_error", "secrets_of", "without_login", "without_secrets"]
+__all__ = ["redact_error", "secrets_of", "without_secrets"]
 
 # Characters. What is shorter is a part of too many words.
 MIN_SECRET: Final = 4
@@ -38,9 +38,6 @@ _PLAIN: Final = frozenset(
 )
 # Of what is sent to a token server.
 _SECRET_FIELDS: Final = frozenset({"refresh_token"})
-
-# Also one whose password has characters that end it for those who read URLs.
-_LOGIN = re.compile(r"\A([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
 
 
 def secrets_of(
@@ -101,11 +98,6 @@ def redact_error(error: BaseException, secrets: Iterable[str]) -> None:
         if following.__cause__ is not None:  # what it was raised in is nobody's, if it is another
             following.__context__ = following.__cause__
         following = following.__cause__ or following.__context__
-
-
-def without_login(url: str) -> str:
-    """A URL, or what should be one, without the name and the password that it may have."""
-    return _LOGIN.sub(r"\1…@", url)
 
 
 def _decode(text: str) -> str:

@@ -13,7 +13,7 @@ import trio
 
 from .._errors import LayersError, RateLimited, RegistryError, is_final
 from .._progress import retrying
-from .answers import PATIENCE
+from .error_responses import PATIENCE
 
 __all__ = ["MAX_ATTEMPTS", "Announce", "Retries", "is_transient"]
 

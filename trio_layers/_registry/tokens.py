@@ -17,15 +17,14 @@ import trio
 
 from .._errors import AuthenticationError, RegistryError
 from .._json import parse_json
-from .._printable import printable_line
+from .._printable import printable_line, without_login
 from .._reference import Reference
 from .._single_flight import SingleFlight
-from .answers import mark_final, read_error
 from .credentials import Credentials
 from .encoding import looks_like_json, read_fitting
+from .error_responses import mark_final, read_error
 from .hosts import base_urls, parse_url
 from .http import URL, InvalidURL
-from .redaction import without_login
 from .transport import Transport
 
 __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]

@@ -1,7 +1,8 @@
-"""Whether all that a store has is there and is what it should be.
+"""The check of a store: all blobs, trees, layers and images, and the layout for other tools.
 
-Everything is looked at as it was when the check began. Others go on meanwhile; so what seems to
-be damaged is held and looked at once more, and counts only if it has a row then.
+The check covers the rows that exist at its beginning. Other tasks and processes go on meanwhile.
+An item that seems damaged is therefore held and checked again, and counts only if it still has a
+row.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ T = TypeVar("T")
 
 _CHUNK: Final = 1 << 20
 
-# How many rows are read in one job, where there is little to do for each.
+# Number of rows to check in one job, for kinds with little work for each row.
 _BATCH: Final = 500
 
 
 @attrs.frozen
 class Problem:
-    """Something in a store that is not as it should be.
+    """A damaged item of a store.
 
     Attributes:
-        kind: What it is of: ``blob``, ``tree``, ``layer``, ``image``; ``index`` for
-            ``index.json``, which can be made anew; ``catalog`` for the database, which cannot.
-        id: The digest, tree ID, chain ID or manifest's digest; empty for the last two.
-        text: What is wrong.
+        kind: The kind of item: ``blob``, ``tree``, ``layer`` or ``image``; ``index`` for
+            ``index.json``, which can be made again; ``catalog`` for the database, which cannot.
+        id: The digest, tree ID, chain ID or manifest's digest; empty for ``index`` and
+            ``catalog``.
+        text: The damage, in words.
     """
 
     kind: str
@@ -70,15 +72,15 @@ class Problem:
 
 @attrs.frozen
 class CheckReport:
-    """What a check has looked at and found.
+    """The result of a check.
 
     Attributes:
-        blobs: How many blobs it has looked at.
-        trees: How many trees.
-        layers: How many layers.
-        images: How many images.
-        problems: What is wrong.
-        repaired: Whether what is damaged was dropped.
+        blobs: Number of checked blobs.
+        trees: Number of checked trees.
+        layers: Number of checked layers.
+        images: Number of checked images.
+        problems: The damaged items.
+        repaired: Whether the damaged items were dropped.
     """
 
     blobs: int
@@ -106,14 +108,14 @@ class _ImageItem:
 
 @attrs.frozen
 class _Kind(Generic[T]):
-    """One kind of what is looked at.
+    """One kind of checked item.
 
     Attributes:
         name: See `Problem.kind`.
-        ids: All there are.
-        find: Finds one in the catalog.
-        look: Raises for one that is damaged. Blocks.
-        batch: How many are looked at in one go.
+        ids: The IDs of all items.
+        find: Finds an item in the catalog.
+        look: Raises an error for a damaged item. Blocking.
+        batch: Number of items to check in one job.
     """
 
     name: str
@@ -125,10 +127,14 @@ class _Kind(Generic[T]):
 
 @final
 class Checker:
-    """Looks at all of a store.
+    """Checks all items of a store, and drops damaged ones.
 
     Args:
-        write_index: A job that makes ``index.json`` what it should be.
+        parts: The parts of the store.
+        content: The store's blobs.
+        trees: The store's trees.
+        collector: Removes the files of dropped items.
+        write_index: A catalog job that brings ``index.json`` up to date.
     """
 
     def __init__(
@@ -149,9 +155,10 @@ class Checker:
         self._threads = trio.CapacityLimiter(os.cpu_count() or 1)
 
     async def run(self, *, repair: bool) -> CheckReport:
+        """See `DirectoryStore.check`."""
         broken = await self._catalog.read(_broken)
         if broken:
-            # What the rows say is worth nothing then.
+            # The rows of a broken catalog cannot be trusted.
             return CheckReport(0, 0, 0, 0, tuple(Problem("catalog", "", text) for text in broken))
         ids = await self._catalog.read(_all_ids)
         blobs = _Kind("blob", ids["blobs"], find_blob, self._look_at_blob, 1)
@@ -164,7 +171,7 @@ class Checker:
             *await self._look_at_all(layers),
             *await self._look_at_all(images),
         ]
-        # In a transaction: others replace the file in theirs.
+        # In a transaction, because other processes replace the file in their transactions.
         run = self._catalog.read if self._leases.read_only else self._catalog.note
         text = await run(self._look_at_index)
         if text is not None:
@@ -208,7 +215,7 @@ class Checker:
         return await trio.to_thread.run_sync(look, items, limiter=self._threads)
 
     async def _look_again(self, kind: _Kind[T], id: Digest) -> list[Problem]:
-        """It may have been removed meanwhile, and even be back. Now it stays."""
+        """Check a suspect again while it is held, as it may have been removed or replaced."""
         async with self._leases.holding(id):
             item = await self._catalog.read(kind.find, id)
             if item is None:
@@ -216,7 +223,7 @@ class Checker:
             text = await trio.to_thread.run_sync(_failure, kind, item, limiter=self._threads)
             return [] if text is None else [Problem(kind.name, id, text)]
 
-    # Each raises for what is damaged. In worker threads.
+    # Each method raises an error for a damaged item. Blocking, for worker threads.
 
     def _look_at_blob(self, blob: StoredBlob) -> None:
         path = self._content.path(blob.digest)
@@ -230,7 +237,7 @@ class Checker:
         except OSError as error:
             raise StoreError(f"it cannot be read ({error.strerror})") from error
         if size != blob.size:
-            raise StoreError(f"it is {size} bytes long, and should be {blob.size}")
+            raise StoreError(f"it is {size} bytes long (expected {blob.size})")
         if f"sha256:{hashed.hexdigest()}" != blob.digest:
             raise StoreError("its content has changed")
         forget_damage(path)
@@ -240,7 +247,7 @@ class Checker:
         summary = verify(path, check_cancelled=trio.from_thread.check_cancelled)
         listed = (summary.diff_id, summary.size, summary.entries, tuple(summary.assumed))
         if listed != (tree.diff_id, tree.size, tree.entries, tree.assumed):
-            raise StoreError("its list and its row in the catalog do not agree")
+            raise StoreError("its list of entries differs from its row in the catalog")
         forget_damage(path)
 
     def _look_at_image(self, image: _ImageItem) -> None:
@@ -249,14 +256,14 @@ class Checker:
         if not isinstance(manifest, Manifest):
             raise StoreError("its manifest is an index")
         if manifest.config.digest != image.config:
-            raise StoreError("its row has another config than its manifest")
+            raise StoreError("its row in the catalog and its manifest name different configs")
         if {layer.digest for layer in manifest.layers} != image.layers:
-            raise StoreError("its rows have other layers than its manifest")
+            raise StoreError("its rows in the catalog and its manifest name different layers")
         chain: ChainID | None = None
         for diff_id in decode_config(self._read(image.config)).diff_ids:
             chain = extend_chain(chain, diff_id)
         if image.chain_id not in (None, chain):
-            raise StoreError("its row has other layers than its config")
+            raise StoreError("its row in the catalog and its config name different layers")
 
     def _read(self, digest: Digest) -> bytes:
         try:
@@ -267,7 +274,7 @@ class Checker:
     def _look_at_index(self, connection: sqlite3.Connection) -> str | None:
         if find_layout(connection) is None:
             with contextlib.suppress(StoreReadOnly):
-                self._write_index(connection)  # to be done anyway
+                self._write_index(connection)  # it is due anyway
         expected = {
             "index.json": index_document(find_whole_images(connection)),
             "oci-layout": OCI_LAYOUT,
@@ -275,7 +282,7 @@ class Checker:
         for name, document in expected.items():
             try:
                 if (self._root / name).read_bytes() != document:
-                    return f"{name} is not what it should be: other tools see other images"
+                    return f"{name} is out of date: other tools see other images"
             except FileNotFoundError:
                 return f"{name} is missing: other tools see no images"
         return None
@@ -314,8 +321,8 @@ _BAD: Final = {
     "image": "bad_images",
 }
 
-# An image whose layers are lost stays, as one that was never unpacked: what is there of it need
-# not come again. Without its manifest or config it is none.
+# An image whose layers are lost stays, as an image that was never unpacked, so that a pull need
+# not download its other parts. An image without its manifest or config is dropped.
 _DROP: Final = """
 CREATE TEMP TABLE lost_layers (chain_id TEXT PRIMARY KEY) WITHOUT ROWID;
 INSERT INTO lost_layers
@@ -339,7 +346,7 @@ DELETE FROM blobs WHERE digest IN bad_blobs
 
 
 def _failure(kind: _Kind[T], item: T) -> str | None:
-    """What is wrong with it."""
+    """Return the damage of an item, in words; ``None`` if there is none."""
     trio.from_thread.check_cancelled()
     try:
         kind.look(item)
@@ -351,25 +358,25 @@ def _failure(kind: _Kind[T], item: T) -> str | None:
 def _look_at_layer(item: _LayerItem) -> None:
     layer, tree, blob = item.layer, item.tree, item.blob
     if layer.chain_id != extend_chain(layer.parent, layer.diff_id):
-        raise StoreError("its chain ID is not that of its diff ID upon its parent")
+        raise StoreError("its chain ID does not follow from its diff ID and its parent")
     if tree is None or tree.diff_id != layer.diff_id:
-        raise StoreError(f"its tree {layer.tree} is of another layer")
+        raise StoreError(f"its tree {layer.tree} belongs to another layer")
     if tree.id not in (layer.diff_id, tree_upon(layer.parent, layer.diff_id)):
-        raise StoreError(f"its tree {layer.tree} is for another parent")
+        raise StoreError(f"its tree {layer.tree} fits another parent only")
     if blob is None or blob.diff_id not in (None, layer.diff_id):
-        raise StoreError(f"its blob {layer.blob} is of another layer")
+        raise StoreError(f"its blob {layer.blob} belongs to another layer")
 
 
 # Jobs for the catalog.
 
 
 def _broken(connection: sqlite3.Connection) -> list[str]:
-    """What SQLite finds wrong with its file."""
+    """Return the errors that SQLite finds in its file, in words."""
     found: list[str] = []
     try:
         found += [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
         for table, *_ in connection.execute("PRAGMA foreign_key_check"):
-            found.append(f"a row of {table} refers to one that is not there")
+            found.append(f"a row of {table} refers to a missing row")
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:

@@ -1,9 +1,9 @@
-"""Garbage: what no image, lease or work under way needs goes, while pulls go on.
+"""Garbage collection: unneeded rows and files are deleted while pulls go on.
 
-First the rows, in one transaction, made durable: a power cut must not bring back the row of
-what is gone. Then whatever is at a visible place and has no row is moved out of the way, a few
-names at a time, each time in a transaction that keeps others from giving it a row. So what is
-left of a crash goes, too, and what another process has brought anew meanwhile stays.
+Rows go first, in one durable transaction: a power cut must not bring back the row of a deleted
+file. Then files at visible places without a row are moved away, a few at a time, each time in a
+transaction, so that no other process can give them a row meanwhile. The leftovers of crashes go in
+the same way, and files that another process has brought back meanwhile stay.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _PARTIAL: Final = re.compile(r"([0-9a-f]{64})\.partial")
 _LOCK: Final = re.compile(r"([0-9a-f]{64})\.lock")
 
-# Names that are looked up and moved in one transaction: some milliseconds.
+# Number of files to look up and move in one transaction, which takes some milliseconds.
 _BATCH: Final = 256
 
 
@@ -54,15 +54,14 @@ class MountedTree:
 
 @attrs.frozen
 class Collected:
-    """What a garbage collection removed, or would remove.
+    """The result of a garbage collection, or of its dry run.
 
     Attributes:
-        images: How many images that no reference stands for.
-        layers: How many layers.
-        trees: How many unpacked layers, leftovers of crashes included.
-        blobs: How many blobs, such leftovers and broken-off downloads included.
-        size: What they take on the disk, in bytes. What is shared with something that stays is
-            not in it.
+        images: Number of deleted images, which had no reference.
+        layers: Number of deleted layers.
+        trees: Number of deleted unpacked layers, leftovers of crashes included.
+        blobs: Number of deleted blobs, leftovers of crashes and downloads included.
+        size: The freed disk space in bytes, without files that are also linked elsewhere.
         mounted: Trees that stay only because they are mounted. The first collection after their
             unmounting removes them.
     """
@@ -97,7 +96,7 @@ class _Garbage:
 
 @final
 class Collector:
-    """Finds and removes what nobody needs."""
+    """Finds and removes unneeded rows and files."""
 
     def __init__(self, parts: StoreParts) -> None:
         self._root = parts.root
@@ -108,7 +107,7 @@ class Collector:
         self._scratch = parts.scratch
 
     async def find(self) -> Collected:
-        """What there is to remove."""
+        """Find the garbage, and remove nothing."""
         await self._scratch.sweep_after_the_dead(self._catalog)
         used = await trio.to_thread.run_sync(find_used_trees, self._root)
         garbage = await self._catalog.read(self._look, used)
@@ -116,7 +115,7 @@ class Collector:
         return garbage.sized(await trio.to_thread.run_sync(self._measure, paths))
 
     async def remove(self) -> Collected:
-        """Remove it."""
+        """Remove the garbage."""
         await self._scratch.sweep_after_the_dead(self._catalog)
         used = await trio.to_thread.run_sync(find_used_trees, self._root)
         dropped = await self._catalog.write(self._drop_rows, used)
@@ -129,19 +128,22 @@ class Collector:
         return garbage.sized(await self.delete(trees + blobs))
 
     async def take_trees(self, names: Sequence[str]) -> list[Path]:
-        """Move those of these trees out of the way that have no row; where they are now."""
+        """Move away those of these trees that have no row; return their new paths."""
         return await self._take_all(self._trees, "trees", "id", names)
 
     async def take_blobs(self, names: Sequence[str]) -> list[Path]:
-        """The same for blobs. One that somebody takes in stays: he may go on from it."""
+        """Move away blobs without a row like `take_trees`, except blobs that are arriving.
+
+        The ingest of an arriving blob may go on from the file.
+        """
         return await self._take_all(self._blobs, "blobs", "digest", names)
 
     async def delete(self, paths: Sequence[Path]) -> int:
-        """Delete what was taken; how many bytes it had on the disk."""
+        """Delete moved files and trees; return their disk space in bytes."""
         return await trio.to_thread.run_sync(self._delete, paths)
 
     def new_name(self) -> Path:
-        """A name for a file that is in the way of nobody."""
+        """Return an unused path in ``ingest/``."""
         return self._scratch.new("garbage")
 
     # Jobs for the catalog.
@@ -168,10 +170,10 @@ class Collector:
         key: str,
         names: Sequence[str],
     ) -> list[Path]:
-        """Move those out of the way that have no row. In a transaction: nobody gives them one."""
+        """Move away the files without a row (a catalog job in a transaction)."""
         taken: list[Path] = []
         for name in _without_row(connection, table, key, names):
-            # A file without a row may be what a download goes on from.
+            # An ingest may go on from a file without a row.
             if self._is_busy(self._ingest / f"{name}.lock"):
                 continue
             path = self._scratch.new("garbage")
@@ -195,7 +197,7 @@ class Collector:
     # Blocking, for worker threads.
 
     def _busy(self) -> Iterator[Digest]:
-        """The blobs that somebody, in any process, takes in or unpacks."""
+        """Yield the blobs that any process receives or unpacks."""
         for name in os.listdir(self._ingest):
             match = _LOCK.fullmatch(name)
             if match and self._is_busy(self._ingest / name):
@@ -229,7 +231,7 @@ class Collector:
                     os.rename(path, new)
                     taken.append(new)
                 except FileNotFoundError:
-                    pass  # it has become a blob
+                    pass  # it has become a visible blob
                 finally:
                     unlock(lock, descriptor)
         return taken
@@ -254,7 +256,7 @@ class Collector:
 
 @contextlib.contextmanager
 def _undone(connection: sqlite3.Connection) -> Iterator[None]:
-    """A transaction that is of no consequence."""
+    """Run a transaction and roll it back."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -269,8 +271,8 @@ def _drop(connection: sqlite3.Connection, busy: Iterable[Digest], used: _Used) -
     Return the numbers of deleted images and layers, and the trees that stay because they are
     mounted.
 
-    What is needed is found out in sets, since everybody else waits meanwhile: in SQL it takes
-    five times as long.
+    The needed rows are computed with sets, because SQL takes five times as long, and all other
+    writers wait meanwhile.
     """
     select = connection.execute
     held: set[str] = {*_held(connection), *busy}
@@ -287,7 +289,7 @@ def _drop(connection: sqlite3.Connection, busy: Iterable[Digest], used: _Used) -
         if manifest in kept:
             blobs.add(blob)
 
-    # An image needs its layers, a layer those below it, a held blob the tree that was made of it.
+    # An image needs its layers, a layer needs its parents, and a held blob needs its tree.
     stacked = {
         chain: (parent, tree, blob)
         for chain, parent, tree, blob in select("SELECT chain_id, parent, tree, blob FROM layers")
@@ -314,7 +316,7 @@ def _drop(connection: sqlite3.Connection, busy: Iterable[Digest], used: _Used) -
     )
     trees.update(tree.id for tree in mounted)
 
-    # A layer may go before those upon it, which go, too.
+    # A parent layer may be deleted before its children, which are deleted, too.
     connection.execute("PRAGMA defer_foreign_keys = ON")
     dropped = _Dropped(
         _drop_others(connection, "images", "manifest", kept),

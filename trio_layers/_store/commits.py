@@ -1,7 +1,7 @@
-"""Durable, then visible: many at once for the price of one.
+"""Group commits: written files become durable, then visible, many at once.
 
-Making things durable takes the disk a few milliseconds, whatever their number. So what is ready
-while one commit is under way shares the next, and a commit waits a moment for what is on its way.
+A sync takes the disk a few milliseconds, whatever the number of files. Jobs that come during one
+commit therefore share the next, and a commit waits a moment for jobs that are about to come.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .._nursery import open_hidden_nursery
 __all__ = ["Commits", "Job", "open_commits"]
 
 Job: TypeAlias = Callable[[sqlite3.Connection], object]
-"""Renames what is durable to its place, and writes its rows, in a transaction."""
+"""Moves durable files to their places and writes their rows, in a transaction."""
 
-# Seconds that a commit waits for others to share it. With forty layers of a hundred files that
-# makes a dozen syncs of thirty-four.
+# Seconds that a commit waits for other jobs. With forty layers of a hundred files, this reduces
+# thirty-four syncs to a dozen.
 _LINGER: Final = 0.05
 
-_LOST: Final = "the disk lost something of it while it was written: try again"
+_LOST: Final = "the disk lost a part of the files during a write: try again"
 
 
 @asynccontextmanager
 async def open_commits(catalog: Catalog, root: Path) -> AsyncIterator[Commits]:
-    """Commit for the block.
+    """Run commits during the block.
 
     Raises:
-        StoreError: for what the disk does.
+        StoreError: for errors of the disk.
     """
     descriptor = await trio.to_thread.run_sync(_open, root)
     try:
@@ -85,12 +85,12 @@ class _Commit:
 
 @final
 class Commits:
-    """Runs jobs that make files visible, after all that was written is on the disk.
+    """Runs jobs that make files visible, after all written bytes are on the disk.
 
     Attributes:
-        failures: How often the disk could not keep what it had taken. The kernel says so once,
-            of files that may be another's: so whatever was begun before such a failure is not
-            to be trusted (see `commit`).
+        failures: Number of failed syncs so far. The kernel reports a write-back error once, and
+            for any file of the file system. All files begun before a failure are therefore
+            suspect (see `commit`).
     """
 
     def __init__(self, catalog: Catalog, root: Path, descriptor: int) -> None:
@@ -106,7 +106,7 @@ class Commits:
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """In the block something is made that will want a commit."""
+        """Announce that a commit will follow the block, so that others wait for it."""
         self._expected += 1
         try:
             yield
@@ -117,17 +117,17 @@ class Commits:
                 self._all_here = trio.Event()
 
     async def commit(self, job: Job, *, since: int) -> None:
-        """Run ``job`` in a transaction when all written before this call is durable; it renames
-        what was written to its place, and writes the rows.
+        """Make all files durable that were written before, then run ``job`` in a transaction.
 
-        Cancelled, it is not run, or was run all the same.
+        Cancellation: the job is not run, or was run all the same.
 
         Args:
-            job: What to do; what it raises comes out of this call, and undoes its rows alone.
+            job: Moves the files to their places and writes the rows. An error of the job rolls
+                back its own rows only, and comes out of this call.
             since: `failures` before the first byte was written.
 
         Raises:
-            StoreError: for what the disk does.
+            StoreError: for errors of the disk.
         """
         this = _Commit(job, since)
         self._waiting.append(this)
@@ -157,7 +157,7 @@ class Commits:
         group = [each for each in group if not each.withdrawn]
         if not group:
             return
-        failed: StoreError | None = StoreError(f"{self._root}: a commit was broken off: try again")
+        failed: StoreError | None = StoreError(f"{self._root}: a commit was interrupted: try again")
         try:
             await trio.to_thread.run_sync(self._sync)
             # The sync may have taken long, and the transaction may wait for another process. A
@@ -197,6 +197,6 @@ class Commits:
                 each.error = error
                 connection.execute("ROLLBACK TO one")
             connection.execute("RELEASE one")
-        # Before the rows are: what has one must be there.
+        # The moved files must be durable before the rows that refer to them.
         for place in self._places:
             sync_directory(place)

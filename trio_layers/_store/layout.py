@@ -1,7 +1,7 @@
-"""The store's directory: recognised, made, and described to other tools.
+"""The store's directory: finding, creating and migrating it, and its OCI layout.
 
-Blocking: for worker threads. Nothing is written to a directory before it is known to be ours, of
-a version we know and of our flavour.
+Blocking, for worker threads. Nothing is written to a directory until its owner, version and
+flavour are known to be right.
 """
 
 from __future__ import annotations
@@ -73,18 +73,22 @@ _NAMES: Final = {
 # OCI image specification, image-layout.md.
 OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_ANNOTATION: Final = "trio-layers.index"
-"""In a layout's index, of an image: the digest of the index it was chosen from, a blob of the
-layout that nothing else points to."""
+"""The annotation of an image in ``index.json`` with the digest of the index that listed it.
 
-_NO_STORE: Final = "there is no store in {}: pull or import an image into it, or name another one"
+That index is a blob of the layout, and nothing else in the layout points to it.
+"""
+
+_NO_STORE: Final = (
+    "there is no store in {}: pull or import an image into it, or name another directory"
+)
 
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 _JSON: Final = json.JSONEncoder(separators=(",", ":"))
-_NAME: Final = "<the reference>"  # in no other member of an entry
+_NAME: Final = "<the reference>"  # a placeholder that no other member of an entry contains
 
 
-# statfs(2), and the kernel's magic.h. Other machines may have the directory open there; SQLite's
-# log and its memory, and our locks, are for the processes of one.
+# File systems that machines share, by their types in statfs(2) and the kernel's magic.h. SQLite's
+# log and shared memory, and the store's locks, work between processes of one machine only.
 _NETWORKED: Final = {
     0x0000517B: "SMB",
     0x00006969: "NFS",
@@ -102,7 +106,7 @@ _NETWORKED: Final = {
 
 @attrs.frozen
 class Flavour:
-    """What a user can keep in a store, which decides how layers are unpacked.
+    """The abilities of a store's user and file system, which decide how layers are unpacked.
 
     Attributes:
         owner: The user's ID.
@@ -117,7 +121,7 @@ class Flavour:
 
     def __str__(self) -> str:
         return (
-            f"of user {self.owner}, {'with' if self.privileged else 'without'} privilege, "
+            f"user {self.owner}, {'with' if self.privileged else 'without'} privilege, "
             f"with {self.xattrs or 'no '}xattrs"
         )
 
@@ -153,7 +157,8 @@ def locate(path: Path, *, create: bool) -> Path:
 def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
     """Open the store in ``root``, and return its catalog.
 
-    Runs in a worker thread of trio; waiting for another process that makes it can be cancelled.
+    For a worker thread of trio. The wait for another process that creates the store can be
+    cancelled.
 
     Args:
         root: The directory, as from `locate`.
@@ -168,8 +173,8 @@ def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
     with disk_errors(root):
         if root.stat().st_uid != os.geteuid():
             raise UnsupportedStore(
-                f"{root} belongs to user {root.stat().st_uid}, and this is user {os.geteuid()}: "
-                "each user has a store of their own"
+                f"the store {root} belongs to user {root.stat().st_uid}, but the program runs as "
+                f"user {os.geteuid()}: each user needs a store of their own"
             )
         networked = _NETWORKED.get(file_system_type(root))
         if networked is not None:
@@ -192,11 +197,11 @@ def open_to_read(root: Path) -> sqlite3.Connection:
         StoreError: if the disk fails.
     """
     with disk_errors(root):
-        if not _recognise(root):
+        if not _has_store(root):
             raise StoreNotFound(_NO_STORE.format(root))
         for name in _DIRECTORIES:
             if stat.S_ISLNK(os.lstat(root / name).st_mode):
-                raise UnsupportedStore(f"{root} is no store: {name} in it is a link")
+                raise UnsupportedStore(f"{root} is not a store: {name} in it is a link")
         connection = copy_to_memory(root / _CATALOG)
         try:
             version: int = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -205,8 +210,8 @@ def open_to_read(root: Path) -> sqlite3.Connection:
                 raise StoreNotFound(_NO_STORE.format(root))
             if version < VERSION:
                 raise UnsupportedStore(
-                    f"the store {root} is of an older version, and cannot be brought to this one "
-                    "while it is only read: open it once to be written"
+                    f"the store {root} has the older version {version}, and a read-only store "
+                    "cannot be migrated: open it once without read_only"
                 )
         except BaseException:
             connection.close()
@@ -215,8 +220,10 @@ def open_to_read(root: Path) -> sqlite3.Connection:
 
 
 def index_document(images: Iterable[StoredImage]) -> bytes:
-    """The layout's ``index.json``: each image under its reference (OCI image specification,
-    ``image-layout.md``), which containerd reads from an annotation of its own.
+    """Return the ``index.json`` of the layout, with each image under its reference.
+
+    See the OCI image specification, ``image-layout.md``. containerd reads the reference from an
+    annotation of its own.
     """
     return encode_index(
         (
@@ -278,15 +285,15 @@ def _platform_members(specifier: str) -> dict[str, str]:
 
 
 def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
-    made = _recognise(root)
+    made = _has_store(root)
     if not made:
         if not create:
             raise StoreNotFound(_NO_STORE.format(root))
-        _take(root)
+        _close_new_store(root)
     connection = connect(root / _CATALOG)
     try:
-        # Asked of SQLite: the file may be behind its log, and a crash while it was made is rolled
-        # back only now.
+        # Only SQLite knows the version: the file may be behind its log, and a crash during the
+        # creation is rolled back only now.
         version: int = connection.execute("PRAGMA user_version").fetchone()[0]
         _check_version(root, version)
         if made and version:
@@ -296,7 +303,7 @@ def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
             complete_tables(connection)
             _close_to_others(root)
         else:
-            _make(root, connection)
+            _create(root, connection)
         connection.execute("PRAGMA journal_mode = WAL")
     except BaseException:
         connection.close()
@@ -304,14 +311,18 @@ def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
     return connection
 
 
-def _recognise(root: Path) -> bool:
-    """Whether there is a store, as opposed to nothing, or to one that was never finished."""
+def _has_store(root: Path) -> bool:
+    """Return whether the directory has a store whose creation was finished.
+
+    Raises:
+        UnsupportedStore: if the directory has other contents, or a store of a newer version.
+    """
     names = set(os.listdir(root))
     if not names:
         return False
     if is_open_here(root / _CATALOG):
-        return True  # so it was found when it was opened
-    # Read without SQLite, which would write its own files beside what may be a stranger's.
+        return True  # checked when it was opened
+    # SQLite would write files of its own into a directory that may be another program's.
     try:
         with open(root / _CATALOG, "rb") as file:
             header = file.read(100)
@@ -325,7 +336,7 @@ def _recognise(root: Path) -> bool:
         or int.from_bytes(header[68:72]) != APPLICATION_ID
     ):
         raise UnsupportedStore(
-            f"{root} is not empty, and what it holds is no store: choose a new or empty directory"
+            f"{root} is neither empty nor a store: choose a new or empty directory"
         )
     _check_version(root, int.from_bytes(header[60:64]))
     return True
@@ -334,36 +345,41 @@ def _recognise(root: Path) -> bool:
 def _check_version(root: Path, version: int) -> None:
     if version > VERSION:
         raise UnsupportedStore(
-            f"the store {root} has version {version}, and this is software for version {VERSION}: "
-            "use a newer trio_layers"
+            f"the store {root} has version {version}, and this trio_layers supports stores up to "
+            f"version {VERSION}: use a newer trio_layers"
         )
 
 
-def _take(root: Path) -> None:
-    """Make a directory that is no store yet ours alone. Whoever could write in it may have left
-    something there for us to write through, such as a link.
+def _close_new_store(root: Path) -> None:
+    """Close a directory to other users before a store is created in it.
+
+    Other users may have planted a link in it, through which the store would write elsewhere.
+
+    Raises:
+        UnsupportedStore: if the directory has a link, or a file of another user.
     """
     _close_to_others(root)
-    _recognise(root)
+    _has_store(root)
     for name in os.listdir(root):
         found = os.lstat(root / name)
         if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
             raise UnsupportedStore(
-                f"{root} is no store, and {name} in it is a link or of another user: "
+                f"{root} is not a store, and {name} in it is a link or belongs to another user: "
                 "choose a new or empty directory"
             )
 
 
 def _close_to_others(root: Path) -> None:
-    """Trees hold set-uid files of strangers."""
+    """Close the directory to other users, since trees have set-uid files of strangers."""
     if stat.S_IMODE(root.stat().st_mode) != 0o700:
         os.chmod(root, 0o700)
 
 
-def _make(root: Path, connection: sqlite3.Connection) -> None:
-    """Make what is missing; the tables come last, in one transaction, and say that it is done.
+def _create(root: Path, connection: sqlite3.Connection) -> None:
+    """Create the missing parts of a store.
 
-    They are made before the catalog is in WAL mode, so that the file itself tells its version.
+    The tables come last, in one transaction, and mark the store as finished. They are created
+    before the catalog is in WAL mode, so that the file itself has the version.
     """
     for name in _DIRECTORIES:
         (root / name).mkdir(0o700, exist_ok=True)
@@ -371,10 +387,10 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
     replace_file(root / "index.json", index_document(()), temporary=root / "ingest" / "index.json")
     for name in ("blobs", "trees", "."):
         sync_directory(root / name)
-    # Whoever may not read the parent cannot sync it.
+    # A user who may not read the parent directory cannot sync it.
     with contextlib.suppress(PermissionError):
         sync_directory(root.parent)
-    flavour = _probe(root)
+    flavour = _probe_flavour(root)
     with transaction(connection):
         create_schema(connection)
         connection.executemany(
@@ -384,16 +400,17 @@ def _make(root: Path, connection: sqlite3.Connection) -> None:
 
 
 def _migrate(root: Path, connection: sqlite3.Connection) -> None:
-    """Bring a store of an older version to this one. Nobody else may have it open: the older
-    software would not know what it finds.
+    """Migrate a store of an older version.
+
+    No other process may have the store open, because older software does not know the new tables.
     """
     leases = root / "leases"
     for name in os.listdir(leases):
         descriptor = try_lock(leases / name)
         if descriptor is None:
             raise UnsupportedStore(
-                f"the store {root} is of an older version, and in use: "
-                "try again when nobody has it open"
+                f"the store {root} has an older version and is in use: "
+                "try again when no other program has it open"
             )
         unlock(leases / name, descriptor)
 
@@ -402,46 +419,46 @@ def _migrate(root: Path, connection: sqlite3.Connection) -> None:
         try:
             manifest = decode_manifest(path.read_bytes(), descriptor.media_type)
         except (OSError, ManifestError):
-            return []  # damaged, which is nothing that a migration could mend
+            return []  # a migration cannot repair damage
         return [layer.digest for layer in manifest.layers] if isinstance(manifest, Manifest) else []
 
     with transaction(connection):
         migrate(connection, blobs_of)
-    # So that the file itself tells its version to the older software.
+    # Older software reads the version from the file itself.
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _check_flavour(root: Path, connection: sqlite3.Connection) -> None:
     rows = connection.execute("SELECT key, value FROM flavour")
     made = Flavour(**{key: json.loads(value) for key, value in rows})
-    ours = _probe(root)
+    ours = _probe_flavour(root)
     if made != ours:
         raise UnsupportedStore(
-            f"the store {root} was made as one {made}, and is opened as one {ours}: "
+            f"the store {root} was made by {made}, but is opened by {ours}: "
             "open it as it was made, or choose another directory"
         )
 
 
-def _probe(root: Path) -> Flavour:
-    """Try out what this user can do here."""
+def _probe_flavour(root: Path) -> Flavour:
+    """Find out the flavour by attempts on a temporary file."""
     probe = root / "ingest" / "probe"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(probe)
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
-        privileged = _can(os.chown, probe, 1, 1)
+        privileged = _is_permitted(os.chown, probe, 1, 1)
         prefixes = ("trusted.", "user.")
-        can = (p for p in prefixes if _can(os.setxattr, probe, p + "overlay.opaque", b"y"))
+        can = (p for p in prefixes if _is_permitted(os.setxattr, probe, p + "overlay.opaque", b"y"))
         return Flavour(os.geteuid(), privileged, next(can, ""))
     finally:
         os.unlink(probe)
 
 
-def _can(call: Callable[[*Ts], None], *args: *Ts) -> bool:
+def _is_permitted(call: Callable[[*Ts], None], *args: *Ts) -> bool:
     try:
         call(*args)
     except OSError as error:
-        # Anything else, such as a full disk, says nothing about what is allowed.
+        # Other errors, such as a full disk, do not mean that the call is not permitted.
         if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOTSUP):
             raise
         return False

@@ -1,8 +1,8 @@
-"""Leases: what must stay in the store, while somebody uses it.
+"""Leases protect digests from collection while a process uses them.
 
-A lease is a row with a holder's name (see ``scratch.py``) and a digest; those of a process that
-is dead count for nothing. The holder's file is locked before its first row is written. Within a
-process the uses of a digest are counted, so that it has one row however many there are.
+A lease is a row with a holder's name (see ``scratch.py``) and a digest. The leases of a dead
+process have no effect. The holder's file is locked before its first row is written. A process
+counts its uses of each digest, and needs one row for all of them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Ts = TypeVarTuple("Ts")
 async def open_lease_counts(
     catalog: Catalog, holder: str, process: str, *, read_only: bool = False
 ) -> AsyncIterator[LeaseCounts]:
-    """Hold things in the store for the block, at the longest.
+    """Count leases during the block; all of them end with it.
 
     Args:
         catalog: The catalog for the rows.
         holder: The holder's name.
         process: The holder's process; see `Process.encode`.
-        read_only: Write no rows. Other processes can then delete the things in use.
+        read_only: Write no rows. Other processes can then delete blobs and layers in use.
     """
     holds = LeaseCounts(catalog, holder, process, read_only=read_only)
     try:
@@ -62,7 +62,7 @@ async def open_lease_counts(
 
 @final
 class LeaseCounts:
-    """What a holder keeps in the store."""
+    """The digests that a holder protects, with the number of uses of each."""
 
     def __init__(
         self, catalog: Catalog, holder: str, process: str, *, read_only: bool = False
@@ -71,18 +71,20 @@ class LeaseCounts:
         self._catalog = catalog
         self._holder = holder
         self._process = process
-        # How often each is in use; a row is there, or on its way.
+        # The number of uses of each digest. Each has a row, or its row is being written.
         self._uses = Counter[Digest]()
-        # Those that have a row. Some are not in use any more, and wait for the next to be written.
+        # The digests with a row. The rows of unused ones go with the next write.
         self._written: set[Digest] = set()
         self._idle: set[Digest] = set()
         self._sure: set[ChainID] = set()
         self._waste = trio.Event()
 
     async def hold(self, digests: Collection[Digest]) -> None:
-        """Hold these until they are let go of as often. They need not be there.
+        """Hold digests until `let_go` is called as often. The store may still lack them.
 
-        It is a checkpoint only if a row must be written. Cancelled or failed, nothing is held.
+        The call is a checkpoint only if a row must be written.
+
+        Cancellation: nothing is held, as after an error.
         """
         self._uses.update(digests)
         new = [digest for digest in digests if digest not in self._written]
@@ -96,7 +98,7 @@ class LeaseCounts:
 
     @asynccontextmanager
     async def holding(self, digest: Digest) -> AsyncIterator[None]:
-        """Hold one for the block."""
+        """Hold a digest for the block."""
         await self.hold([digest])
         try:
             yield
@@ -120,8 +122,9 @@ class LeaseCounts:
     async def hold_with(
         self, digest: Digest, job: Callable[[sqlite3.Connection, *Ts], T], *args: *Ts
     ) -> T:
-        """Hold one more, and run a job in the same transaction (see `Catalog.note`): what it
-        makes or finds is never there without being held.
+        """Hold a digest, and run a job in the same transaction (see `Catalog.note`).
+
+        The rows that the job writes or finds are therefore held at every moment.
         """
         self._uses[digest] += 1
         try:
@@ -131,7 +134,7 @@ class LeaseCounts:
             raise
 
     def let_go(self, digests: Collection[Digest]) -> None:
-        """Take back one `hold`; does not wait. The rows go soon."""
+        """Undo one `hold` without waiting. The background task removes the rows."""
         uses = self._uses
         for digest in digests:
             left = uses[digest] - 1
@@ -199,19 +202,19 @@ class LeaseCounts:
             with _logged(), suppress(StoreBusy):
                 await self._catalog.note_now(drop_leases, self._holder)
 
-    # What is there stays while it is held: it need not be looked up again.
+    # A held layer stays in the store, so that it need not be looked up again.
 
     def is_sure(self, chain_id: ChainID) -> bool:
-        """Whether the layer has been in the store since it is held."""
+        """Return whether the layer was found while it was held, and so is still in the store."""
         return chain_id in self._sure and chain_id in self._written
 
     def note_found(self, chain_id: ChainID) -> None:
-        """A layer is in the store; to be called by a job that has just read its row."""
+        """Record that a catalog job has just read the row of a layer."""
         if chain_id in self._written:
             self._sure.add(chain_id)
 
     def forget(self) -> None:
-        """What was found may be gone, though it is held: it was damaged."""
+        """Drop all records of found layers, since a repair removes held layers, too."""
         self._sure.clear()
 
     async def _write(
@@ -223,7 +226,7 @@ class LeaseCounts:
     ) -> T:
         idle = {digest for digest in self._idle if digest not in self._uses}
         self._idle.clear()
-        # From now on whoever wants one of these writes a row of its own, after this.
+        # From here on, a new use of one of these digests writes its row again, after this write.
         self._written -= idle
         self._sure -= idle
 
@@ -240,7 +243,7 @@ class LeaseCounts:
         except BaseException:
             self._idle |= idle
             raise
-        # What was found while there was no row may have gone since.
+        # A layer that was found before its row was written may be gone.
         self._sure.difference_update(set(digests) - self._written)
         self._written.update(digests)
         return result
@@ -279,7 +282,7 @@ async def open_lease(holds: LeaseCounts, lifetime: Lifetime) -> AsyncIterator[Le
 
 @final
 class Lease:
-    """Keeps what it names in the store while it is open. It comes from `DirectoryStore.lease`."""
+    """Keeps blobs, layers and images in the store. It comes from `DirectoryStore.lease`."""
 
     def __init__(self, holds: LeaseCounts, lifetime: Lifetime) -> None:
         self._lifetime = lifetime
@@ -291,20 +294,24 @@ class Lease:
 
     @property
     def digests(self) -> frozenset[Digest]:
-        """What is held."""
+        """The held digests."""
         return frozenset(self._digests)
 
     @while_open
     async def hold(self, *digests: Digest | None) -> None:
-        """Hold more: blobs by their digest, with the trees that were made of them; layers with
-        all that is below them by their chain ID; images by their manifest's digest. They need
-        not be there yet.
+        """Hold more digests until the end of the lease. The store may still lack them.
+
+        The digest of a blob also holds the blob's tree. The chain ID of a layer also holds all
+        layers below it. The digest of a manifest holds the whole image.
+
+        Cancellation: none of the new digests is held.
 
         Args:
-            digests: What to hold; ``None`` is left out.
+            digests: The digests to hold; ``None`` is skipped.
 
         Raises:
-            StoreError: for what the disk does.
+            StoreError: for errors of the disk.
+            StoreClosed: if the store's block was left.
         """
         new = {digest for digest in digests if digest is not None} - self._digests
         await trio.lowlevel.checkpoint()

@@ -1,14 +1,14 @@
-"""``ingest/`` and ``leases/``: what is in the making, and who is making it.
+"""Unfinished files in ``ingest/``, and their holders in ``leases/``.
 
-Each open store is a *holder*: a name, and a file ``leases/NAME`` that it keeps locked while it
-is open. What it makes in ``ingest/`` bears that name, until it is renamed to where it is
-visible. The kernel drops a dead process's locks, so whatever bears the name of a holder that
-can be locked is nobody's, and is swept away. Partial blobs bear the name of their digest
-instead: they outlive their holder, to be resumed.
+Each open store is a *holder*: it has a name, and a file ``leases/NAME`` that it keeps locked while
+it is open. Its files in ``ingest/`` have that name until they are renamed to their visible places.
+The kernel drops the locks of a dead process. The files of a holder whose lock is free are
+therefore garbage, and are swept away. A partial blob is named after its digest instead: it
+outlives its holder, so that a later download goes on from it.
 
-Where the lock says nothing, since its file was removed or belongs to another machine, the file
-and the rows of leases tell the holder's process, and it is looked for. What is left of a holder
-that may be alive elsewhere is swept when it is a day old.
+If the lock tells nothing, because its file was removed or belongs to another machine, the file
+and the rows of leases name the holder's process, and the sweep looks for that process. The files
+of a holder that may be alive elsewhere are swept when they are a day old.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ __all__ = ["HeldLock", "Scratch", "Watch", "hold_lock", "open_scratch"]
 
 logger = logging.getLogger(__name__)
 
-# How long a waiter may take to see that a lock is free, in seconds.
+# Seconds between two attempts to take a lock.
 _POLL: Final = 0.05
 
-# Between two reports of how far the holder is, in seconds.
+# Seconds between two reports of another holder's progress.
 _LOOK: Final = 0.1
 
 # Seconds for which the files of a holder that may be alive are kept.
@@ -67,12 +67,12 @@ _HELD: Final = re.compile(r"([0-9a-f]{16})-[0-9]+\.[a-z]+")
 @final
 @attrs.define(eq=False)
 class Watch:
-    """Somebody else's download, while it is waited for.
+    """The progress of another task's or process's download of a blob.
 
     Attributes:
-        path: The file that grows.
-        size: How large it will be, in bytes.
-        report: Told how large it is, when that has changed.
+        path: The growing file.
+        size: The final size of the blob in bytes.
+        report: Called with the size of the file when it has changed.
     """
 
     path: Path
@@ -82,7 +82,7 @@ class Watch:
     _looked_at: float = -math.inf
 
     async def look(self) -> None:
-        """Look, and report, if it is time to."""
+        """Report the size of the file, at most once every `_LOOK` seconds."""
         if trio.current_time() - self._looked_at < _LOOK:
             return
         size = min(await trio.to_thread.run_sync(self._measure), self.size)
@@ -95,7 +95,7 @@ class Watch:
         try:
             return self.path.stat().st_size
         except OSError:
-            # Not there yet, or in its place by now. Who can do nothing about it need not know.
+            # The file does not exist yet, or is a visible blob by now.
             return self._seen
 
 
@@ -118,10 +118,17 @@ class HeldLock:
 async def hold_lock(
     path: Path, watch: Watch | None = None, *, text: str = ""
 ) -> AsyncIterator[HeldLock]:
-    """Hold a lock file for the block, against other tasks and processes. Waiting for it can be
-    cancelled; ``watch``: what its holder does meanwhile; ``text``: what the file says.
+    """Hold a lock file for the block, against other tasks and processes.
 
-    Never wait for one while holding another: two who do so in different orders never end.
+    Never wait for one lock while holding another: two tasks with different orders would wait for
+    ever.
+
+    Cancellation: the wait for the lock ends.
+
+    Args:
+        path: The lock file.
+        watch: Reports the progress of the present holder during the wait.
+        text: The contents of the lock file.
 
     Raises:
         StoreError: if the lock file cannot be made.
@@ -138,7 +145,7 @@ async def hold_lock(
                     raise
             return descriptor
 
-    # The kernel tells nobody that a lock is free.
+    # The kernel does not report that a lock has become free.
     while (descriptor := await trio.to_thread.run_sync(attempt)) is None:
         if watch is not None:
             await watch.look()
@@ -181,7 +188,7 @@ async def open_scratch(
 
 @final
 class Scratch:
-    """A holder's names in ``ingest/``, and the removal of what is not wanted any more."""
+    """A holder's names in ``ingest/``, and the removal of discarded files."""
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self._read_only = read_only
@@ -197,34 +204,35 @@ class Scratch:
         self.process: str = Process.current().encode()
 
     def new(self, kind: str) -> Path:
-        """A name in ``ingest/`` that nobody else has. May be called from any thread.
+        """Return an unused path in ``ingest/``, in any thread.
 
         Args:
-            kind: Its suffix: letters.
+            kind: The suffix of the name, in letters.
         """
         self._expect_writable()
         return self._ingest / f"{self.holder}-{next(self._numbers)}.{kind}"
 
     def partial(self, digest: Digest) -> Path:
-        """Where a blob arrives."""
+        """Return the path of a blob's partial file."""
         self._expect_writable()
         return self._ingest / f"{file_name(digest)}.partial"
 
     def lock(self, digest: Digest) -> Path:
-        """The lock file that is held while a blob arrives or is unpacked."""
+        """Return the path of a blob's lock file, which protects its arrival and unpacking."""
         self._expect_writable()
         return self._ingest / f"{file_name(digest)}.lock"
 
     def _expect_writable(self) -> None:
         if self._read_only:
             raise StoreReadOnly(
-                f"the store {self._ingest.parent} was opened to be read only: "
-                "open it as its user, where it can be written"
+                f"the store {self._ingest.parent} was opened read-only: "
+                "open it without read_only, as the user who owns it"
             )
 
     def discard(self, path: Path) -> bool:
-        """Move a file or directory out of the way, for the next sweep. Blocking, in any thread.
-        Whether it was there.
+        """Move a file or directory to the trash, for the next sweep; return whether it existed.
+
+        Blocking, for any thread.
         """
         try:
             os.rename(path, self.new("trash"))
@@ -234,8 +242,10 @@ class Scratch:
 
     @asynccontextmanager
     async def name(self, kind: str) -> AsyncIterator[Path]:
-        """A name as from `new`, for a file or a directory. What is still there after the block,
-        however that ends, is removed by and by: the block does not wait for it.
+        """Yield an unused path, as from `new`, for a file or a directory.
+
+        If the path exists at the end of the block, it is discarded. The block does not wait for
+        the removal.
         """
         path = self.new(kind)
         try:
@@ -246,7 +256,7 @@ class Scratch:
                 if await clean_up_in_thread(self._discard_unused, path):
                     self._waste.set()
             except OSError as error:
-                # It still bears our name, and is swept when the store is left.
+                # The file still has the holder's name, and is swept when the store is left.
                 logger.warning("cannot move %s out of the way: %s", path, error)
             finally:
                 self._discarding -= 1
@@ -258,28 +268,31 @@ class Scratch:
         return not (path.suffix == ".mount" and is_mounted(path)) and self.discard(path)
 
     async def sweep(self) -> None:
-        """Remove all that bears our name. Cancelled, it leaves the rest to another sweep."""
+        """Remove all files of this holder.
+
+        Cancellation: another sweep removes the rest.
+        """
         while self._discarding:
             await self._discarded.wait()
         await trio.to_thread.run_sync(self._remove, self.holder, "")
 
     async def sweep_in_background(self, catalog: Catalog) -> None:
-        """Remove what dead holders left, then whatever is discarded, until cancelled."""
+        """Remove the files of dead holders, then discarded files, until cancelled."""
         try:
             await self.sweep_after_the_dead(catalog)
         except StoreError as error:
-            # Nothing of it is visible, and the next to open the store tries again.
-            logger.warning("cannot remove what is left of other processes: %s", error)
+            # None of these files is visible, and the next opening of the store tries again.
+            logger.warning("cannot remove the files of dead processes: %s", error)
         while True:
             await self._waste.wait()
             self._waste = trio.Event()
             await trio.to_thread.run_sync(self._remove, self.holder, ".trash")
 
     async def sweep_after_the_dead(self, catalog: Catalog) -> None:
-        """Remove what dead holders left, and their leases; wait for who is at it already.
+        """Remove the files and leases of dead holders, one sweep at a time.
 
         Raises:
-            StoreError: for what the disk does.
+            StoreError: for errors of the disk.
         """
         self._expect_writable()
         async with self._sweeping:
@@ -287,7 +300,7 @@ class Scratch:
                 await self._sweep_after_the_dead(catalog)
 
     async def _sweep_after_the_dead(self, catalog: Catalog) -> None:
-        # Of one that could not end its leases, nothing else may be left.
+        # Of a holder that could not end its leases, only the leases may be left.
         leases = await catalog.read(find_holders)
         others = await trio.to_thread.run_sync(self._others, leases)
         for holder, items in others.items():
@@ -296,7 +309,7 @@ class Scratch:
             descriptor = await trio.to_thread.run_sync(judge)
             if descriptor is None:
                 continue
-            # Its lock file goes last: cancelled before that, another sweep does it again.
+            # The lock file goes last: after a cancellation, another sweep does all steps again.
             try:
                 await trio.to_thread.run_sync(self._remove, holder, "")
                 await catalog.write(drop_leases, holder)
@@ -343,7 +356,7 @@ class Scratch:
             else:
                 fate = known.fate(unlocked=unlocked)
             if fate == "alive" and known is not None and known.is_current:
-                # It could not end its leases when it left the store.
+                # A holder of this process could not end its leases when it left the store.
                 fate = "alive" if holder in _OPEN_HERE else "dead"
             if fate == "unknown" and not self._is_young(path, items, known):
                 fate = "dead"
@@ -355,9 +368,9 @@ class Scratch:
             # No process writes discarded files any more, so they can go.
             self._remove(holder, ".trash")
         logger.warning(
-            "%s: no lock is seen of %s: what it has in the store is spared%s",
+            "%s: found no lock of %s: its files and leases are kept%s",
             path,
-            "a holder" if known is None else f"process {known.pid}, which may be alive",
+            "the holder" if known is None else f"process {known.pid}, which may be alive",
             "" if fate == "alive" else " for a day",
         )
         return None
@@ -370,7 +383,7 @@ class Scratch:
         return any(abs(time.time() - each) < _DAY for each in times)
 
     def _remove_locks(self) -> None:
-        """Those that the dead held; who waits for one meanwhile tries again."""
+        """Remove the lock files that are free; a task that waits for one tries again."""
         for path in self._ingest.glob("*.lock"):
             descriptor = try_lock(path)
             if descriptor is not None:
@@ -380,7 +393,7 @@ class Scratch:
         try:
             names = os.listdir(self._ingest)
         except OSError as error:
-            logger.warning("cannot remove what is left in %s: %s", self._ingest, error)
+            logger.warning("cannot list the discarded files in %s: %s", self._ingest, error)
             return
         for name in names:
             match = _HELD.fullmatch(name)

@@ -1,4 +1,4 @@
-"""What images take on the disk, where they share most of it."""
+"""The disk space of a store and its images, which share most of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["ImageUsage", "Meter", "StoreUsage"]
 
 @attrs.frozen
 class ImageUsage:
-    """What an image takes on the disk, in bytes.
+    """The disk space of an image, in bytes.
 
     Attributes:
-        size: All that belongs to it: documents, blobs, trees.
-        exclusive: What of that belongs to no other image: so much a `DirectoryStore.collect`
-            frees once the image has been removed, if nothing holds parts of it.
+        size: The space of all its documents, blobs and trees.
+        exclusive: The space of those that no other image has. A `DirectoryStore.collect` frees
+            this space once the image has been removed, if nothing holds parts of it.
     """
 
     size: int
@@ -38,11 +38,11 @@ class ImageUsage:
 
 @attrs.frozen
 class StoreUsage:
-    """What a store takes on the disk, in bytes.
+    """The disk space of a store, in bytes.
 
     Attributes:
-        size: All of it.
-        images: Each image, by its manifest's digest.
+        size: The space of the whole store.
+        images: The space of each image, by the digest of its manifest.
     """
 
     size: int
@@ -51,7 +51,7 @@ class StoreUsage:
 
 @final
 class Meter:
-    """Measures a store. It looks at every file."""
+    """Measures a store by a look at every file."""
 
     def __init__(self, parts: StoreParts, content: Content, trees: Trees) -> None:
         self._root = parts.root
@@ -60,14 +60,15 @@ class Meter:
         self._trees = trees
 
     async def measure(self) -> StoreUsage:
+        """See `DirectoryStore.usage`."""
         parts = await self._catalog.read(self._parts)
         return await trio.to_thread.run_sync(self._measure, parts)
 
     def _parts(self, connection: sqlite3.Connection) -> dict[Digest, set[Path]]:
-        """The files and trees of each image."""
+        """Return the files and trees of each image (a catalog job)."""
         parts: dict[Digest, set[Path]] = {}
         query = "SELECT manifest, config, chain_id FROM images"
-        # What a layer adds to those below it is looked up once, however many images have it.
+        # Each layer's row is read once, however many images have the layer.
         stacks: dict[ChainID, tuple[ChainID | None, Path, Path]] = {}
         for manifest, config, chain in connection.execute(query).fetchall():
             own = parts[manifest] = {self._content.path(manifest), self._content.path(config)}
@@ -97,7 +98,7 @@ class Meter:
         with disk_errors(self._root):
             sizes = {path: disk_usage(path, check) for path in uses}
             total = sum(sizes.values())
-            # Of the rest, what belongs to no image, and what the store itself needs.
+            # The rest belongs to no image, or is the store's own.
             for directory in ("blobs/sha256", "trees/sha256"):
                 for name in os.listdir(self._root / directory):
                     path = self._root / directory / name

@@ -295,37 +295,16 @@ class TarReader:
         longname: bytes,
         longlink: bytes,
     ) -> Member:
-        flag = header[156]
-        name = until_nul(header[:100])
-        if header[345]:
-            name = _with_prefix(header, name)
-        linkname = until_nul(header[157:257]) if header[157] else b""
-        sparse = flag == ord("S")
-        if pax:
-            name = pax.get(b"path", name)
-            linkname = pax.get(b"linkpath", linkname)
-            if is_sparse(pax):
-                if sparse:
-                    raise damaged(name, "a sparse file by its type and by its records")
-                sparse = True
-                name = pax.get(b"GNU.sparse.name", name)
-        if longname:
-            if pax.get(b"path", longname) != longname or b"GNU.sparse.name" in pax:
-                raise damaged(longname, f"an entry that is named {printable_path(name)}, too")
-            name = longname
-        if longlink:
-            if pax.get(b"linkpath", longlink) != longlink:
-                raise damaged(
-                    name, f"a link to {printable_path(longlink)} and {printable_path(linkname)}"
-                )
-            linkname = longlink
+        """Combine a header with the records and long names before it."""
+        name, linkname = _names(header, pax, longname, longlink)
         self.name = name
-        if not flag:
+        if not header[156]:
             slash = name.endswith(b"/")
             if slash != until_nul(header[:100]).endswith(b"/"):
                 raise damaged(name, "a directory by one of its names, and not by the other")
             if slash:
                 kind = "dir"
+        sparse = header[156] == ord("S") or (bool(pax) and is_sparse(pax))
         if sparse and kind != "file":
             raise damaged(name, "a sparse file that is no plain file")
         size = self._stored(header[124:136], pax.get(b"size"))
@@ -433,6 +412,38 @@ class TarReader:
         self._parts = parts
         self._size = size
         self.holes = size - self.left
+
+
+def _names(
+    header: bytes, pax: Mapping[bytes, bytes], longname: bytes, longlink: bytes
+) -> tuple[bytes, bytes]:
+    """Return an entry's name and the target of its link.
+
+    Raises:
+        UnpackError: if two headers give different names.
+    """
+    name = until_nul(header[:100])
+    if header[345]:
+        name = _with_prefix(header, name)
+    linkname = until_nul(header[157:257]) if header[157] else b""
+    if pax:
+        name = pax.get(b"path", name)
+        linkname = pax.get(b"linkpath", linkname)
+        if is_sparse(pax):
+            if header[156] == ord("S"):
+                raise damaged(name, "a sparse file by its type and by its records")
+            name = pax.get(b"GNU.sparse.name", name)
+    if longname:
+        if pax.get(b"path", longname) != longname or b"GNU.sparse.name" in pax:
+            raise damaged(longname, f"an entry that is named {printable_path(name)}, too")
+        name = longname
+    if longlink:
+        if pax.get(b"linkpath", longlink) != longlink:
+            raise damaged(
+                name, f"a link to {printable_path(longlink)} and {printable_path(linkname)}"
+            )
+        linkname = longlink
+    return name, linkname
 
 
 def _with_prefix(header: bytes, name: bytes) -> bytes:

@@ -18,7 +18,7 @@ from .._errors import (
 from .._json import parse_json
 
 if TYPE_CHECKING:
-    from .transport import RegistryResponse
+    from .response import RegistryResponse
 
 __all__ = [
     "PATIENCE",

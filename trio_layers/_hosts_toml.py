@@ -20,9 +20,9 @@ from typing import Final, NoReturn, TypeAlias
 
 import attrs
 
-from .._errors import HostsError
-from .._gocompat import clean_path, parse_duration, split_url
-from .redaction import without_login
+from ._errors import HostsError
+from ._gocompat import clean_path, parse_duration, split_url
+from ._printable import without_login
 
 __all__ = ["Configuration", "Host", "read_configuration"]
 
