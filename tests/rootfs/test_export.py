@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ import pytest
 from _tools.layer_stacks import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
 from _tools.plain_tars import Plain
 from _tools.plain_tars import archive as tar_of
-from _tools.swapping import plant_link, swapped
 from cases.layers import maketar
 from pull.mounting import unmount
+from rootfs.exports import LAYER, NOBODY, exported, never, packed
 from tree.test_cases import CASES, without_times
 
 from trio_layers import ExportError, ExportReport, StoreError
@@ -37,52 +37,6 @@ from trio_layers._tar.reader import Member, TarReader
 from trio_layers._tree.verify import verify
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
-
-NOBODY = 65534
-CAPABILITY = {"hex": "0100000200040000000000000000000000000000"}
-
-# All types of entries, with values that do not fit into a ustar header.
-LAYER: list[dict] = [
-    {"name": "./", "type": "dir", "mode": "0751", "uid": 3, "mtime": "77.000000001"},
-    {"name": "d/", "type": "dir", "mode": "1770", "gid": 4, "mtime": "-1.5"},
-    {"name": "d/file", "text": "content", "mode": "0604", "uid": 2**32 - 2, "gid": 2**31},
-    {"name": "d/more", "type": "hardlink", "linkname": "d/file", "mode": "0604", "gid": 2**31}
-    | {"uid": 2**32 - 2, "mtime": "1234567890.123456789"},
-    {"name": "early", "text": "x", "mtime": "-2000000000.25"},
-    {"name": "su", "text": "#!", "mode": "4755", "uid": 5},
-    {"name": "cap", "text": "!", "pax": {"SCHILY.xattr.security.capability": CAPABILITY}},
-    {"name": "attributes", "pax": {"SCHILY.xattr.user.x": {"hex": "00ff3d0a"}}},
-    {"name": "disk", "type": "block", "devmajor": 4095, "devminor": 1048575, "mode": "0660"},
-    {"name": "null", "type": "char", "devmajor": 1, "devminor": 3, "mode": "0666"},
-    {"name": "pipe", "type": "fifo", "mode": "0622", "uid": 6},
-    {"name": "away", "type": "symlink", "linkname": "/etc/passwd", "uid": 9, "mtime": 5},
-    {"name": "up", "type": "symlink", "linkname": "../../../../etc"},
-    {"name": {"hex": "ff0a5c20"}, "text": "bytes"},
-    {"name": "line\nfeed", "type": "symlink", "linkname": {"hex": "fe0a2f00"[:6]}},
-    {"name": "w" * 255, "text": "long name"},
-    {"name": "/".join(["deep" * 20] * 20), "text": "long path"},
-    {"name": "bare", "type": "dir", "mode": "0000", "uid": 8, "mtime": 3},
-    {"name": "bare/in", "text": "in", "mode": "0000", "mtime": 3},
-    {"name": "empty", "mtime": 0},
-]
-
-
-def never() -> None:
-    pass
-
-
-def exported(view: MergedTree, target: Path) -> ExportReport:
-    return export(view, target, root_metadata=True, check_cancelled=never)
-
-
-def packed(view: MergedTree) -> bytes:
-    return b"".join(archive(view, check_cancelled=never))
-
-
-@pytest.fixture
-def view(tmp_path: Path) -> MergedTree:
-    return MergedTree(unpack_stack([tar_of(*LAYER)], tmp_path))
-
 
 STACKS = [(name, case) for name, case in CASES if "limits" not in case]
 
@@ -283,200 +237,6 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
         yield path
     finally:
         unmount(path)
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda path: (path / "x").mkdir(parents=True), "directory is not empty; name an empty"),
-        (lambda path: path.write_bytes(b"x"), "Not a directory"),
-        (lambda path: path.symlink_to("nowhere"), "No such file"),
-    ],
-    ids=["not-empty", "file", "dangling"],
-)
-def test_unfit_target(
-    make: Callable[[Path], None], text: str, view: MergedTree, tmp_path: Path
-) -> None:
-    target = tmp_path / "target"
-    make(target)
-    before = (target.lstat(), list(target.glob("*")))
-    with pytest.raises(ExportError, match=text) as caught:
-        exported(view, target)
-    assert caught.value.path == str(target)
-    assert (target.lstat(), list(target.glob("*"))) == before
-
-
-def test_no_parent(view: MergedTree, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="No such file"):
-        exported(view, tmp_path / "a/b")
-
-
-ACL = bytes.fromhex(
-    "0200000001000700ffffffff02000700e803000004000700ffffffff10000700ffffffff20000700ffffffff"
-)
-
-
-@pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777, 0o2775])
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_target_keeps_its_own_metadata(
-    mode: int, fails: bool, view: MergedTree, tmp_path: Path
-) -> None:
-    """The image's root has another owner, mode and time; its entries match the layers."""
-    target = tmp_path / "private"
-    target.mkdir()
-    os.chown(target, 12, 34)
-    for name in ("system.posix_acl_access", "system.posix_acl_default"):
-        if mode == 0o2775:
-            os.setxattr(target, name, ACL)
-    os.setxattr(target, "user.mine", b"mine")
-    target.chmod(mode)
-    os.utime(target, ns=(5, 7))
-    before = on_disk(target)
-    calls = 0
-
-    def check() -> None:
-        nonlocal calls
-        calls += 1
-        if fails and calls == len(view.walk()):
-            raise Stopped
-
-    if fails:
-        with pytest.raises(Stopped):
-            export(view, target, check_cancelled=check)
-        assert on_disk(target) == before
-    else:
-        export(view, target, check_cancelled=check)
-        root, *rest = on_disk(target)
-        assert [root] == before
-        assert rest == view.walk()[1:]
-
-
-def test_a_new_target_is_closed_to_others(view: MergedTree, tmp_path: Path) -> None:
-    """The tree may contain set-id files from an untrusted image."""
-    umask = os.umask(0)
-    try:
-        export(view, tmp_path / "new", check_cancelled=never)
-    finally:
-        os.umask(umask)
-    root, *rest = on_disk(tmp_path / "new")
-    assert (root.mode, root.uid, root.gid) == (0o700, os.geteuid(), os.getegid())
-    assert rest == view.walk()[1:]
-
-
-class Stopped(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("planted_by", [0, 1234])
-@pytest.mark.parametrize("below", ["", "sub"])
-def test_another_user_exchanges_the_target_for_a_link(
-    planted_by: int, below: str, tmp_path: Path
-) -> None:
-    """The export writes to that user's directory or fails, but never follows the link."""
-    view = MergedTree(unpack_stack([tar_of({"name": "evil", "text": "x"})], tmp_path))
-    real, link, victim = plant_link(tmp_path, below=below, owner=planted_by)
-    done = refused = 0
-    with swapped(real, link):
-        for _ in range(10_000):
-            if min(done, refused) > 50:
-                break
-            try:
-                export(view, real / below, check_cancelled=never)
-            except ExportError:
-                refused += 1
-            else:
-                done += 1
-            assert os.listdir(victim / below) == []
-            for path in (real, link):
-                (path / below / "evil").unlink(missing_ok=True)
-    assert done
-    assert refused
-
-
-def test_links_that_are_followed(view: MergedTree, tmp_path: Path) -> None:
-    """The export follows the caller's links if no other user can exchange them."""
-    there, shared = tmp_path / "there", tmp_path / "shared"
-    there.mkdir()
-    shared.mkdir()
-    shared.chmod(0o1777)
-    for link in (tmp_path / "link", shared / "link"):
-        link.symlink_to(tmp_path)
-        export(view, link / "there", check_cancelled=never)
-        shutil.rmtree(there)
-        export(view, link / "there", check_cancelled=never)
-        shutil.rmtree(there)
-        there.mkdir()
-    shared.chmod(0o777)
-    with pytest.raises(ExportError, match="'link' in the path is a link that another user may"):
-        export(view, shared / "link" / "there", check_cancelled=never)
-    shared.chmod(0o1777)
-    os.chown(shared / "link", 1234, 1234, follow_symlinks=False)
-    with pytest.raises(ExportError, match="'link' in the path is a link that another user may"):
-        export(view, shared / "link" / "there", check_cancelled=never)
-    assert os.listdir(there) == []
-
-
-def test_stopped_anywhere(view: MergedTree, tmp_path: Path) -> None:
-    """An export that is cancelled anywhere leaves nothing."""
-    target = tmp_path / "target"
-    there = tmp_path / "there"
-    there.mkdir(0o711)
-    os.utime(there, ns=(12345, 67890))
-    before = on_disk(there)
-    for stop in range(10_000):
-        left = stop
-
-        def check() -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Stopped
-
-        try:
-            export(view, target, check_cancelled=check)
-        except Stopped:
-            assert not target.exists()
-            left = stop
-            with pytest.raises(Stopped):
-                export(view, there, check_cancelled=check)
-            assert on_disk(there) == before
-        else:
-            assert stop > len(view.walk())
-            return
-
-
-@pytest.mark.parametrize("name", ["d", "su", "empty", "disk", "away"])
-def test_what_comes_in_between_is_not_followed(name: str, view: MergedTree, tmp_path: Path) -> None:
-    """A link planted in the place of an entry is an error, and is neither followed nor removed."""
-    outside, target = tmp_path / "outside", tmp_path / "target"
-    plant(outside)
-    before = on_disk(outside)
-
-    def check() -> None:
-        if target.exists() and not os.path.lexists(target / name):
-            (target / name).symlink_to(outside)
-
-    with pytest.raises(ExportError, match=f"target/{name}: File exists"):
-        export(view, target, check_cancelled=check)
-    assert on_disk(outside) == before
-    assert os.listdir(target) == [name]
-
-
-def test_a_directory_replaced_by_a_link(tmp_path: Path) -> None:
-    view = MergedTree(
-        unpack_stack([tar_of({"name": "d/", "type": "dir"}, {"name": "d/f"})], tmp_path)
-    )
-    outside, target = tmp_path / "outside", tmp_path / "target"
-    outside.mkdir()
-
-    def check() -> None:
-        if (target / "d").is_dir() and not (target / "d").is_symlink():
-            (target / "d").rmdir()
-            (target / "d").symlink_to(outside)
-
-    with pytest.raises(ExportError, match="Not a directory"):
-        export(view, target, check_cancelled=check)
-    assert not os.listdir(outside)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "gone", "link"])
