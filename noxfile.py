@@ -31,6 +31,7 @@ SAME_EVERYWHERE = [
     "tests/tree/test_fuzz.py",
     "tests/tree/test_random.py",
     "tests/rootfs/test_export.py",
+    "tests/rootfs/test_export_targets.py",
     "tests/test_words.py",
     "tests/test_layering.py",
 ]
