@@ -31,7 +31,7 @@ from .._printable import printable_value
 from .._store.batch import Batch
 from .._store.directory import DirectoryStore
 from .._store.leases import Lease
-from .._tar.inflated import Inflated
+from .._tar.decompressed import Inflated
 from .._tar.limits import Limits
 from .._tar.reader import Content, Member, TarReader
 from .documents import (

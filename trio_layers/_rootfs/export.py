@@ -22,7 +22,7 @@ from .._entries import Entry, ExportReport
 from .._errors import ExportError
 from .._paths import open_empty_directory
 from .._tree.directories import Directories, split
-from .._tree.members import is_settable
+from .._tree.member_entries import is_settable
 from .contents import Source, damaged, reading
 
 __all__ = ["export"]

@@ -15,12 +15,12 @@ import attrs
 from .._compression import PIECE
 from .._digest import DiffID
 from .._entries import Entry, Summary, summary_line
-from .._tar.inflated import Inflated
+from .._tar.decompressed import Inflated
 from .._tar.limits import Limits
 from .._tar.reader import TarReader
 from .capabilities import Capabilities, probe
-from .nodes import named, naming
-from .state import implied_directory
+from .inodes import named, naming
+from .unfinished import implied_directory
 from .writer import TreeWriter
 
 if TYPE_CHECKING:

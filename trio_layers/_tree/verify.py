@@ -15,8 +15,8 @@ from .._errors import StoreError
 from .._printable import printable_path
 from .capabilities import OVERRIDE
 from .directories import Directories, join, split
-from .members import is_settable
-from .nodes import attributes_of
+from .inodes import attributes_of
+from .member_entries import is_settable
 
 __all__ = ["verify"]
 

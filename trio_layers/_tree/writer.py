@@ -21,9 +21,9 @@ from .._tar.limits import Limits
 from .._tar.reader import Content, Member
 from .capabilities import Capabilities
 from .directories import join, split
-from .members import entry_of, parts_of, xattrs_of
-from .nodes import Nodes, named, naming
-from .state import DependsOnParent, TreeState, implied_directory
+from .inodes import Nodes, named, naming
+from .member_entries import entry_of, parts_of, xattrs_of
+from .unfinished import DependsOnParent, TreeState, implied_directory
 
 if TYPE_CHECKING:
     from ..abc import LowerTree

@@ -22,7 +22,7 @@ from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .._printable import printable_path
 from .._tar.reader import Content
 from .capabilities import OVERRIDE, Capabilities
-from .members import is_settable
+from .member_entries import is_settable
 
 __all__ = ["Nodes", "attributes_of", "named", "naming"]
 
