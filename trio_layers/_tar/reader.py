@@ -298,24 +298,9 @@ class TarReader:
         """Combine a header with the records and long names before it."""
         name, linkname = _names(header, pax, longname, longlink)
         self.name = name
-        if not header[156]:
-            slash = name.endswith(b"/")
-            if slash != until_nul(header[:100]).endswith(b"/"):
-                raise damaged(name, "a directory by one of its names, and not by the other")
-            if slash:
-                kind = "dir"
-        sparse = header[156] == ord("S") or (bool(pax) and is_sparse(pax))
-        if sparse and kind != "file":
-            raise damaged(name, "a sparse file that is no plain file")
-        size = self._stored(header[124:136], pax.get(b"size"))
-        if kind != "file":
-            size = 0
-        self.left = self._size = size
-        self._padding = -size % BLOCK
-        self._parts = None
-        self.holes = 0
-        if sparse:
-            self._sparse(header, pax)
+        if not header[156] and _is_v7_directory(header, name):
+            kind = "dir"
+        self._find_data(header, kind, pax)
         known = None if pax else mode_and_owner(header[100:124])
         mode, uid, gid = known or self._mode_and_owner(header, pax)
         return Member(
@@ -330,6 +315,21 @@ class TarReader:
             self._device(header) if kind in ("char", "block") else _NO_DEVICE,
             self._xattrs(pax) if pax else _NO_XATTRS,
         )
+
+    def _find_data(self, header: bytes, kind: MemberType, pax: Mapping[bytes, bytes]) -> None:
+        """Set the size of the present member's content and where its parts are."""
+        sparse = header[156] == ord("S") or (bool(pax) and is_sparse(pax))
+        if sparse and kind != "file":
+            raise damaged(self.name, "a sparse file that is no plain file")
+        size = self._stored(header[124:136], pax.get(b"size"))
+        if kind != "file":
+            size = 0
+        self.left = self._size = size
+        self._padding = -size % BLOCK
+        self._parts = None
+        self.holes = 0
+        if sparse:
+            self._sparse(header, pax)
 
     def _stored(self, field: bytes, given: bytes | None) -> int:
         """How many bytes of data are in the archive.
@@ -412,6 +412,20 @@ class TarReader:
         self._parts = parts
         self._size = size
         self.holes = size - self.left
+
+
+def _is_v7_directory(header: bytes, name: bytes) -> bool:
+    """Return whether a slash at the end of an entry's name makes the entry a directory.
+
+    The v7 format has no type for directories.
+
+    Raises:
+        UnpackError: if only one of the entry's two names ends with a slash.
+    """
+    is_directory = name.endswith(b"/")
+    if is_directory != until_nul(header[:100]).endswith(b"/"):
+        raise damaged(name, "a directory by one of its names, and not by the other")
+    return is_directory
 
 
 def _names(
