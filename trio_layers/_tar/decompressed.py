@@ -13,14 +13,14 @@ from .._printable import printable_path
 from .limits import Limits
 from .read_ahead import ReadAhead
 
-__all__ = ["Inflated"]
+__all__ = ["DecompressedBlob"]
 
 # A larger slice gains nothing; a smaller one keeps cancellation near.
 _SLICE: Final = 256 * 1024
 
 
 @final
-class Inflated:
+class DecompressedBlob:
     """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for.
 
     Attributes:
@@ -32,23 +32,23 @@ class Inflated:
         self,
         read: Callable[[int], bytes],
         limits: Limits,
-        check: Callable[[], None],
+        check_cancelled: Callable[[], None],
         *,
-        ahead: bool = False,
+        read_ahead: bool = False,
     ) -> None:
-        self.check = check
-        self.entry = b""
+        self.check_cancelled = check_cancelled
+        self.entry_name = b""
         self.size = 0
         self._read = read
         self._limits = limits
-        self._compressed = 0
+        self._compressed_size = 0
         self._holes = 0
         self._hash = hashlib.sha256()
-        self._ahead = ReadAhead(self._inflate()) if ahead else None
-        self._plain = self._count(iter(self._ahead or self._inflate()))
+        self._read_ahead = ReadAhead(self._decompress()) if read_ahead else None
+        self._pieces = self._checked_pieces(iter(self._read_ahead or self._decompress()))
         # What has come and was not asked for yet, and where it goes on.
-        self._held = b""
-        self._view = memoryview(self._held)
+        self._buffer = b""
+        self._view = memoryview(self._buffer)
         self._position = 0
 
     @property
@@ -56,35 +56,35 @@ class Inflated:
         """The digest of all that was read so far."""
         return DiffID(Digest(f"sha256:{self._hash.hexdigest()}"))
 
-    def expect(self, size: int, holes: int) -> None:
+    def require_room(self, size: int, holes: int) -> None:
         """Raise unless so many bytes more, and holes besides, are within the limits.
 
         What there is of the blob for bytes that are still to come nobody knows; holes are here.
         """
-        if not holes and self._position + size <= len(self._held):
+        if not holes and self._position + size <= len(self._buffer):
             # It has been counted.
             return
         self._holes += holes
-        end = self.size - len(self._held) + self._position + size
-        self._allow(max(self.size, end) + self._holes)
-        self._allow_of_blob(self.size + self._holes)
+        end = self.size - len(self._buffer) + self._position + size
+        self._check_size(max(self.size, end) + self._holes)
+        self._check_ratio(self.size + self._holes)
 
     def read(self, size: int) -> bytes:
         """``size`` plain bytes, fewer only at the end."""
         start = self._position
         end = start + size
-        if end <= len(self._held):
+        if end <= len(self._buffer):
             self._position = end
-            return self._held[start:end]
+            return self._buffer[start:end]
         return b"".join(self.pieces(size))
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """``size`` plain bytes as they come, fewer only at the end."""
         while size > 0:
             start = self._position
-            if start >= len(self._held):
-                self._hold(next(self._plain, b""))
-                if not self._held:
+            if start >= len(self._buffer):
+                self._set_buffer(next(self._pieces, b""))
+                if not self._buffer:
                     return
                 start = 0
             piece = self._view[start : start + size]
@@ -94,67 +94,70 @@ class Inflated:
 
     def drain(self) -> None:
         """Read on to the end: a diff ID covers what follows the archive, too."""
-        self._hold(b"")
-        for _ in self._plain:
+        self._set_buffer(b"")
+        for _ in self._pieces:
             pass
 
-    def _hold(self, piece: bytes) -> None:
-        self._held, self._view, self._position = piece, memoryview(piece), 0
+    def _set_buffer(self, piece: bytes) -> None:
+        self._buffer, self._view, self._position = piece, memoryview(piece), 0
 
     def close(self) -> None:
         """Wait until nobody reads any more."""
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._read_ahead is not None:
+            self._read_ahead.close()
 
-    def _inflate(self) -> Iterator[tuple[bytes, int]]:
+    def _decompress(self) -> Iterator[tuple[bytes, int]]:
         """Pieces, and how many bytes of the blob they and those before them took."""
         limits = self._limits
         decompressor = Decompressor(max_window=limits.max_window, max_members=limits.max_members)
-        compressed = 0
+        compressed_size = 0
         while data := self._read(_SLICE):
             # Not all input gives output.
-            self.check()
-            compressed += len(data)
+            self.check_cancelled()
+            compressed_size += len(data)
             for piece in decompressor.feed(data):
                 self._hash.update(piece)
-                yield piece, compressed
+                yield piece, compressed_size
         for piece in decompressor.finish():
             self._hash.update(piece)
-            yield piece, compressed
+            yield piece, compressed_size
 
-    def _count(self, inflated: Iterator[tuple[bytes, int]]) -> Iterator[bytes]:
+    def _checked_pieces(self, decompressed: Iterator[tuple[bytes, int]]) -> Iterator[bytes]:
         while True:
             try:
-                made = next(inflated, None)
+                result = next(decompressed, None)
             except UnpackError as error:
-                if not self.entry:
+                if not self.entry_name:
                     raise
                 # Tell which entry was read; something has been inflated ahead.
                 raise type(error)(
-                    f"{printable_path(self.entry)}, or soon after it: {error}"
+                    f"{printable_path(self.entry_name)}, or soon after it: {error}"
                 ) from error
-            if made is None:
+            if result is None:
                 return
-            piece, self._compressed = made
-            self.check()
+            piece, self._compressed_size = result
+            self.check_cancelled()
             self.size += len(piece)
-            self._allow(self.size + self._holes)
-            self._allow_of_blob(self.size + self._holes)
+            self._check_size(self.size + self._holes)
+            self._check_ratio(self.size + self._holes)
             yield piece
 
-    def _allow(self, size: int) -> None:
+    def _check_size(self, size: int) -> None:
         if size > self._limits.max_unpacked_bytes:
             raise LimitExceeded(
-                f"{self._where()}more bytes, unpacked, than the limit max_unpacked_bytes, "
+                f"{self._entry_prefix()}more bytes, unpacked, than the limit max_unpacked_bytes, "
                 f"{self._limits.max_unpacked_bytes}, allows"
             )
 
-    def _allow_of_blob(self, size: int) -> None:
-        if size > self._limits.max_ratio_from and size > self._limits.max_ratio * self._compressed:
+    def _check_ratio(self, size: int) -> None:
+        if (
+            size > self._limits.max_ratio_from
+            and size > self._limits.max_ratio * self._compressed_size
+        ):
             raise LimitExceeded(
-                f"{self._where()}{size} bytes, unpacked, of {self._compressed}: more than "
+                f"{self._entry_prefix()}{size} bytes, unpacked, of {self._compressed_size}: more than "
                 f"the limit max_ratio, {self._limits.max_ratio}, allows"
             )
 
-    def _where(self) -> str:
-        return f"{printable_path(self.entry)}: " if self.entry else ""
+    def _entry_prefix(self) -> str:
+        return f"{printable_path(self.entry_name)}: " if self.entry_name else ""

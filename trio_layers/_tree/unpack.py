@@ -15,7 +15,7 @@ import attrs
 from .._compression import PIECE
 from .._digest import DiffID
 from .._entries import Entry, Summary, summary_line
-from .._tar.decompressed import Inflated
+from .._tar.decompressed import DecompressedBlob
 from .._tar.limits import Limits
 from .._tar.reader import TarReader
 from .capabilities import Capabilities, probe
@@ -101,7 +101,7 @@ def unpack(
             if not no_umask:
                 capabilities = attrs.evolve(capabilities, modes=False)
             log = _Log(target / "entries")
-        source = Inflated(read, limits, check_cancelled, ahead=read_ahead)
+        source = DecompressedBlob(read, limits, check_cancelled, read_ahead=read_ahead)
         with log, contextlib.closing(source):
             return _unpack(source, root, capabilities, lower, limits, log.write)
     finally:
@@ -109,7 +109,7 @@ def unpack(
 
 
 def _unpack(
-    source: Inflated,
+    source: DecompressedBlob,
     root: int,
     capabilities: Capabilities,
     lower: LowerTree | None,
@@ -117,18 +117,23 @@ def _unpack(
     log: Callable[[bytes], object],
 ) -> Unpacked:
     tree = TreeWriter(
-        root, capabilities=capabilities, lower=lower, limits=limits, log=log, check=source.check
+        root,
+        capabilities=capabilities,
+        lower=lower,
+        limits=limits,
+        log=log,
+        check=source.check_cancelled,
     )
     try:
         entries = 0
         reader = TarReader(source, limits)
         for member in reader:
-            source.check()
-            source.entry = member.name
+            source.check_cancelled()
+            source.entry_name = member.name
             entries += 1
             tree.count(member.name)
             if member.size:
-                source.expect(reader.left, reader.holes)
+                source.require_room(reader.remaining, reader.holes)
             tree.add(member, reader.data())
         source.drain()
         tree.finish()
