@@ -19,7 +19,7 @@ from .._tar.decompressed import DecompressedBlob
 from .._tar.limits import Limits
 from .._tar.reader import TarReader
 from .capabilities import Capabilities, probe
-from .inodes import named, naming
+from .inodes import translate_os_errors, unpack_error
 from .unfinished import implied_directory
 from .writer import TreeWriter
 
@@ -54,7 +54,7 @@ class Unpacked:
     foreign_only: bool = False
 
 
-def _never() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -64,7 +64,7 @@ def unpack(
     *,
     lower: LowerTree | None = None,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
-    check_cancelled: Callable[[], None] = _never,
+    check_cancelled: Callable[[], None] = _do_nothing,
     read_ahead: bool = False,
     no_umask: bool = False,
 ) -> Unpacked:
@@ -92,15 +92,15 @@ def unpack(
         LimitExceeded: if it holds more than ``limits``.
         StoreError: if the file system cannot take it.
     """
-    with naming(os.fsencode(target)):
+    with translate_os_errors(os.fsencode(target)):
         os.mkdir(target / "fs", 0o755)
         root = os.open(target / "fs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        with naming(os.fsencode(target)):
+        with translate_os_errors(os.fsencode(target)):
             capabilities = probe(root)
             if not no_umask:
                 capabilities = attrs.evolve(capabilities, modes=False)
-            log = _Log(target / "entries")
+            log = _EntriesFile(target / "entries")
         source = DecompressedBlob(read, limits, check_cancelled, read_ahead=read_ahead)
         with log, contextlib.closing(source):
             return _unpack(source, root, capabilities, lower, limits, log.write)
@@ -122,7 +122,7 @@ def _unpack(
         lower=lower,
         limits=limits,
         log=log,
-        check=source.check_cancelled,
+        check_cancelled=source.check_cancelled,
     )
     try:
         entries = 0
@@ -169,12 +169,12 @@ def fits(assumed: Iterable[bytes], lower: LowerTree) -> bool:
         if path.endswith(b"/"):
             if below is None or below.type != "dir":
                 return False
-        elif below is not None and _differs(below):
+        elif below is not None and _differs_from_implied(below):
             return False
     return True
 
 
-def _differs(below: Entry) -> bool:
+def _differs_from_implied(below: Entry) -> bool:
     made = implied_directory(below.path)
     return (below.type, below.mode, below.uid, below.gid, below.xattrs) != (
         made.type,
@@ -186,7 +186,7 @@ def _differs(below: Entry) -> bool:
 
 
 @final
-class _Log:
+class _EntriesFile:
     """The file ``entries``. After an error it is closed as it is: to write what is still held
     could fail, too, and would stand in the place of that error.
     """
@@ -208,11 +208,11 @@ class _Log:
         if error is not None:
             self._raw.close()
             return
-        with naming(b"entries"):
+        with translate_os_errors(b"entries"):
             self._file.close()
 
     def write(self, line: bytes) -> None:
         try:
             self._file.write(line)
         except OSError as error:
-            raise named(error, b"entries") from error
+            raise unpack_error(error, b"entries") from error
