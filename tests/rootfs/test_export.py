@@ -31,8 +31,8 @@ from trio_layers._errors import DecompressionError, StoreFull, UnpackError
 from trio_layers._rootfs.archive import archive
 from trio_layers._rootfs.export import export
 from trio_layers._rootfs.merged import MergedTree
+from trio_layers._tar.header_writer import header
 from trio_layers._tar.limits import Limits
-from trio_layers._tar.pax import header
 from trio_layers._tar.reader import Member, TarReader
 from trio_layers._tree.verify import verify
 

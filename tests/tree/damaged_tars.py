@@ -6,7 +6,7 @@ import attrs
 from cases.layers import maketar
 from hypothesis import strategies as st
 
-from trio_layers._tar.fields import checksum_is_right
+from trio_layers._tar.fields import has_valid_checksum
 
 
 @attrs.frozen
@@ -66,7 +66,7 @@ def headers_of(tar: bytes) -> list[int]:
     return [
         place
         for place in range(0, len(tar) - 511, 512)
-        if tar[place : place + 512].count(0) < 512 and checksum_is_right(tar[place : place + 512])
+        if tar[place : place + 512].count(0) < 512 and has_valid_checksum(tar[place : place + 512])
     ]
 
 

@@ -31,9 +31,9 @@ from .._printable import printable_value
 from .._store.batch import Batch
 from .._store.directory import DirectoryStore
 from .._store.leases import Lease
+from .._tar.decompressed import DecompressedBlob
 from .._tar.limits import Limits
 from .._tar.reader import Content, Member, TarReader
-from .._tree.unpack import Inflated
 from .documents import (
     DOCKER,
     INDEX,
@@ -234,7 +234,7 @@ class Archive:
             max_ratio_from=limits.max_ratio_from,
             max_window=limits.max_window,
         )
-        source = Inflated(read, whole, trio.from_thread.check_cancelled)
+        source = DecompressedBlob(read, whole, trio.from_thread.check_cancelled)
         members = 0
         try:
             reader = TarReader(source, whole)
@@ -242,7 +242,7 @@ class Archive:
                 members += 1
                 if members > MAX_MEMBERS:
                     raise ArchiveError(f"{name} has more than {MAX_MEMBERS} members")
-                source.entry = member.name
+                source.entry_name = member.name
                 # Documents have their own limit, MAX_DOCUMENT_SIZE. So a member up to that size
                 # passes here even if max_unpacked_bytes is smaller.
                 if member.size > max(limits.max_unpacked_bytes, MAX_DOCUMENT_SIZE):
@@ -251,7 +251,7 @@ class Archive:
                         f"the limit max_unpacked_bytes is {limits.max_unpacked_bytes}"
                     )
                 if member.size:
-                    source.expect(reader.left, reader.holes)
+                    source.require_room(reader.remaining, reader.holes)
                 self._add(member, reader.data())
             # The rest is nothing, but whoever writes it wants to be rid of it, and a checksum may
             # stand in it.

@@ -24,7 +24,7 @@ from .._digest import Digest, Verifier
 from .._disk_errors import store_error
 from .._errors import DecompressionError, ExportError, UnpackError
 from .._paths import open_empty_directory, open_parent
-from .._tar.pax import END_OF_ARCHIVE, header, padding
+from .._tar.header_writer import END_OF_ARCHIVE, header, padding
 from .._tar.reader import BLOCK, Member, MemberType
 from .._tree.directories import Directories, join, split
 

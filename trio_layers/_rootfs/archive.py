@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Final
 
 from .._entries import Entry
-from .._tar.pax import END_OF_ARCHIVE, header, padding
+from .._tar.header_writer import END_OF_ARCHIVE, header, padding
 from .._tar.reader import Member
 from .contents import content_error, open_content
 from .merged import MergedTree

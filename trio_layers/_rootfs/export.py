@@ -23,7 +23,7 @@ from .._entries import Entry, ExportReport
 from .._errors import ExportError
 from .._paths import open_empty_directory
 from .._tree.directories import Directories, split
-from .._tree.members import is_settable
+from .._tree.member_entries import is_linux_xattr
 from .contents import content_error, open_content
 from .merged import MergedTree
 
@@ -320,7 +320,7 @@ class _Writer:
                 self._lost["set_ids"] += 1
                 mode &= ~_SET_IDS
         for attribute, value in entry.xattrs.items():
-            if not is_settable(attribute):
+            if not is_linux_xattr(attribute):
                 self._lost["xattrs"] += 1
                 continue
             try:

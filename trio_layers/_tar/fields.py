@@ -15,74 +15,74 @@ from .._printable import printable_path
 
 __all__ = [
     "BLOCK",
-    "MAX",
-    "XATTR",
-    "checksum_is_right",
-    "damaged",
-    "decimal",
-    "mode_and_owner",
-    "number",
-    "octal",
-    "pax_time",
-    "records",
-    "until_nul",
+    "MAX_INT64",
+    "PAX_XATTR",
+    "has_valid_checksum",
+    "damaged_entry",
+    "parse_decimal",
+    "parse_mode_and_owner",
+    "parse_number",
+    "parse_octal",
+    "parse_pax_time",
+    "parse_pax_records",
+    "text_until_nul",
 ]
 
 BLOCK: Final = 512
 """The unit of all that is in an archive, in bytes."""
 
-MAX: Final = 2**63 - 1
+MAX_INT64: Final = 2**63 - 1
 """The largest size, offset or time."""
 
-XATTR: Final = b"SCHILY.xattr."
+PAX_XATTR: Final = b"SCHILY.xattr."
 """What the key of a record begins with that holds an extended attribute (from star)."""
 
 # The syntax of Go's strconv.ParseInt, also for the seconds of a time: leading zeros and a plus sign
 # are allowed.
-_DECIMAL: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})\Z")
-_TIME: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})(?:\.([0-9]*))?\Z")
-_TEXTS: Final = frozenset({b"path", b"linkpath", b"uname", b"gname", b"GNU.sparse.name"})
-_MAP: Final = b"GNU.sparse.map"
-_PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
+_DECIMAL_SYNTAX: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})\Z")
+_TIME_SYNTAX: Final = re.compile(rb"([+-]?)0*([0-9]{1,19})(?:\.([0-9]*))?\Z")
+_TEXT_KEYS: Final = frozenset({b"path", b"linkpath", b"uname", b"gname", b"GNU.sparse.name"})
+_SPARSE_MAP: Final = b"GNU.sparse.map"
+_SPARSE_PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 
 
-def damaged(name: bytes, text: str) -> UnpackError:
+def damaged_entry(name: bytes, text: str) -> UnpackError:
     """The error for an entry that does not keep the format's rules; ``text`` says which."""
     return UnpackError(f"{printable_path(name)}: damaged tar archive: {text}")
 
 
-def until_nul(field: bytes) -> bytes:
+def text_until_nul(field: bytes) -> bytes:
     """A field of text."""
     end = field.find(b"\0")
     return field if end < 0 else field[:end]
 
 
-def number(field: bytes, name: bytes, what: str) -> int:
+def parse_number(field: bytes, name: bytes, field_name: str) -> int:
     """A numeric field: octal, or base-256 as GNU tar has it for what does not fit."""
-    value = octal(field)
+    value = parse_octal(field)
     if value is not None:
         return value
     if field[0] & 0x80:
-        return _base_256(field, name, what)
+        return _parse_base_256(field, name, field_name)
     text = field.rstrip(b"\0 ").lstrip(b" ")
     if not text:
         return 0
     # A NUL before the digits ends the number for some readers, for others it does not.
-    text = until_nul(text).rstrip(b" ")
+    text = text_until_nul(text).rstrip(b" ")
     if text.isdigit() and not text.strip(b"01234567"):
         return int(text, 8)
-    raise damaged(name, f"its {what} is not a number: {field!r}")
+    raise damaged_entry(name, f"its {field_name} is not a number: {field!r}")
 
 
 # Most entries of an archive share these three with others.
 @lru_cache(maxsize=256)
-def mode_and_owner(field: bytes) -> tuple[int, int, int] | None:
+def parse_mode_and_owner(field: bytes) -> tuple[int, int, int] | None:
     """Mode, owner and group, if they are plain octal numbers; ``None`` for all others."""
-    mode, uid, gid = octal(field[:8]), octal(field[8:16]), octal(field[16:])
+    mode, uid, gid = parse_octal(field[:8]), parse_octal(field[8:16]), parse_octal(field[16:])
     return None if mode is None or uid is None or gid is None else (mode & 0o7777, uid, gid)
 
 
-def octal(field: bytes) -> int | None:
+def parse_octal(field: bytes) -> int | None:
     """The number in a field that has nothing before it; ``None`` for all others."""
     text = field.rstrip(b"\0 ")
     if text.isdigit():
@@ -93,22 +93,22 @@ def octal(field: bytes) -> int | None:
     return None
 
 
-def _base_256(field: bytes, name: bytes, what: str) -> int:
+def _parse_base_256(field: bytes, name: bytes, field_name: str) -> int:
     value = int.from_bytes(field, "big")
     bits = 8 * len(field)
     # The top bit marks the encoding, the one below it is the sign (two's complement).
     value -= 1 << (bits - 1)
     if field[0] & 0x40:
         value -= 1 << (bits - 1)
-    if not -MAX <= value <= MAX:
-        raise damaged(name, f"its {what} is out of range")
+    if not -MAX_INT64 <= value <= MAX_INT64:
+        raise damaged_entry(name, f"its {field_name} is out of range")
     return value
 
 
-def checksum_is_right(header: bytes) -> bool:
+def has_valid_checksum(header: bytes) -> bool:
     """Whether a header is one: its bytes, those of the checksum taken as blanks, add up to it."""
     field = header[148:156]
-    wanted = octal(field.lstrip(b"\0 "))
+    wanted = parse_octal(field.lstrip(b"\0 "))
     if wanted is None:
         return False
     wanted -= 8 * ord(" ")
@@ -122,21 +122,21 @@ def checksum_is_right(header: bytes) -> bool:
     return sum(blank) == wanted
 
 
-def decimal(value: bytes, name: bytes, what: str) -> int:
+def parse_decimal(value: bytes, name: bytes, field_name: str) -> int:
     """A number in a record."""
-    match = _DECIMAL.match(value)
+    match = _DECIMAL_SYNTAX.match(value)
     if match is not None:
         result = int(match[2])
-        if result <= MAX:
+        if result <= MAX_INT64:
             return -result if match[1] == b"-" else result
-    raise damaged(name, f"its {what} is not a number, or out of range: {value[:64]!r}")
+    raise damaged_entry(name, f"its {field_name} is not a number, or out of range: {value[:64]!r}")
 
 
-def pax_time(value: bytes, name: bytes) -> int:
+def parse_pax_time(value: bytes, name: bytes) -> int:
     """A time in a record, in nanoseconds; what is finer is cut off."""
-    match = _TIME.match(value)
+    match = _TIME_SYNTAX.match(value)
     if match is None:
-        raise damaged(name, f"its mtime is not a time: {value[:64]!r}")
+        raise damaged_entry(name, f"its mtime is not a time: {value[:64]!r}")
     sign, seconds, fraction = match.groups()
     nanoseconds = int(seconds) * 10**9
     if fraction:
@@ -144,7 +144,7 @@ def pax_time(value: bytes, name: bytes) -> int:
     return -nanoseconds if sign == b"-" else nanoseconds
 
 
-def records(body: bytes, name: bytes) -> dict[bytes, bytes]:
+def parse_pax_records(body: bytes, name: bytes) -> dict[bytes, bytes]:
     """The records of an extended header: ``length key=value`` and a newline, repeated.
 
     Of several with one key the last counts. One without a value takes back those before it, as
@@ -160,25 +160,25 @@ def records(body: bytes, name: bytes) -> dict[bytes, bytes]:
         end = position + int(digits) if digits.isdigit() else 0
         # The shortest record is `5 k=\n` with its length counted in.
         if end < space + 3 or end > length or body[end - 1] != 0x0A:
-            raise damaged(name, "a record of its extended header has a wrong length")
+            raise damaged_entry(name, "a record of its extended header has a wrong length")
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
         if not key or not equals:
-            raise damaged(name, "a record of its extended header has no key")
+            raise damaged_entry(name, "a record of its extended header has no key")
         if key[0] in b" \t":
             # GNU tar passes over it, and takes the record for one that others do not know.
-            raise damaged(name, f"a blank before the key {key[:64]!r} in its extended header")
-        if b"\0" in key or (key in _TEXTS and b"\0" in value):
-            raise damaged(name, f"a NUL in the record {key[:64]!r} of its extended header")
-        if key in _PAIR:
-            if key != _PAIR[len(pairs) % 2] or b"," in value:
-                raise damaged(name, "its sparse map is not one of pairs")
+            raise damaged_entry(name, f"a blank before the key {key[:64]!r} in its extended header")
+        if b"\0" in key or (key in _TEXT_KEYS and b"\0" in value):
+            raise damaged_entry(name, f"a NUL in the record {key[:64]!r} of its extended header")
+        if key in _SPARSE_PAIR:
+            if key != _SPARSE_PAIR[len(pairs) % 2] or b"," in value:
+                raise damaged_entry(name, "its sparse map is not one of pairs")
             pairs.append(value)
         found[key] = value
         position = end
     if pairs:
-        if _MAP in found:
-            raise damaged(name, "it has two sparse maps")
-        found[_MAP] = b",".join(pairs)
+        if _SPARSE_MAP in found:
+            raise damaged_entry(name, "it has two sparse maps")
+        found[_SPARSE_MAP] = b",".join(pairs)
     if b"" in found.values():
-        return {k: v for k, v in found.items() if v or k.startswith(XATTR)}
+        return {k: v for k, v in found.items() if v or k.startswith(PAX_XATTR)}
     return found

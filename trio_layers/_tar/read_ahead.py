@@ -15,7 +15,7 @@ __all__ = ["ReadAhead"]
 _T = TypeVar("_T")
 
 # How many items there may be that nobody has taken.
-_ROOM: Final = 8
+_MAX_QUEUED: Final = 8
 
 
 @final
@@ -26,36 +26,36 @@ class ReadAhead(Generic[_T]):
 
     def __init__(self, items: Iterator[_T]) -> None:
         self._items = items
-        self._made: SimpleQueue[tuple[_T] | BaseException] = queue.SimpleQueue()
-        self._room = threading.Semaphore(_ROOM)
+        self._results: SimpleQueue[tuple[_T] | BaseException] = queue.SimpleQueue()
+        self._free_places = threading.Semaphore(_MAX_QUEUED)
         self._closed = False
-        self._thread = threading.Thread(target=self._make, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[_T]:
         while True:
-            made = self._made.get()
-            if isinstance(made, BaseException):
-                if isinstance(made, StopIteration):
+            result = self._results.get()
+            if isinstance(result, BaseException):
+                if isinstance(result, StopIteration):
                     return
-                raise made
-            self._room.release()
-            yield made[0]
+                raise result
+            self._free_places.release()
+            yield result[0]
 
     def close(self) -> None:
         """End the iteration, at its next item, and wait for that."""
         self._closed = True
-        self._room.release()
+        self._free_places.release()
         self._thread.join()
 
-    def _make(self) -> None:
+    def _run(self) -> None:
         end: BaseException = StopIteration()
         try:
             for item in self._items:
-                self._made.put((item,))
-                self._room.acquire()
+                self._results.put((item,))
+                self._free_places.acquire()
                 if self._closed:
                     break
         except BaseException as error:  # goes to who takes the items
             end = error
-        self._made.put(end)
+        self._results.put(end)

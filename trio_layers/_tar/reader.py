@@ -17,30 +17,30 @@ from .._errors import LimitExceeded, UnpackError
 from .._printable import printable_path
 from .fields import (
     BLOCK,
-    MAX,
-    XATTR,
-    checksum_is_right,
-    damaged,
-    decimal,
-    mode_and_owner,
-    number,
-    octal,
-    pax_time,
-    records,
-    until_nul,
+    MAX_INT64,
+    PAX_XATTR,
+    damaged_entry,
+    has_valid_checksum,
+    parse_decimal,
+    parse_mode_and_owner,
+    parse_number,
+    parse_octal,
+    parse_pax_records,
+    parse_pax_time,
+    text_until_nul,
 )
 from .limits import Limits
-from .sparse import gnu_map, is_sparse, pax_map
+from .sparse import has_sparse_keys, read_gnu_map, read_pax_map
 
 __all__ = ["BLOCK", "Content", "Member", "MemberType", "PlainSource", "TarReader"]
 
 _ZEROS: Final = bytes(BLOCK)
 
 # Content up to this size is handed over whole: to copy it costs less than to take it in pieces.
-_SMALL: Final = 8 * 1024
+_SMALL_FILE: Final = 8 * 1024
 
 # What a size field has that is too small for the size, in the archives of some writers.
-_FULL: Final = 0o77777777777
+_ALL_SEVENS: Final = 0o77777777777
 
 Content = bytes | memoryview | int
 """Of a file: bytes, or how many zeros a hole stands for."""
@@ -48,7 +48,7 @@ Content = bytes | memoryview | int
 MemberType = Literal["file", "hardlink", "symlink", "char", "block", "dir", "fifo"]
 
 # Of these, only files are followed by data, whatever their size field says (as in Go).
-_TYPES: Final[dict[int, MemberType]] = {
+_TYPES_BY_FLAG: Final[dict[int, MemberType]] = {
     ord("0"): "file",
     0: "file",
     ord("7"): "file",
@@ -64,7 +64,7 @@ _TYPES: Final[dict[int, MemberType]] = {
 _NO_RECORDS: Final[Mapping[bytes, bytes]] = {}
 _NO_XATTRS: Final[Mapping[str, bytes]] = {}
 _NO_DEVICE: Final = (0, 0)
-_FILE: Final = ord("0")
+_FILE_FLAG: Final = ord("0")
 
 
 # Not frozen, since that makes each one cost three times as much. Nobody changes them.
@@ -127,9 +127,9 @@ class TarReader:
         self.holes = 0
         self._source = source
         self._limits = limits
-        self.left = 0
+        self.remaining = 0
         self._padding = 0
-        self._parts: list[int] | None = None
+        self._sparse_parts: list[int] | None = None
         self._size = 0
 
     def __iter__(self) -> Iterator[Member]:
@@ -141,11 +141,11 @@ class TarReader:
         Raises:
             UnpackError: if the archive ends before the content does.
         """
-        if self._parts is not None:
-            return self._parts_and_holes(self._parts)
-        if self.left > _SMALL:
-            return self._take(self.left)
-        return iter((self._exactly(self.left),) if self.left else ())
+        if self._sparse_parts is not None:
+            return self._parts_and_holes(self._sparse_parts)
+        if self.remaining > _SMALL_FILE:
+            return self._stream(self.remaining)
+        return iter((self._read_exactly(self.remaining),) if self.remaining else ())
 
     def _parts_and_holes(self, parts: list[int]) -> Iterator[Content]:
         position = 0
@@ -153,29 +153,29 @@ class TarReader:
             offset, length = parts[at], parts[at + 1]
             if offset > position:
                 yield offset - position
-            if length > _SMALL:
-                yield from self._take(length)
+            if length > _SMALL_FILE:
+                yield from self._stream(length)
             elif length:
-                yield self._exactly(length)
+                yield self._read_exactly(length)
             position = offset + length
         if self._size > position:
             yield self._size - position
 
-    def _exactly(self, size: int) -> bytes:
+    def _read_exactly(self, size: int) -> bytes:
         """The next bytes of the present member's data."""
-        data = self._source.read(min(size, self.left))
-        self.left -= len(data)
+        data = self._source.read(min(size, self.remaining))
+        self.remaining -= len(data)
         if len(data) < size:
-            raise damaged(self.name, f"its data ends {size - len(data)} bytes early")
+            raise damaged_entry(self.name, f"its data ends {size - len(data)} bytes early")
         return data
 
-    def _take(self, size: int) -> Iterator[bytes | memoryview]:
+    def _stream(self, size: int) -> Iterator[bytes | memoryview]:
         for piece in self._source.pieces(size):
             size -= len(piece)
-            self.left -= len(piece)
+            self.remaining -= len(piece)
             yield piece
         if size:
-            raise damaged(self.name, f"its data ends {size} bytes early")
+            raise damaged_entry(self.name, f"its data ends {size} bytes early")
 
     def next(self) -> Member | None:
         """The next member; ``None`` at the end.
@@ -184,70 +184,72 @@ class TarReader:
             UnpackError: if the archive is damaged.
             LimitExceeded: if a header is too long.
         """
-        if self.left:
-            for _ in self._take(self.left):
+        if self.remaining:
+            for _ in self._stream(self.remaining):
                 pass
-        header = self._header()
+        header = self._next_header()
         if header is None:
             return None
         # Most members are files that a single header tells all about.
-        if header[156] == _FILE and not header[345] and not header[157]:
-            known = mode_and_owner(header[100:124])
-            size = octal(header[124:136])
-            mtime = octal(header[136:148])
+        if header[156] == _FILE_FLAG and not header[345] and not header[157]:
+            known = parse_mode_and_owner(header[100:124])
+            size = parse_octal(header[124:136])
+            mtime = parse_octal(header[136:148])
             if known is not None and size is not None and mtime is not None:
                 mode, uid, gid = known
-                self.name = name = until_nul(header[:100])
-                self.left = self._size = size
+                self.name = name = text_until_nul(header[:100])
+                self.remaining = self._size = size
                 self._padding = -size % BLOCK
-                self._parts = None
+                self._sparse_parts = None
                 self.holes = 0
                 mtime *= 10**9
-                if mtime > MAX:
+                if mtime > MAX_INT64:
                     mtime = 0
                 # fmt: off
                 return Member(
                     name, "file", mode, uid, gid, mtime, size, b"", _NO_DEVICE, _NO_XATTRS
                 )
                 # fmt: on
-        return self._any(header)
+        return self._read_extended(header)
 
-    def _any(self, first: bytes) -> Member | None:
+    def _read_extended(self, first: bytes) -> Member | None:
         pax: Mapping[bytes, bytes] | None = None
         longname = longlink = b""
         header: bytes | None = first
         while header is not None:
             flag = header[156]
-            kind = _TYPES.get(flag)
+            kind = _TYPES_BY_FLAG.get(flag)
             if kind is not None:
                 return self._member(header, kind, pax or _NO_RECORDS, longname, longlink)
-            name = until_nul(header[:100])
+            name = text_until_nul(header[:100])
             if flag not in b"xgLK":
                 raise UnpackError(
                     f"{printable_path(name)}: an entry of the unknown type {chr(flag)!r}"
                 )
-            body = self._extension(header, name)
-            if flag in b"LK" and not until_nul(body):
-                raise damaged(name, "a long name that is empty")
+            body = self._extension_body(header, name)
+            if flag in b"LK" and not text_until_nul(body):
+                raise damaged_entry(name, "a long name that is empty")
             # One that comes twice, some readers replace and others add to.
             if flag == ord("x") and pax is None:
-                pax = records(body, name)
+                pax = parse_pax_records(body, name)
             elif flag == ord("L") and not longname:
-                longname = until_nul(body)
+                longname = text_until_nul(body)
             elif flag == ord("K") and not longlink:
-                longlink = until_nul(body)
+                longlink = text_until_nul(body)
             elif flag == ord("g") and pax is None and not longname and not longlink:
                 # Global records are read and not applied, as moby and containerd do it.
-                found = records(body, name)
-                if b"size" in found or is_sparse(found):
+                found = parse_pax_records(body, name)
+                if b"size" in found or has_sparse_keys(found):
                     # Who does apply it looks for the next header elsewhere.
-                    raise damaged(name, "a size in a global header")
+                    raise damaged_entry(name, "a size in a global header")
             else:
-                raise damaged(name, "an extended header where the entry should be that it extends")
-            header = self._header()
+                raise damaged_entry(
+                    name, "an extended header where the entry should be that it extends"
+                )
+            header = self._next_header()
         return None
 
-    def _header(self) -> bytes | None:
+    def _next_header(self) -> bytes | None:
         header = self._source.read(self._padding + BLOCK)
         if self._padding:
             # At the very end it may be missing (Go reads such archives, too).
@@ -255,27 +257,27 @@ class TarReader:
             self._padding = 0
         if len(header) < BLOCK:
             if header:
-                raise self._after("it ends in a header")
+                raise self._archive_error("it ends in a header")
             return None
         if header == _ZEROS:
             if self._source.read(BLOCK).strip(b"\0"):
-                raise self._after("a single block of zeros")
+                raise self._archive_error("a single block of zeros")
             return None
-        if not checksum_is_right(header):
-            raise damaged(until_nul(header[:100]), "the checksum of its header is wrong")
+        if not has_valid_checksum(header):
+            raise damaged_entry(text_until_nul(header[:100]), "the checksum of its header is wrong")
         return header
 
-    def _after(self, text: str) -> UnpackError:
+    def _archive_error(self, text: str) -> UnpackError:
         where = (
             f" after the entry {printable_path(self.name)}" if self.name else " at its beginning"
         )
         return UnpackError(f"damaged tar archive: {text}{where}")
 
-    def _extension(self, header: bytes, name: bytes) -> bytes:
+    def _extension_body(self, header: bytes, name: bytes) -> bytes:
         """The body of a header that extends the next."""
-        size = number(header[124:136], name, "size")
+        size = parse_number(header[124:136], name, "size")
         if size < 0:
-            raise damaged(name, "its size is negative")
+            raise damaged_entry(name, "its size is negative")
         if size > self._limits.max_header:
             raise LimitExceeded(
                 f"{printable_path(name)}: an extended header of {size} bytes; the limit max_header is "
@@ -283,7 +285,7 @@ class TarReader:
             )
         body = self._source.read(size)
         if len(body) < size:
-            raise damaged(name, "an extended header ends early")
+            raise damaged_entry(name, "an extended header ends early")
         self._source.read(-size % BLOCK)
         return body
 
@@ -298,25 +300,10 @@ class TarReader:
         """Combine a header with the records and long names before it."""
         name, linkname = _names(header, pax, longname, longlink)
         self.name = name
-        if not header[156]:
-            slash = name.endswith(b"/")
-            if slash != until_nul(header[:100]).endswith(b"/"):
-                raise damaged(name, "a directory by one of its names, and not by the other")
-            if slash:
-                kind = "dir"
-        sparse = header[156] == ord("S") or (bool(pax) and is_sparse(pax))
-        if sparse and kind != "file":
-            raise damaged(name, "a sparse file that is no plain file")
-        size = self._stored(header[124:136], pax.get(b"size"))
-        if kind != "file":
-            size = 0
-        self.left = self._size = size
-        self._padding = -size % BLOCK
-        self._parts = None
-        self.holes = 0
-        if sparse:
-            self._sparse(header, pax)
-        known = None if pax else mode_and_owner(header[100:124])
+        if not header[156] and _is_v7_directory(header, name):
+            kind = "dir"
+        self._find_data(header, kind, pax)
+        known = None if pax else parse_mode_and_owner(header[100:124])
         mode, uid, gid = known or self._mode_and_owner(header, pax)
         return Member(
             name,
@@ -331,61 +318,76 @@ class TarReader:
             self._xattrs(pax) if pax else _NO_XATTRS,
         )
 
-    def _stored(self, field: bytes, given: bytes | None) -> int:
+    def _find_data(self, header: bytes, kind: MemberType, pax: Mapping[bytes, bytes]) -> None:
+        """Set the size of the present member's content and where its parts are."""
+        sparse = header[156] == ord("S") or (bool(pax) and has_sparse_keys(pax))
+        if sparse and kind != "file":
+            raise damaged_entry(self.name, "a sparse file that is no plain file")
+        size = self._stored_size(header[124:136], pax.get(b"size"))
+        if kind != "file":
+            size = 0
+        self.remaining = self._size = size
+        self._padding = -size % BLOCK
+        self._sparse_parts = None
+        self.holes = 0
+        if sparse:
+            self._read_sparse_map(header, pax)
+
+    def _stored_size(self, field: bytes, given: bytes | None) -> int:
         """How many bytes of data are in the archive.
 
         A record overrides the header (POSIX), which then has a zero, what fits, or the same. With
         anything else a reader that does not know the record takes data for entries, or entries
         for data: CVE-2025-62518.
         """
-        size = number(field, self.name, "size")
+        size = parse_number(field, self.name, "size")
         if given is not None:
-            if size in (0, _FULL):
-                size = decimal(given, self.name, "size")
-            elif size != decimal(given, self.name, "size"):
+            if size in (0, _ALL_SEVENS):
+                size = parse_decimal(given, self.name, "size")
+            elif size != parse_decimal(given, self.name, "size"):
                 text = given[:64].decode()
-                raise damaged(self.name, f"its size is {size}, and {text} in a record")
+                raise damaged_entry(self.name, f"its size is {size}, and {text} in a record")
         if size < 0:
-            raise damaged(self.name, "its size is negative")
+            raise damaged_entry(self.name, "its size is negative")
         return size
 
     def _mode_and_owner(self, header: bytes, pax: Mapping[bytes, bytes]) -> tuple[int, int, int]:
         return (
-            number(header[100:108], self.name, "mode") & 0o7777,
-            self._id(header[108:116], pax.get(b"uid"), "uid"),
-            self._id(header[116:124], pax.get(b"gid"), "gid"),
+            parse_number(header[100:108], self.name, "mode") & 0o7777,
+            self._owner_id(header[108:116], pax.get(b"uid"), "uid"),
+            self._owner_id(header[116:124], pax.get(b"gid"), "gid"),
         )
 
-    def _id(self, field: bytes, given: bytes | None, what: str) -> int:
-        read, text = (number, field) if given is None else (decimal, given)
-        value = read(text, self.name, what)
+    def _owner_id(self, field: bytes, given: bytes | None, field_name: str) -> int:
+        read, text = (parse_number, field) if given is None else (parse_decimal, given)
+        value = read(text, self.name, field_name)
         # 2**32 - 1 means "no change" to chown.
         if not 0 <= value < 2**32 - 1:
-            raise damaged(self.name, f"its {what} {value} is out of range")
+            raise damaged_entry(self.name, f"its {field_name} {value} is out of range")
         return value
 
     def _mtime(self, field: bytes, given: bytes | None) -> int:
         if given is None:
-            value = number(field, self.name, "mtime") * 10**9
+            value = parse_number(field, self.name, "mtime") * 10**9
         else:
-            value = pax_time(given, self.name)
+            value = parse_pax_time(given, self.name)
         # moby's rule for what no file system can hold.
-        return value if -MAX <= value <= MAX else 0
+        return value if -MAX_INT64 <= value <= MAX_INT64 else 0
 
     def _device(self, header: bytes) -> tuple[int, int]:
-        major = number(header[329:337], self.name, "device number")
-        minor = number(header[337:345], self.name, "device number")
+        major = parse_number(header[329:337], self.name, "device number")
+        minor = parse_number(header[337:345], self.name, "device number")
         # The kernel has 12 and 20 bits for them; cut off, the number would be another device's.
         if not (0 <= major < 2**12 and 0 <= minor < 2**20):
-            raise damaged(self.name, f"its device number {major}:{minor} is out of range")
+            raise damaged_entry(self.name, f"its device number {major}:{minor} is out of range")
         return major, minor
 
     def _xattrs(self, pax: Mapping[bytes, bytes]) -> Mapping[str, bytes]:
         xattrs: dict[str, bytes] = {}
         for key, value in pax.items():
-            if not key.startswith(XATTR):
+            if not key.startswith(PAX_XATTR):
                 continue
-            attribute = key[len(XATTR) :].decode("utf-8", "surrogateescape")
+            attribute = key[len(PAX_XATTR) :].decode("utf-8", "surrogateescape")
             if len(value) > self._limits.max_xattr:
                 raise LimitExceeded(
                     f"{printable_path(self.name)}: the attribute {attribute[:64]!r} of {len(value)} "
@@ -394,24 +396,38 @@ class TarReader:
             xattrs[attribute] = value
         return xattrs or _NO_XATTRS
 
-    def _sparse(self, header: bytes, pax: Mapping[bytes, bytes]) -> None:
+    def _read_sparse_map(self, header: bytes, pax: Mapping[bytes, bytes]) -> None:
         name, longest = self.name, self._limits.max_header
-        if is_sparse(pax):
-            parts, size = pax_map(pax, name, self._exactly, longest)
+        if has_sparse_keys(pax):
+            parts, size = read_pax_map(pax, name, self._read_exactly, longest)
         else:
-            parts, size = gnu_map(header, name, self._source.read, longest)
+            parts, size = read_gnu_map(header, name, self._source.read, longest)
         if len(parts) % 2:
-            raise damaged(name, "its sparse map is not one of pairs")
+            raise damaged_entry(name, "its sparse map is not one of pairs")
         position = 0
         for at in range(0, len(parts), 2):
             if parts[at] < position or parts[at + 1] < 0:
-                raise damaged(name, "its sparse map is not in order")
+                raise damaged_entry(name, "its sparse map is not in order")
             position = parts[at] + parts[at + 1]
-        if position > size or sum(parts[1::2]) != self.left:
-            raise damaged(name, "its sparse map does not fit its size")
-        self._parts = parts
+        if position > size or sum(parts[1::2]) != self.remaining:
+            raise damaged_entry(name, "its sparse map does not fit its size")
+        self._sparse_parts = parts
         self._size = size
-        self.holes = size - self.left
+        self.holes = size - self.remaining
+
+
+def _is_v7_directory(header: bytes, name: bytes) -> bool:
+    """Return whether a slash at the end of an entry's name makes the entry a directory.
+
+    The v7 format has no type for directories.
+
+    Raises:
+        UnpackError: if only one of the entry's two names ends with a slash.
+    """
+    is_directory = name.endswith(b"/")
+    if is_directory != text_until_nul(header[:100]).endswith(b"/"):
+        raise damaged_entry(name, "a directory by one of its names, and not by the other")
+    return is_directory
 
 
 def _names(
@@ -422,50 +438,52 @@ def _names(
     Raises:
         UnpackError: if two headers give different names.
     """
-    name = until_nul(header[:100])
+    name = text_until_nul(header[:100])
     if header[345]:
-        name = _with_prefix(header, name)
-    linkname = until_nul(header[157:257]) if header[157] else b""
+        name = _join_prefix(header, name)
+    linkname = text_until_nul(header[157:257]) if header[157] else b""
     if pax:
         name = pax.get(b"path", name)
         linkname = pax.get(b"linkpath", linkname)
-        if is_sparse(pax):
+        if has_sparse_keys(pax):
             if header[156] == ord("S"):
-                raise damaged(name, "a sparse file by its type and by its records")
+                raise damaged_entry(name, "a sparse file by its type and by its records")
             name = pax.get(b"GNU.sparse.name", name)
     if longname:
         if pax.get(b"path", longname) != longname or b"GNU.sparse.name" in pax:
-            raise damaged(longname, f"an entry that is named {printable_path(name)}, too")
+            raise damaged_entry(longname, f"an entry that is named {printable_path(name)}, too")
         name = longname
     if longlink:
         if pax.get(b"linkpath", longlink) != longlink:
-            raise damaged(
+            raise damaged_entry(
                 name, f"a link to {printable_path(longlink)} and {printable_path(linkname)}"
             )
         linkname = longlink
     return name, linkname
 
 
-def _with_prefix(header: bytes, name: bytes) -> bytes:
+def _join_prefix(header: bytes, name: bytes) -> bytes:
     """The name of an entry whose header has more than a name where ustar has the rest of it."""
     if header[257:263] == b"ustar\0":
         # star has times behind a shorter prefix.
         end = 476 if header[508:512] == b"tar\0" else 500
-        return until_nul(header[345:end]) + b"/" + name
+        return text_until_nul(header[345:end]) + b"/" + name
     if header[257:265] == b"ustar  \0":
         # GNU has times there. But Go before 1.8 wrote prefixes in such headers, and so did docker.
-        prefix = until_nul(header[345:500])
-        if prefix.isascii() and not (_is_time(header[345:357]) and _is_time(header[357:369])):
+        prefix = text_until_nul(header[345:500])
+        if prefix.isascii() and not (
+            _is_time_field(header[345:357]) and _is_time_field(header[357:369])
+        ):
             return prefix + b"/" + name
         return name
-    raise damaged(name, "a prefix of its name, but in no known format")
+    raise damaged_entry(name, "a prefix of its name, but in no known format")
 
 
-def _is_time(field: bytes) -> bool:
+def _is_time_field(field: bytes) -> bool:
     """Whether it is one, or nothing, for Go."""
     try:
         if field[0]:
-            number(field, b"", "time")
+            parse_number(field, b"", "time")
     except UnpackError:
         return False
     return True

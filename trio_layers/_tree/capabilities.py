@@ -57,11 +57,11 @@ def probe(directory: int) -> Capabilities:
         try:
             overlay = None
             for prefix in ("trusted.overlay.", "user.overlay."):
-                if _can_set(descriptor, prefix + "opaque"):
+                if _can_set_xattr(descriptor, prefix + "opaque"):
                     overlay = prefix
                     break
-            override = _can_set(descriptor, OVERRIDE)
-            owners, ids, modes = _owners(descriptor)
+            override = _can_set_xattr(descriptor, OVERRIDE)
+            owners, ids, modes = _probe_owners(descriptor)
             os.fchmod(descriptor, 0)
             try:
                 os.close(os.open(b".", _DIRECTORY, dir_fd=descriptor))
@@ -78,14 +78,14 @@ def probe(directory: int) -> Capabilities:
         modes=modes,
         owners=owners,
         root=root,
-        devices=_can_make(directory, os.makedev(1, 3)),
-        whiteouts=_can_make(directory, os.makedev(0, 0)),
+        devices=_can_make_device(directory, os.makedev(1, 3)),
+        whiteouts=_can_make_device(directory, os.makedev(0, 0)),
         overlay=overlay,
         override=override,
     )
 
 
-def _owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
+def _probe_owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
     """`Capabilities.owners`, `Capabilities.ids` and `Capabilities.modes`, tried in a directory that is of no further
     use.
     """
@@ -99,8 +99,8 @@ def _owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
         # EINVAL: root of a user namespace that does not have these, and may have more.
         if error.errno == errno.EINVAL:
             return True, None, False
-        return False, *_new(directory)
-    ids, modes = _new(directory)
+        return False, *_probe_new_file(directory)
+    ids, modes = _probe_new_file(directory)
     if ids is not None and ids[1] == other[1]:
         # A mount with "grpid": each directory passes on its group.
         ids = None
@@ -108,7 +108,7 @@ def _owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
     return True, ids, modes
 
 
-def _can_set(descriptor: int, attribute: str) -> bool:
+def _can_set_xattr(descriptor: int, attribute: str) -> bool:
     try:
         os.setxattr(descriptor, attribute, b"y")
     except OSError:
@@ -116,7 +116,7 @@ def _can_set(descriptor: int, attribute: str) -> bool:
     return True
 
 
-def _can_make(directory: int, device: int) -> bool:
+def _can_make_device(directory: int, device: int) -> bool:
     try:
         os.mknod(_PROBE, stat.S_IFCHR | 0o600, device, dir_fd=directory)
     except OSError:
@@ -125,7 +125,7 @@ def _can_make(directory: int, device: int) -> bool:
     return True
 
 
-def _new(directory: int) -> tuple[tuple[int, int] | None, bool]:
+def _probe_new_file(directory: int) -> tuple[tuple[int, int] | None, bool]:
     """Whom a new file belongs to, and whether it has the mode it was made with."""
     try:
         os.mknod(_PROBE, stat.S_IFREG | 0o777, dir_fd=directory)

@@ -12,10 +12,10 @@ from typing import Final, final
 
 __all__ = ["Directories", "join", "split"]
 
-_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_KEPT: Final = 128
+_DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_OPEN: Final = 128
 # Of the directories on the way to one: what is next is often near, and few are pushed out.
-_NEAR: Final = 16
+_MAX_OPENED_AHEAD: Final = 16
 
 
 def join(parent: bytes, name: bytes) -> bytes:
@@ -65,12 +65,12 @@ class Directories:
         passed = None
         try:
             for left, name in zip(range(len(names) - 1, -1, -1), names, strict=True):
-                here = os.open(name, _FLAGS, dir_fd=here)
+                here = os.open(name, _DIRECTORY_FLAGS, dir_fd=here)
                 if passed is not None:
                     os.close(passed)
                     passed = None
                 end += len(name) + (1 if end else 0)
-                if left < _NEAR:
+                if left < _MAX_OPENED_AHEAD:
                     self._keep(path[:end], here)
                 else:
                     passed = here
@@ -92,5 +92,5 @@ class Directories:
 
     def _keep(self, path: bytes, descriptor: int) -> None:
         self._open[path] = descriptor
-        if len(self._open) > _KEPT:
+        if len(self._open) > _MAX_OPEN:
             os.close(self._open.popitem(last=False)[1])

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import attrs
 
-from .._compression import PIECE, Decompressor
-from .._digest import DiffID, Digest
+from .._compression import PIECE
+from .._digest import DiffID
 from .._entries import Entry, Summary, summary_line
-from .._errors import LimitExceeded, UnpackError
-from .._printable import printable_path
+from .._tar.decompressed import DecompressedBlob
 from .._tar.limits import Limits
-from .._tar.read_ahead import ReadAhead
 from .._tar.reader import TarReader
 from .capabilities import Capabilities, probe
-from .nodes import named, naming
-from .state import implied_directory
+from .inodes import translate_os_errors, unpack_error
+from .unfinished import implied_directory
 from .writer import TreeWriter
 
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["Inflated", "Unpacked", "fits", "unpack"]
-
-# A larger slice gains nothing; a smaller one keeps cancellation near.
-_SLICE: Final = 256 * 1024
+__all__ = ["Unpacked", "fits", "unpack"]
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +54,7 @@ class Unpacked:
     foreign_only: bool = False
 
 
-def _never() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -70,7 +64,7 @@ def unpack(
     *,
     lower: LowerTree | None = None,
     limits: Limits = Limits(),  # noqa: B008  a frozen value
-    check_cancelled: Callable[[], None] = _never,
+    check_cancelled: Callable[[], None] = _do_nothing,
     read_ahead: bool = False,
     no_umask: bool = False,
 ) -> Unpacked:
@@ -98,16 +92,16 @@ def unpack(
         LimitExceeded: if it holds more than ``limits``.
         StoreError: if the file system cannot take it.
     """
-    with naming(os.fsencode(target)):
+    with translate_os_errors(os.fsencode(target)):
         os.mkdir(target / "fs", 0o755)
         root = os.open(target / "fs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        with naming(os.fsencode(target)):
+        with translate_os_errors(os.fsencode(target)):
             capabilities = probe(root)
             if not no_umask:
                 capabilities = attrs.evolve(capabilities, modes=False)
-            log = _Log(target / "entries")
-        source = Inflated(read, limits, check_cancelled, ahead=read_ahead)
+            log = _EntriesFile(target / "entries")
+        source = DecompressedBlob(read, limits, check_cancelled, read_ahead=read_ahead)
         with log, contextlib.closing(source):
             return _unpack(source, root, capabilities, lower, limits, log.write)
     finally:
@@ -115,7 +109,7 @@ def unpack(
 
 
 def _unpack(
-    source: Inflated,
+    source: DecompressedBlob,
     root: int,
     capabilities: Capabilities,
     lower: LowerTree | None,
@@ -123,18 +117,23 @@ def _unpack(
     log: Callable[[bytes], object],
 ) -> Unpacked:
     tree = TreeWriter(
-        root, capabilities=capabilities, lower=lower, limits=limits, log=log, check=source.check
+        root,
+        capabilities=capabilities,
+        lower=lower,
+        limits=limits,
+        log=log,
+        check_cancelled=source.check_cancelled,
     )
     try:
         entries = 0
         reader = TarReader(source, limits)
         for member in reader:
-            source.check()
-            source.entry = member.name
+            source.check_cancelled()
+            source.entry_name = member.name
             entries += 1
             tree.count(member.name)
             if member.size:
-                source.expect(reader.left, reader.holes)
+                source.require_room(reader.remaining, reader.holes)
             tree.add(member, reader.data())
         source.drain()
         tree.finish()
@@ -170,12 +169,12 @@ def fits(assumed: Iterable[bytes], lower: LowerTree) -> bool:
         if path.endswith(b"/"):
             if below is None or below.type != "dir":
                 return False
-        elif below is not None and _differs(below):
+        elif below is not None and _differs_from_implied(below):
             return False
     return True
 
 
-def _differs(below: Entry) -> bool:
+def _differs_from_implied(below: Entry) -> bool:
     made = implied_directory(below.path)
     return (below.type, below.mode, below.uid, below.gid, below.xattrs) != (
         made.type,
@@ -187,7 +186,7 @@ def _differs(below: Entry) -> bool:
 
 
 @final
-class _Log:
+class _EntriesFile:
     """The file ``entries``. After an error it is closed as it is: to write what is still held
     could fail, too, and would stand in the place of that error.
     """
@@ -209,152 +208,11 @@ class _Log:
         if error is not None:
             self._raw.close()
             return
-        with naming(b"entries"):
+        with translate_os_errors(b"entries"):
             self._file.close()
 
     def write(self, line: bytes) -> None:
         try:
             self._file.write(line)
         except OSError as error:
-            raise named(error, b"entries") from error
-
-
-@final
-class Inflated:
-    """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for.
-
-    Attributes:
-        entry: The name of the entry that is at work, for messages.
-        size: How many bytes were given, all that were read ahead included.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int], bytes],
-        limits: Limits,
-        check: Callable[[], None],
-        *,
-        ahead: bool = False,
-    ) -> None:
-        self.check = check
-        self.entry = b""
-        self.size = 0
-        self._read = read
-        self._limits = limits
-        self._compressed = 0
-        self._holes = 0
-        self._hash = hashlib.sha256()
-        self._ahead = ReadAhead(self._inflate()) if ahead else None
-        self._plain = self._count(iter(self._ahead or self._inflate()))
-        # What has come and was not asked for yet, and where it goes on.
-        self._held = b""
-        self._view = memoryview(self._held)
-        self._position = 0
-
-    @property
-    def diff_id(self) -> DiffID:
-        """The digest of all that was read so far."""
-        return DiffID(Digest(f"sha256:{self._hash.hexdigest()}"))
-
-    def expect(self, size: int, holes: int) -> None:
-        """Raise unless so many bytes more, and holes besides, are within the limits.
-
-        What there is of the blob for bytes that are still to come nobody knows; holes are here.
-        """
-        if not holes and self._position + size <= len(self._held):
-            # It has been counted.
-            return
-        self._holes += holes
-        end = self.size - len(self._held) + self._position + size
-        self._allow(max(self.size, end) + self._holes)
-        self._allow_of_blob(self.size + self._holes)
-
-    def read(self, size: int) -> bytes:
-        """``size`` plain bytes, fewer only at the end."""
-        start = self._position
-        end = start + size
-        if end <= len(self._held):
-            self._position = end
-            return self._held[start:end]
-        return b"".join(self.pieces(size))
-
-    def pieces(self, size: int) -> Iterator[memoryview]:
-        """``size`` plain bytes as they come, fewer only at the end."""
-        while size > 0:
-            start = self._position
-            if start >= len(self._held):
-                self._hold(next(self._plain, b""))
-                if not self._held:
-                    return
-                start = 0
-            piece = self._view[start : start + size]
-            self._position = start + len(piece)
-            size -= len(piece)
-            yield piece
-
-    def drain(self) -> None:
-        """Read on to the end: a diff ID covers what follows the archive, too."""
-        self._hold(b"")
-        for _ in self._plain:
-            pass
-
-    def _hold(self, piece: bytes) -> None:
-        self._held, self._view, self._position = piece, memoryview(piece), 0
-
-    def close(self) -> None:
-        """Wait until nobody reads any more."""
-        if self._ahead is not None:
-            self._ahead.close()
-
-    def _inflate(self) -> Iterator[tuple[bytes, int]]:
-        """Pieces, and how many bytes of the blob they and those before them took."""
-        limits = self._limits
-        decompressor = Decompressor(max_window=limits.max_window, max_members=limits.max_members)
-        compressed = 0
-        while data := self._read(_SLICE):
-            # Not all input gives output.
-            self.check()
-            compressed += len(data)
-            for piece in decompressor.feed(data):
-                self._hash.update(piece)
-                yield piece, compressed
-        for piece in decompressor.finish():
-            self._hash.update(piece)
-            yield piece, compressed
-
-    def _count(self, inflated: Iterator[tuple[bytes, int]]) -> Iterator[bytes]:
-        while True:
-            try:
-                made = next(inflated, None)
-            except UnpackError as error:
-                if not self.entry:
-                    raise
-                # Tell which entry was read; something has been inflated ahead.
-                raise type(error)(
-                    f"{printable_path(self.entry)}, or soon after it: {error}"
-                ) from error
-            if made is None:
-                return
-            piece, self._compressed = made
-            self.check()
-            self.size += len(piece)
-            self._allow(self.size + self._holes)
-            self._allow_of_blob(self.size + self._holes)
-            yield piece
-
-    def _allow(self, size: int) -> None:
-        if size > self._limits.max_unpacked_bytes:
-            raise LimitExceeded(
-                f"{self._where()}more bytes, unpacked, than the limit max_unpacked_bytes, "
-                f"{self._limits.max_unpacked_bytes}, allows"
-            )
-
-    def _allow_of_blob(self, size: int) -> None:
-        if size > self._limits.max_ratio_from and size > self._limits.max_ratio * self._compressed:
-            raise LimitExceeded(
-                f"{self._where()}{size} bytes, unpacked, of {self._compressed}: more than "
-                f"the limit max_ratio, {self._limits.max_ratio}, allows"
-            )
-
-    def _where(self) -> str:
-        return f"{printable_path(self.entry)}: " if self.entry else ""
+            raise unpack_error(error, b"entries") from error

@@ -15,15 +15,15 @@ from .._errors import StoreError
 from .._printable import printable_path
 from .capabilities import OVERRIDE
 from .directories import Directories, join, split
-from .members import is_settable
-from .nodes import attributes_of
+from .inodes import list_xattrs
+from .member_entries import is_linux_xattr
 
 __all__ = ["verify"]
 
 _CHUNK: Final = 1 << 18
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_HANDLE_FLAGS: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _TYPES: Final = {
     "file": stat.S_IFREG,
     "dir": stat.S_IFDIR,
@@ -33,12 +33,12 @@ _TYPES: Final = {
     "block": stat.S_IFBLK,
     "whiteout": stat.S_IFCHR,
 }
-_OVERLAY: Final = ("trusted.overlay.", "user.overlay.")
+_OVERLAY_PREFIXES: Final = ("trusted.overlay.", "user.overlay.")
 # The others of "security." are for the machine to set: SELinux labels, hashes of IMA.
-_OURS: Final = ("user.", "trusted.", "security.capability", ACCESS_ACL, DEFAULT_ACL)
+_CHECKED_XATTRS: Final = ("user.", "trusted.", "security.capability", ACCESS_ACL, DEFAULT_ACL)
 
 # Times that any file system takes as they are; ext4 may have 32 bits for the seconds.
-_SECONDS: Final = range(-(2**31), 2**31)
+_SAFE_SECONDS: Final = range(-(2**31), 2**31)
 
 
 def verify(target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
@@ -54,7 +54,7 @@ def verify(target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
     try:
         with open(target / "entries", "rb") as file:
             entries, summary = parse_entries(file)
-        root = os.open(target / "fs", _DIRECTORY)
+        root = os.open(target / "fs", _DIRECTORY_FLAGS)
         try:
             _Comparison(root, entries, summary, check_cancelled).run()
         finally:
@@ -67,11 +67,11 @@ def verify(target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
 @final
 class _Comparison:
     def __init__(
-        self, root: int, entries: list[Entry], summary: Summary, check: Callable[[], None]
+        self, root: int, entries: list[Entry], summary: Summary, check_cancelled: Callable[[], None]
     ) -> None:
         self._entries = entries
         self._limited = summary.incomplete and not summary.foreign_only
-        self._check = check
+        self._check_cancelled = check_cancelled
         self._directories = Directories(root)
         self._children: dict[bytes, set[bytes]] = {}
         self._inodes: dict[bytes, int] = {}
@@ -88,11 +88,11 @@ class _Comparison:
             if not self._entries or self._entries[0].path:
                 raise StoreError("its list has no root")
             for entry in self._entries:
-                self._check()
+                self._check_cancelled()
                 try:
                     self._compare(entry)
                 except OSError as error:
-                    raise _differs(entry.path, (error.strerror or "").lower()) from error
+                    raise _difference(entry.path, (error.strerror or "").lower()) from error
         finally:
             self._directories.close()
 
@@ -107,19 +107,19 @@ class _Comparison:
             there = set(map(os.fsencode, os.listdir(self._directories.open(entry.path))))
             more = there - self._children.get(entry.path, set())
             if more:
-                raise _differs(join(entry.path, min(more)), "is not in the list")
+                raise _difference(join(entry.path, min(more)), "is not in the list")
         elif found.st_nlink != self._names.get(entry.links or b"", 1):
-            raise _differs(entry.path, "has more or fewer names than in the list")
+            raise _difference(entry.path, "has more or fewer names than in the list")
         if entry.links is not None and (
             self._inodes.setdefault(entry.links, found.st_ino) != found.st_ino
         ):
-            raise _differs(
+            raise _difference(
                 entry.path, f"is no longer the same file as {printable_path(entry.links)}"
             )
         self._compare_metadata(entry, found)
         if entry.type == "symlink":
             if os.readlink(name, dir_fd=directory) != entry.linkname:
-                raise _differs(entry.path, "leads elsewhere")
+                raise _difference(entry.path, "leads elsewhere")
             return
         if entry.type == "file" and entry.links in (None, entry.path):
             self._compare_content(entry, found, directory, name)
@@ -131,64 +131,64 @@ class _Comparison:
         if self._limited and empty and entry.type in ("char", "block", "whiteout"):
             return  # which stands for a device
         if kind != _TYPES.get(entry.type):
-            raise _differs(entry.path, f"is no {entry.type}")
+            raise _difference(entry.path, f"is no {entry.type}")
         device = (0, 0) if entry.type == "whiteout" else entry.dev
         if device and (os.major(found.st_rdev), os.minor(found.st_rdev)) != device:
-            raise _differs(entry.path, "is another device")
+            raise _difference(entry.path, "is another device")
 
     def _compare_metadata(self, entry: Entry, found: os.stat_result) -> None:
-        if entry.mtime_ns // 10**9 in _SECONDS and found.st_mtime_ns != entry.mtime_ns:
-            raise _differs(entry.path, "has been modified")
+        if entry.mtime_ns // 10**9 in _SAFE_SECONDS and found.st_mtime_ns != entry.mtime_ns:
+            raise _difference(entry.path, "has been modified")
         if self._limited:
             return
         if (found.st_uid, found.st_gid) != (entry.uid, entry.gid):
-            raise _differs(entry.path, "belongs to somebody else")
+            raise _difference(entry.path, "belongs to somebody else")
         if entry.type != "symlink" and stat.S_IMODE(found.st_mode) != entry.mode:
-            raise _differs(entry.path, "has another mode")
+            raise _difference(entry.path, "has another mode")
 
     def _compare_content(
         self, entry: Entry, found: os.stat_result, directory: int, name: bytes
     ) -> None:
         if found.st_size != entry.size:
-            raise _differs(entry.path, "has another size")
+            raise _difference(entry.path, "has another size")
         crc = 0
-        file = os.open(name, _FILE, dir_fd=directory)
+        file = os.open(name, _FILE_FLAGS, dir_fd=directory)
         try:
             while data := os.read(file, _CHUNK):
-                self._check()
+                self._check_cancelled()
                 crc = crc32(data, crc)
         finally:
             os.close(file)
         if entry.crc32 is not None and crc != entry.crc32:
-            raise _differs(entry.path, "has another content")
+            raise _difference(entry.path, "has another content")
 
     def _compare_xattrs(self, entry: Entry, directory: int, name: bytes) -> None:
-        descriptor = os.open(name or b".", _HANDLE, dir_fd=directory)
+        descriptor = os.open(name or b".", _HANDLE_FLAGS, dir_fd=directory)
         try:
             handle = f"/proc/self/fd/{descriptor}"
-            there = attributes_of(handle)
+            there = list_xattrs(handle)
             for attribute, value in entry.xattrs.items():
-                if not is_settable(attribute):
+                if not is_linux_xattr(attribute):
                     continue
                 if attribute not in there:
                     if not self._limited:
-                        raise _differs(entry.path, f"lacks the attribute {attribute!r}")
+                        raise _difference(entry.path, f"lacks the attribute {attribute!r}")
                 elif os.getxattr(handle, attribute) != value:
-                    raise _differs(entry.path, f"has another value of {attribute!r}")
-            opaque = any(prefix + "opaque" in there for prefix in _OVERLAY)
+                    raise _difference(entry.path, f"has another value of {attribute!r}")
+            opaque = any(prefix + "opaque" in there for prefix in _OVERLAY_PREFIXES)
             if opaque != entry.opaque and not self._limited:
-                raise _differs(entry.path, "hides more or less than in the list")
+                raise _difference(entry.path, "hides more or less than in the list")
             for attribute in there:
                 if (
-                    attribute.startswith(_OURS)
+                    attribute.startswith(_CHECKED_XATTRS)
                     and attribute not in entry.xattrs
                     and attribute != OVERRIDE
-                    and not attribute.startswith(_OVERLAY)
+                    and not attribute.startswith(_OVERLAY_PREFIXES)
                 ):
-                    raise _differs(entry.path, f"has an attribute {attribute!r}")
+                    raise _difference(entry.path, f"has an attribute {attribute!r}")
         finally:
             os.close(descriptor)
 
 
-def _differs(path: bytes, how: str) -> StoreError:
+def _difference(path: bytes, how: str) -> StoreError:
     return StoreError(f"{printable_path(path or b'.')} {how}")

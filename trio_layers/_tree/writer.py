@@ -21,9 +21,9 @@ from .._tar.limits import Limits
 from .._tar.reader import Content, Member
 from .capabilities import Capabilities
 from .directories import join, split
-from .members import entry_of, parts_of, xattrs_of
-from .nodes import Nodes, named, naming
-from .state import DependsOnParent, TreeState, implied_directory
+from .inodes import InodeWriter, translate_os_errors, unpack_error
+from .member_entries import entry_from_member, path_components, xattrs_from_member
+from .unfinished import DependsOnParent, UnfinishedTree, implied_directory
 
 if TYPE_CHECKING:
     from ..abc import LowerTree
@@ -34,13 +34,13 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _WHITEOUT: Final = b".wh."
-_META: Final = b".wh..wh."
+_AUFS_PREFIX: Final = b".wh..wh."
 _OPAQUE: Final = b".wh..wh..opq"
 
-_CHUNK: Final = 1 << 18
+_COPY_CHUNK: Final = 1 << 18
 
 
-def _readable(path: bytes, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+def _on_lower_file(path: bytes, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Call what opens or reads a file from below: it is no fault of the layer if it fails."""
     try:
         return call(*args, **kwargs)
@@ -68,36 +68,38 @@ class TreeWriter:
         lower: LowerTree | None,
         limits: Limits,
         log: Callable[[bytes], object],
-        check: Callable[[], None],
+        check_cancelled: Callable[[], None],
     ) -> None:
         self.needs_lower = False
-        self._state = TreeState(root, lower=lower, limits=limits, log=log, check=check)
-        self._directories = self._state.directories
-        self._nodes = Nodes(capabilities)
+        self._tree = UnfinishedTree(
+            root, lower=lower, limits=limits, log=log, check_cancelled=check_cancelled
+        )
+        self._directories = self._tree.directories
+        self._inodes = InodeWriter(capabilities)
         self._check_path = limits.check_path
-        self._may_borrow = limits.max_unpacked_bytes
+        self._copy_up_budget = limits.max_unpacked_bytes
         self._max_entries = limits.max_entries
         self._counted = 0
         self._log = log
-        self._check = check
+        self._check_cancelled = check_cancelled
         below = None if lower is None else lower.lookup(b"")
-        with naming(b"."):
-            self._describe(below or self._assumption(b""), fresh=False)
+        with translate_os_errors(b"."):
+            self._set_directory_metadata(below or self._assumed_directory(b""), is_new=False)
 
     @property
     def assumed(self) -> tuple[bytes, ...]:
         """What was taken for granted while nothing was known of what is below: see ``holds``."""
-        return tuple(self._state.assumed)
+        return tuple(self._tree.assumed)
 
     @property
     def foreign_only(self) -> bool:
         """Whether unsupported attributes of other systems are the only missing metadata."""
-        return self._nodes.foreign_only
+        return self._inodes.foreign_only
 
     @property
     def incomplete(self) -> bool:
         """Whether the list has something that the tree does not."""
-        return self._nodes.incomplete
+        return self._inodes.incomplete
 
     def count(self, path: bytes) -> None:
         """Count an entry, or a directory or name that an entry implies.
@@ -123,9 +125,9 @@ class TreeWriter:
             # The tree is worth nothing, and what follows may look wrong in it that is not.
             return
         try:
-            file = self._place(member)
+            file = self._write_member(member)
         except OSError as error:
-            raise named(error, member.name) from error
+            raise unpack_error(error, member.name) from error
         except UnpackError as error:
             # Of an entry below a link, or of a link, the error may name another path only.
             name = printable_path(member.name.removeprefix(b"./").rstrip(b"/"))
@@ -136,17 +138,19 @@ class TreeWriter:
             self.needs_lower = True
             return
         if file is not None:
-            self._fill(*file, member, xattrs_of(member) if member.xattrs else member.xattrs, data)
+            self._fill_file(
+                *file, member, xattrs_from_member(member) if member.xattrs else member.xattrs, data
+            )
 
     def finish(self) -> None:
         """Set the directories' times, which every change in them has moved, and default ACLs."""
-        with naming(b"."):
-            for path, acl in self._state.default_acls.items():
-                self._check()
-                self._nodes.attribute(self._directories.open(path), DEFAULT_ACL, acl, path)
-            times = self._state.times
+        with translate_os_errors(b"."):
+            for path, acl in self._tree.default_acls.items():
+                self._check_cancelled()
+                self._inodes.set_xattr(self._directories.open(path), DEFAULT_ACL, acl, path)
+            times = self._tree.times
             for path in sorted(times):
-                self._check()
+                self._check_cancelled()
                 if path:
                     parent, name = split(path)
                     descriptor = self._directories.open(parent)
@@ -157,7 +161,7 @@ class TreeWriter:
     def close(self) -> None:
         self._directories.close()
 
-    def _place(self, member: Member) -> tuple[int, bytes] | None:
+    def _write_member(self, member: Member) -> tuple[int, bytes] | None:
         """Put a member where it belongs; of a file, which is new and empty then, returns a
         descriptor and the path.
         """
@@ -165,151 +169,155 @@ class TreeWriter:
         if name.startswith(b"./"):
             name = name[2:]
         parent, _, last = name.rpartition(b"/")
-        if parent not in self._state.times or last in (b"", b".", b"..") or _WHITEOUT in name:
+        if parent not in self._tree.times or last in (b"", b".", b"..") or _WHITEOUT in name:
             # Not simply a name in a directory that is known.
-            parts = parts_of(name)
+            parts = path_components(name)
             self._check_path(b"/".join(parts))
-            if _WHITEOUT in name and self._is_meta(parts):
+            if _WHITEOUT in name and self._is_aufs_metadata(parts):
                 return None
             if not parts:
-                self._root(member)
+                self._set_root(member)
                 return None
-            parent, last = self._parent(parts[:-1]), parts[-1]
+            parent, last = self._ensure_parent(parts[:-1]), parts[-1]
             path = join(parent, last)
-            self._state.fits(path)
+            self._tree.check_resolved_path(path)
         else:
             self._check_path(name)
             path = name if parent else last
         if last.startswith(_WHITEOUT):
-            self._remove_below(parent, last[len(_WHITEOUT) :])
+            self._apply_whiteout(parent, last[len(_WHITEOUT) :])
         elif member.type == "file":
-            return self._create(parent, last, path, member.mode), path
+            return self._create_file(parent, last, path, member.mode), path
         elif member.type == "hardlink":
-            self._hardlink(member, path)
+            self._make_hard_link(member, path)
         elif member.type == "dir":
-            self._directory(entry_of(member, path, "dir"))
-            self._state.implied.discard(path)
+            self._make_directory(entry_from_member(member, path, "dir"))
+            self._tree.implied.discard(path)
         else:
-            self._special(entry_of(member, path, member.type))
+            self._make_special(entry_from_member(member, path, member.type))
         return None
 
-    def _is_meta(self, parts: list[bytes]) -> bool:
+    def _is_aufs_metadata(self, parts: list[bytes]) -> bool:
         """Whether it is one of the names under which aufs keeps its books; moby passes over
         them, too, but for the mark of an opaque directory, which is obeyed.
         """
         above, last = parts[:-1], b"".join(parts[-1:])
-        if any(part.startswith(_META) for part in above):
+        if any(part.startswith(_AUFS_PREFIX) for part in above):
             return True
         if any(part.startswith(_WHITEOUT) for part in above):
             raise UnpackError(f"{printable_path(b'/'.join(parts))}: a whiteout is no directory")
         if last == _OPAQUE:
-            self._hide(self._parent(above))
-        return last.startswith(_META)
+            self._make_opaque(self._ensure_parent(above))
+        return last.startswith(_AUFS_PREFIX)
 
-    def _root(self, member: Member) -> None:
+    def _set_root(self, member: Member) -> None:
         if member.type != "dir":
             raise UnpackError(f"{printable_path(member.name)}: the root can only be a directory")
-        self._describe(entry_of(member, b"", "dir"), fresh=False)
+        self._set_directory_metadata(entry_from_member(member, b"", "dir"), is_new=False)
         # The root is a directory whatever is below, unlike others listed late.
-        self._state.implied.discard(b"")
-        self._state.assumed.pop(b"", None)
+        self._tree.implied.discard(b"")
+        self._tree.assumed.pop(b"", None)
 
     # Directories.
 
-    def _parent(self, parts: list[bytes]) -> bytes:
+    def _ensure_parent(self, parts: list[bytes]) -> bytes:
         """The real path of an entry's parent, which is made if it is not there."""
-        path = self._state.follow(parts)
-        self._ensure(path)
+        path = self._tree.resolve(parts)
+        self._ensure_directory(path)
         return path
 
-    def _ensure(self, path: bytes) -> None:
+    def _ensure_directory(self, path: bytes) -> None:
         """Make ``path`` a directory, and those on the way to it."""
         missing: list[bytes] = []
-        while path not in self._state.times:
+        while path not in self._tree.times:
             missing.append(path)
             path = split(path)[0]
         for path in reversed(missing):
             self.count(path)
-            below = self._state.below(path)
+            below = self._tree.lookup_below(path)
             if below is not None and below.type == "dir":
-                self._directory(below)
-            elif path in self._state.whiteouts or self._state.hidden(path):
-                self._directory(implied_directory(path))
+                self._make_directory(below)
+            elif path in self._tree.whiteouts or self._tree.is_hidden(path):
+                self._make_directory(implied_directory(path))
             else:
-                self._directory(self._assumption(path))
-            self._state.implied.add(path)
+                self._make_directory(self._assumed_directory(path))
+            self._tree.implied.add(path)
 
-    def _assumption(self, path: bytes) -> Entry:
+    def _assumed_directory(self, path: bytes) -> Entry:
         """A directory that no entry describes, where something may or may not be below."""
         entry = implied_directory(path)
-        return attrs.evolve(entry, implied=True) if self._state.assume(path) else entry
+        return attrs.evolve(entry, implied=True) if self._tree.assume_directory(path) else entry
 
-    def _directory(self, entry: Entry) -> None:
+    def _make_directory(self, entry: Entry) -> None:
         path = entry.path
-        if path in self._state.times:
-            self._describe(entry, fresh=False)
+        if path in self._tree.times:
+            self._set_directory_metadata(entry, is_new=False)
             return
         parent, name = split(path)
         replaces = False
         try:
             os.mkdir(name, 0o700, dir_fd=self._directories.open(parent))
         except FileExistsError:
-            self._state.clear(path)
+            self._tree.remove(path)
             os.mkdir(name, 0o700, dir_fd=self._directories.open(parent))
             replaces = True
-        self._describe(entry, fresh=True)
+        self._set_directory_metadata(entry, is_new=True)
         if replaces:
             # Something else stood here, in this layer: nothing shows through any more.
-            self._hide(path)
+            self._make_opaque(path)
 
-    def _describe(self, entry: Entry, *, fresh: bool) -> None:
+    def _set_directory_metadata(self, entry: Entry, *, is_new: bool) -> None:
         """Give a directory that is there its metadata."""
         path, xattrs = entry.path, entry.xattrs
-        self._state.default_acls.pop(path, None)
+        self._tree.default_acls.pop(path, None)
         if DEFAULT_ACL in xattrs:
-            self._state.default_acls[path] = xattrs[DEFAULT_ACL]
+            self._tree.default_acls[path] = xattrs[DEFAULT_ACL]
             xattrs = {k: v for k, v in xattrs.items() if k != DEFAULT_ACL}
-        self._nodes.directory(self._directories.open(path), entry, xattrs, fresh=fresh)
-        self._state.times[path] = entry.mtime_ns
+        self._inodes.set_directory_metadata(
+            self._directories.open(path), entry, xattrs, is_new=is_new
+        )
+        self._tree.times[path] = entry.mtime_ns
         self._log(put_line(entry))
 
     # All else.
 
-    def _create(self, parent: bytes, name: bytes, path: bytes, mode: int) -> int:
+    def _create_file(self, parent: bytes, name: bytes, path: bytes, mode: int) -> int:
         try:
-            return self._nodes.create(self._directories.open(parent), name, mode)
+            return self._inodes.create(self._directories.open(parent), name, mode)
         except FileExistsError:
-            self._state.clear(path)
-            return self._nodes.create(self._directories.open(parent), name, mode)
+            self._tree.remove(path)
+            return self._inodes.create(self._directories.open(parent), name, mode)
 
-    def _fill(
+    def _fill_file(
         self,
         descriptor: int,
         path: bytes,
-        about: Metadata,
+        metadata: Metadata,
         xattrs: Mapping[str, bytes],
         data: Iterator[Content],
     ) -> None:
-        size, crc = self._nodes.file(descriptor, path, about, xattrs, data, self._check)
-        self._log(file_line(path, about, size, crc, xattrs))
+        size, crc = self._inodes.write_file(
+            descriptor, path, metadata, xattrs, data, self._check_cancelled
+        )
+        self._log(file_line(path, metadata, size, crc, xattrs))
 
-    def _special(self, entry: Entry) -> None:
+    def _make_special(self, entry: Entry) -> None:
         if entry.type == "char" and entry.dev == (0, 0):
             # On an overlay, this device is a whiteout, wherever it comes from.
-            self._state.clear(entry.path)
-            self._whiteout(entry.path)
+            self._tree.remove(entry.path)
+            self._write_whiteout(entry.path)
             return
         parent, name = split(entry.path)
         try:
-            self._nodes.special(self._directories.open(parent), name, entry)
+            self._inodes.make_special(self._directories.open(parent), name, entry)
         except FileExistsError:
-            self._state.clear(entry.path)
-            self._nodes.special(self._directories.open(parent), name, entry)
+            self._tree.remove(entry.path)
+            self._inodes.make_special(self._directories.open(parent), name, entry)
         self._log(put_line(entry))
 
-    def _hardlink(self, member: Member, path: bytes) -> None:
-        state = self._state
-        parts = parts_of(member.linkname)
+    def _make_hard_link(self, member: Member, path: bytes) -> None:
+        tree = self._tree
+        parts = path_components(member.linkname)
         wanted = f"{printable_path(path)}: a hard link to {printable_path(member.linkname)}, "
         if not parts or any(part.startswith(_WHITEOUT) for part in parts):
             raise UnpackError(wanted + "which is no file")
@@ -317,116 +325,116 @@ class TreeWriter:
             self._check_path(b"/".join(parts))
         except LimitExceeded as error:
             raise LimitExceeded(f"{wanted}{error}") from None
-        target = join(state.follow(parts[:-1]), parts[-1])
-        state.fits(target)
-        found = state.stat(target)
+        target = join(tree.resolve(parts[:-1]), parts[-1])
+        tree.check_resolved_path(target)
+        found = tree.stat(target)
         # What is not here may be a link below, and the way lead elsewhere.
-        known = found is not None or state.lower is not None or state.hidden(target)
+        known = found is not None or tree.lower is not None or tree.is_hidden(target)
         if target == path or (known and target.startswith(path + b"/")):
-            raise state.refusal(wanted + "which it replaces")
-        if target in state.whiteouts or (found is None and state.hidden(target)):
-            raise state.refusal(wanted + "which this layer removes")
+            raise tree.path_error(wanted + "which it replaces")
+        if target in tree.whiteouts or (found is None and tree.is_hidden(target)):
+            raise tree.path_error(wanted + "which this layer removes")
         if found is None:
-            if state.lower is None:
+            if tree.lower is None:
                 raise DependsOnParent
-            self._borrow(target, state.lower, wanted)
+            self._copy_up(target, tree.lower, wanted)
         elif stat.S_ISDIR(found.st_mode):
-            raise state.refusal(wanted + "which is a directory")
-        entry = entry_of(member, path, "file")
-        state.clear(path)
-        self._join(target, path)
+            raise tree.path_error(wanted + "which is a directory")
+        entry = entry_from_member(member, path, "file")
+        tree.remove(path)
+        self._link_file(target, path)
         parent, name = split(path)
-        self._nodes.link(self._directories.open(parent), name, entry)
+        self._inodes.set_link_metadata(self._directories.open(parent), name, entry)
         self._log(link_line(entry, target))
 
-    def _join(self, target: bytes, path: bytes) -> None:
+    def _link_file(self, target: bytes, path: bytes) -> None:
         """Make ``path`` one more name of what is at ``target``."""
         (source, old), (parent, new) = split(target), split(path)
         directory, into = self._directories.open(source), self._directories.open(parent)
         os.link(old, new, src_dir_fd=directory, dst_dir_fd=into, follow_symlinks=False)
 
-    def _borrow(self, target: bytes, lower: LowerTree, wanted: str) -> None:
+    def _copy_up(self, target: bytes, lower: LowerTree, wanted: str) -> None:
         """Bring a file from below, with all the names it has there, so that they stay one."""
         entry = lower.lookup(target)
         if entry is None or entry.type == "dir":
             raise UnpackError(wanted + ("which is not there" if entry is None else "a directory"))
-        self._may_borrow -= entry.size
-        if self._may_borrow < 0:
+        self._copy_up_budget -= entry.size
+        if self._copy_up_budget < 0:
             raise LimitExceeded(
                 wanted + "which is one of more bytes from the layers below than the limit "
                 "max_unpacked_bytes allows"
             )
         parent, name = split(target)
-        self._ensure(parent)
+        self._ensure_directory(parent)
         if entry.type == "file":
-            source = _readable(target, lower.open, target)
+            source = _on_lower_file(target, lower.open, target)
             try:
-                descriptor = self._create(parent, name, target, entry.mode)
-                data = self._content(target, source)
-                self._fill(descriptor, target, entry, entry.xattrs, data)
+                descriptor = self._create_file(parent, name, target, entry.mode)
+                data = self._read_lower_content(target, source)
+                self._fill_file(descriptor, target, entry, entry.xattrs, data)
             finally:
                 os.close(source)
         else:
-            self._special(attrs.evolve(entry, links=None))
-        self._state.borrowed.add(target)
+            self._make_special(attrs.evolve(entry, links=None))
+        self._tree.copied_up.add(target)
         for other in lower.links(target):
-            self._check()
-            if other == target or not self._state.shows(other):
+            self._check_cancelled()
+            if other == target or not self._tree.shows_through(other):
                 continue
             self.count(other)
-            self._ensure(split(other)[0])
-            self._join(target, other)
+            self._ensure_directory(split(other)[0])
+            self._link_file(target, other)
             self._log(link_line(attrs.evolve(entry, path=other), target))
-            self._state.borrowed.add(other)
+            self._tree.copied_up.add(other)
 
-    def _content(self, path: bytes, source: int) -> Iterator[bytes | int]:
+    def _read_lower_content(self, path: bytes, source: int) -> Iterator[bytes | int]:
         """What an open file from below holds; what is all zeros is made a hole again."""
-        while piece := _readable(path, os.read, source, _CHUNK):
-            self._check()
+        while piece := _on_lower_file(path, os.read, source, _COPY_CHUNK):
+            self._check_cancelled()
             yield len(piece) if piece == bytes(len(piece)) else piece
 
     # What is taken away.
 
-    def _remove_below(self, parent: bytes, name: bytes) -> None:
+    def _apply_whiteout(self, parent: bytes, name: bytes) -> None:
         """A whiteout: ``name`` is not there any more, unless this layer has it itself."""
-        state = self._state
+        tree = self._tree
         path = join(parent, name)
         if name in (b"", b".", b".."):
             raise UnpackError(
                 f"a whiteout in {printable_path(parent)} names nothing that can be removed"
             )
-        if path in state.whiteouts or path in state.opaque:
+        if path in tree.whiteouts or path in tree.opaque:
             return
-        if path in state.times:
-            state.prune(path)
-            if not state.remove_if_implied(path):
-                self._hide(path)
+        if path in tree.times:
+            tree.prune(path)
+            if not tree.remove_if_implied(path):
+                self._make_opaque(path)
                 return
-        elif path in state.borrowed:
-            state.clear(path)
-        if state.stat(path) is None:
-            self._whiteout(path)
+        elif path in tree.copied_up:
+            tree.remove(path)
+        if tree.stat(path) is None:
+            self._write_whiteout(path)
 
-    def _whiteout(self, path: bytes) -> None:
+    def _write_whiteout(self, path: bytes) -> None:
         """Cover what is at ``path`` below, if there may be something: overlayfs shows the name
         of a whiteout in a directory that it does not merge with another.
         """
-        state = self._state
-        if state.hidden(path) or (state.lower is not None and state.below(path) is None):
+        tree = self._tree
+        if tree.is_hidden(path) or (tree.lower is not None and tree.lookup_below(path) is None):
             return
         parent, name = split(path)
-        if state.lower is None:
-            state.assumed[parent + b"/"] = None
+        if tree.lower is None:
+            tree.assumed[parent + b"/"] = None
         entry = Entry(path=path, type="whiteout", mode=0)
-        self._nodes.special(self._directories.open(parent), name, entry)
-        state.whiteouts.add(path)
+        self._inodes.make_special(self._directories.open(parent), name, entry)
+        tree.whiteouts.add(path)
         self._log(put_line(entry))
 
-    def _hide(self, path: bytes) -> None:
+    def _make_opaque(self, path: bytes) -> None:
         """Make a directory opaque: of what is in it, only what is this layer's own stays."""
-        if path in self._state.opaque:
+        if path in self._tree.opaque:
             return
-        self._state.prune(path)
-        self._state.opaque.add(path)
-        self._nodes.opaque(self._directories.open(path))
+        self._tree.prune(path)
+        self._tree.opaque.add(path)
+        self._inodes.mark_opaque(self._directories.open(path))
         self._log(opaque_line(path))

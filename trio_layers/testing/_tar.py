@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Literal, Protocol, TypeAlias, assert_never
 
 from .._digest import DiffID, Digest
-from .._tar.pax import END_OF_ARCHIVE, header, padding
+from .._tar.header_writer import END_OF_ARCHIVE, header, padding
 from .._tar.reader import Member, MemberType
 
 if sys.version_info >= (3, 14):

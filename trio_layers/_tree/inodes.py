@@ -22,19 +22,19 @@ from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .._printable import printable_path
 from .._tar.reader import Content
 from .capabilities import OVERRIDE, Capabilities
-from .members import is_settable
+from .member_entries import is_linux_xattr
 
-__all__ = ["Nodes", "attributes_of", "named", "naming"]
+__all__ = ["InodeWriter", "list_xattrs", "unpack_error", "translate_os_errors"]
 
 _ZEROS: Final = bytes(1 << 18)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_DEVICES: Final = {"char": stat.S_IFCHR, "block": stat.S_IFBLK, "fifo": stat.S_IFIFO}
+_FILE_TYPES: Final = {"char": stat.S_IFCHR, "block": stat.S_IFBLK, "fifo": stat.S_IFIFO}
 # None: a node of its own type, which takes no attribute of ours.
 _REAL_TYPES: Final = ("file", "dir", None)
 _CAPABILITY: Final = "security.capability"
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 # What a layer can ask for and no file system has, as against what this disk lacks.
-_ITS_FAULT: Final = frozenset(
+_LAYER_FAULTS: Final = frozenset(
     {
         errno.EFBIG,
         errno.EINVAL,
@@ -49,7 +49,7 @@ _ACLS: Final = (ACCESS_ACL, DEFAULT_ACL)
 
 
 @final
-class naming:
+class translate_os_errors:
     """Turn an `OSError` of the block into an error of ours that names ``path``."""
 
     __slots__ = ("_path",)
@@ -67,32 +67,32 @@ class naming:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, OSError):
-            raise named(error, self._path) from error
+            raise unpack_error(error, self._path) from error
 
 
-def named(error: OSError, path: bytes) -> UnpackError | StoreError:
+def unpack_error(error: OSError, path: bytes) -> UnpackError | StoreError:
     """What an error of the disk means to whoever unpacks ``path``."""
     text = f"{printable_path(path)}: {error.strerror}"
-    if error.errno in _FULL:
+    if error.errno in _NO_SPACE:
         return StoreFull(f"unpacking {text}. Free some space and pull again")
     if error.errno == errno.EROFS:
         return StoreReadOnly(f"unpacking {text}")
-    if error.errno in _ITS_FAULT:
+    if error.errno in _LAYER_FAULTS:
         return UnpackError(f"cannot unpack {text}")
     return StoreError(f"unpacking {text}")
 
 
 def _is_full(subject: int | str) -> bool:
     """Whether it is the disk that has no space left, and not what one file may have of it."""
-    there = os.statvfs(subject)
+    space = os.statvfs(subject)
     # More than the largest attribute takes; no number of blocks: no limit. In a tmpfs attributes
     # take of what there is for inodes.
-    return (there.f_blocks > 0 and there.f_bavail < 64) or (
-        there.f_files > 0 and there.f_favail < 64
+    return (space.f_blocks > 0 and space.f_bavail < 64) or (
+        space.f_files > 0 and space.f_favail < 64
     )
 
 
-def attributes_of(subject: int | str) -> list[str]:
+def list_xattrs(subject: int | str) -> list[str]:
     """The names of its extended attributes."""
     try:
         return os.listxattr(subject)
@@ -104,7 +104,7 @@ def attributes_of(subject: int | str) -> list[str]:
 
 
 @final
-class Nodes:
+class InodeWriter:
     """Makes files, directories, links and nodes, each by its name in an open directory.
 
     Attributes:
@@ -115,32 +115,32 @@ class Nodes:
     def __init__(self, capabilities: Capabilities) -> None:
         self._capabilities = capabilities
         # Whom a new node belongs to; not known where a directory passes on its group.
-        self._ids = capabilities.ids
+        self._new_file_owner = capabilities.ids
         # To be limited takes a change of mode anyway, and a file of ours that we may not write to
         # takes no attributes.
-        self._modes = capabilities.modes and not capabilities.limited
+        self._exact_modes = capabilities.modes and not capabilities.limited
         self._limited = capabilities.limited
         self.incomplete = False
         self.foreign_only = False
 
     def create(self, parent: int, name: bytes, mode: int) -> int:
-        """A descriptor of a new, empty file, for `file`, which is to have ``mode``.
+        """A descriptor of a new, empty file, for `write_file`, which is to have ``mode``.
 
         Raises:
             FileExistsError: if something of that name is there.
         """
-        if not self._modes or mode > 0o777:
+        if not self._exact_modes or mode > 0o777:
             mode = 0o600
         return os.open(name, _NEW_FILE, mode, dir_fd=parent)
 
-    def file(
+    def write_file(
         self,
         descriptor: int,
         path: bytes,
-        about: Metadata,
+        metadata: Metadata,
         xattrs: Mapping[str, bytes],
         data: Iterable[Content],
-        check: Callable[[], None],
+        check_cancelled: Callable[[], None],
     ) -> tuple[int, int]:
         """Write a new file, and close it; returns its size and the CRC-32 of its content.
 
@@ -154,8 +154,8 @@ class Nodes:
                     size += piece
                     for start in range(0, piece, len(_ZEROS)):
                         crc = crc32(_ZEROS[: piece - start], crc)
-                        check()
-                    with naming(path):
+                        check_cancelled()
+                    with translate_os_errors(path):
                         os.lseek(descriptor, size, os.SEEK_SET)
                         os.ftruncate(descriptor, size)
                     continue
@@ -166,40 +166,40 @@ class Nodes:
                     while written < len(piece):
                         written += os.write(descriptor, memoryview(piece)[written:])
                 except OSError as error:
-                    raise named(error, path) from error
+                    raise unpack_error(error, path) from error
             try:
-                if xattrs or self._limited or self._ids != (about.uid, about.gid):
-                    self._describe(
-                        *(descriptor, descriptor, path, about, stat.S_IFREG, xattrs, "file"),
-                        fresh=True,
+                if xattrs or self._limited or self._new_file_owner != (metadata.uid, metadata.gid):
+                    self._set_metadata(
+                        *(descriptor, descriptor, path, metadata, stat.S_IFREG, xattrs, "file"),
+                        is_new=True,
                     )
-                elif not self._modes or about.mode > 0o777:
-                    os.chmod(descriptor, about.mode)
+                elif not self._exact_modes or metadata.mode > 0o777:
+                    os.chmod(descriptor, metadata.mode)
                 # The most frequent ones need no more.
-                os.utime(descriptor, ns=(about.mtime_ns, about.mtime_ns))
+                os.utime(descriptor, ns=(metadata.mtime_ns, metadata.mtime_ns))
             except OSError as error:
-                raise named(error, path) from error
+                raise unpack_error(error, path) from error
         finally:
             os.close(descriptor)
         return size, crc
 
-    def directory(
-        self, descriptor: int, entry: Entry, xattrs: Mapping[str, bytes], *, fresh: bool
+    def set_directory_metadata(
+        self, descriptor: int, entry: Entry, xattrs: Mapping[str, bytes], *, is_new: bool
     ) -> None:
         """Give an open directory its metadata, its times apart. ``fresh``: it has none yet."""
-        if not fresh:
+        if not is_new:
             ours = self._capabilities.overlay
-            for attribute in attributes_of(descriptor):
+            for attribute in list_xattrs(descriptor):
                 if attribute not in xattrs and not (ours and attribute.startswith(ours)):
                     try:
                         os.removexattr(descriptor, attribute)
                     except PermissionError:
                         pass
-        self._describe(
-            descriptor, descriptor, entry.path, entry, stat.S_IFDIR, xattrs, "dir", fresh=fresh
+        self._set_metadata(
+            descriptor, descriptor, entry.path, entry, stat.S_IFDIR, xattrs, "dir", is_new=is_new
         )
 
-    def special(self, parent: int, name: bytes, entry: Entry) -> None:
+    def make_special(self, parent: int, name: bytes, entry: Entry) -> None:
         """Make a symlink, fifo, device or whiteout.
 
         Raises:
@@ -208,43 +208,43 @@ class Nodes:
         if entry.type == "symlink":
             assert entry.linkname is not None
             os.symlink(entry.linkname, name, dir_fd=parent)
-            if not entry.xattrs and self._ids == (entry.uid, entry.gid):
+            if not entry.xattrs and self._new_file_owner == (entry.uid, entry.gid):
                 # The most frequent ones need no more.
                 times = (entry.mtime_ns, entry.mtime_ns)
                 os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
                 return
-            self._through_handle(parent, name, entry)
+            self._set_metadata_by_name(parent, name, entry)
             return
         if entry.type == "whiteout":
             able, kind, device = self._capabilities.whiteouts, stat.S_IFCHR, 0
         else:
             able = entry.type == "fifo" or self._capabilities.devices
-            kind = _DEVICES[entry.type]
+            kind = _FILE_TYPES[entry.type]
             device = os.makedev(*entry.dev) if entry.dev else 0
         if not able:
-            self._lacks()
+            self._mark_incomplete()
             kind, device = stat.S_IFREG, 0
         os.mknod(name, kind | 0o600, device, dir_fd=parent)
         if entry.type != "whiteout":
-            self._through_handle(parent, name, entry, real=able)
+            self._set_metadata_by_name(parent, name, entry, is_real_type=able)
 
-    def link(self, parent: int, name: bytes, entry: Entry) -> None:
+    def set_link_metadata(self, parent: int, name: bytes, entry: Entry) -> None:
         """Give what is there the metadata of one more name of it."""
-        self._through_handle(parent, name, entry, fresh=False)
+        self._set_metadata_by_name(parent, name, entry, is_new=False)
 
-    def opaque(self, descriptor: int) -> None:
+    def mark_opaque(self, descriptor: int) -> None:
         """Mark an open directory as one that hides what is below it."""
         if self._capabilities.overlay is None:
-            self._lacks()
+            self._mark_incomplete()
         else:
             os.setxattr(descriptor, self._capabilities.overlay + "opaque", b"y")
 
-    def attribute(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
+    def set_xattr(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
         """Set an extended attribute of an open file or a handle.
 
         An attribute that Linux does not have stays in the list of entries only.
         """
-        if not is_settable(attribute):
+        if not is_linux_xattr(attribute):
             if not self.incomplete:
                 self.incomplete = self.foreign_only = True
             return
@@ -257,10 +257,10 @@ class Nodes:
                 error.errno == errno.EINVAL and attribute in _ACLS and self._capabilities.limited
             )
             if unmapped or error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
-                self._lacks()
+                self._mark_incomplete()
                 return
             what = f"the attribute {attribute[:256]!r} of {printable_path(path)}"
-            if error.errno in _FULL:
+            if error.errno in _NO_SPACE:
                 if error.errno == errno.EDQUOT or _is_full(subject):
                     raise StoreFull(
                         f"cannot set {what}: {error.strerror}. Free some space and pull again"
@@ -270,18 +270,20 @@ class Nodes:
                     "file system takes. Others may take them, such as XFS or Btrfs"
                 ) from error
             if error.errno in (errno.EIO, errno.EROFS):
-                raise named(error, path) from error
+                raise unpack_error(error, path) from error
             raise UnpackError(f"cannot set {what}: {error.strerror}") from error
 
-    def _lacks(self) -> None:
+    def _mark_incomplete(self) -> None:
         """Note that the tree lacks a node or metadata."""
         self.incomplete, self.foreign_only = True, False
 
-    def _own(self, descriptor: int, subject: int | str, about: Metadata, *, fresh: bool) -> bool:
+    def _set_owner(
+        self, descriptor: int, subject: int | str, metadata: Metadata, *, is_new: bool
+    ) -> bool:
         """Give it to whom the entry says; whether it is theirs now."""
-        wanted = (about.uid, about.gid)
-        if fresh and self._ids is not None:
-            if self._ids == wanted:
+        wanted = (metadata.uid, metadata.gid)
+        if is_new and self._new_file_owner is not None:
+            if self._new_file_owner == wanted:
                 return True
         else:
             now = os.fstat(descriptor)
@@ -295,7 +297,7 @@ class Nodes:
                 # An ID that the user namespace does not have.
                 if error.errno != errno.EINVAL:
                     raise
-        if not fresh:
+        if not is_new:
             # As a change of owner does it.
             try:
                 os.removexattr(subject, _CAPABILITY)
@@ -303,39 +305,45 @@ class Nodes:
                 pass
         return False
 
-    def _through_handle(
-        self, parent: int, name: bytes, entry: Entry, *, real: bool = True, fresh: bool = True
+    def _set_metadata_by_name(
+        self,
+        parent: int,
+        name: bytes,
+        entry: Entry,
+        *,
+        is_real_type: bool = True,
+        is_new: bool = True,
     ) -> None:
         """Describe what is there without opening or following it."""
         descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         # Reaches what a descriptor opened as a mere path stands for.
         handle = f"/proc/self/fd/{descriptor}"
         try:
-            there = stat.S_IFMT(os.fstat(descriptor).st_mode)
+            file_type = stat.S_IFMT(os.fstat(descriptor).st_mode)
             kind = None
-            if not real:
+            if not is_real_type:
                 kind = _override_type(entry)
-            elif there == stat.S_IFREG:
-                kind = "file" if fresh else self._overridden_type(handle)
-            self._describe(
-                descriptor, handle, entry.path, entry, there, entry.xattrs, kind, fresh=fresh
+            elif file_type == stat.S_IFREG:
+                kind = "file" if is_new else self._read_override_type(handle)
+            self._set_metadata(
+                descriptor, handle, entry.path, entry, file_type, entry.xattrs, kind, is_new=is_new
             )
         finally:
             os.close(descriptor)
         times = (entry.mtime_ns, entry.mtime_ns)
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
-    def _describe(
+    def _set_metadata(
         self,
         descriptor: int,
         subject: int | str,
         path: bytes,
-        about: Metadata,
-        there: int,
+        metadata: Metadata,
+        file_type: int,
         xattrs: Mapping[str, bytes],
         kind: str | None,
         *,
-        fresh: bool,
+        is_new: bool,
     ) -> None:
         """Owner, xattrs, mode, in this order: a change of owner drops set-id bits and
         capabilities, an ACL changes the mode.
@@ -351,50 +359,54 @@ class Nodes:
                 where there can be no such attribute.
             fresh: Whether it has just been made.
         """
-        mode = about.mode
-        owned = self._own(descriptor, subject, about, fresh=fresh)
+        mode = metadata.mode
+        owned = self._set_owner(descriptor, subject, metadata, is_new=is_new)
         limited = self._capabilities.limited
         for attribute, value in xattrs.items():
             if limited and attribute == OVERRIDE:
                 # A layer must not speak in our place.
-                self._lacks()
+                self._mark_incomplete()
                 continue
-            self.attribute(subject, attribute, value, path)
-        if there != stat.S_IFLNK:
+            self.set_xattr(subject, attribute, value, path)
+        if file_type != stat.S_IFLNK:
             if not owned:
                 # What is not theirs must not run as whose it is.
                 mode &= 0o1777
             if not self._capabilities.root:
                 # What is ours must stay in our reach, and must not run as us.
-                mode = mode & 0o1777 | (0o700 if there == stat.S_IFDIR else 0o600)
+                mode = mode & 0o1777 | (0o700 if file_type == stat.S_IFDIR else 0o600)
             os.chmod(subject, mode)
             if mode & stat.S_ISGID:
-                if there == stat.S_IFDIR:
+                if file_type == stat.S_IFDIR:
                     # What is made in it gets its group.
-                    self._ids = None
+                    self._new_file_owner = None
                 if not os.fstat(descriptor).st_mode & stat.S_ISGID:
                     # Dropped without an error: with a strange group it takes CAP_FSETID.
                     mode &= ~stat.S_ISGID
-                    self._lacks()
+                    self._mark_incomplete()
         if not limited:
             return
-        right = owned and (there == stat.S_IFLNK or mode == about.mode) and kind in _REAL_TYPES
+        right = (
+            owned and (file_type == stat.S_IFLNK or mode == metadata.mode) and kind in _REAL_TYPES
+        )
         if not right:
-            self._lacks()
+            self._mark_incomplete()
         if kind is not None and self._capabilities.override:
-            self._override(subject, None if right else _override(about, kind), fresh=fresh)
+            self._set_override(
+                subject, None if right else _override_value(metadata, kind), is_new=is_new
+            )
 
-    def _override(self, subject: int | str, value: bytes | None, *, fresh: bool) -> None:
+    def _set_override(self, subject: int | str, value: bytes | None, *, is_new: bool) -> None:
         try:
             if value is not None:
                 os.setxattr(subject, OVERRIDE, value)
-            elif not fresh:
+            elif not is_new:
                 os.removexattr(subject, OVERRIDE)
         except OSError:
             # There may be no room for it, or none to be removed; the list has all of it.
             pass
 
-    def _overridden_type(self, subject: str) -> str:
+    def _read_override_type(self, subject: str) -> str:
         """What a file stands for, by an attribute that can only be our own."""
         if self._capabilities.limited and self._capabilities.override:
             try:
@@ -410,5 +422,5 @@ def _override_type(entry: Entry) -> str:
     return f"{entry.type}-{entry.dev[0]}-{entry.dev[1]}"
 
 
-def _override(about: Metadata, kind: str) -> bytes:
-    return f"{about.uid}:{about.gid}:{about.mode:04o}:{kind}".encode()
+def _override_value(metadata: Metadata, kind: str) -> bytes:
+    return f"{metadata.uid}:{metadata.gid}:{metadata.mode:04o}:{kind}".encode()

@@ -11,14 +11,14 @@ from .._errors import UnpackError
 from .._printable import printable_path
 from .._tar.reader import Member
 
-__all__ = ["entry_of", "is_settable", "parts_of", "xattrs_of"]
+__all__ = ["entry_from_member", "is_linux_xattr", "path_components", "xattrs_from_member"]
 
 _NAMESPACES: Final = frozenset({"user", "trusted", "security", "system"})
 # overlayfs reads these from its layers; a layer must not speak to it.
 _PRIVATE: Final = ("trusted.overlay.", "user.overlay.")
 
 
-def parts_of(name: bytes) -> list[bytes]:
+def path_components(name: bytes) -> list[bytes]:
     """The components of an entry's name, taken as relative to the root."""
     parts: list[bytes] = []
     for part in name.split(b"/"):
@@ -33,7 +33,7 @@ def parts_of(name: bytes) -> list[bytes]:
     return parts
 
 
-def is_settable(attribute: str) -> bool:
+def is_linux_xattr(attribute: str) -> bool:
     """Return whether Linux supports an extended attribute's namespace.
 
     See xattr(7), "Extended attribute namespaces". Archives from other systems have other
@@ -44,7 +44,7 @@ def is_settable(attribute: str) -> bool:
     return namespace in _NAMESPACES and bool(dot and name)
 
 
-def xattrs_of(member: Member) -> Mapping[str, bytes]:
+def xattrs_from_member(member: Member) -> Mapping[str, bytes]:
     """The attributes that are set and listed."""
     if not member.xattrs:
         return member.xattrs
@@ -54,7 +54,7 @@ def xattrs_of(member: Member) -> Mapping[str, bytes]:
     return xattrs
 
 
-def entry_of(member: Member, path: bytes, kind: EntryType) -> Entry:
+def entry_from_member(member: Member, path: bytes, kind: EntryType) -> Entry:
     return Entry(
         path=path,
         type=kind,
@@ -64,5 +64,5 @@ def entry_of(member: Member, path: bytes, kind: EntryType) -> Entry:
         mtime_ns=member.mtime_ns,
         linkname=member.linkname if kind == "symlink" else None,
         dev=member.dev if kind in ("char", "block") else None,
-        xattrs=xattrs_of(member),
+        xattrs=xattrs_from_member(member),
     )

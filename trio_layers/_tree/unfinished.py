@@ -21,7 +21,7 @@ from .directories import Directories, join, split
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["DependsOnParent", "TreeState", "implied_directory"]
+__all__ = ["DependsOnParent", "UnfinishedTree", "implied_directory"]
 
 # As many links as Linux follows for one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
@@ -39,7 +39,7 @@ class DependsOnParent(Exception):
 
 
 @final
-class TreeState:
+class UnfinishedTree:
     """A tree on the disk, with what is known of it, and how things in it are found and removed.
 
     Paths are real ones (see `Directories`), unless it says otherwise.
@@ -65,7 +65,7 @@ class TreeState:
         lower: LowerTree | None,
         limits: Limits,
         log: Callable[[bytes], object],
-        check: Callable[[], None],
+        check_cancelled: Callable[[], None],
     ) -> None:
         self.directories = Directories(root)
         self.lower = lower
@@ -74,12 +74,12 @@ class TreeState:
         self.implied: set[bytes] = {b""}
         self.opaque: set[bytes] = set()
         self.whiteouts: set[bytes] = set()
-        self.borrowed: set[bytes] = set()
+        self.copied_up: set[bytes] = set()
         self.assumed: dict[bytes, None] = {}
         self.guessed = False
         self.check_path = limits.check_path
         self._log = log
-        self._check = check
+        self._check_cancelled = check_cancelled
 
     # What is there.
 
@@ -93,13 +93,13 @@ class TreeState:
         except FileNotFoundError:
             return None
 
-    def below(self, path: bytes) -> Entry | None:
+    def lookup_below(self, path: bytes) -> Entry | None:
         """What shows through from below, were it not for ``path`` itself being in the tree."""
-        if self.lower is None or path in self.whiteouts or self.hidden(path):
+        if self.lower is None or path in self.whiteouts or self.is_hidden(path):
             return None
         return self.lower.lookup(path)
 
-    def hidden(self, path: bytes) -> bool:
+    def is_hidden(self, path: bytes) -> bool:
         """Whether something on the way to ``path`` hides what is below."""
         if not (self.opaque or self.whiteouts):
             return False
@@ -109,16 +109,16 @@ class TreeState:
                 return True
         return False
 
-    def shows(self, path: bytes) -> bool:
+    def shows_through(self, path: bytes) -> bool:
         """Whether what is below at ``path`` is not covered by this layer."""
-        if self.hidden(path) or self.stat(path) is not None:
+        if self.is_hidden(path) or self.stat(path) is not None:
             return False
         while path := split(path)[0]:
             if self.stat(path) is not None:
                 return path in self.times
         return True
 
-    def assume(self, path: bytes) -> bool:
+    def assume_directory(self, path: bytes) -> bool:
         """A directory is made that no entry describes, where something may or may not be below:
         whether that had to be assumed.
         """
@@ -129,13 +129,13 @@ class TreeState:
         self.guessed |= path != b""
         return True
 
-    def refusal(self, text: str) -> UnpackError | DependsOnParent:
+    def path_error(self, text: str) -> UnpackError | DependsOnParent:
         """The error for what cannot be, paths being as they are."""
         return DependsOnParent() if self.guessed else UnpackError(text)
 
     # Where an entry goes.
 
-    def follow(self, parts: Sequence[bytes]) -> bytes:
+    def resolve(self, parts: Sequence[bytes]) -> bytes:
         """Where the parts of a path, none of them a dot, lead.
 
         Links are resolved as a process in the container has it: inside the root, where ``..``
@@ -156,24 +156,24 @@ class TreeState:
             if part in (b"", b"."):
                 continue
             if part == b"..":
-                self._leave(here)
+                self._require_known_directory(here)
                 here = split(here)[0]
                 continue
             path = join(here, part)
-            self.fits(path)
-            target = self._link(path)
+            self.check_resolved_path(path)
+            target = self._read_link(path)
             if target is None:
                 here = path
                 continue
             links += 1
             if links > _MAX_LINKS:
-                raise self.refusal(f"{printable_path(path)}: too many symbolic links on the way")
+                raise self.path_error(f"{printable_path(path)}: too many symbolic links on the way")
             if target.startswith(b"/"):
                 here = b""
             todo.extend(reversed(target.split(b"/")))
         return here
 
-    def fits(self, path: bytes) -> None:
+    def check_resolved_path(self, path: bytes) -> None:
         """Raise unless a path that links led to is within the limits."""
         try:
             self.check_path(path)
@@ -182,18 +182,18 @@ class TreeState:
                 raise DependsOnParent from None
             raise
 
-    def _leave(self, path: bytes) -> None:
+    def _require_known_directory(self, path: bytes) -> None:
         """A link leads through ``path`` and out of it again: where to, depends on what it is."""
         if (
             self.lower is None
             and path
             and path not in self.times
             and path not in self.whiteouts
-            and not self.hidden(path)
+            and not self.is_hidden(path)
         ):
             raise DependsOnParent
 
-    def _link(self, path: bytes) -> bytes | None:
+    def _read_link(self, path: bytes) -> bytes | None:
         """The target of a link; ``None`` where there is a directory or nothing."""
         if path in self.times or path in self.whiteouts:
             return None
@@ -203,16 +203,18 @@ class TreeState:
                 parent, name = split(path)
                 return os.readlink(name, dir_fd=self.directories.open(parent))
         else:
-            entry = self.below(path)
+            entry = self.lookup_below(path)
             if entry is None or entry.type == "dir":
                 return None
             if entry.type == "symlink":
                 return entry.linkname
-        raise self.refusal(f"{printable_path(path)}: not a directory, but entries below it follow")
+        raise self.path_error(
+            f"{printable_path(path)}: not a directory, but entries below it follow"
+        )
 
     # What is taken away.
 
-    def clear(self, path: bytes) -> None:
+    def remove(self, path: bytes) -> None:
         """Remove what the tree has at ``path``, if anything."""
         if path in self.times:
             self._remove_tree(path)
@@ -222,20 +224,20 @@ class TreeState:
             os.unlink(name, dir_fd=self.directories.open(parent))
         except FileNotFoundError:
             return
-        self._gone(path)
+        self._forget(path)
 
     def prune(self, path: bytes) -> None:
         """Remove what is in the tree below ``path`` only because of what was below the tree."""
-        if self.hidden(path) or not (self.whiteouts or self.borrowed or len(self.implied) > 1):
+        if self.is_hidden(path) or not (self.whiteouts or self.copied_up or len(self.implied) > 1):
             return
         # Those that are opaque already have been through this: each is walked but once.
         for directory, others in self._walk(path, self.opaque):
             descriptor = self.directories.open(directory)
             for name in others:
                 child = join(directory, name)
-                if child in self.whiteouts or child in self.borrowed:
+                if child in self.whiteouts or child in self.copied_up:
                     os.unlink(name, dir_fd=descriptor)
-                    self._gone(child)
+                    self._forget(child)
             if directory != path:
                 self.remove_if_implied(directory)
 
@@ -251,20 +253,20 @@ class TreeState:
             descriptor = self.directories.open(directory)
             for name in others:
                 os.unlink(name, dir_fd=descriptor)
-                self._gone(join(directory, name))
+                self._forget(join(directory, name))
             self._remove_directory(directory)
 
     def _remove_directory(self, path: bytes) -> None:
         self.directories.forget(path)
         parent, name = split(path)
         os.rmdir(name, dir_fd=self.directories.open(parent))
-        self._gone(path)
+        self._forget(path)
 
-    def _gone(self, path: bytes) -> None:
-        self._check()
+    def _forget(self, path: bytes) -> None:
+        self._check_cancelled()
         self.times.pop(path, None)
         self.default_acls.pop(path, None)
-        for paths in (self.implied, self.opaque, self.whiteouts, self.borrowed):
+        for paths in (self.implied, self.opaque, self.whiteouts, self.copied_up):
             paths.discard(path)
         self._log(removal_line(path))
 
@@ -277,7 +279,7 @@ class TreeState:
         found: list[tuple[bytes, list[bytes]]] = []
         todo = [path]
         while todo:
-            self._check()
+            self._check_cancelled()
             directory = todo.pop()
             others: list[bytes] = []
             if directory in avoid:

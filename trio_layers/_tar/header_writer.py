@@ -16,7 +16,7 @@ __all__ = ["END_OF_ARCHIVE", "header", "padding"]
 
 END_OF_ARCHIVE: Final = bytes(2 * BLOCK)
 
-_FLAGS: Final[dict[MemberType, bytes]] = {
+_FLAGS_BY_TYPE: Final[dict[MemberType, bytes]] = {
     "file": b"0",
     "hardlink": b"1",
     "symlink": b"2",
@@ -27,34 +27,36 @@ _FLAGS: Final[dict[MemberType, bytes]] = {
 }
 
 # The largest numbers that ustar's fields hold: eight and twelve octal digits, a NUL among them.
-_SHORT: Final = 0o7777777
-_LONG: Final = 0o77777777777
+_MAX_7_DIGITS: Final = 0o7777777
+_MAX_11_DIGITS: Final = 0o77777777777
 
 
 def header(member: Member) -> bytes:
     """A ustar header, with a PAX header before it for what ustar cannot hold (POSIX.1-2001,
     ``pax`` interchange format).
     """
-    records = {b"SCHILY.xattr." + _raw(key): member.xattrs[key] for key in sorted(member.xattrs)}
+    records = {
+        b"SCHILY.xattr." + _xattr_bytes(key): member.xattrs[key] for key in sorted(member.xattrs)
+    }
     seconds, fraction = divmod(member.mtime_ns, 10**9)
     if fraction:
-        records[b"mtime"] = _decimal(member.mtime_ns)
-        seconds = min(max(seconds, 0), _LONG)
-    block = _block(
-        _FLAGS[member.type],
-        name=_short(member.name, b"path", records),
+        records[b"mtime"] = _pax_decimal(member.mtime_ns)
+        seconds = min(max(seconds, 0), _MAX_11_DIGITS)
+    block = _ustar_block(
+        _FLAGS_BY_TYPE[member.type],
+        name=_name_or_record(member.name, b"path", records),
         mode=member.mode,
-        uid=_fitting(member.uid, _SHORT, b"uid", records),
-        gid=_fitting(member.gid, _SHORT, b"gid", records),
-        size=_fitting(member.size, _LONG, b"size", records),
-        mtime=_fitting(seconds, _LONG, b"mtime", records),
-        linkname=_short(member.linkname, b"linkpath", records),
+        uid=_number_or_record(member.uid, _MAX_7_DIGITS, b"uid", records),
+        gid=_number_or_record(member.gid, _MAX_7_DIGITS, b"gid", records),
+        size=_number_or_record(member.size, _MAX_11_DIGITS, b"size", records),
+        mtime=_number_or_record(seconds, _MAX_11_DIGITS, b"mtime", records),
+        linkname=_name_or_record(member.linkname, b"linkpath", records),
         dev=b"%07o\0%07o\0" % member.dev if member.type in ("char", "block") else bytes(16),
     )
     if not records:
         return block
-    body = b"".join(_record(keyword, value) for keyword, value in records.items())
-    return _block(b"x", name=b"PaxHeader", size=len(body)) + body + padding(len(body)) + block
+    body = b"".join(_pax_record(keyword, value) for keyword, value in records.items())
+    return _ustar_block(b"x", name=b"PaxHeader", size=len(body)) + body + padding(len(body)) + block
 
 
 def padding(size: int) -> bytes:
@@ -62,7 +64,7 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def _block(
+def _ustar_block(
     flag: bytes,
     *,
     name: bytes,
@@ -85,28 +87,30 @@ def _block(
     return b"%b%06o\0 %b" % (before, checksum, after)
 
 
-def _short(path: bytes, keyword: bytes, records: dict[bytes, bytes]) -> bytes:
+def _name_or_record(path: bytes, keyword: bytes, records: dict[bytes, bytes]) -> bytes:
     if len(path) <= 100 and path.isascii():
         return path
     records[keyword] = path
     return path[:90].decode("ascii", "ignore").encode()
 
 
-def _fitting(number: int, largest: int, keyword: bytes, records: dict[bytes, bytes]) -> int:
+def _number_or_record(
+    number: int, largest: int, keyword: bytes, records: dict[bytes, bytes]
+) -> int:
     if 0 <= number <= largest:
         return number
     records[keyword] = b"%d" % number
     return 0
 
 
-def _decimal(nanoseconds: int) -> bytes:
+def _pax_decimal(nanoseconds: int) -> bytes:
     """Seconds, with as many digits of a fraction as it takes."""
     seconds, fraction = divmod(abs(nanoseconds), 10**9)
     sign = b"-" if nanoseconds < 0 else b""
     return b"%b%d.%b" % (sign, seconds, (b"%09d" % fraction).rstrip(b"0"))
 
 
-def _record(keyword: bytes, value: bytes) -> bytes:
+def _pax_record(keyword: bytes, value: bytes) -> bytes:
     """``LENGTH KEYWORD=VALUE``, the length being that of the whole record, itself included."""
     rest = len(keyword) + len(value) + 3
     length = rest + len(str(rest))
@@ -115,5 +119,5 @@ def _record(keyword: bytes, value: bytes) -> bytes:
     return b"%d %b=%b\n" % (length, keyword, value)
 
 
-def _raw(text: str) -> bytes:
+def _xattr_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")

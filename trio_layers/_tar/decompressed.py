@@ -1,0 +1,163 @@
+"""Decompresses a layer's blob, counts its bytes and hashes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Final, final
+
+from .._compression import Decompressor
+from .._digest import DiffID, Digest
+from .._errors import LimitExceeded, UnpackError
+from .._printable import printable_path
+from .limits import Limits
+from .read_ahead import ReadAhead
+
+__all__ = ["DecompressedBlob"]
+
+# A larger slice gains nothing; a smaller one keeps cancellation near.
+_SLICE: Final = 256 * 1024
+
+
+@final
+class DecompressedBlob:
+    """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for.
+
+    Attributes:
+        entry: The name of the entry that is at work, for messages.
+        size: How many bytes were given, all that were read ahead included.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        limits: Limits,
+        check_cancelled: Callable[[], None],
+        *,
+        read_ahead: bool = False,
+    ) -> None:
+        self.check_cancelled = check_cancelled
+        self.entry_name = b""
+        self.size = 0
+        self._read = read
+        self._limits = limits
+        self._compressed_size = 0
+        self._holes = 0
+        self._hash = hashlib.sha256()
+        self._read_ahead = ReadAhead(self._decompress()) if read_ahead else None
+        self._pieces = self._checked_pieces(iter(self._read_ahead or self._decompress()))
+        # What has come and was not asked for yet, and where it goes on.
+        self._buffer = b""
+        self._view = memoryview(self._buffer)
+        self._position = 0
+
+    @property
+    def diff_id(self) -> DiffID:
+        """The digest of all that was read so far."""
+        return DiffID(Digest(f"sha256:{self._hash.hexdigest()}"))
+
+    def require_room(self, size: int, holes: int) -> None:
+        """Raise unless so many bytes more, and holes besides, are within the limits.
+
+        What there is of the blob for bytes that are still to come nobody knows; holes are here.
+        """
+        if not holes and self._position + size <= len(self._buffer):
+            # It has been counted.
+            return
+        self._holes += holes
+        end = self.size - len(self._buffer) + self._position + size
+        self._check_size(max(self.size, end) + self._holes)
+        self._check_ratio(self.size + self._holes)
+
+    def read(self, size: int) -> bytes:
+        """``size`` plain bytes, fewer only at the end."""
+        start = self._position
+        end = start + size
+        if end <= len(self._buffer):
+            self._position = end
+            return self._buffer[start:end]
+        return b"".join(self.pieces(size))
+
+    def pieces(self, size: int) -> Iterator[memoryview]:
+        """``size`` plain bytes as they come, fewer only at the end."""
+        while size > 0:
+            start = self._position
+            if start >= len(self._buffer):
+                self._set_buffer(next(self._pieces, b""))
+                if not self._buffer:
+                    return
+                start = 0
+            piece = self._view[start : start + size]
+            self._position = start + len(piece)
+            size -= len(piece)
+            yield piece
+
+    def drain(self) -> None:
+        """Read on to the end: a diff ID covers what follows the archive, too."""
+        self._set_buffer(b"")
+        for _ in self._pieces:
+            pass
+
+    def _set_buffer(self, piece: bytes) -> None:
+        self._buffer, self._view, self._position = piece, memoryview(piece), 0
+
+    def close(self) -> None:
+        """Wait until nobody reads any more."""
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+
+    def _decompress(self) -> Iterator[tuple[bytes, int]]:
+        """Pieces, and how many bytes of the blob they and those before them took."""
+        limits = self._limits
+        decompressor = Decompressor(max_window=limits.max_window, max_members=limits.max_members)
+        compressed_size = 0
+        while data := self._read(_SLICE):
+            # Not all input gives output.
+            self.check_cancelled()
+            compressed_size += len(data)
+            for piece in decompressor.feed(data):
+                self._hash.update(piece)
+                yield piece, compressed_size
+        for piece in decompressor.finish():
+            self._hash.update(piece)
+            yield piece, compressed_size
+
+    def _checked_pieces(self, decompressed: Iterator[tuple[bytes, int]]) -> Iterator[bytes]:
+        while True:
+            try:
+                result = next(decompressed, None)
+            except UnpackError as error:
+                if not self.entry_name:
+                    raise
+                # Tell which entry was read; something has been inflated ahead.
+                raise type(error)(
+                    f"{printable_path(self.entry_name)}, or soon after it: {error}"
+                ) from error
+            if result is None:
+                return
+            piece, self._compressed_size = result
+            self.check_cancelled()
+            self.size += len(piece)
+            self._check_size(self.size + self._holes)
+            self._check_ratio(self.size + self._holes)
+            yield piece
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.max_unpacked_bytes:
+            raise LimitExceeded(
+                f"{self._entry_prefix()}more bytes, unpacked, than the limit max_unpacked_bytes, "
+                f"{self._limits.max_unpacked_bytes}, allows"
+            )
+
+    def _check_ratio(self, size: int) -> None:
+        if (
+            size > self._limits.max_ratio_from
+            and size > self._limits.max_ratio * self._compressed_size
+        ):
+            raise LimitExceeded(
+                f"{self._entry_prefix()}{size} bytes, unpacked, of {self._compressed_size}: more than "
+                f"the limit max_ratio, {self._limits.max_ratio}, allows"
+            )
+
+    def _entry_prefix(self) -> str:
+        return f"{printable_path(self.entry_name)}: " if self.entry_name else ""
