@@ -356,20 +356,12 @@ def sample_image(
         Directory(""),
         Directory("srv"),
         Directory("srv/app", uid=1000, gid=1000),
-        File(
-            "srv/app/main",
-            data=_incompressible_bytes("main", 512 * 1024),
-            mode=0o755,
-            uid=1000,
-            gid=1000,
-        ),
+        File("srv/app/main", data=_noise("main", 512 * 1024), mode=0o755, uid=1000, gid=1000),
         HardLink("srv/app/run", "srv/app/main", mode=0o755, uid=1000, gid=1000),
         Directory("var"),
         Directory("var/cache"),
         Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
-        File(
-            "var/cache/app/old", data=_incompressible_bytes("old", 256 * 1024), uid=1000, gid=1000
-        ),
+        File("var/cache/app/old", data=_noise("old", 256 * 1024), uid=1000, gid=1000),
     ]
     cleaned = [
         Directory(""),
@@ -398,7 +390,7 @@ def sample_image(
     )
 
 
-def _incompressible_bytes(seed: str, size: int) -> bytes:
+def _noise(seed: str, size: int) -> bytes:
     """Return bytes that do not compress, the same in every run."""
     return hashlib.shake_128(seed.encode()).digest(size)
 
