@@ -36,7 +36,13 @@ from trio_layers._store import commits
 from trio_layers._store.directory import DirectoryStore
 from trio_layers._store.layers import DirectoryLayer
 from trio_layers._store.partial import Partial
-from trio_layers._workers.arrival_state import Abandoned, ArrivalState, Follower, StartedOver, State
+from trio_layers._workers.arrival_state import (
+    Abandoned,
+    ArrivalState,
+    Follower,
+    Snapshot,
+    StartedOver,
+)
 
 MIB = 1024 * 1024
 NOISE = random.Random(1).randbytes(3 * MIB)
@@ -550,24 +556,24 @@ async def test_a_cancelled_commit_does_not_wait_for_the_disk(
 
 def test_an_attempt_that_was_given_up_is_never_complete() -> None:
     """Also where that is heard of late, and together with the end of the next."""
-    growth = ArrivalState()
-    growth.become(State(size=5, attempt=1, complete=True))
+    state = ArrivalState()
+    state.copy(Snapshot(size=5, attempt=1, complete=True))
     with pytest.raises(StartedOver):
-        growth.wait_complete(0)
+        state.wait_complete(0)
     with pytest.raises(StartedOver):
-        growth.wait(0, 0)
-    growth.wait_complete(1)
-    growth.abandon()
+        state.wait(0, 0)
+    state.wait_complete(1)
+    state.abandon()
     with pytest.raises(Abandoned):
-        growth.wait_complete(1)
+        state.wait_complete(1)
 
 
 def test_bytes_that_are_gone_are_no_end(tmp_path: Path) -> None:
     """The file was cut off, and who reads it has not heard of it: it is not a shorter blob."""
-    growth = ArrivalState()
-    growth.grow(10)
+    state = ArrivalState()
+    state.grow(10)
     (tmp_path / "blob").write_bytes(b"01234")
-    with Follower(tmp_path / "blob", growth, describe(b"0123456789"), ignore) as follower:
+    with Follower(tmp_path / "blob", state, describe(b"0123456789"), ignore) as follower:
         assert follower.read(100) == b"01234"
         with pytest.raises(StartedOver):
             follower.read(100)

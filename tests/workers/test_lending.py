@@ -17,7 +17,7 @@ from trio_layers._errors import StoreClosed
 from trio_layers._manifest import Descriptor
 from trio_layers._store import directory
 from trio_layers._workers.arrival_state import ArrivalState, Recalled
-from trio_layers._workers.build import Arrival, Past
+from trio_layers._workers.build import Arrival, Restarts
 from trio_layers._workers.lending import Lending, Loan
 from trio_layers._workers.pool import open_workers
 
@@ -124,8 +124,8 @@ class World:
                 async with self.lending.lend(arrival) as loan:
                     self.loans[arrival] = loan
                     recalled = trio.Event()
-                    loan.started(recalled.set)
-                    while not arrival.growth.state.complete:
+                    loan.set_stop(recalled.set)
+                    while not arrival.state.snapshot.complete:
                         with trio.move_on_after(0.05):
                             await recalled.wait()
                             raise Recalled
@@ -136,7 +136,7 @@ class World:
                 self.loans.pop(arrival, None)
 
     def read_all(self, arrival: Arrival) -> None:
-        self.loans[arrival].position = arrival.growth.state.size
+        self.loans[arrival].position = arrival.state.snapshot.size
 
 
 @asynccontextmanager
@@ -149,40 +149,40 @@ async def background() -> AsyncIterator[trio.Nursery]:
 async def test_the_one_with_the_least_to_lose_goes(autojump_clock: object) -> None:
     world = World(2)
     large, small, quick = (arrival_of(1 << 40, number) for number in range(3))
-    large.growth.grow(200 * MIB)
-    small.growth.grow(10 * MIB)
-    quick.growth.grow(1)
+    large.state.grow(200 * MIB)
+    small.state.grow(10 * MIB)
+    quick.state.grow(1)
     async with background() as nursery:
         nursery.start_soon(world.follow, large)
         nursery.start_soon(world.follow, small)
         await trio.sleep(1)
         world.read_all(large)
         world.read_all(small)
-        quick.growth.complete()
+        quick.state.mark_complete()
         await world.follow(quick)
-        assert (small.past.recalls, large.past.recalls) == (1, 0)
+        assert (small.restarts.recalls, large.restarts.recalls) == (1, 0)
 
 
 async def test_a_worker_that_is_busy_is_not_recalled(autojump_clock: object) -> None:
     """A worker is busy if it lags behind its blob, or the blob is nearly complete."""
     world = World(1)
     first, quick = arrival_of(1000 * MIB), arrival_of(1, 1)
-    first.growth.grow(500 * MIB)
-    quick.growth.grow(1)
-    quick.growth.complete()
+    first.state.grow(500 * MIB)
+    quick.state.grow(1)
+    quick.state.mark_complete()
     async with background() as nursery:
         nursery.start_soon(world.follow, first)
         await trio.sleep(1)
         nursery.start_soon(world.follow, quick)
         await trio.sleep(10)
-        assert first.past.recalls == 0
-        first.growth.grow(1000 * MIB)
+        assert first.restarts.recalls == 0
+        first.state.grow(1000 * MIB)
         for position in range(500, 1000, 50):
             world.loans[first].position = position * MIB
             await trio.sleep(0.1)
-        first.growth.complete()
+        first.state.mark_complete()
         await trio.sleep(1)
-        assert first.past.recalls == 0
+        assert first.restarts.recalls == 0
         assert world.lending.waiting == 0
 
 
@@ -194,22 +194,22 @@ async def test_no_work_is_thrown_away_without_end(autojump_clock: object) -> Non
     world = World(1)
     slow = arrival_of(150 * MIB)
     async with background() as nursery:
-        slow.growth.grow(MIB)
+        slow.state.grow(MIB)
         nursery.start_soon(world.follow, slow)
         for number in range(150):
             await trio.sleep(1)
-            slow.growth.grow((number + 1) * MIB)
+            slow.state.grow((number + 1) * MIB)
             await trio.sleep(0.5)
             if slow in world.loans:
                 world.read_all(slow)
             quick = arrival_of(1, number)
-            quick.growth.grow(1)
-            quick.growth.complete()
+            quick.state.grow(1)
+            quick.state.mark_complete()
             with trio.fail_after(4):
                 await world.follow(quick)
-        assert slow.past.recalls > 10
-        assert slow.past.thrown_away <= 2 * slow.blob.size
-        slow.growth.complete()
+        assert slow.restarts.recalls > 10
+        assert slow.restarts.thrown_away <= 2 * slow.blob.size
+        slow.state.mark_complete()
         await trio.sleep(1)
         assert world.lending.waiting == 0
 
@@ -218,19 +218,19 @@ async def test_one_that_stands_still_gives_way_to_one_that_grows(autojump_clock:
     """A growing blob does not give way to one that stands still."""
     world = World(1)
     still, grows = arrival_of(100 * MIB), arrival_of(100 * MIB, 1)
-    still.growth.grow(MIB)
-    grows.growth.grow(MIB)
+    still.state.grow(MIB)
+    grows.state.grow(MIB)
     async with background() as nursery:
         nursery.start_soon(world.follow, still)
         await trio.sleep(1)
         world.read_all(still)
         nursery.start_soon(world.follow, grows)
         for size in range(2, 60):
-            grows.growth.grow(size * MIB)
+            grows.state.grow(size * MIB)
             await trio.sleep(0.2)
             if grows in world.loans:
                 world.read_all(grows)
-        assert (still.past.recalls, grows.past.recalls) == (1, 0)
+        assert (still.restarts.recalls, grows.restarts.recalls) == (1, 0)
         assert grows in world.loans
         assert world.lending.waiting == 1
 
@@ -241,11 +241,16 @@ async def test_workers_that_are_closed_refuse_and_end_what_is_under_way(tmp_path
 
     async def follow(number: int) -> None:
         (tmp_path / f"{number}").write_bytes(slow_layer(0).data[:MIB])
-        growth = ArrivalState()
-        growth.grow(MIB)
+        state = ArrivalState()
+        state.grow(MIB)
         blob = slow_layer(0).descriptor
         arrival = Arrival(
-            tmp_path / f"{number}", growth, blob, tmp_path / f"{number}.tree", ignore, past=Past()
+            tmp_path / f"{number}",
+            state,
+            blob,
+            tmp_path / f"{number}.tree",
+            ignore,
+            restarts=Restarts(),
         )
         with pytest.raises(StoreClosed):
             await workers.follow(arrival)

@@ -29,7 +29,7 @@ from trio_layers import Limits, UnpackError, WorkerError, open_store
 from trio_layers._compression import zstd
 from trio_layers._store.directory import DirectoryStore
 from trio_layers._tree.unpack import unpack
-from trio_layers._workers import pool as _workers
+from trio_layers._workers import pool
 
 LARGE = layer_of(big=NOISE, more=b"more")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -146,7 +146,7 @@ async def test_a_worker_that_is_lost_once_does_no_harm(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layer is complete, and its reported progress never decreases."""
-    monkeypatch.setattr(_workers, "_SILENCE", 1.0)
+    monkeypatch.setattr(pool, "_SILENCE", 1.0)
     async with open_store(tmp_path) as store:
         await stage(store, layer_of(first="first"))
         told: list[int] = []
@@ -457,14 +457,14 @@ async def test_only_a_layer_that_is_alone_gets_two_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = []
-    job = _workers.Job
+    job = pool.Job
 
     def note(**fields):  # type: ignore[no-untyped-def]
         jobs.append(fields["read_ahead"])
         return job(**fields)
 
-    monkeypatch.setattr(_workers, "Job", note)
-    monkeypatch.setattr(_workers, "_LARGE", MIB)
+    monkeypatch.setattr(pool, "Job", note)
+    monkeypatch.setattr(pool, "_READ_AHEAD_SIZE", MIB)
     async with open_store(tmp_path) as store:
         await stage(store, LARGE)
         await stage(store, layer_of(small="small"))

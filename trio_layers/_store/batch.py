@@ -16,7 +16,7 @@ import trio
 from .._digest import Digest
 from .._files import disk_errors
 from .._lifetime import clean_up_in_thread, while_open
-from .._workers.build import describe
+from .._workers.build import blob_descriptor
 from .content import Content
 from .leases import Lease
 from .partial import Partial
@@ -136,7 +136,7 @@ class Batch:
 
     def _place(self, wanted: Iterable[Digest], connection: sqlite3.Connection) -> None:
         for digest in wanted:
-            descriptor = describe(digest, self._sizes[digest])
+            descriptor = blob_descriptor(digest, self._sizes[digest])
             self._content.place(connection, path=self._paths[digest], descriptor=descriptor)
 
 

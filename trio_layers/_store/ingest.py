@@ -96,9 +96,9 @@ class Ingest:
         return self._partial is None
 
     @property
-    def growth(self) -> ArrivalState:
+    def arrival_state(self) -> ArrivalState:
         """The number of bytes on disk, for the worker that unpacks the blob meanwhile."""
-        return self._arriving().growth
+        return self._arriving().arrival_state
 
     @property
     def offset(self) -> int:
@@ -236,7 +236,7 @@ class Ingest:
     def _finish(self, partial: Partial) -> None:
         self._flush()
         verify_partial(partial, self._descriptor)
-        partial.growth.complete()
+        partial.arrival_state.mark_complete()
 
     def _flush(self) -> None:
         partial = self._arriving()

@@ -38,7 +38,7 @@ class Partial:
         path: The file.
         size: Number of bytes received.
         since: `Commits.failures` before the first of them was written.
-        growth: Shows the size to the worker that unpacks the blob meanwhile.
+        arrival_state: Shows the size to the worker that unpacks the blob meanwhile.
     """
 
     def __init__(self, path: Path, *, since: int, fresh: bool = False) -> None:
@@ -46,7 +46,7 @@ class Partial:
         self.path = path
         self.size = 0
         self.since = since
-        self.growth = ArrivalState()
+        self.arrival_state = ArrivalState()
         self._hash = hashlib.sha256()
         self._torn = False  # the file may have more bytes than `size`
         with disk_errors(path.parent):
@@ -87,11 +87,11 @@ class Partial:
             self._torn = False
         for piece in pieces:
             self._count(piece)
-        self.growth.grow(self.size)
+        self.arrival_state.grow(self.size)
 
     def restart(self) -> None:
         """Drop all received bytes."""
-        self.growth.start_over()
+        self.arrival_state.start_over()
         with disk_errors(self.path.parent):
             self._truncate(0)
         self._torn = False
@@ -103,7 +103,7 @@ class Partial:
 
         The disk may have lost some of the bytes, and does not report a loss twice.
         """
-        self.growth.start_over()
+        self.arrival_state.start_over()
         self.since = since
         self.size = 0
         self._hash = hashlib.sha256()
@@ -121,7 +121,7 @@ class Partial:
             while data := self._file.read(CHUNK):
                 trio.from_thread.check_cancelled()
                 self._count(data)
-        self.growth.grow(self.size)
+        self.arrival_state.grow(self.size)
 
     def _count(self, data: bytes) -> None:
         self.size += len(data)

@@ -29,7 +29,7 @@ from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
 from .._tree.unpack import Unpacked
 from .._workers.arrival_state import ArrivalState, Recalled, StartedOver, WorkerLost
-from .._workers.build import Arrival, Past
+from .._workers.build import Arrival, Restarts
 from ..abc import Layer, ReportArrived, ReportUnpacked
 from .content import Content
 from .ingest import Ingest, open_ingest
@@ -128,7 +128,7 @@ class Staging:
             finally:
                 stage._scope.cancel()
                 # A worker thread heeds no other cancellation.
-                stage._growth.abandon()
+                stage._arrival_state.abandon()
                 nursery.cancel_scope.cancel()
 
 
@@ -142,7 +142,7 @@ class DirectoryStage:
     def __init__(self, staging: Staging, descriptor: Descriptor) -> None:
         self._staging = staging
         self._descriptor = descriptor
-        self._growth = ArrivalState()
+        self._arrival_state = ArrivalState()
         self._unpacked = 0
         self._state = _State.ARRIVING
         self._changed = trio.lowlevel.ParkingLot()
@@ -217,7 +217,7 @@ class DirectoryStage:
             self._error = closed_error(self._staging.parts.root)
             self._changed.unpark_all()
         self._scope.cancel()
-        self._growth.abandon()
+        self._arrival_state.abandon()
         await self._left.wait()
 
     async def _report(self, progress: ReportUnpacked) -> None:
@@ -250,12 +250,12 @@ class DirectoryStage:
         async with staging.limiter, ingest as self._sink:
             if self._sink.committed:
                 self._advance(_Event.VERIFIED)
-                self._growth.grow(self._descriptor.size)
-                self._growth.complete()
+                self._arrival_state.grow(self._descriptor.size)
+                self._arrival_state.mark_complete()
                 blob = await staging.content.require(self._descriptor.digest)
                 self._tree = await staging.trees.find(blob)
             else:
-                self._growth = self._sink.growth
+                self._arrival_state = self._sink.arrival_state
             task_status.started()
             try:
                 if self._tree is None:
@@ -271,7 +271,7 @@ class DirectoryStage:
         """Make the tree while the blob arrives, again after each restart, and commit both."""
         staging, digest = self._staging, self._descriptor.digest
         since = staging.parts.commits.failures
-        past = Past()
+        restarts = Restarts()
         if self._sink.committed:
             path = staging.content.path(digest)
         else:
@@ -283,9 +283,9 @@ class DirectoryStage:
             async with staging.parts.scratch.name("tree") as target:
                 alone = staging.limiter.borrowed_tokens == 1
                 arrival = Arrival(
-                    *(path, self._growth, self._descriptor, target, self._note_position),
+                    *(path, self._arrival_state, self._descriptor, target, self._note_position),
                     alone=alone,
-                    past=past,
+                    restarts=restarts,
                 )
                 try:
                     with staging.parts.commits.expecting():

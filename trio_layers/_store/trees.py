@@ -37,7 +37,7 @@ from .._files import disk_errors, file_name
 from .._manifest import Descriptor
 from .._rootfs.merged import MergedTree
 from .._tree.unpack import Unpacked, fits
-from .._workers.build import BlobReader, build, describe
+from .._workers.build import BlobReader, blob_descriptor, build
 from .._workers.threads import THREADS
 from .content import Content
 from .partial import Partial
@@ -305,7 +305,7 @@ class Trees:
                         _StreamReader(stream),
                         target,
                         lower=base.lower,
-                        expected=describe(digest, blob.size),
+                        expected=blob_descriptor(digest, blob.size),
                     )
             except (DecompressionError, UnpackError, VerificationError) as error:
                 await self._content.expect_whole(digest, error)

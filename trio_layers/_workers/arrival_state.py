@@ -1,7 +1,7 @@
-"""A blob that is read while it arrives.
+"""Reads a blob's file while the blob arrives.
 
-Its writer only says how far it is, and never waits; the worker that reads waits for more. Where
-that is another process, all that is said here is said there again.
+The download only sets the number of bytes in the file, and never waits. The worker that reads the
+file waits for more bytes. If the worker is another process, that process has a copy of the state.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = [
     "ArrivalState",
     "Follower",
     "Recalled",
+    "Snapshot",
     "StartedOver",
-    "State",
     "WorkerLost",
 ]
 
 
 class StartedOver(Exception):
-    """What was read is of an attempt that was given up: read again, from the start."""
+    """The download has started over, so the file must be read again from the start."""
 
 
 class Abandoned(Exception):
-    """Nobody wants what is being made of the bytes any more."""
+    """The tree is not needed any more."""
 
 
 class Recalled(Exception):
@@ -49,14 +49,14 @@ class WorkerLost(Exception):
     """
 
 
-class State(NamedTuple):
-    """What there is to say of a `ArrivalState`.
+class Snapshot(NamedTuple):
+    """The value of an `ArrivalState` at one moment.
 
     Attributes:
-        size: How many bytes are there.
-        attempt: How often it was started over.
-        complete: Whether all are there, and are what they should be.
-        abandoned: Whether nobody wants it any more.
+        size: The number of bytes in the file.
+        attempt: The number of times that the download has started over.
+        complete: Whether all bytes are in the file and verified.
+        abandoned: Whether the tree is not needed any more.
     """
 
     size: int = 0
@@ -67,110 +67,115 @@ class State(NamedTuple):
 
 @final
 class ArrivalState:
-    """How much of a file is there, and whether that is all. For any thread; only those of its
-    methods wait that are called so.
+    """The number of bytes in a blob's file, and whether that is all. Safe for threads.
+
+    Only the methods `wait` and `wait_complete` wait.
 
     Attributes:
-        checks: Number of checks for cancellation by a reader, which is alive while this grows.
+        checks: Number of checks for cancellation by a reader. While this number grows, the reader
+            is alive.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._state = State()
-        self._tell: Callable[[State], None] | None = None
+        self._snapshot = Snapshot()
+        self._listener: Callable[[Snapshot], None] | None = None
         self._waiting = 0
         self.checks: int = 0
 
     @property
-    def state(self) -> State:
-        """How it stands."""
-        return self._state
+    def snapshot(self) -> Snapshot:
+        """The present value."""
+        return self._snapshot
 
     def is_waiting(self) -> bool:
-        """Whether a reader waits for bytes that have not arrived."""
+        """Return whether a reader waits for bytes that have not arrived."""
         return self._waiting > 0
 
     @property
     def attempt(self) -> int:
-        """How often it was started over."""
-        return self._state.attempt
+        """The number of times that the download has started over."""
+        return self._snapshot.attempt
 
     def grow(self, size: int) -> None:
-        """The first ``size`` bytes are there."""
+        """Record that the file has ``size`` bytes."""
         with self._changed:
-            self._become(self._state._replace(size=size))
+            self._set(self._snapshot._replace(size=size))
 
-    def complete(self) -> None:
-        """All is there, and is what it should be."""
+    def mark_complete(self) -> None:
+        """Record that all bytes are in the file and verified."""
         with self._changed:
-            self._become(self._state._replace(complete=True))
+            self._set(self._snapshot._replace(complete=True))
 
     def start_over(self) -> None:
-        """Nothing is there any more. To be called before the file is touched."""
+        """Record that the download starts over. Call this before changing the file."""
         with self._changed:
-            self._become(State(attempt=self._state.attempt + 1, abandoned=self._state.abandoned))
+            old = self._snapshot
+            self._set(Snapshot(attempt=old.attempt + 1, abandoned=old.abandoned))
 
     def abandon(self) -> None:
-        """Nobody wants it any more."""
+        """Record that the tree is not needed any more."""
         with self._changed:
-            self._become(self._state._replace(abandoned=True))
+            self._set(self._snapshot._replace(abandoned=True))
 
-    def become(self, state: State) -> None:
-        """Be what another one is."""
+    def copy(self, snapshot: Snapshot) -> None:
+        """Take over the value of another state."""
         with self._changed:
-            self._become(state)
+            self._set(snapshot)
 
-    def become_unless_abandoned(self, state: State) -> None:
-        """Copy the state of another growth, but stay abandoned."""
+    def copy_unless_abandoned(self, snapshot: Snapshot) -> None:
+        """Take over the value of another state, but stay abandoned."""
         with self._changed:
-            self._become(state._replace(abandoned=state.abandoned or self._state.abandoned))
+            abandoned = snapshot.abandoned or self._snapshot.abandoned
+            self._set(snapshot._replace(abandoned=abandoned))
 
-    def listen(self, tell: Callable[[State], None] | None) -> None:
-        """Have ``tell`` called with how it stands, now and whenever that changes, in the thread
-        that changes it; it must not wait.
+    def set_listener(self, listener: Callable[[Snapshot], None] | None) -> None:
+        """Call ``listener`` with the present value, and at each change.
+
+        The thread that makes the change calls it, so it must not wait.
         """
         with self._changed:
-            self._tell = tell
-            self._become(self._state)
+            self._listener = listener
+            self._set(self._snapshot)
 
-    def _become(self, state: State) -> None:
-        self._state = state
+    def _set(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
         self._changed.notify_all()
-        if self._tell is not None:
-            self._tell(state)
+        if self._listener is not None:
+            self._listener(snapshot)
 
     def check(self, attempt: int) -> None:
-        """Raise if what was read in this attempt is of no use any more."""
+        """Raise if the bytes that were read in this attempt are useless by now."""
         self.checks += 1
-        if self._state.abandoned:
+        if self._snapshot.abandoned:
             raise Abandoned
-        if self._state.attempt != attempt:
+        if self._snapshot.attempt != attempt:
             raise StartedOver
 
     def wait_complete(self, attempt: int) -> None:
-        """Wait until all is there.
+        """Wait until all bytes are in the file and verified.
 
         Raises:
-            StartedOver, Abandoned: if there is nothing to wait for any more.
+            StartedOver, Abandoned: if the wait has become useless.
         """
         with self._changed:
             while True:
                 self.check(attempt)
-                if self._state.complete:
+                if self._snapshot.complete:
                     return
                 self._wait()
 
     def wait(self, position: int, attempt: int) -> int:
-        """Wait until more than ``position`` bytes are there, or all are; return how many.
+        """Wait for more than ``position`` bytes, or for the end; return the number of bytes.
 
         Raises:
-            StartedOver, Abandoned: if there is nothing to wait for any more.
+            StartedOver, Abandoned: if the wait has become useless.
         """
         with self._changed:
             while True:
                 self.check(attempt)
-                if self._state.size > position or self._state.complete:
-                    return self._state.size
+                if self._snapshot.size > position or self._snapshot.complete:
+                    return self._snapshot.size
                 self._wait()
 
     def _wait(self) -> None:
@@ -183,22 +188,23 @@ class ArrivalState:
 
 @final
 class Follower:
-    """Reads a file as it grows. Blocking: for one worker.
+    """Reads a blob's file as it grows. Its methods block, for one worker.
 
     Args:
         path: The file.
-        growth: How much of it there is.
-        descriptor: What it is when it is complete.
-        report: Told how many bytes were read, after each time.
+        state: The state of the arrival.
+        descriptor: The descriptor of the complete blob.
+        report: Called with the number of bytes read, after each read.
 
     Attributes:
-        failure: What reading has failed with: nothing, but what ends all this.
+        failure: The error of the source; always ``None``, since this source only has errors that
+            end the work.
     """
 
     def __init__(
         self,
         path: Path,
-        growth: ArrivalState,
+        state: ArrivalState,
         descriptor: Descriptor,
         report: Callable[[int], object],
     ) -> None:
@@ -206,8 +212,8 @@ class Follower:
         self._position = 0
         self._report = report
         self._descriptor = descriptor
-        self._growth = growth
-        self._attempt = growth.attempt
+        self._state = state
+        self._attempt = state.attempt
         self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def __enter__(self) -> Self:
@@ -222,12 +228,13 @@ class Follower:
         os.close(self._file)
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes; none at the end."""
-        there = self._growth.wait(self._position, self._attempt) - self._position
+        """Return at most ``size`` bytes; ``b""`` at the end."""
+        there = self._state.wait(self._position, self._attempt) - self._position
         data = os.pread(self._file, min(size, there), self._position) if there else b""
-        # The file may have been cut off, and begun anew, before it was read. In another process
-        # that may not be known yet; but it is before all of the new attempt is said to be there.
-        self._growth.check(self._attempt)
+        # The download may have truncated the file and started over before this read. A worker
+        # process may not have received this news yet, but it receives it before the news that the
+        # new attempt is complete.
+        self._state.check(self._attempt)
         if there and not data:
             raise StartedOver
         self._position += len(data)
@@ -235,10 +242,10 @@ class Follower:
         return data
 
     def check(self) -> None:
-        """Raise if nobody wants what is made of the bytes any more."""
-        self._growth.check(self._attempt)
+        """Raise if the tree is not needed any more."""
+        self._state.check(self._attempt)
 
     def finish(self) -> tuple[Digest, int]:
-        """Wait until all is there; it has been verified then."""
-        self._growth.wait_complete(self._attempt)
+        """Wait until the blob is complete and verified; return its digest and size."""
+        self._state.wait_complete(self._attempt)
         return self._descriptor.digest, self._descriptor.size

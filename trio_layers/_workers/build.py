@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..abc import LowerTree
 
-__all__ = ["Arrival", "BlobReader", "Builder", "Past", "build", "describe", "follow"]
+__all__ = ["Arrival", "BlobReader", "Builder", "Restarts", "blob_descriptor", "build", "follow"]
 
 
 class BlobReader(Protocol):
@@ -114,7 +114,7 @@ def build(
         )
         digest, size = reader.finish()
         if expected is None:
-            expected = describe(digest, size)
+            expected = blob_descriptor(digest, size)
         elif (digest, size) != (expected.digest, expected.size):
             raise VerificationError(
                 f"layer {expected.digest} does not match its descriptor: it should be "
@@ -137,7 +137,7 @@ def build(
 
 
 @attrs.define(eq=False)
-class Past:
+class Restarts:
     """Restarts of a stage for other reasons than bad bytes.
 
     Attributes:
@@ -165,21 +165,21 @@ class Arrival:
 
     Attributes:
         path: The blob's file.
-        growth: The number of bytes in it so far.
+        state: The number of bytes in it so far.
         blob: The blob's descriptor.
         target: The directory for the tree.
         report: Called now and then with the number of bytes read, in any thread.
         alone: Whether no other blob arrives, so that one worker may use two cores.
-        past: The restarts of earlier attempts.
+        restarts: The restarts of earlier attempts.
     """
 
     path: Path
-    growth: ArrivalState
+    state: ArrivalState
     blob: Descriptor
     target: Path
     report: Callable[[int], object]
     alone: bool = False
-    past: Past = attrs.field(factory=Past)
+    restarts: Restarts = attrs.field(factory=Restarts)
 
 
 def follow(
@@ -196,7 +196,7 @@ def follow(
     """
     path, blob = arrival.path, arrival.blob
     try:
-        follower = Follower(path, arrival.growth, blob, arrival.report)
+        follower = Follower(path, arrival.state, blob, arrival.report)
     except OSError as error:
         raise store_error(error, path) from error
     with follower:
@@ -215,6 +215,6 @@ def follow(
     return unpacked
 
 
-def describe(digest: Digest, size: int) -> Descriptor:
+def blob_descriptor(digest: Digest, size: int) -> Descriptor:
     """Return the descriptor of a layer's blob, with no media type, which is not trusted anyway."""
     return Descriptor("application/octet-stream", digest, size)

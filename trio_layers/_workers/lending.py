@@ -8,7 +8,7 @@ lose. Its stage starts over later, from the bytes on the disk:
 - once a worker is idle, its blob has grown since, and the work thrown away so far is less than
   the blob itself. A blob is therefore read at most three times, even if its download stops often.
 
-`Lending._look` takes all decisions, and has no checkpoint. The waiting stages call it ten times a
+`Lending._assign_workers` takes all decisions, and has no checkpoint. The waiting stages call it ten times a
 second, since no event tells how far a worker is behind its blob.
 """
 
@@ -31,11 +31,11 @@ from .build import Arrival, follow
 __all__ = ["Lending", "Loan", "follow_in_thread"]
 
 # Seconds between two looks while stages wait.
-_LOOK: Final = 0.1
+_INTERVAL: Final = 0.1
 
 # A worker that is fewer bytes than this behind its blob keeps pace with the download. A blob
 # grows by 1 MiB at a time (`partial.CHUNK`).
-_NEAR: Final = 2 * 1024 * 1024
+_PACE_MARGIN: Final = 2 * 1024 * 1024
 
 # Seconds for which a worker must have kept pace with its download before a stage whose blob is
 # complete takes it. Work that took longer to do is kept for longer.
@@ -44,10 +44,10 @@ _MOST_PATIENCE: Final = 2.0
 _BYTES_A_SECOND: Final = 64 * 1024 * 1024
 
 # Seconds for which a blob must have stood still before another that grows takes its worker.
-_STILL: Final = 2.0
+_STALLED: Final = 2.0
 
 # A download that ends within so many seconds, at its pace, keeps its worker.
-_SOON: Final = 1.0
+_NEARLY_DONE: Final = 1.0
 
 
 @final
@@ -66,7 +66,7 @@ class Loan:
     position: int = 0
     is_waiting: Callable[[], bool] = attrs.field(default=lambda: False, repr=False)
     recalled: bool = False
-    _put_down: Callable[[], object] | None = None
+    _stop: Callable[[], object] | None = None
     _granted: trio.Event = attrs.field(factory=trio.Event, repr=False)
     # The size of the blob at the last look, and the time of its last growth.
     _size: int = 0
@@ -75,51 +75,51 @@ class Loan:
     _paced_since: float | None = None
     _paced_from: int = 0
 
-    def started(self, put_down: Callable[[], object] | None) -> None:
+    def set_stop(self, stop: Callable[[], object] | None) -> None:
         """Record the function that stops the worker; ``None`` once it has stopped."""
-        self._put_down = put_down
+        self._stop = stop
 
-    def see(self, position: int) -> None:
+    def note_position(self, position: int) -> None:
         """Record the number of bytes that the worker has read, from any thread."""
         self.position = position
         self.arrival.report(position)
 
     @property
     def _complete(self) -> bool:
-        return self.arrival.growth.state.complete
+        return self.arrival.state.snapshot.complete
 
     def _measure(self, now: float) -> None:
-        size = self.arrival.growth.state.size
+        size = self.arrival.state.snapshot.size
         if size != self._size or not self._grew_at:
             self._size, self._grew_at = size, now
-        if not self.is_waiting() and size - self.position >= _NEAR:
+        if not self.is_waiting() and size - self.position >= _PACE_MARGIN:
             self._paced_since = None
         elif self._paced_since is None:
             self._paced_since, self._paced_from = now, size
 
-    def _forget(self) -> None:
+    def _reset_pace(self) -> None:
         self._paced_since = None
         self._grew_at = 0.0
 
-    def _can_wait_for(self, other: Loan, now: float) -> bool:
+    def _should_yield_to(self, other: Loan, now: float) -> bool:
         """Return whether the worker should go to another stage."""
-        if self._complete or self.recalled or self._put_down is None or self._paced_since is None:
+        if self._complete or self.recalled or self._stop is None or self._paced_since is None:
             return False
         paced = now - self._paced_since
         if paced < min(max(_PATIENCE, self.position / _BYTES_A_SECOND), _MOST_PATIENCE):
             return False
         if not other._complete:
-            return paced >= _STILL and now - self._grew_at >= _STILL
+            return paced >= _STALLED and now - self._grew_at >= _STALLED
         left = self.arrival.blob.size - self._size
-        return left * paced > (self._size - self._paced_from) * _SOON
+        return left * paced > (self._size - self._paced_from) * _NEARLY_DONE
 
     def _may_start(self) -> bool:
         """Return whether an idle worker may follow the incomplete blob."""
-        past = self.arrival.past
-        if not past.recalls:
+        restarts = self.arrival.restarts
+        if not restarts.recalls:
             return True
-        grown = self.arrival.growth.state.size > past.recalled_at
-        return grown and past.thrown_away < self.arrival.blob.size
+        grown = self.arrival.state.snapshot.size > restarts.recalled_at
+        return grown and restarts.thrown_away < self.arrival.blob.size
 
 
 @final
@@ -134,7 +134,7 @@ class Lending:
         self._limiter = limiter
         self._queue: list[Loan] = []
         self._lent: list[Loan] = []
-        self._looked_at = 0.0
+        self._assigned_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Lending: {len(self._lent)} lent, {self.waiting} waiting>"
@@ -154,15 +154,15 @@ class Lending:
         loan = Loan(arrival)
         self._queue.append(loan)
         try:
-            self._look()
+            self._assign_workers()
             while not loan._granted.is_set():
-                with trio.move_on_after(_LOOK):
+                with trio.move_on_after(_INTERVAL):
                     await loan._granted.wait()
-                if not loan._granted.is_set() and self._is_time():
-                    self._look()
+                if not loan._granted.is_set() and self._is_due():
+                    self._assign_workers()
             yield loan
         except Recalled:
-            arrival.past.note_recall(loan.position, arrival.growth.state.size)
+            arrival.restarts.note_recall(loan.position, arrival.state.snapshot.size)
             raise
         finally:
             if loan._granted.is_set():
@@ -170,27 +170,27 @@ class Lending:
                 self._limiter.release_on_behalf_of(loan)
             else:
                 self._queue.remove(loan)
-            self._look()
+            self._assign_workers()
 
-    def _is_time(self) -> bool:
-        return trio.current_time() - self._looked_at >= _LOOK / 2
+    def _is_due(self) -> bool:
+        return trio.current_time() - self._assigned_at >= _INTERVAL / 2
 
-    def _look(self) -> None:
+    def _assign_workers(self) -> None:
         """Lend the idle workers, and recall others if too few are idle."""
-        now = self._looked_at = trio.current_time()
-        while (loan := self._next()) is not None and self._take_token(loan):
+        now = self._assigned_at = trio.current_time()
+        while (loan := self._next_loan()) is not None and self._take_token(loan):
             self._queue.remove(loan)
             self._lent.append(loan)
             loan._granted.set()
         if not self._queue:
             # No look happens while no stage waits, and a measurement with such a gap is useless.
             for loan in self._lent:
-                loan._forget()
+                loan._reset_pace()
             return
         for loan in (*self._lent, *self._queue):
             loan._measure(now)
         coming = sum(loan.recalled for loan in self._lent)
-        for wanting in self._in_order(now)[coming:]:
+        for wanting in self._loans_worth_a_recall(now)[coming:]:
             self._recall_for(wanting, now)
 
     def _take_token(self, loan: Loan) -> bool:
@@ -200,32 +200,32 @@ class Lending:
             return False
         return True
 
-    def _next(self) -> Loan | None:
+    def _next_loan(self) -> Loan | None:
         """Return the stage that gets the next idle worker."""
         return (
             _first(loan for loan in self._queue if loan._complete)
-            or _first(loan for loan in self._queue if not loan.arrival.past.recalls)
+            or _first(loan for loan in self._queue if not loan.arrival.restarts.recalls)
             or _first(loan for loan in self._queue if loan._may_start())
         )
 
-    def _in_order(self, now: float) -> list[Loan]:
+    def _loans_worth_a_recall(self, now: float) -> list[Loan]:
         """The stages for which a worker may be recalled, complete blobs first."""
         complete = [loan for loan in self._queue if loan._complete]
         growing = [
             loan
             for loan in self._queue
-            if not loan._complete and loan._may_start() and now - loan._grew_at < _STILL
+            if not loan._complete and loan._may_start() and now - loan._grew_at < _STALLED
         ]
         return complete + growing
 
     def _recall_for(self, wanting: Loan, now: float) -> None:
-        able = [loan for loan in self._lent if loan._can_wait_for(wanting, now)]
+        able = [loan for loan in self._lent if loan._should_yield_to(wanting, now)]
         if not able:
             return
         loan = min(able, key=lambda loan: loan.position)
         loan.recalled = True
-        assert loan._put_down is not None
-        loan._put_down()
+        assert loan._stop is not None
+        loan._stop()
 
 
 def _first(loans: Iterable[Loan]) -> Loan | None:
@@ -242,19 +242,19 @@ async def follow_in_thread(loan: Loan, limits: Limits, limiter: trio.CapacityLim
         Recalled: if another stage needs the worker.
         StartedOver, Abandoned, UnpackError, StoreError: as `follow` does.
     """
-    # Abandoned without the blob's own growth, which others follow later.
-    growth = ArrivalState()
-    arrival = attrs.evolve(loan.arrival, growth=growth, report=loan.see)
+    # Abandoned without the blob's own state, which others follow later.
+    state = ArrivalState()
+    arrival = attrs.evolve(loan.arrival, state=state, report=loan.note_position)
 
     async def abandon_when_cancelled() -> None:
         try:
             await trio.sleep_forever()
         finally:
-            growth.abandon()
+            state.abandon()
 
-    loan.arrival.growth.listen(growth.become_unless_abandoned)
-    loan.is_waiting = growth.is_waiting
-    loan.started(growth.abandon)
+    loan.arrival.state.set_listener(state.copy_unless_abandoned)
+    loan.is_waiting = state.is_waiting
+    loan.set_stop(state.abandon)
     try:
         async with open_hidden_nursery() as nursery:
             nursery.start_soon(abandon_when_cancelled)
@@ -263,10 +263,10 @@ async def follow_in_thread(loan: Loan, limits: Limits, limiter: trio.CapacityLim
             nursery.cancel_scope.cancel()
         return unpacked
     except Abandoned:
-        if loan.recalled and not loan.arrival.growth.state.abandoned:
+        if loan.recalled and not loan.arrival.state.snapshot.abandoned:
             raise Recalled from None
         await trio.lowlevel.checkpoint_if_cancelled()
         raise
     finally:
-        loan.started(None)
-        loan.arrival.growth.listen(None)
+        loan.set_stop(None)
+        loan.arrival.state.set_listener(None)

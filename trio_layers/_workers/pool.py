@@ -29,31 +29,42 @@ from .._nursery import open_hidden_nursery
 from .._tar.limits import Limits
 from .._tree.unpack import Unpacked
 from .._version import __version__
-from .arrival_state import Abandoned, Recalled, State, WorkerLost
+from .arrival_state import Abandoned, Recalled, Snapshot, WorkerLost
 from .build import Arrival
 from .lending import Lending, Loan, follow_in_thread
-from .program import ANSWER, BEAT, BEATS, FRAME, GROWTH, JOB, STATE, Beat, Job, frame
+from .program import (
+    ANSWER,
+    BEAT,
+    BEAT_FIELDS,
+    FRAME,
+    JOB,
+    SNAPSHOT,
+    SNAPSHOT_FIELDS,
+    Beat,
+    Job,
+    frame,
+)
 
 __all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
 logger = logging.getLogger(__name__)
 
 # More than there are cores would only wait for each other.
-_FEWEST: Final = 2
-_MOST: Final = 8
+_MIN_PROCESSES: Final = 2
+_MAX_PROCESSES: Final = 8
 
 # Bytes of a blob that are worth a second thread, where nothing else needs the core.
-_LARGE: Final = 16 << 20
+_READ_AHEAD_SIZE: Final = 16 << 20
 
 # Seconds in which a worker should have started: what runs may be no interpreter.
-_START: Final = 30
+_START_LIMIT: Final = 30
 
 # Seconds that a worker has to put down its work; one that has it in the middle of a system call,
 # or of a block that expands to gigabytes, is killed.
-_GRACE: Final = 0.05
+_STOP_LIMIT: Final = 0.05
 
 # The same limit for a recall. No cancelled task waits for a recall, so the limit is longer.
-_PUT_DOWN: Final = 1.0
+_RECALL_LIMIT: Final = 1.0
 
 # A worker counts as stopped after `_SILENCES` periods of `_SILENCE` seconds without a beat. One
 # period is not enough, because this process itself may have been stopped; the beats are then
@@ -63,14 +74,14 @@ _SILENCES: Final = 2
 
 # Seconds in which a worker that sends beats and does not wait for bytes must finish a chunk or an
 # entry. An overloaded disk can delay a single write for long.
-_HUNG: Final = 30.0
+_HANG_LIMIT: Final = 30.0
 
 # Seconds to wait for the end of a killed process. A process that hangs in the kernel ends only
 # when the kernel returns.
-_REAP: Final = 1.0
+_REAP_LIMIT: Final = 1.0
 
 # Seconds until the next attempt to start a worker: after the first failure, and the maximum.
-_PAUSE: Final = 0.1
+_FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 60.0
 
 # Errors that another attempt to start a worker cannot change.
@@ -142,7 +153,7 @@ class Workers:
         lifetime: Lifetime,
         command: list[str],
     ) -> None:
-        number = min(max(_FEWEST, len(os.sched_getaffinity(0))), _MOST)
+        number = min(max(_MIN_PROCESSES, len(os.sched_getaffinity(0))), _MAX_PROCESSES)
         self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(number)
         self._lending = Lending(self.limiter)
         self._threads = trio.CapacityLimiter(math.inf)
@@ -154,8 +165,8 @@ class Workers:
         self._number = 0
         self._changed = trio.Event()
         # Python may be part of another program, which is not to be started again.
-        self._possible = bool(sys.executable) and not getattr(sys, "frozen", False)
-        self._pause = _PAUSE
+        self._can_start = bool(sys.executable) and not getattr(sys, "frozen", False)
+        self._pause = _FIRST_PAUSE
         self._try_at = -math.inf
 
     def __repr__(self) -> str:
@@ -179,10 +190,10 @@ class Workers:
             StoreClosed: if the block of the workers ended before or during the call.
         """
         async with self._lifetime.use(), self._lending.lend(arrival) as loan:
-            worker = await self._take()
+            worker = await self._take_worker()
             if worker is not None:
-                return await self._work(worker, loan)
-            if arrival.past.lost:
+                return await self._run_job(worker, loan)
+            if arrival.restarts.lost:
                 # The layer may have killed the worker, and must not end this program, too.
                 error = WorkerError(
                     "the process that unpacked it was lost, and no other can be started: try again"
@@ -192,9 +203,9 @@ class Workers:
             return await follow_in_thread(loan, self._limits, self._threads)
 
     def _may_start(self) -> bool:
-        return self._possible and self._lifetime.is_open and trio.current_time() >= self._try_at
+        return self._can_start and self._lifetime.is_open and trio.current_time() >= self._try_at
 
-    async def _take(self) -> Worker | None:
+    async def _take_worker(self) -> Worker | None:
         """Return an idle worker; ``None`` if none can be started now."""
         while True:
             while self._idle:
@@ -217,58 +228,58 @@ class Workers:
     async def _start(self) -> None:
         try:
             self._idle.append(await start_worker(self._command))
-            self._pause = _PAUSE
+            self._pause = _FIRST_PAUSE
         except Exception as error:  # whatever it is, there is another way
             self._number -= 1
             # The program may have given up the right to run it, or to read the library.
             again = not (isinstance(error, OSError) and error.errno in _PERMANENT)
-            if self._possible and self._pause == _PAUSE:
+            if self._can_start and self._pause == _FIRST_PAUSE:
                 logger.warning(
                     "cannot start %s, so threads unpack layers, which is slower: %s%s",
                     self._command[0],
                     error,
                     "; a process is tried again later" if again else "",
                 )
-            self._possible = self._possible and again
+            self._can_start = self._can_start and again
             self._try_at = trio.current_time() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        self._wake()
+        self._notify_waiters()
 
-    def _wake(self) -> None:
+    def _notify_waiters(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _work(self, worker: Worker, loan: Loan) -> Unpacked:
+    async def _run_job(self, worker: Worker, loan: Loan) -> Unpacked:
         arrival = loan.arrival
-        growth, blob = arrival.growth, arrival.blob
+        state, blob = arrival.state, arrival.blob
         try:
-            answer = await self._answer(worker, loan)
+            answer = await self._receive_answer(worker, loan)
         except WorkerError as error:
-            arrival.past.lost += 1
-            if arrival.past.lost == 1:
+            arrival.restarts.lost += 1
+            if arrival.restarts.lost == 1:
                 logger.warning("layer %s: %s; another process starts over", blob.digest, error)
                 raise WorkerLost from error
             error.layer = blob.digest
             raise
         finally:
-            growth.listen(None)
-            loan.started(None)
+            state.set_listener(None)
+            loan.set_stop(None)
             if worker.busy:
                 self._number -= 1
                 await worker.kill()
             else:
                 self._idle.append(worker)
-            self._wake()
-        if isinstance(answer, Abandoned) and loan.recalled and not growth.state.abandoned:
+            self._notify_waiters()
+        if isinstance(answer, Abandoned) and loan.recalled and not state.snapshot.abandoned:
             raise Recalled
         if isinstance(answer, BaseException):
             raise answer
         return cast(Unpacked, answer)
 
-    async def _answer(self, worker: Worker, loan: Loan) -> object:
+    async def _receive_answer(self, worker: Worker, loan: Loan) -> object:
         """Receive the result of the job; `Abandoned` if the worker was told to stop it."""
         arrival = loan.arrival
-        growth, blob = arrival.growth, arrival.blob
+        state, blob = arrival.state, arrival.blob
         job = Job(
             path=os.fsencode(arrival.path),
             media_type=blob.media_type,
@@ -276,31 +287,31 @@ class Workers:
             size=blob.size,
             target=os.fsencode(arrival.target),
             limits=attrs.asdict(self._limits),
-            read_ahead=arrival.alone and blob.size >= _LARGE,
+            read_ahead=arrival.alone and blob.size >= _READ_AHEAD_SIZE,
         )
         worker.send(JOB, pickle.dumps(tuple(job)))
-        growth.listen(worker.tell)
+        state.set_listener(worker.send_snapshot)
         loan.is_waiting = lambda: worker.beat.waiting
         with trio.CancelScope() as recalled:
-            loan.started(recalled.cancel)
+            loan.set_stop(recalled.cancel)
             try:
-                return await worker.receive(loan.see)
+                return await worker.receive(loan.note_position)
             except trio.Cancelled:
                 if not loan.recalled:
-                    _abandon(worker, arrival)
-                    with trio.move_on_after(_GRACE, shield=True), suppress(WorkerError):
-                        await worker.receive(loan.see)
+                    _stop_job(worker, arrival)
+                    with trio.move_on_after(_STOP_LIMIT, shield=True), suppress(WorkerError):
+                        await worker.receive(loan.note_position)
                 raise
-        _abandon(worker, arrival)
-        with trio.move_on_after(_PUT_DOWN):
-            return await worker.receive(loan.see)
+        _stop_job(worker, arrival)
+        with trio.move_on_after(_RECALL_LIMIT):
+            return await worker.receive(loan.note_position)
         return Abandoned()
 
 
-def _abandon(worker: Worker, arrival: Arrival) -> None:
+def _stop_job(worker: Worker, arrival: Arrival) -> None:
     """Tell one worker to stop its job."""
-    arrival.growth.listen(None)
-    worker.tell(arrival.growth.state._replace(abandoned=True))
+    arrival.state.set_listener(None)
+    worker.send_snapshot(arrival.state.snapshot._replace(abandoned=True))
 
 
 def _command() -> list[str]:
@@ -365,12 +376,12 @@ async def start_worker(command: list[str] | None = None) -> Worker:
     os.set_blocking(ours, False)
     worker = Worker(process, ours)
     try:
-        with trio.move_on_after(_START):
+        with trio.move_on_after(_START_LIMIT):
             version = await worker.receive(lambda _: None, silences=math.inf)
             if version == __version__:
                 return worker
             raise WorkerError(f"its library is {version}, and that of the program {__version__}")
-        raise WorkerError(f"it did not answer in {_START} seconds")
+        raise WorkerError(f"it did not answer in {_START_LIMIT} seconds")
     except BaseException:
         await worker.kill()
         raise
@@ -398,9 +409,9 @@ class Worker:
     def alive(self) -> bool:
         return self._process.returncode is None
 
-    def tell(self, state: State) -> None:
+    def send_snapshot(self, snapshot: Snapshot) -> None:
         """Say how far the job's blob has come; in any thread."""
-        self.send(GROWTH, STATE.pack(*state))
+        self.send(SNAPSHOT, SNAPSHOT_FIELDS.pack(*snapshot))
 
     def send(self, kind: int, payload: bytes) -> None:
         """Send a message, without waiting: the pipe has room for thousands."""
@@ -435,7 +446,7 @@ class Worker:
         while True:
             message: tuple[int, bytes] | None = None
             with trio.move_on_after(_SILENCE):
-                message = await self._next()
+                message = await self._next_message()
             now = trio.current_time()
             if message is None:
                 silent += 1
@@ -448,15 +459,15 @@ class Worker:
             silent, heard_at = 0, now
             kind, payload = message
             if kind == ANSWER:
-                answer = _loaded(payload)
+                answer = _unpickle_answer(payload)
                 self.busy = False
                 return answer
-            if kind != BEAT or len(payload) != BEATS.size:
+            if kind != BEAT or len(payload) != BEAT_FIELDS.size:
                 raise WorkerError("the process that unpacks sent an unknown message: pull again")
-            beat = Beat(*BEATS.unpack(payload))
+            beat = Beat(*BEAT_FIELDS.unpack(payload))
             if beat.waiting or beat[:2] != self.beat[:2]:
                 moved_at = now
-            elif now - moved_at > _HUNG:
+            elif now - moved_at > _HANG_LIMIT:
                 raise WorkerError(
                     f"the process that unpacks hangs in the kernel, for {now - moved_at:.0f} "
                     "seconds: look at the disk and its file system, and pull again"
@@ -468,14 +479,14 @@ class Worker:
         """End the process, and wait with a time limit; shielded from cancellation."""
         self._process.kill()
         with trio.CancelScope(shield=True):
-            with trio.move_on_after(_REAP):
+            with trio.move_on_after(_REAP_LIMIT):
                 await self._process.wait()
             if self._process.returncode is None:
                 logger.warning("process %d was killed, and hangs in the kernel", self._process.pid)
             os.close(self._messages)
             await self._answers.aclose()
 
-    async def _next(self) -> tuple[int, bytes]:
+    async def _next_message(self) -> tuple[int, bytes]:
         received = self._received
         while True:
             if len(received) >= FRAME.size:
@@ -487,11 +498,11 @@ class Worker:
                     return kind, payload
             data = await self._answers.receive_some()
             if not data:
-                raise WorkerError(_epitaph(await self._process.wait()))
+                raise WorkerError(_describe_exit(await self._process.wait()))
             received += data
 
 
-def _loaded(payload: bytes) -> object:
+def _unpickle_answer(payload: bytes) -> object:
     try:
         # Of a program of ours, which does what we would do in its place.
         answer: object = pickle.loads(payload)
@@ -506,7 +517,7 @@ def _loaded(payload: bytes) -> object:
     return answer
 
 
-def _epitaph(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status == -signal.SIGKILL:
         return (
             "the process that unpacks was killed by signal 9, as the kernel does it when memory "

@@ -24,32 +24,43 @@ from .._errors import LayersError, WorkerError
 from .._manifest import Descriptor
 from .._tar.limits import Limits
 from .._version import __version__
-from .arrival_state import Abandoned, ArrivalState, StartedOver, State
+from .arrival_state import Abandoned, ArrivalState, Snapshot, StartedOver
 from .build import Arrival, follow
 
 if TYPE_CHECKING:
     from queue import SimpleQueue
 
-__all__ = ["ANSWER", "BEAT", "BEATS", "FRAME", "GROWTH", "JOB", "STATE", "Beat", "Job", "frame"]
+__all__ = [
+    "ANSWER",
+    "BEAT",
+    "BEAT_FIELDS",
+    "FRAME",
+    "JOB",
+    "SNAPSHOT",
+    "SNAPSHOT_FIELDS",
+    "Beat",
+    "Job",
+    "frame",
+]
 
 FRAME: Final = struct.Struct("=BI")
 """What comes before each message: its kind, and how many bytes it has."""
 
-# To the worker: a job's fields in a pickle, the state of a job's growth.
+# To the worker: a job's fields in a pickle, the state of a job's state.
 JOB: Final = 0
-GROWTH: Final = 1
+SNAPSHOT: Final = 1
 # Messages from the worker: its progress during a job, the pickled result or exception of a job,
 # and its version once it is ready.
 BEAT: Final = 2
 ANSWER: Final = 3
 
-STATE: Final = struct.Struct("=QQ??")
+SNAPSHOT_FIELDS: Final = struct.Struct("=QQ??")
 
-BEATS: Final = struct.Struct("=QQ?")
+BEAT_FIELDS: Final = struct.Struct("=QQ?")
 
 # Seconds between two beats, and the number of unchanged beats to leave out before one is sent.
-_BEAT: Final = 0.05
-_SILENT: Final = 20
+_BEAT_INTERVAL: Final = 0.05
+_SKIPPED_BEATS: Final = 20
 
 
 class Beat(NamedTuple):
@@ -103,18 +114,18 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)
     jobs: SimpleQueue[tuple[Job, ArrivalState]] = queue.SimpleQueue()
-    heart = _Heart(answers)
-    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
-    threading.Thread(target=heart.run, daemon=True).start()
+    heartbeat = _Heartbeat(answers)
+    threading.Thread(target=_receive_jobs, args=(jobs,), daemon=True).start()
+    threading.Thread(target=heartbeat.run, daemon=True).start()
     _send(answers, frame(ANSWER, pickle.dumps(__version__)))
     while True:
-        job, growth = jobs.get()
-        heart.begin(growth)
-        heart.end(_pickled(_answer(job, growth, heart)))
+        job, state = jobs.get()
+        heartbeat.begin(state)
+        heartbeat.end(_pickle_answer(_run_job(job, state, heartbeat)))
 
 
-def _listen(jobs: SimpleQueue[tuple[Job, ArrivalState]]) -> None:
-    growth = ArrivalState()
+def _receive_jobs(jobs: SimpleQueue[tuple[Job, ArrivalState]]) -> None:
+    state = ArrivalState()
     job: Job | None = None
     try:
         with open(0, "rb") as messages:
@@ -122,19 +133,19 @@ def _listen(jobs: SimpleQueue[tuple[Job, ArrivalState]]) -> None:
                 kind, size = FRAME.unpack(head)
                 payload = messages.read(size)
                 if kind == JOB:
-                    job, growth = Job(*pickle.loads(payload)), ArrivalState()
+                    job, state = Job(*pickle.loads(payload)), ArrivalState()
                     continue
-                growth.become(State(*STATE.unpack(payload)))
+                state.copy(Snapshot(*SNAPSHOT_FIELDS.unpack(payload)))
                 if job is not None:
                     # Not before it is known which attempt it is.
-                    jobs.put((job, growth))
+                    jobs.put((job, state))
                     job = None
     finally:
         # Whatever it is, nothing more can be heard.
         os._exit(1)
 
 
-def _pickled(answer: object) -> bytes:
+def _pickle_answer(answer: object) -> bytes:
     try:
         return pickle.dumps(answer)
     except Exception as error:  # of an exception's own fields
@@ -142,15 +153,15 @@ def _pickled(answer: object) -> bytes:
         return pickle.dumps(WorkerError(text))
 
 
-def _answer(job: Job, growth: ArrivalState, heart: _Heart) -> object:
+def _run_job(job: Job, state: ArrivalState, heartbeat: _Heartbeat) -> object:
     """What becomes of a job, an exception included."""
     try:
         arrival = Arrival(
             Path(os.fsdecode(job.path)),
-            growth,
+            state,
             Descriptor(job.media_type, Digest(job.digest), job.size),
             Path(os.fsdecode(job.target)),
-            heart.see,
+            heartbeat.note_position,
         )
         limits = Limits(**job.limits)
         return follow(arrival, limits, read_ahead=job.read_ahead, no_umask=True)
@@ -164,7 +175,7 @@ def _answer(job: Job, growth: ArrivalState, heart: _Heart) -> object:
         return error
 
 
-class _Heart:
+class _Heartbeat:
     """Sends beats during a job.
 
     Beats distinguish a worker that waits for bytes from a stopped worker.
@@ -175,15 +186,15 @@ class _Heart:
         # The lock ensures that no beat of a job follows its answer.
         self._sending = threading.Lock()
         self._busy = threading.Event()
-        self._growth = ArrivalState()
+        self._state = ArrivalState()
         self._position = 0
 
-    def see(self, position: int) -> None:
+    def note_position(self, position: int) -> None:
         """Record the number of bytes read, from any thread."""
         self._position = position
 
-    def begin(self, growth: ArrivalState) -> None:
-        self._position, self._growth = 0, growth
+    def begin(self, state: ArrivalState) -> None:
+        self._position, self._state = 0, state
         self._busy.set()
 
     def end(self, answer: bytes) -> None:
@@ -195,16 +206,16 @@ class _Heart:
         last, silent = None, 0
         while True:
             self._busy.wait()
-            time.sleep(_BEAT)
+            time.sleep(_BEAT_INTERVAL)
             with self._sending:
                 if not self._busy.is_set():
                     continue
-                beat = Beat(self._position, self._growth.checks, self._growth.is_waiting())
-                if beat == last and silent < _SILENT:
+                beat = Beat(self._position, self._state.checks, self._state.is_waiting())
+                if beat == last and silent < _SKIPPED_BEATS:
                     silent += 1
                     continue
                 last, silent = beat, 0
-                _send(self._answers, frame(BEAT, BEATS.pack(*beat)))
+                _send(self._answers, frame(BEAT, BEAT_FIELDS.pack(*beat)))
 
 
 def _send(answers: int, data: bytes) -> None:
@@ -212,5 +223,5 @@ def _send(answers: int, data: bytes) -> None:
         while data:
             data = data[os.write(answers, data) :]
     except BrokenPipeError:
-        # Nobody wants to know: see `_listen`, which may be about to find out, too.
+        # Nobody wants to know: see `_receive_jobs`, which may be about to find out, too.
         os._exit(0)
