@@ -1,4 +1,4 @@
-"""Layers are unpacked in processes: what they answer, how they end, and what is done without."""
+"""Worker processes: their answers, their ends, and threads in their place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def children() -> set[int]:
-    """Our workers: processes whose program is the workers'."""
+    """Return the IDs of our worker processes."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
         for pid in (task / "children").read_text().split():
@@ -46,14 +46,14 @@ def children() -> set[int]:
 
 
 def bomb() -> Blob:
-    """Zeros enough for a minute, in few bytes."""
+    """Make a small blob that takes a minute to unpack, of zeros."""
     pieces = [zstd.compress(tar({"name": "zeros", "size": 64 << 30})[:512])]
     pieces += [zstd.compress(bytes(64 * MIB))] * 1024
     return blob_of(b"".join(pieces))
 
 
 async def test_a_layer_is_the_same_as_from_a_thread(tmp_path: Path) -> None:
-    """Modes are exact, whatever the umask here is: that of a worker is its own."""
+    """Modes are exact with any umask here, because a worker has its own."""
     blob = blob_of(
         tar(
             {"name": "d", "type": "dir", "mode": "0777"},
@@ -84,13 +84,13 @@ async def test_errors_come_as_from_a_thread(family: str, tmp_path: Path) -> None
             await stage(store, blob)
         assert type(caught.value) is kind
         assert caught.value.layer == blob.digest
-        # At most the blob is there: what could be the fault of what is below is tried there.
+        # At most the blob is stored, for another try on the layers below.
         assert not [name for name in visible(tmp_path) if name.startswith("trees/")]
         assert (await stage(store, layer_of(other="other"))).tree.is_dir()
 
 
 async def test_workers_are_started_when_there_is_something_to_do(tmp_path: Path) -> None:
-    """… once, and end with the store."""
+    """Each worker starts once, and ends with the store."""
     async with open_store(tmp_path) as store:
         assert children() == set()
         await stage(store, layer_of(a="a"))
@@ -128,8 +128,8 @@ async def test_a_worker_that_is_killed_is_replaced_once(tmp_path: Path) -> None:
                 error = await staged.wait_failed()
             assert isinstance(error, WorkerError)
             assert str(error) == (
-                f"layer {LARGE.digest}: the process that unpacks was killed by signal 9, as the "
-                "kernel does it when memory is short: free some and try again"
+                f"layer {LARGE.digest}: the worker process was killed by signal 9, which the "
+                "kernel sends when memory is short: free memory and try again"
             )
             await staged.write(LARGE.data[2 * MIB :])
             await staged.finish(ignore)
@@ -189,7 +189,7 @@ def answer_nonsense(pid: int) -> None:
 
 @pytest.mark.parametrize("waits", [False, True])
 async def test_what_is_started_over_is_never_mixed(waits: bool, tmp_path: Path) -> None:
-    """Whether the worker has begun, or is about to: it gets no attempt but the last for whole."""
+    """A worker never mixes attempts, even if it is about to begin."""
     other = layer_of(other=NOISE[::-1])
     async with open_store(tmp_path) as store:
         async with store.stage(LARGE.descriptor) as staged:
@@ -207,8 +207,10 @@ async def test_what_is_started_over_is_never_mixed(waits: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("expands", [False, True])
 async def test_a_cancelled_layer_leaves_nobody_at_work(expands: bool, tmp_path: Path) -> None:
-    """Neither one that waits for bytes, nor one in the middle of a bomb. The worker is as good as
-    new."""
+    """Neither a worker that waits for bytes nor one with a bomb goes on.
+
+    The worker can be used again.
+    """
     blob = bomb() if expands else LARGE
     async with open_store(tmp_path) as store:
         await stage(store, layer_of(first="first"))
@@ -229,14 +231,14 @@ async def test_a_cancelled_layer_leaves_nobody_at_work(expands: bool, tmp_path: 
 async def test_without_an_interpreter_threads_do_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where it starts, and cannot read the library."""
+    """Threads do the work, also if an interpreter cannot read the library."""
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     for number, path in enumerate((str(tmp_path / "none"), str(broken), "", sys.executable)):
         caplog.clear()
         monkeypatch.setattr(sys, "executable", path)
-        # Last, a program that has Python in it, and is no interpreter.
+        # The last one is a program with an embedded Python.
         monkeypatch.setattr(sys, "frozen", number == 3, raising=False)
         with caplog.at_level(logging.WARNING):
             async with open_store(tmp_path / f"{number}") as store:
@@ -375,7 +377,7 @@ trio.run(main)
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    # Without a guard: whoever imports it would run it.
+    # The program has no guard, so importing it would run it.
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     return path
@@ -388,7 +390,7 @@ def test_the_program_is_not_run_again(tmp_path: Path, script: Path) -> None:
 
 
 def test_workers_die_with_their_program(tmp_path: Path, script: Path) -> None:
-    """Whatever it dies of: nobody writes into the store after it."""
+    """After any death of the program, no worker writes into the store."""
     command = [sys.executable, script, tmp_path / "store", "wait"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
@@ -399,7 +401,7 @@ def test_workers_die_with_their_program(tmp_path: Path, script: Path) -> None:
         assert pids
         workers = [os.pidfd_open(pid) for pid in pids]
         process.kill()
-        # They have its standard error, which is closed a moment before the last of them ends.
+        # The workers hold its standard error, which closes just before the last of them ends.
         assert process.stderr.read() == ""
     for worker in workers:
         assert select.select([worker], [], [], 60)[0]
@@ -408,7 +410,7 @@ def test_workers_die_with_their_program(tmp_path: Path, script: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 300_000, len(LARGE.data)])
 def test_ahead_or_not_is_the_same(size: int, tmp_path: Path) -> None:
-    """Trees, and errors of what ends early."""
+    """Trees are the same, and so are errors of streams that end early."""
     outcomes = []
     for ahead in (False, True):
         target = tmp_path / f"{ahead}"
@@ -429,7 +431,7 @@ def test_ahead_or_not_is_the_same(size: int, tmp_path: Path) -> None:
 
 
 def test_ahead_ends_when_unpacking_does(tmp_path: Path) -> None:
-    """It neither goes on reading, nor is what it meets lost."""
+    """The reading thread stops, and its error is raised."""
     limits = Limits(max_entries=1)
     data = tar({"name": "a"}, {"name": "b", "text": "b" * MIB})
     reads = 0

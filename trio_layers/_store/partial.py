@@ -168,7 +168,7 @@ def verify_partial(partial: Partial, descriptor: Descriptor) -> None:
 def wrong_blob_error(descriptor: Descriptor, digest: Digest, size: int) -> VerificationError:
     """Return the error for received bytes that are not the blob."""
     return VerificationError(
-        f"blob {descriptor.digest} does not match its descriptor: it should be "
-        f"{descriptor.size} bytes long, but the bytes are {digest}, {size} bytes long",
+        f"blob {descriptor.digest} does not match its descriptor: expected "
+        f"{descriptor.size} bytes, received {size} bytes with digest {digest}",
         digest=descriptor.digest,
     )

@@ -1,1 +1,1 @@
-"""Builds trees outside of trio's thread, in processes or threads, while blobs arrive."""
+"""Builds trees outside trio's thread, in processes or threads, while blobs arrive."""

@@ -1,4 +1,4 @@
-"""From a layer's blob to its tree: the work of one worker, a thread or a process.
+"""Makes a layer's tree from its blob: the work of one worker, a thread or a process.
 
 This module does not import trio, so that worker processes need not load it.
 """
@@ -44,7 +44,7 @@ class BlobReader(Protocol):
         ...
 
     def finish(self) -> tuple[Digest, int]:
-        """Read on to the end, and return the digest and size of all bytes."""
+        """Read to the end, and return the digest and size of all bytes."""
         ...
 
 
@@ -63,14 +63,14 @@ class Builder(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Get a worker ready, because there will be a blob soon."""
+        """Start a worker for a blob that will arrive soon."""
         ...
 
     async def follow(self, arrival: Arrival) -> Unpacked:
         """Unpack a blob while it arrives; see the function `follow`.
 
-        Cancellation: as after any end of the call, no worker writes into the arrival's
-        ``target`` any more.
+        Cancellation: when the call ends, no worker writes into the arrival's ``target`` any
+        more, as after any other end.
 
         Raises:
             Recalled, WorkerLost: if the caller must start over with an empty target.
@@ -117,14 +117,13 @@ def build(
             expected = blob_descriptor(digest, size)
         elif (digest, size) != (expected.digest, expected.size):
             raise VerificationError(
-                f"layer {expected.digest} does not match its descriptor: it should be "
-                f"{expected.size} bytes long, but the bytes are {digest}, {size} bytes long: "
-                "pull it again",
+                f"layer {expected.digest} does not match its descriptor: expected "
+                f"{expected.size} bytes, received {size} bytes with digest {digest}; pull it again",
                 digest=expected.digest,
             )
     except OSError as error:
         if error is reader.failure:
-            raise  # not an error of the store's disk
+            raise  # the error of the source, not of the store's disk
         raise store_error(error, target.parent) from error
     except (DecompressionError, UnpackError, StoreError) as error:
         gone = isinstance(error.__cause__, FileNotFoundError) and not (target / "fs").is_dir()
@@ -138,7 +137,7 @@ def build(
 
 @attrs.define(eq=False)
 class Restarts:
-    """Restarts of a stage for other reasons than bad bytes.
+    """The restarts of a stage for other reasons than bad bytes.
 
     Attributes:
         recalls: Number of times that another stage needed its worker.
@@ -165,10 +164,10 @@ class Arrival:
 
     Attributes:
         path: The blob's file.
-        state: The number of bytes in it so far.
+        state: The number of bytes in the file so far.
         blob: The blob's descriptor.
         target: The directory for the tree.
-        report: Called now and then with the number of bytes read, in any thread.
+        report: Called regularly with the number of bytes read, in any thread.
         alone: Whether no other blob arrives, so that one worker may use two cores.
         restarts: The restarts of earlier attempts.
     """
@@ -185,10 +184,10 @@ class Arrival:
 def follow(
     arrival: Arrival, limits: Limits, *, read_ahead: bool = False, no_umask: bool = False
 ) -> Unpacked:
-    """Unpack a blob while it arrives. Blocking.
+    """Unpack a blob while it arrives; this blocks.
 
-    An error in the layer is raised only once the blob is verified: the received bytes may be
-    wrong, and the download would then replace them.
+    An error in the layer is raised only once the blob is verified. Before, the received bytes may
+    be wrong, and then the download replaces them.
 
     Raises:
         StartedOver, Abandoned: if the tree is not needed any more.
@@ -216,5 +215,5 @@ def follow(
 
 
 def blob_descriptor(digest: Digest, size: int) -> Descriptor:
-    """Return the descriptor of a layer's blob, with no media type, which is not trusted anyway."""
+    """Return a blob's descriptor without a media type, which is not trusted anyway."""
     return Descriptor("application/octet-stream", digest, size)

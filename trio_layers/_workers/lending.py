@@ -8,8 +8,8 @@ lose. Its stage starts over later, from the bytes on the disk:
 - once a worker is idle, its blob has grown since, and the work thrown away so far is less than
   the blob itself. A blob is therefore read at most three times, even if its download stops often.
 
-`Lending._assign_workers` takes all decisions, and has no checkpoint. The waiting stages call it ten times a
-second, since no event tells how far a worker is behind its blob.
+`Lending._assign_workers` takes all decisions, and has no checkpoint. The waiting stages call it ten
+times a second, because no event reports how far a worker is behind its blob.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .build import Arrival, follow
 
 __all__ = ["Lending", "Loan", "follow_in_thread"]
 
-# Seconds between two looks while stages wait.
+# Seconds between two assignments while stages wait.
 _INTERVAL: Final = 0.1
 
 # A worker that is fewer bytes than this behind its blob keeps pace with the download. A blob
@@ -38,15 +38,15 @@ _INTERVAL: Final = 0.1
 _PACE_MARGIN: Final = 2 * 1024 * 1024
 
 # Seconds for which a worker must have kept pace with its download before a stage whose blob is
-# complete takes it. Work that took longer to do is kept for longer.
+# complete takes it. Longer work is kept for longer.
 _PATIENCE: Final = 0.25
 _MOST_PATIENCE: Final = 2.0
 _BYTES_A_SECOND: Final = 64 * 1024 * 1024
 
-# Seconds for which a blob must have stood still before another that grows takes its worker.
+# Seconds without growth after which a growing blob may take the worker of another.
 _STALLED: Final = 2.0
 
-# A download that ends within so many seconds, at its pace, keeps its worker.
+# A download that ends within this number of seconds, at its pace, keeps its worker.
 _NEARLY_DONE: Final = 1.0
 
 
@@ -68,7 +68,7 @@ class Loan:
     recalled: bool = False
     _stop: Callable[[], object] | None = None
     _granted: trio.Event = attrs.field(factory=trio.Event, repr=False)
-    # The size of the blob at the last look, and the time of its last growth.
+    # The size of the blob at the last assignment, and the time of its last growth.
     _size: int = 0
     _grew_at: float = 0.0
     # The time at which the worker caught up with the download, and the blob's size then.
@@ -124,7 +124,7 @@ class Loan:
 
 @final
 class Lending:
-    """Lends workers: at most as many at once as the limiter has tokens.
+    """Lends workers, at most one per token of the limiter at once.
 
     Args:
         limiter: One token for each worker. No other code may take tokens from this limiter.
@@ -148,7 +148,9 @@ class Lending:
     async def lend(self, arrival: Arrival) -> AsyncIterator[Loan]:
         """Wait for a worker, and lend it for the block.
 
-        The block raises `Recalled` if another stage needs the worker. The wait can be cancelled.
+        The block raises `Recalled` if another stage needs the worker.
+
+        Cancellation: a stage that still waits leaves the queue.
         """
         await trio.lowlevel.checkpoint()
         loan = Loan(arrival)
@@ -183,7 +185,7 @@ class Lending:
             self._lent.append(loan)
             loan._granted.set()
         if not self._queue:
-            # No look happens while no stage waits, and a measurement with such a gap is useless.
+            # Without waiting stages nothing is measured, and a measurement with a gap is useless.
             for loan in self._lent:
                 loan._reset_pace()
             return
@@ -209,7 +211,7 @@ class Lending:
         )
 
     def _loans_worth_a_recall(self, now: float) -> list[Loan]:
-        """The stages for which a worker may be recalled, complete blobs first."""
+        """Return the stages for which a worker may be recalled, complete blobs first."""
         complete = [loan for loan in self._queue if loan._complete]
         growing = [
             loan
@@ -235,14 +237,14 @@ def _first(loans: Iterable[Loan]) -> Loan | None:
 async def follow_in_thread(loan: Loan, limits: Limits, limiter: trio.CapacityLimiter) -> Unpacked:
     """Run `follow` in a thread for a loan.
 
-    After a cancellation or a recall, the thread stops at the next chunk or entry. The function
+    Cancellation: the thread stops at the next chunk or entry, as after a recall. The function
     waits for this stop, so that no thread writes after its return.
 
     Raises:
         Recalled: if another stage needs the worker.
         StartedOver, Abandoned, UnpackError, StoreError: as `follow` does.
     """
-    # Abandoned without the blob's own state, which others follow later.
+    # Only this copy is abandoned. Other workers follow the blob's own state later.
     state = ArrivalState()
     arrival = attrs.evolve(loan.arrival, state=state, report=loan.note_position)
 

@@ -1,8 +1,9 @@
-"""Processes that make trees, so that a layer takes no time from the one that pulls it.
+"""Worker processes, which unpack layers without delaying the trio loop.
 
-In threads, each file that is made takes the interpreter's lock a dozen times, from the trio loop
-and from the other layers: with two cores that doubles the time of a pull of many small files.
-`multiprocessing` would import the program's ``__main__`` again; these import what they need.
+A thread that makes a file takes the interpreter's lock a dozen times, from the trio loop and from
+the threads of other layers. On two cores, this doubles the time of a pull of many small files.
+`multiprocessing` would import the program's ``__main__`` again. These processes import only the
+modules that they need.
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ __all__ = ["Worker", "Workers", "open_workers", "start_worker"]
 
 logger = logging.getLogger(__name__)
 
-# More than there are cores would only wait for each other.
+# Limits on the number of processes; more processes than cores would wait for each other.
 _MIN_PROCESSES: Final = 2
 _MAX_PROCESSES: Final = 8
 
-# Bytes of a blob that are worth a second thread, where nothing else needs the core.
+# The size of a blob that is worth a second thread, if nothing else needs the core.
 _READ_AHEAD_SIZE: Final = 16 << 20
 
-# Seconds in which a worker should have started: what runs may be no interpreter.
+# Seconds in which a worker must start, because the executable may not be an interpreter.
 _START_LIMIT: Final = 30
 
-# Seconds that a worker has to put down its work; one that has it in the middle of a system call,
-# or of a block that expands to gigabytes, is killed.
+# Seconds in which a worker must stop its work. A worker in the middle of a system call, or of a
+# block that expands to gigabytes, is killed.
 _STOP_LIMIT: Final = 0.05
 
 # The same limit for a recall. No cancelled task waits for a recall, so the limit is longer.
@@ -104,7 +105,7 @@ _LIBRARIES: Final = ("attr", "isal", "backports.zstd")
 
 _PACKAGE: Final = os.path.abspath(Path(__file__).parents[1])
 
-# The package without its __init__, which loads all that the package can do.
+# The worker loads the package without its __init__, which would load all modules.
 _PROGRAM: Final = """
 import sys, types
 sys.path[:] = sys.argv[2:]
@@ -119,9 +120,10 @@ program.main()
 async def open_workers(limits: Limits) -> AsyncIterator[Workers]:
     """Open workers for the block.
 
-    Worker processes start when a job is about to come, and stay until the block ends.
+    Worker processes start when the first jobs are expected, and stay until the block ends. Leaving
+    the block ends the running `Workers.follow` calls of all tasks with `StoreClosed`.
 
-    Leaving the block ends the running `Workers.follow` calls of all tasks with `StoreClosed`.
+    Cancellation: leaving kills the processes, and waits a limited time for their ends.
     """
     lifetime = Lifetime(lambda: StoreClosed("the store is closed: open it again to unpack layers"))
     idle: list[Worker] = []
@@ -164,7 +166,7 @@ class Workers:
         self._idle = idle
         self._number = 0
         self._changed = trio.Event()
-        # Python may be part of another program, which is not to be started again.
+        # Python may be embedded in another program, which must not be started again.
         self._can_start = bool(sys.executable) and not getattr(sys, "frozen", False)
         self._pause = _FIRST_PAUSE
         self._try_at = -math.inf
@@ -179,7 +181,7 @@ class Workers:
         return self._lending.waiting
 
     def prepare(self) -> None:
-        """There will be something to do soon: start one more worker, if that makes sense."""
+        """Start one more worker for a job that will come soon, if none is idle."""
         if not self._idle and self._number < self.limiter.total_tokens and self._may_start():
             self._start_one()
 
@@ -196,7 +198,7 @@ class Workers:
             if arrival.restarts.lost:
                 # The layer may have killed the worker, and must not end this program, too.
                 error = WorkerError(
-                    "the process that unpacked it was lost, and no other can be started: try again"
+                    "its worker process was lost, and no other can be started: try again"
                 )
                 error.layer = arrival.blob.digest
                 raise error
@@ -212,7 +214,7 @@ class Workers:
                 worker = self._idle.pop()
                 if worker.alive:
                     return worker
-                # Killed, perhaps for want of memory, while it had nothing to do.
+                # It was killed while idle, perhaps because memory was short.
                 self._number -= 1
                 await worker.kill()
             if self._number < self.limiter.borrowed_tokens:
@@ -229,9 +231,9 @@ class Workers:
         try:
             self._idle.append(await start_worker(self._command))
             self._pause = _FIRST_PAUSE
-        except Exception as error:  # whatever it is, there is another way
+        except Exception as error:  # after any error, threads can do the work
             self._number -= 1
-            # The program may have given up the right to run it, or to read the library.
+            # The program may have dropped its right to run Python or to read the library.
             again = not (isinstance(error, OSError) and error.errno in _PERMANENT)
             if self._can_start and self._pause == _FIRST_PAUSE:
                 logger.warning(
@@ -277,7 +279,7 @@ class Workers:
         return cast(Unpacked, answer)
 
     async def _receive_answer(self, worker: Worker, loan: Loan) -> object:
-        """Receive the result of the job; `Abandoned` if the worker was told to stop it."""
+        """Send the job and receive its result; `Abandoned` after a recall."""
         arrival = loan.arrival
         state, blob = arrival.state, arrival.blob
         job = Job(
@@ -354,10 +356,14 @@ async def kill_all(workers: list[Worker]) -> None:
 
 
 async def start_worker(command: list[str] | None = None) -> Worker:
-    """A process of its own session, which no key on the terminal interrupts; it is ready.
+    """Start a worker, and wait until it is ready.
+
+    It runs in a session of its own, so that no key on the terminal interrupts it.
+
+    Cancellation: the process is killed.
 
     Raises:
-        OSError, WorkerError: if there can be none.
+        OSError, WorkerError: if the worker cannot start.
     """
     theirs, ours = os.pipe()
     try:
@@ -372,7 +378,7 @@ async def start_worker(command: list[str] | None = None) -> Worker:
         raise
     finally:
         os.close(theirs)
-    # Whoever writes to it must not wait, see `Worker.send`.
+    # A write must never wait; see `Worker.send`.
     os.set_blocking(ours, False)
     worker = Worker(process, ours)
     try:
@@ -380,8 +386,10 @@ async def start_worker(command: list[str] | None = None) -> Worker:
             version = await worker.receive(lambda _: None, silences=math.inf)
             if version == __version__:
                 return worker
-            raise WorkerError(f"its library is {version}, and that of the program {__version__}")
-        raise WorkerError(f"it did not answer in {_START_LIMIT} seconds")
+            raise WorkerError(
+                f"worker has version {version} of trio_layers, expected {__version__}"
+            )
+        raise WorkerError(f"worker did not answer within {_START_LIMIT} seconds")
     except BaseException:
         await worker.kill()
         raise
@@ -389,10 +397,10 @@ async def start_worker(command: list[str] | None = None) -> Worker:
 
 @final
 class Worker:
-    """A process, and the two pipes to it.
+    """A worker process, and the two pipes to it.
 
     Attributes:
-        busy: Whether it has not answered yet: that it is there, or to a job.
+        busy: Whether an answer is due: to a job, or to the start.
         beat: The progress in the worker's last message.
     """
 
@@ -410,7 +418,7 @@ class Worker:
         return self._process.returncode is None
 
     def send_snapshot(self, snapshot: Snapshot) -> None:
-        """Say how far the job's blob has come; in any thread."""
+        """Send the state of the job's blob, from any thread."""
         self.send(SNAPSHOT, SNAPSHOT_FIELDS.pack(*snapshot))
 
     def send(self, kind: int, payload: bytes) -> None:
@@ -423,19 +431,20 @@ class Worker:
             if os.write(self._messages, message) < len(message):
                 self._process.kill()
         except BlockingIOError:
-            # It has not listened for gigabytes.
+            # The worker has not read its pipe during gigabytes of the blob.
             self._process.kill()
         except BrokenPipeError:
-            # It has died; `receive` says so.
-            pass
+            pass  # the worker has died; `receive` raises for that
 
     async def receive(
         self, report: Callable[[int], object], *, silences: float = _SILENCES
     ) -> object:
-        """The answer: what becomes of the job.
+        """Wait for the answer, and report progress until then.
+
+        Cancellation: the worker keeps its job, and a later call can receive the answer.
 
         Args:
-            report: Called with the number of bytes of the blob that were read.
+            report: Called with the number of bytes of the blob that the worker has read.
             silences: Number of times that `_SILENCE` seconds may pass without a message.
 
         Raises:
@@ -452,8 +461,8 @@ class Worker:
                 silent += 1
                 if silent >= silences:
                     raise WorkerError(
-                        f"the process that unpacks has not answered for {now - heard_at:.0f} "
-                        "seconds: it was stopped, or the machine is overloaded; pull again"
+                        f"the worker process has not answered for {now - heard_at:.0f} seconds, "
+                        "because it was stopped or the machine is overloaded: pull again"
                     )
                 continue
             silent, heard_at = 0, now
@@ -463,14 +472,14 @@ class Worker:
                 self.busy = False
                 return answer
             if kind != BEAT or len(payload) != BEAT_FIELDS.size:
-                raise WorkerError("the process that unpacks sent an unknown message: pull again")
+                raise WorkerError("the worker process sent an unknown message: pull again")
             beat = Beat(*BEAT_FIELDS.unpack(payload))
             if beat.waiting or beat[:2] != self.beat[:2]:
                 moved_at = now
             elif now - moved_at > _HANG_LIMIT:
                 raise WorkerError(
-                    f"the process that unpacks hangs in the kernel, for {now - moved_at:.0f} "
-                    "seconds: look at the disk and its file system, and pull again"
+                    f"the worker process has hung in the kernel for {now - moved_at:.0f} seconds: "
+                    "check the disk and its file system, and pull again"
                 )
             self.beat = beat
             report(beat.position)
@@ -482,7 +491,7 @@ class Worker:
             with trio.move_on_after(_REAP_LIMIT):
                 await self._process.wait()
             if self._process.returncode is None:
-                logger.warning("process %d was killed, and hangs in the kernel", self._process.pid)
+                logger.warning("killed process %d hangs in the kernel", self._process.pid)
             os.close(self._messages)
             await self._answers.aclose()
 
@@ -504,14 +513,14 @@ class Worker:
 
 def _unpickle_answer(payload: bytes) -> object:
     try:
-        # Of a program of ours, which does what we would do in its place.
+        # Unpickling is safe here: the bytes come from our own program.
         answer: object = pickle.loads(payload)
-    except Exception as error:  # whatever it was, it is no answer
+    except Exception as error:  # any error means an invalid answer
         raise WorkerError(
-            f"the process that unpacks sent an answer that cannot be read ({error}): pull again"
+            f"the worker process sent an invalid answer ({error}): pull again"
         ) from error
     if isinstance(answer, MemoryError):
-        raise WorkerError("the process that unpacks ran out of memory: free some and pull again")
+        raise WorkerError("the worker process ran out of memory: free memory and pull again")
     if isinstance(answer, WorkerError):
         raise answer
     return answer
@@ -520,9 +529,9 @@ def _unpickle_answer(payload: bytes) -> object:
 def _describe_exit(status: int) -> str:
     if status == -signal.SIGKILL:
         return (
-            "the process that unpacks was killed by signal 9, as the kernel does it when memory "
-            "is short: free some and try again"
+            "the worker process was killed by signal 9, which the kernel sends when memory is "
+            "short: free memory and try again"
         )
     if status < 0:
-        return f"the process that unpacks was killed by signal {-status}: try again"
-    return f"the process that unpacks ended with status {status}: try again"
+        return f"the worker process was killed by signal {-status}: try again"
+    return f"the worker process ended with status {status}: try again"

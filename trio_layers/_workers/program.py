@@ -1,8 +1,8 @@
-"""The program of a process that makes trees; `trio_layers._workers.pool` starts it and talks to it.
+"""The program of a worker process, which `trio_layers._workers.pool` starts.
 
-It loads neither trio nor httpx, nor whatever ``__main__`` the other process has. Jobs and how far
-their blobs have come arrive on its standard input, answers leave by its standard output. When its
-input ends, it ends, whatever it is at: nobody wants it any more.
+It loads neither trio nor httpx, nor the ``__main__`` of the other process. It reads jobs and the
+states of their blobs from its standard input, and writes answers to its standard output. It ends at
+once when its input ends, because then the other process has closed the pipe or died.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 FRAME: Final = struct.Struct("=BI")
-"""What comes before each message: its kind, and how many bytes it has."""
+"""The header of each message: its kind and its size in bytes."""
 
-# To the worker: a job's fields in a pickle, the state of a job's state.
+# Messages to the worker: a job's fields in a pickle, and the state of its blob.
 JOB: Final = 0
 SNAPSHOT: Final = 1
 # Messages from the worker: its progress during a job, the pickled result or exception of a job,
@@ -78,14 +78,16 @@ class Beat(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A blob to be unpacked; of plain values, which need no class on the other side.
+    """A blob to unpack, as plain values, which can be pickled without their classes.
 
     Attributes:
-        path: Where it arrives.
-        media_type, digest, size: Its descriptor.
-        target: Where its tree is made.
+        path: The file in which the blob arrives.
+        media_type: The media type of its descriptor.
+        digest: The digest of its descriptor.
+        size: The size of its descriptor.
+        target: The directory for its tree.
         limits: The arguments of `Limits`.
-        read_ahead: Whether another core may inflate it.
+        read_ahead: Whether another core may inflate the blob.
     """
 
     path: bytes
@@ -102,15 +104,16 @@ def frame(kind: int, payload: bytes) -> bytes:
 
 
 def main() -> None:
-    # Files get the mode they are made with; what is compiled would be anybody's to write to.
+    # With umask 0, files get exactly the mode they are made with. So compiled modules must not be
+    # written: all users could change them.
     sys.dont_write_bytecode = True
     os.umask(0)
     with contextlib.suppress(OSError):
-        # Much to do, and nobody who waits for an answer: whoever does goes first.
+        # A long computation should let interactive processes go first.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # What is loaded stays, and what is done makes few cycles.
+    # The loaded modules stay for ever, and jobs make few reference cycles.
     gc.freeze()
-    # Whoever prints must not be in the way.
+    # A library that prints must not disturb the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
     jobs: SimpleQueue[tuple[Job, ArrivalState]] = queue.SimpleQueue()
@@ -137,24 +140,25 @@ def _receive_jobs(jobs: SimpleQueue[tuple[Job, ArrivalState]]) -> None:
                     continue
                 state.copy(Snapshot(*SNAPSHOT_FIELDS.unpack(payload)))
                 if job is not None:
-                    # Not before it is known which attempt it is.
+                    # A job starts only once the attempt is known.
                     jobs.put((job, state))
                     job = None
     finally:
-        # Whatever it is, nothing more can be heard.
+        # After the end of the input, or an error, no more messages can be read.
         os._exit(1)
 
 
 def _pickle_answer(answer: object) -> bytes:
     try:
         return pickle.dumps(answer)
-    except Exception as error:  # of an exception's own fields
-        text = f"its answer cannot be sent ({type(error).__name__}: {error}): {answer!r}"
+    except Exception as error:  # an exception's own fields may not be picklable
+        reason = f"{type(error).__name__}: {error}"
+        text = f"cannot send the answer of the worker process ({reason}): {answer!r}"
         return pickle.dumps(WorkerError(text))
 
 
 def _run_job(job: Job, state: ArrivalState, heartbeat: _Heartbeat) -> object:
-    """What becomes of a job, an exception included."""
+    """Run a job, and return its result or exception."""
     try:
         arrival = Arrival(
             Path(os.fsdecode(job.path)),
@@ -167,11 +171,11 @@ def _run_job(job: Job, state: ArrivalState, heartbeat: _Heartbeat) -> object:
         return follow(arrival, limits, read_ahead=job.read_ahead, no_umask=True)
     except Exception as error:
         if not isinstance(error, LayersError | StartedOver | Abandoned):
-            # To load it takes longer than to unpack a small layer.
+            # Loading traceback takes longer than unpacking a small layer.
             import traceback
 
             error.add_note("".join(traceback.format_exception(error)))
-        # Its traceback stays here, and so does what caused it.
+        # Pickling drops the traceback and the cause.
         return error
 
 
@@ -223,5 +227,5 @@ def _send(answers: int, data: bytes) -> None:
         while data:
             data = data[os.write(answers, data) :]
     except BrokenPipeError:
-        # Nobody wants to know: see `_receive_jobs`, which may be about to find out, too.
+        # The other process has closed the pipe. `_receive_jobs` may be about to notice it, too.
         os._exit(0)

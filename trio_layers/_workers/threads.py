@@ -16,7 +16,7 @@ from .lending import Lending, follow_in_thread
 __all__ = ["THREADS", "Threads"]
 
 THREADS = max(4, 2 * (os.cpu_count() or 1))
-"""Number of threads that unpack at once: some of them wait for bytes that have not arrived."""
+"""The number of threads that unpack at once; some of them wait for bytes."""
 
 
 @final
