@@ -257,7 +257,9 @@ def test_a_damaged_store(damage: str, view: MergedTree, tmp_path: Path) -> None:
         packed(view)
 
 
-def test_no_more_files(view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files(
+    view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Too many open files are not damage, so the error does not mention the image."""
 
     def refuse(path: bytes) -> int:
@@ -281,7 +283,7 @@ def test_a_disk_that_cannot_be_read(view: MergedTree, monkeypatch: pytest.Monkey
         list(archive(view, check_cancelled=lambda: None))
 
 
-def test_no_more_files_for_the_target(
+def test_too_many_open_files_at_the_target(
     view: MergedTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new directory is removed, even if it cannot be opened."""

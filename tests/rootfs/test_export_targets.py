@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices ne
     ],
     ids=["not-empty", "file", "dangling"],
 )
-def test_unfit_target(
+def test_invalid_targets(
     make: Callable[[Path], None], text: str, view: MergedTree, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
@@ -181,7 +181,9 @@ def test_stopped_anywhere(view: MergedTree, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["d", "su", "empty", "disk", "away"])
-def test_what_comes_in_between_is_not_followed(name: str, view: MergedTree, tmp_path: Path) -> None:
+def test_a_link_planted_during_the_export_is_not_followed(
+    name: str, view: MergedTree, tmp_path: Path
+) -> None:
     """A link planted in the place of an entry is an error, and is neither followed nor removed."""
     outside, target = tmp_path / "outside", tmp_path / "target"
     plant(outside)

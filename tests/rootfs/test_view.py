@@ -435,7 +435,7 @@ def test_damaged_list_of_a_tree(tmp_path: Path, lines: list[bytes]) -> None:
         MergedTree([tmp_path]).survey([b"a", b"a/b"])
 
 
-def test_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many open files are not damage, so the error does not mention the layer."""
     (tree,) = unpack_stack([archive(*LOWER)], tmp_path)
 

@@ -145,7 +145,7 @@ def test_a_finished_tar_is_taken_as_it_is() -> None:
     assert layer.diff_id == digest(b"not a tar")
 
 
-def test_something_else_is_refused() -> None:
+def test_build_layer_refuses_other_types() -> None:
     with pytest.raises(TypeError, match="not an entry"):
         build_layer([Entry("plain")])
 

@@ -357,7 +357,7 @@ async def test_a_client_that_waits_for_100_continue_gets_it() -> None:
         assert b"HTTP/1.1 200" in received
 
 
-async def test_a_client_that_speaks_no_http_is_cut_and_harms_nobody() -> None:
+async def test_a_client_without_http_is_cut_and_others_go_on() -> None:
     async with socket_client() as (registry, client):
         tls = await exchange_raw(registry, b"\x16\x03\x01\x02\x00" + bytes(600))
         assert tls.startswith(b"HTTP/1.1 400")
@@ -367,7 +367,7 @@ async def test_a_client_that_speaks_no_http_is_cut_and_harms_nobody() -> None:
         assert (await client.get("/v2/")).status_code == 200
 
 
-async def test_credentials_that_are_none_harm_nobody() -> None:
+async def test_invalid_credentials_are_refused() -> None:
     async with open_registry(auth=BasicAuth("u", "p")) as registry:
         for _ in range(2):
             head = b"GET /v2/ HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"

@@ -130,7 +130,7 @@ async def test_no_length(connect) -> None:
         assert (await client.head(url)).content == b""
 
 
-async def test_what_befalls_bodies_does_not_befall_head(connect) -> None:
+async def test_faults_of_bodies_do_not_change_head(connect) -> None:
     async with connect() as (registry, client):
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
         registry.inject(url, Cut(0), Stall(0), times=None)
@@ -206,7 +206,7 @@ async def test_a_slow_head_comes_byte_by_byte(autojump_clock) -> None:
     assert [time for time, _ in arrived[:-1]] == [n / 2 for n in range(1, len(head) + 1)]
 
 
-async def test_a_slow_head_takes_as_long_in_memory(autojump_clock) -> None:
+async def test_a_slow_head_takes_the_same_time_in_memory(autojump_clock) -> None:
     """In memory, a slow head takes the same time; a read timeout depends on each byte."""
     async with memory_client() as (registry, client):
         registry.inject("/v2/", SlowHead(2), SlowHead(0.1))
@@ -223,7 +223,7 @@ async def test_a_slow_head_takes_as_long_in_memory(autojump_clock) -> None:
         assert trio.current_time() - start == pytest.approx(5 + head)
 
 
-async def test_shorter_says_so(connect) -> None:
+async def test_shorter_sends_the_right_length(connect) -> None:
     """`Shorter` shortens a whole blob and a range, but no body that is too short."""
     async with connect() as (registry, client):
         url = f"/v2/{NAME}/blobs/{registry.add_blob(NAME, DATA)}"
@@ -237,7 +237,7 @@ async def test_shorter_says_so(connect) -> None:
         assert got.content == DATA[:100]
 
 
-async def test_challenges_go_back_and_forth(connect) -> None:
+async def test_challenges_alternate_between_two_schemes(connect) -> None:
     async with connect(TokenAuth()) as (registry, client):
         registry.inject("/v2/", Challenge("Basic"), times=2)
         registry.inject("/v2/", Challenge("Basic", "Bearer"), times=None)

@@ -90,7 +90,7 @@ async def test_attempts_are_played_into_a_sink(autojump_clock) -> None:
         assert (stage.offset, stage.complete) == (0, False)
 
 
-async def test_it_is_a_source_for_the_engine(autojump_clock) -> None:
+async def test_the_engine_uses_a_scripted_source(autojump_clock) -> None:
     """With the engine, the source is retried once, gets its diff ID, and is closed once."""
     source = ScriptedSource(TAR, attempts=[Attempt(error=RuntimeError("once")), Attempt()])
     store = MemoryStore()
@@ -109,7 +109,7 @@ async def test_a_known_source_is_not_downloaded_twice(autojump_clock) -> None:
             assert (first.calls, second.calls) == (1, 0)
 
 
-async def test_its_errors_reach_the_pull(autojump_clock) -> None:
+async def test_errors_of_a_scripted_source_reach_the_pull(autojump_clock) -> None:
     source = ScriptedSource(TAR, attempts=[Attempt(error=DoNotRetry("gone"))])
     async with open_download_manager(MemoryStore()) as manager:
         with pytest.raises(DoNotRetry, match="gone"):
@@ -118,6 +118,6 @@ async def test_its_errors_reach_the_pull(autojump_clock) -> None:
     assert source.calls == 1
 
 
-def test_it_needs_an_attempt() -> None:
+def test_a_scripted_source_needs_an_attempt() -> None:
     with pytest.raises(ValueError, match="at least one"):
         ScriptedSource(b"", attempts=())

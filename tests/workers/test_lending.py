@@ -42,7 +42,7 @@ async def all_lent(store: Store, waiting: int) -> None:
 
 @OPEN
 @pytest.mark.parametrize("extra", [0, 3])
-async def test_layers_that_trickle_in_hold_up_nobody(
+async def test_slow_layers_do_not_delay_others(
     open_it: OpenStore, extra: int, tmp_path: Path
 ) -> None:
     """Any number of slow layers is possible. They are unpacked after their arrival."""
@@ -93,7 +93,7 @@ async def test_one_worker_is_enough(open_it: OpenStore, tmp_path: Path) -> None:
                     await stage(store, layer_of(**{f"x{blob.data[20]}": "x"}))
 
 
-async def test_a_stage_that_waits_for_a_worker_can_be_left(tmp_path: Path) -> None:
+async def test_a_stage_can_be_left_while_it_waits_for_a_worker(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         store._parts.builder.limiter.total_tokens = 1
         async with store.stage(slow_layer(0).descriptor) as first:
@@ -146,7 +146,7 @@ async def background() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
-async def test_the_one_with_the_least_to_lose_goes(autojump_clock: object) -> None:
+async def test_the_worker_with_the_least_work_is_recalled(autojump_clock: object) -> None:
     world = World(2)
     large, small, quick = (arrival_of(1 << 40, number) for number in range(3))
     large.state.grow(200 * MIB)
@@ -214,7 +214,7 @@ async def test_no_work_is_thrown_away_without_end(autojump_clock: object) -> Non
         assert world.lending.waiting == 0
 
 
-async def test_one_that_stands_still_gives_way_to_one_that_grows(autojump_clock: object) -> None:
+async def test_a_stalled_blob_gives_its_worker_to_a_growing_one(autojump_clock: object) -> None:
     """A growing blob does not give way to one that stands still."""
     world = World(1)
     still, grows = arrival_of(100 * MIB), arrival_of(100 * MIB, 1)
@@ -235,7 +235,7 @@ async def test_one_that_stands_still_gives_way_to_one_that_grows(autojump_clock:
         assert world.lending.waiting == 1
 
 
-async def test_workers_that_are_closed_refuse_and_end_what_is_under_way(tmp_path: Path) -> None:
+async def test_closing_the_workers_ends_calls_and_refuses_new_ones(tmp_path: Path) -> None:
     """The calls end in all tasks, both while waiting for a worker and with one."""
     ended: list[str] = []
 

@@ -89,7 +89,7 @@ async def test_errors_come_as_from_a_thread(family: str, tmp_path: Path) -> None
         assert (await stage(store, layer_of(other="other"))).tree.is_dir()
 
 
-async def test_workers_are_started_when_there_is_something_to_do(tmp_path: Path) -> None:
+async def test_workers_start_with_the_first_layer(tmp_path: Path) -> None:
     """Each worker starts once, and ends with the store."""
     async with open_store(tmp_path) as store:
         assert children() == set()
@@ -188,7 +188,7 @@ def answer_nonsense(pid: int) -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_what_is_started_over_is_never_mixed(waits: bool, tmp_path: Path) -> None:
+async def test_attempts_are_never_mixed(waits: bool, tmp_path: Path) -> None:
     """A worker never mixes attempts, even if it is about to begin."""
     other = layer_of(other=NOISE[::-1])
     async with open_store(tmp_path) as store:
@@ -206,7 +206,7 @@ async def test_what_is_started_over_is_never_mixed(waits: bool, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("expands", [False, True])
-async def test_a_cancelled_layer_leaves_nobody_at_work(expands: bool, tmp_path: Path) -> None:
+async def test_cancelling_a_layer_stops_its_worker(expands: bool, tmp_path: Path) -> None:
     """Neither a worker that waits for bytes nor one with a bomb goes on.
 
     The worker can be used again.
@@ -228,7 +228,7 @@ async def test_a_cancelled_layer_leaves_nobody_at_work(expands: bool, tmp_path: 
         assert children() & before
 
 
-async def test_without_an_interpreter_threads_do_it(
+async def test_without_an_interpreter_threads_unpack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Threads do the work, also if an interpreter cannot read the library."""
@@ -409,7 +409,7 @@ def test_workers_die_with_their_program(tmp_path: Path, script: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 300_000, len(LARGE.data)])
-def test_ahead_or_not_is_the_same(size: int, tmp_path: Path) -> None:
+def test_reading_ahead_gives_the_same_tree(size: int, tmp_path: Path) -> None:
     """Trees are the same, and so are errors of streams that end early."""
     outcomes = []
     for ahead in (False, True):
@@ -430,7 +430,7 @@ def test_ahead_or_not_is_the_same(size: int, tmp_path: Path) -> None:
     assert outcomes[:2] == outcomes[2:]
 
 
-def test_ahead_ends_when_unpacking_does(tmp_path: Path) -> None:
+def test_reading_ahead_ends_with_unpacking(tmp_path: Path) -> None:
     """The reading thread stops, and its error is raised."""
     limits = Limits(max_entries=1)
     data = tar({"name": "a"}, {"name": "b", "text": "b" * MIB})

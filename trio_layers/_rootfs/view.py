@@ -123,6 +123,8 @@ class RootfsView:
         The file is one of trio's asynchronous files (`trio.wrap_file`), binary and buffered.
         Leaving the block closes it.
 
+        Cancellation: entering leaves no file open, and leaving closes the file all the same.
+
         Raises:
             OSError: as for `read_bytes`.
         """

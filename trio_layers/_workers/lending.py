@@ -38,7 +38,7 @@ _INTERVAL: Final = 0.1
 _PACE_MARGIN: Final = 2 * 1024 * 1024
 
 # Seconds for which a worker must have kept pace with its download before a stage whose blob is
-# complete takes it. Longer work is kept for longer.
+# complete takes it. A worker with more work to lose is kept for longer.
 _PATIENCE: Final = 0.25
 _MOST_PATIENCE: Final = 2.0
 _BYTES_A_SECOND: Final = 64 * 1024 * 1024

@@ -104,6 +104,8 @@ class ScriptedSource:
     async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
         """Play the next attempt.
 
+        Cancellation: the attempt counts as played.
+
         Raises:
             Exception: the attempt's error.
         """
@@ -114,6 +116,8 @@ class ScriptedSource:
 
     async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
         """Play the next attempt into a sink.
+
+        Cancellation: the attempt counts as played, and its bytes so far stay in the sink.
 
         Raises:
             Exception: the attempt's error.
