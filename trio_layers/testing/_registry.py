@@ -125,7 +125,7 @@ class Registry:
     def add_manifest(
         self, repository: str, manifest: bytes, *, media_type: str, tag: str | None = None
     ) -> Digest:
-        """Make bytes available as a manifest, even if they are none.
+        """Make bytes available as a manifest, even if they are not a valid one.
 
         A manifest with a subject becomes one of the subject's referrers.
 
