@@ -17,14 +17,14 @@ __all__ = [
     "BLOCK",
     "MAX_INT64",
     "PAX_XATTR",
-    "has_valid_checksum",
     "damaged_entry",
+    "has_valid_checksum",
     "parse_decimal",
     "parse_mode_and_owner",
     "parse_number",
     "parse_octal",
-    "parse_pax_time",
     "parse_pax_records",
+    "parse_pax_time",
     "text_until_nul",
 ]
 

@@ -12,7 +12,7 @@ from .._errors import LimitExceeded, UnpackError
 from .._printable import printable_path
 from .fields import BLOCK, damaged_entry, parse_decimal, parse_number
 
-__all__ = ["SparseMap", "read_gnu_map", "has_sparse_keys", "read_pax_map"]
+__all__ = ["SparseMap", "has_sparse_keys", "read_gnu_map", "read_pax_map"]
 
 SparseMap = tuple[list[int], int]
 """Offset and length of each part, in turn; the size of the file."""

@@ -24,7 +24,7 @@ from .._tar.reader import Content
 from .capabilities import OVERRIDE, Capabilities
 from .member_entries import is_linux_xattr
 
-__all__ = ["InodeWriter", "list_xattrs", "unpack_error", "translate_os_errors"]
+__all__ = ["InodeWriter", "list_xattrs", "translate_os_errors", "unpack_error"]
 
 _ZEROS: Final = bytes(1 << 18)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
