@@ -51,8 +51,6 @@ class RootfsView:
     used: the block of a pull holds a lease, and so does `DirectoryStore.lease`. After the end of
     the store's block, each call raises `StoreClosed`. An open file stays open until its own block
     ends.
-
-    Cancellation: a cancelled call stops between two chunks. The view can still be used.
     """
 
     def __init__(
@@ -73,6 +71,8 @@ class RootfsView:
 
         The ``path`` of the entry is the real one, with all links resolved.
 
+        Cancellation: the call stops soon, and changes nothing.
+
         Args:
             path: The path.
             follow_symlinks: Follow a link in the last part of the path, too.
@@ -87,7 +87,10 @@ class RootfsView:
 
     @while_open
     async def exists(self, path: str | bytes) -> bool:
-        """Return whether a path exists; ``False`` for a dangling link."""
+        """Return whether a path exists; ``False`` for a dangling link.
+
+        Cancellation: as for `stat`.
+        """
         await self._load()
         try:
             self._resolve(path, follow=True)
@@ -98,6 +101,8 @@ class RootfsView:
     @while_open
     async def readlink(self, path: str | bytes) -> bytes:
         """Return the target of a symbolic link, byte for byte.
+
+        Cancellation: as for `stat`.
 
         Raises:
             OSError: as for `stat`, and ``EINVAL`` if the path is not a link.
@@ -111,6 +116,8 @@ class RootfsView:
     @while_open
     async def read_bytes(self, path: str | bytes) -> bytes:
         """Return the content of a file; use `open` for large files.
+
+        Cancellation: as for `stat`; reading stops between two chunks.
 
         Raises:
             OSError: as for `stat`; ``EISDIR`` for a directory, ``EINVAL`` for other entries that
@@ -144,6 +151,8 @@ class RootfsView:
 
         Links are not followed, and only the layers' lists of entries are read. The result is a
         list because all entries are in memory anyway.
+
+        Cancellation: as for `stat`.
         """
         return await trio.to_thread.run_sync(self._tree.walk)
 
