@@ -1,4 +1,4 @@
-"""Tars for tests, and a source of their bytes for the tar reader."""
+"""Archives for tests, and the bytes of one as the tar reader takes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cases.layers import maketar
 
 
 def archive(*entries: dict) -> bytes:
-    """Make a tar of entries in the format of the cases (``FORMAT.md``)."""
+    """A tar of entries as in the cases (``FORMAT.md``)."""
     return b"".join(maketar.iter_tar({"entries": list(entries)}))
 
 
