@@ -25,9 +25,9 @@ from trio_layers.testing import (
     BuiltImage,
     BuiltLayer,
     Directory,
-    Entry,
     File,
     HardLink,
+    LayerEntry,
     Registry,
     build_image,
     build_layer,
@@ -39,7 +39,7 @@ PROCESSES = 8
 SECONDS = float(os.environ.get("TRIO_LAYERS_CONTENTION", "0"))
 
 
-def layer(number: int, size: int, *more: Entry) -> BuiltLayer:
+def layer(number: int, size: int, *more: LayerEntry) -> BuiltLayer:
     name = f"noise-{number}-{size}"
     return build_layer([Directory(""), File(name, noise(name, size)), *more])
 

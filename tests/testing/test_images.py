@@ -21,10 +21,10 @@ from _tools.docker_registry import require
 from trio_layers.testing import (
     MTIME,
     Directory,
-    Entry,
     Fifo,
     File,
     HardLink,
+    LayerEntry,
     Opaque,
     Symlink,
     Whiteout,
@@ -147,7 +147,7 @@ def test_a_finished_tar_is_taken_as_it_is() -> None:
 
 def test_build_layer_refuses_other_types() -> None:
     with pytest.raises(TypeError, match="not an entry"):
-        build_layer([Entry("plain")])
+        build_layer([LayerEntry("plain")])
 
 
 def test_image_documents_agree() -> None:

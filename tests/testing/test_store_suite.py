@@ -67,30 +67,30 @@ class InventsLayers(MemoryStore):
 class NamesTheBlob(MemoryStore):
     """The diff ID is that of the blob, not of the tar inside."""
 
-    def add(self, data, parent, descriptor=None):
-        layer = super().add(data, parent, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        layer = super().add(data, parent, descriptor=descriptor)
         layer.diff_id = layer.diff_id[::-1]
         return layer
 
 
 @shown_by("layers_stand_on_each_other", "stage_upon_a_parent")
 class ForgetsParents(MemoryStore):
-    def add(self, data, parent, descriptor=None):
-        layer = super().add(data, parent, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        layer = super().add(data, parent, descriptor=descriptor)
         layer.parent = None
         return layer
 
 
 @shown_by("an_unknown_parent_is_an_error", "stage_upon_a_parent")
 class TakesAnyParent(MemoryStore):
-    def add(self, data, parent, descriptor=None):
-        return super().add(data, parent if parent in self.layers else None, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        return super().add(data, parent if parent in self.layers else None, descriptor=descriptor)
 
 
 @shown_by("what_is_there_is_returned_as_it_is", "one_layer_is_registered_by_many")
 class RegistersOnce(MemoryStore):
-    def add(self, data, parent, descriptor=None):
-        layer = super().add(data, parent, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        layer = super().add(data, parent, descriptor=descriptor)
         if layer.references > 1:
             raise Defect(layer.chain_id)
         return layer
@@ -98,10 +98,10 @@ class RegistersOnce(MemoryStore):
 
 @shown_by("empty_layers")
 class WantsEntries(MemoryStore):
-    def add(self, data, parent, descriptor=None):
+    def add(self, data, parent, *, descriptor=None):
         if not any(data):
             raise Defect("this tar is empty")
-        return super().add(data, parent, descriptor)
+        return super().add(data, parent, descriptor=descriptor)
 
 
 @shown_by("pieces_of_any_size")
@@ -139,7 +139,7 @@ class TakesWhatIsDamaged(MemoryStore):
         try:
             return await super().register(stream, parent, descriptor)
         except Exception:
-            return self.add(b"what could be read", parent, descriptor)
+            return self.add(b"what could be read", parent, descriptor=descriptor)
 
 
 @shown_by("the_stream_is_left_open")
@@ -222,8 +222,8 @@ class ReleasesAll(MemoryStore):
 
 @shown_by("a_layer_keeps_those_below")
 class DropsParents(MemoryStore):
-    def add(self, data, parent, descriptor=None):
-        layer = super().add(data, parent, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        layer = super().add(data, parent, descriptor=descriptor)
         if layer.parent is not None and layer.parent.references > 1:
             layer.parent.references -= 1
         return layer
@@ -242,16 +242,16 @@ class ReleasesWhatFails(MemoryStore):
 
 @shown_by("the_data_can_be_registered_again")
 class ForgetsItsData(MemoryStore):
-    def add(self, data, parent, descriptor=None):
-        layer = super().add(data, parent, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        layer = super().add(data, parent, descriptor=descriptor)
         layer.data = b""
         return layer
 
 
 @shown_by("the_data_can_be_read_by_many")
 class GivesItsDataOnce(MemoryStore):
-    def add(self, data, parent, descriptor=None):
-        layer = super().add(data, parent, descriptor)
+    def add(self, data, parent, *, descriptor=None):
+        layer = super().add(data, parent, descriptor=descriptor)
         stream = MemoryStream(data)
 
         async def tar_stream() -> MemoryStream:
