@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+from argparse import _SubParsersAction
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -342,6 +343,17 @@ def test_help_and_version_leave_with_0(capsys: pytest.CaptureFixture[str]) -> No
             _cli.main(line.split())
         assert caught.value.code == 0
     assert _cli.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [command.name for command in _commands.COMMANDS])
+def test_each_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every argument of every command has a help text, without placeholders left in it."""
+    parser = _cli._parser()
+    [commands] = [each for each in parser._actions if isinstance(each, _SubParsersAction)]
+    assert [action.dest for action in commands.choices[name]._actions if not action.help] == []
+    with pytest.raises(SystemExit):
+        _cli.main([name, "--help"])
+    assert "%" not in capsys.readouterr().out
 
 
 def test_password_is_asked_for(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,8 +169,11 @@ def tars() -> Iterator[bytes]:
 
 
 def fill(registry: Registry, other: Registry) -> tuple[list[str], list[str]]:
-    """References of what can be pulled, and of what cannot: from two registries, since one that
-    cuts connections cuts those that the next request is sent on."""
+    """Return the references of images that can be pulled, and of images that cannot.
+
+    They are in two registries: a registry that cuts connections also cuts those that the next
+    request is sent on.
+    """
     fine, broken = [], []
 
     def named(name: str) -> str:
@@ -248,8 +251,7 @@ def arguments(store: Path, references: tuple[list[str], list[str]]) -> list[str]
 
 
 def check(out: bytes, err: bytes, references: tuple[list[str], list[str]]) -> None:
-    """Nothing but lines of text; one for each thing that could be pulled, and one for each that
-    could not."""
+    """Check that the output is lines of text, one for each image and one for each failure."""
     fine, broken = references
     assert unfit(out) == set()
     assert unfit(err) == set()

@@ -203,7 +203,7 @@ async def test_stdout_that_is_closed(tmp_path: Path) -> None:
             stdout=None,
             preexec_fn=close_stdout,
         )
-        assert (done.returncode, done.stderr) == (1, b"trio-layers: stdout: it is closed\n")
+        assert (done.returncode, done.stderr) == (1, b"trio-layers: stdout: the stream is closed\n")
 
 
 def close_stdout() -> None:
