@@ -48,9 +48,9 @@ __all__ = [
     "encode_manifest",
     "is_dir_transport",
     "is_id",
-    "key_of",
     "link_target",
     "name_of",
+    "normalise_path",
 ]
 
 LAYOUT: Final = "oci-layout"
@@ -88,7 +88,7 @@ class DockerImage:
     layers: tuple[str, ...]
 
 
-def key_of(path: str) -> str:
+def normalise_path(path: str) -> str:
     """What a path is looked up by: without what means nothing. One that has a ``..`` in it is
     kept as it is, and so is nobody's.
     """
@@ -167,11 +167,11 @@ def decode_docker(data: bytes) -> tuple[DockerImage, ...]:
     """
     return tuple(
         DockerImage(
-            key_of(_text(image.get("Config"), "Config")),
+            normalise_path(_text(image.get("Config"), "Config")),
             tuple(
                 tag for tag in _texts(image.get("RepoTags"), "RepoTags") if tag != "<none>:<none>"
             ),
-            tuple(key_of(layer) for layer in _texts(image.get("Layers"), "Layers")),
+            tuple(normalise_path(layer) for layer in _texts(image.get("Layers"), "Layers")),
         )
         for image in _objects(_decode(data, DOCKER))
     )

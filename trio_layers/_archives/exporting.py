@@ -85,7 +85,7 @@ async def export_images(
     """
     if isinstance(references, str | Reference):
         references = [references]
-    parsed = [_parsed(each) if isinstance(each, str) else each for each in references]
+    parsed = [_parse_name(each) if isinstance(each, str) else each for each in references]
     if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     if format not in ("oci-archive", "docker-archive", "oci"):
@@ -98,7 +98,7 @@ async def export_images(
         images = []
         # One image may have thousands of names, so its manifest is read and held only once.
         manifests: dict[Digest, Manifest] = {}
-        for image in await _stored(store, parsed, platform):
+        for image in await _look_up(store, parsed, platform):
             index = None if image.index is None else image.index.digest
             await lease.hold(image.manifest.digest, image.config.digest, index, image.chain_id)
             manifest = manifests.get(image.manifest.digest)
@@ -126,11 +126,11 @@ class _Exported:
     manifest: Manifest
 
 
-def _parsed(text: str) -> Reference | Digest:
+def _parse_name(text: str) -> Reference | Digest:
     return parse_digest(text) if text.startswith("sha256:") else parse_reference(text)
 
 
-async def _stored(
+async def _look_up(
     store: DirectoryStore, names: Iterable[Reference | Digest], platform: Platform | None
 ) -> list[StoredImage]:
     """Look up the images to export, without duplicates of a name and platform."""
@@ -196,7 +196,7 @@ async def _oci_entries(
         )
         for exported in images
     )
-    docker = await trio.to_thread.run_sync(_described, described)
+    docker = await trio.to_thread.run_sync(_docker_document, described)
     stored = [exported.image for exported in images]
     index = await trio.to_thread.run_sync(index_document, stored)
     documents: list[Entry] = [(LAYOUT, OCI_LAYOUT), (INDEX, index)]
@@ -220,7 +220,7 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
             continue
         config = await store.read_blob(image.config.digest)
         diff_ids = (await trio.to_thread.run_sync(decode_config, config)).diff_ids
-        stack = await _layers(store, image)
+        stack = await _layers_of(store, image)
         if [layer.diff_id for layer in stack] != list(diff_ids):
             raise StoreError(f"the layers of {image.reference} are not unpacked: pull it")
         layers = []
@@ -235,11 +235,11 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
         files[name] = config
         found[name] = layers
         described.append((exported.reference, name, layers))
-    docker = await trio.to_thread.run_sync(_described, described)
+    docker = await trio.to_thread.run_sync(_docker_document, described)
     return [*files.items(), (DOCKER, docker)]
 
 
-def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
+def _docker_document(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
     """Encode ``manifest.json`` for images: names, config paths and layer paths.
 
     An image with several names has one entry with all of them. If two images share a name, the
@@ -259,7 +259,7 @@ def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
     )
 
 
-async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLayer]:
+async def _layers_of(store: DirectoryStore, image: StoredImage) -> list[DirectoryLayer]:
     """The image's layers, bottom first."""
     layer = None if image.chain_id is None else await store.find(image.chain_id)
     layers = []

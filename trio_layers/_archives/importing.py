@@ -59,7 +59,7 @@ from .documents import (
     decode_document,
     encode_manifest,
 )
-from .reading import Shelf, Source, open_source
+from .reading import ArchiveSource, BlobImporter, open_source
 from .selecting import digest_prefix, select
 
 __all__ = ["import_images"]
@@ -74,7 +74,7 @@ NAMELESS: Final = "localhost/unnamed"
 _SHOWN: Final = 20
 
 # These errors mean that one description of an image is unusable, so the next one is tried.
-_USELESS: Final = (ArchiveError, ManifestError, PlatformError, VerificationError)
+_UNUSABLE: Final = (ArchiveError, ManifestError, PlatformError, VerificationError)
 
 
 async def import_images(
@@ -155,11 +155,11 @@ async def import_images(
     if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     async with store._lifetime.use(), store.lease() as lease, store.batch() as batch:
-        shelf = Shelf(store, batch, lease)
-        opened = await open_source(source, shelf, store.limits)
+        blobs = BlobImporter(store, batch, lease)
+        opened = await open_source(source, blobs, store.limits)
 
-        images: list[_Image] = []
-        finder = _Finder(opened, shelf, platform)
+        images: list[_ImportedImage] = []
+        finder = _Finder(opened, blobs, platform)
         layers = 0
         try:
             chosen = await select(
@@ -180,11 +180,11 @@ async def import_images(
         digests = [digest for image in images for digest in image.digests()]
         await lease.hold(*digests)
         await batch.commit(digests, lease=lease)
-        return await _put(store, images, progress)
+        return await _unpack(store, images, progress)
 
 
-async def _put(
-    store: DirectoryStore, images: Sequence[_Image], progress: ProgressSink | None
+async def _unpack(
+    store: DirectoryStore, images: Sequence[_ImportedImage], progress: ProgressSink | None
 ) -> list[StoredImage]:
     """Unpack the layers, which are in the store, then give the images their names."""
     async with AsyncExitStack() as stack:
@@ -197,17 +197,17 @@ async def _put(
             download = manager.download(sources, progress=progress)
             rootfs = await stack.enter_async_context(download)
             check_diff_ids(layers, rootfs)
-        put = await trio.to_thread.run_sync(_named, images)
+        put = await trio.to_thread.run_sync(_stored_images, images)
         await store.put_images(put)
     return put
 
 
-def _named(images: Sequence[_Image]) -> list[StoredImage]:
+def _stored_images(images: Sequence[_ImportedImage]) -> list[StoredImage]:
     return [image.stored_as(name) for image in images for name in image.names]
 
 
 @attrs.frozen
-class _Image:
+class _ImportedImage:
     """An image that was found, and its names in the store."""
 
     names: tuple[Reference, ...]
@@ -245,35 +245,39 @@ class _Image:
 class _Finder:
     """Finds a source's images for a platform, and adds their blobs to the batch."""
 
-    def __init__(self, source: Source, shelf: Shelf, platform: Platform | None) -> None:
+    def __init__(
+        self, source: ArchiveSource, blobs: BlobImporter, platform: Platform | None
+    ) -> None:
         self._source = source
-        self._shelf = shelf
+        self._blobs = blobs
         self._platform = platform
         # Any number of indexes may lead to one manifest or index, so each is decoded only once.
-        self._found: dict[tuple[Descriptor, Platform | None], _Image] = {}
+        self._found: dict[tuple[Descriptor, Platform | None], _ImportedImage] = {}
         self._entries: dict[Descriptor, Descriptor] = {}
 
-    async def find(self, candidate: Candidate, names: tuple[Reference, ...]) -> _Image:
+    async def find(self, candidate: Candidate, names: tuple[Reference, ...]) -> _ImportedImage:
         """Find the image of a candidate, and give it these names."""
         called = str(names[0] if names else candidate)
         if not candidate.contents.manifests and candidate.docker:
             image = await self._find_in_docker(candidate, called, self._platform)
-            return await self._named(image, names)
+            return await self._with_names(image, names)
         try:
             image = await self._find_oci(candidate.roots, called)
-        except _USELESS as error:
+        except _UNUSABLE as error:
             # An index has one image for each platform, so manifest.json may replace only the one
             # for the wanted platform.
             is_index = len(candidate.roots) > 1 or bool(candidate.contents.indexes)
             wanted = self._platform or (host_platform() if is_index else None)
             try:
                 image = await self._find_in_docker(candidate, called, wanted)
-            except _USELESS:
+            except _UNUSABLE:
                 raise error from None
-        return await self._named(image, names)
+        return await self._with_names(image, names)
 
-    async def _named(self, image: _Image, names: tuple[Reference, ...]) -> _Image:
-        names = await trio.to_thread.run_sync(_promised, self._source, image, names)
+    async def _with_names(
+        self, image: _ImportedImage, names: tuple[Reference, ...]
+    ) -> _ImportedImage:
+        names = await trio.to_thread.run_sync(_check_digests_in_names, self._source, image, names)
         return attrs.evolve(image, names=names)
 
     async def manifest_digest(self, candidate: Candidate) -> Digest | None:
@@ -284,13 +288,13 @@ class _Finder:
         """
         try:
             image = await self._find_in_docker(candidate, str(candidate), None)
-        except _USELESS:
+        except _UNUSABLE:
             return None
         return image.manifest.digest
 
     # By index.json.
 
-    async def _find_oci(self, roots: Sequence[Descriptor], called: str) -> _Image:
+    async def _find_oci(self, roots: Sequence[Descriptor], called: str) -> _ImportedImage:
         """Find an image by the rules of `RegistryClient.resolve_image`."""
         source = self._source
         name = f"{source.name}: {called}"
@@ -298,7 +302,7 @@ class _Finder:
         several = len(roots) > 1
         if several:
             among = Index(INDEX_TYPES[0], tuple(roots))
-            root = await _choose(source, name, among, wanted)
+            root = await _choose_entry(source, name, among, wanted)
         else:
             [root] = roots
 
@@ -310,45 +314,47 @@ class _Finder:
 
         descriptor, index = await walk_index(root, is_index=is_index, entry_of=entry_of)
         chosen = several or index is not None
-        said = descriptor.platform if chosen else None
-        image = await self._find_manifest(descriptor, said)
-        if said is None and (chosen or self._platform is not None):
+        entry_platform = descriptor.platform if chosen else None
+        image = await self._find_manifest(descriptor, entry_platform)
+        if entry_platform is None and (chosen or self._platform is not None):
             check_platform(name, image.platform, wanted)
         if index is None:
             index = await _index_of(source, root)
         if index is not None:
             await self._take(index)
-        return attrs.evolve(image, index=None if index is None else _plain(index))
+        return attrs.evolve(image, index=None if index is None else _without_annotations(index))
 
     async def _entry_of(self, index: Descriptor, name: str, wanted: Platform) -> Descriptor:
         """Choose the entry of an index for a platform."""
-        key = _plain(index)
+        key = _without_annotations(index)
         if key not in self._entries:
-            data = await _document(self._source, index)
+            data = await _read_document(self._source, index)
             document = await decode(self._source, decode_document, data, index.media_type)
             assert isinstance(document, Index)
-            self._entries[key] = await _choose(self._source, name, document, wanted)
+            self._entries[key] = await _choose_entry(self._source, name, document, wanted)
         return self._entries[key]
 
-    async def _find_manifest(self, descriptor: Descriptor, said: Platform | None) -> _Image:
-        """Find the image of a manifest; ``said`` is the platform in its index entry."""
-        key = (_plain(descriptor), said)
+    async def _find_manifest(
+        self, descriptor: Descriptor, entry_platform: Platform | None
+    ) -> _ImportedImage:
+        """Find the image of a manifest; ``entry_platform`` is the one in its index entry."""
+        key = (_without_annotations(descriptor), entry_platform)
         if key in self._found:
             return self._found[key]
         source = self._source
-        data = await _document(source, descriptor)
+        data = await _read_document(source, descriptor)
         document = await decode(source, decode_document, data, descriptor.media_type)
         assert isinstance(document, Manifest)
         check_image(document)
-        config_bytes = await _document(source, document.config)
-        config = await decode(source, decode_config, config_bytes, said)
+        config_bytes = await _read_document(source, document.config)
+        config = await decode(source, decode_config, config_bytes, entry_platform)
         check_layer_count(document, config)
         digests = [*(layer.digest for layer in document.layers), *config.diff_ids]
         await off_the_loop(len(digests), partial(check_storable, digests))
         for part in {(layer.digest, layer.size): layer for layer in document.layers}.values():
             await self._take(part)
         await self._take(document.config)
-        manifest = _plain(descriptor)
+        manifest = _without_annotations(descriptor)
         if document.layers or await _is_strict(data, descriptor.media_type):
             await self._take(descriptor)
         else:
@@ -356,39 +362,39 @@ class _Finder:
             # So the store gets a new manifest with an empty list.
             data = encode_manifest(document.config, ())
             manifest = Descriptor(MANIFEST_TYPES[0], digest_of(data), len(data))
-            await self._shelf.keep(manifest.digest, data)
-        image = self._found[key] = _Image(
+            await self._blobs.add_document(manifest.digest, data)
+        image = self._found[key] = _ImportedImage(
             (),
             manifest,
-            _plain(document.config),
+            _without_annotations(document.config),
             config.platform,
-            await _stacked(document.layers, config.diff_ids),
+            await _image_layers(document.layers, config.diff_ids),
         )
         return image
 
     async def _take(self, descriptor: Descriptor) -> None:
         item = await self._source.take(blob_path(descriptor.digest))
         if item is None:
-            raise _missing(self._source, descriptor)
-        _check(self._source, descriptor, item.digest, item.size)
+            raise _missing_blob(self._source, descriptor)
+        _check_blob(self._source, descriptor, item.digest, item.size)
 
     # By manifest.json.
 
     async def _find_in_docker(
         self, candidate: Candidate, called: str, platform: Platform | None
-    ) -> _Image:
+    ) -> _ImportedImage:
         """Find an image by the first usable one of its entries in ``manifest.json``."""
         failure: Exception | None = None
         for image in candidate.docker:
             try:
                 return await self._find_docker(image, called, platform)
-            except _USELESS as error:
+            except _UNUSABLE as error:
                 failure = failure or error
         raise failure or ArchiveError(f"{self._source.name} lacks {called}")
 
     async def _find_docker(
         self, image: DockerImage, called: str, platform: Platform | None
-    ) -> _Image:
+    ) -> _ImportedImage:
         source = self._source
         data = await source.read(image.config)
         if data is None:
@@ -404,23 +410,25 @@ class _Finder:
                 f"{len(config.diff_ids)} diff IDs"
             )
         pairs = zip(image.layers, config.diff_ids, strict=True)
-        layers = [await _docker_layer(source, path, diff_id) for path, diff_id in pairs]
+        layers = [await _read_docker_layer(source, path, diff_id) for path, diff_id in pairs]
         digest = await trio.to_thread.run_sync(digest_of, data)
         config_descriptor = Descriptor(CONFIG_TYPE, digest, len(data))
         manifest = encode_manifest(config_descriptor, layers)
         descriptor = Descriptor(MANIFEST_TYPES[0], digest_of(manifest), len(manifest))
-        await self._shelf.keep(digest, data)
-        await self._shelf.keep(descriptor.digest, manifest)
-        return _Image(
+        await self._blobs.add_document(digest, data)
+        await self._blobs.add_document(descriptor.digest, manifest)
+        return _ImportedImage(
             (),
             descriptor,
             config_descriptor,
             config.platform,
-            await _stacked(layers, config.diff_ids),
+            await _image_layers(layers, config.diff_ids),
         )
 
 
-def _promised(source: Source, image: _Image, names: tuple[Reference, ...]) -> tuple[Reference, ...]:
+def _check_digests_in_names(
+    source: ArchiveSource, image: _ImportedImage, names: tuple[Reference, ...]
+) -> tuple[Reference, ...]:
     """Check the digests in an image's names, or name it by its own digest."""
     digest = image.manifest.digest if image.index is None else image.index.digest
     if not names:
@@ -439,7 +447,9 @@ def _promised(source: Source, image: _Image, names: tuple[Reference, ...]) -> tu
     return tuple(dict.fromkeys(promised))
 
 
-async def _choose(source: Source, name: str, index: Index, wanted: Platform) -> Descriptor:
+async def _choose_entry(
+    source: ArchiveSource, name: str, index: Index, wanted: Platform
+) -> Descriptor:
     """Choose the entry of an index for a platform, and check that its manifest is present.
 
     Archives often leave out the images for other platforms.
@@ -453,7 +463,7 @@ async def _choose(source: Source, name: str, index: Index, wanted: Platform) -> 
         if each.platform is not None and await source.read(blob_path(each.digest)) is not None
     }
     if not there:
-        raise _missing(source, descriptor)
+        raise _missing_blob(source, descriptor)
     raise PlatformError(
         f"{name} has an entry for {descriptor.platform or wanted}, but lacks that image, "
         f"{descriptor.digest}: the source has {', '.join(list(there)[:_SHOWN])}"
@@ -469,7 +479,7 @@ async def _is_strict(data: bytes, media_type: str) -> bool:
     return True
 
 
-async def _index_of(source: Source, root: Descriptor) -> Descriptor | None:
+async def _index_of(source: ArchiveSource, root: Descriptor) -> Descriptor | None:
     """The index that an image was once chosen from, where one of our layouts has it."""
     digest = root.annotations.get(INDEX_ANNOTATION)
     if digest is None or claimed_digest(f"blobs/{digest.replace(':', '/')}") is None:
@@ -486,13 +496,13 @@ async def _index_of(source: Source, root: Descriptor) -> Descriptor | None:
     return None
 
 
-async def _stacked(
+async def _image_layers(
     descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
 ) -> tuple[ImageLayer, ...]:
     return await off_the_loop(len(descriptors), partial(layers_of, descriptors, diff_ids))
 
 
-async def _docker_layer(source: Source, path: str, diff_id: DiffID) -> Descriptor:
+async def _read_docker_layer(source: ArchiveSource, path: str, diff_id: DiffID) -> Descriptor:
     item = await source.take(path)
     if item is None:
         raise ArchiveError(f"{source.name} lacks {printable_value(path)}, a layer")
@@ -511,7 +521,7 @@ async def _docker_layer(source: Source, path: str, diff_id: DiffID) -> Descripto
     return Descriptor(media_type, item.digest, item.size)
 
 
-async def _document(source: Source, descriptor: Descriptor) -> bytes:
+async def _read_document(source: ArchiveSource, descriptor: Descriptor) -> bytes:
     """A manifest, index or config of a layout, verified."""
     if descriptor.size > MAX_DOCUMENT_SIZE:
         raise ManifestError(
@@ -520,12 +530,12 @@ async def _document(source: Source, descriptor: Descriptor) -> bytes:
     check_storable([descriptor.digest])
     data = await source.read(blob_path(descriptor.digest))
     if data is None:
-        raise _missing(source, descriptor)
-    _check(source, descriptor, digest_of(data), len(data))
+        raise _missing_blob(source, descriptor)
+    _check_blob(source, descriptor, digest_of(data), len(data))
     return data
 
 
-def _missing(source: Source, descriptor: Descriptor) -> ArchiveError:
+def _missing_blob(source: ArchiveSource, descriptor: Descriptor) -> ArchiveError:
     hint = ": such layers are often left out, so pull the image" if descriptor.is_foreign else ""
     return ArchiveError(
         f"{source.name} lacks {blob_path(descriptor.digest)}, "
@@ -533,7 +543,7 @@ def _missing(source: Source, descriptor: Descriptor) -> ArchiveError:
     )
 
 
-def _check(source: Source, descriptor: Descriptor, digest: Digest, size: int) -> None:
+def _check_blob(source: ArchiveSource, descriptor: Descriptor, digest: Digest, size: int) -> None:
     if digest != descriptor.digest:
         raise VerificationError(
             f"{source.name}: {blob_path(descriptor.digest)} is damaged: what it holds is {digest}",
@@ -547,7 +557,7 @@ def _check(source: Source, descriptor: Descriptor, digest: Digest, size: int) ->
         )
 
 
-def _plain(descriptor: Descriptor) -> Descriptor:
+def _without_annotations(descriptor: Descriptor) -> Descriptor:
     """What of a descriptor is a matter of the blob alone."""
     return Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
 

@@ -40,11 +40,18 @@ from .documents import (
     LAYOUT,
     VERSION,
     claimed_digest,
-    key_of,
     link_target,
+    normalise_path,
 )
 
-__all__ = ["Archive", "Item", "LayoutDirectory", "Shelf", "Source", "open_source"]
+__all__ = [
+    "Archive",
+    "ArchiveSource",
+    "BlobImporter",
+    "LayoutDirectory",
+    "SourceFile",
+    "open_source",
+]
 
 MAX_HELD: Final = 64 * 1024 * 1024
 """How many bytes of documents of one archive are held in memory."""
@@ -61,7 +68,7 @@ _ZEROS: Final = bytes(_PIECE)
 
 
 @attrs.frozen
-class Item:
+class SourceFile:
     """A file of a source.
 
     Attributes:
@@ -82,10 +89,10 @@ class _Link:
     target: str
 
 
-_Found: TypeAlias = Item | _Link
+_Found: TypeAlias = SourceFile | _Link
 
 
-class Source(Protocol):
+class ArchiveSource(Protocol):
     """Where images come from.
 
     Attributes:
@@ -106,7 +113,7 @@ class Source(Protocol):
         """The digest of a document; ``None`` if the source lacks it."""
         ...
 
-    async def take(self, path: str) -> Item | None:
+    async def take(self, path: str) -> SourceFile | None:
         """A file that the store shall have: it is there, or in the batch, now."""
         ...
 
@@ -117,7 +124,7 @@ class Source(Protocol):
 
 @final
 @attrs.frozen
-class Shelf:
+class BlobImporter:
     """Where blobs go. `find` and `add` block, and are for worker threads.
 
     Attributes:
@@ -130,30 +137,30 @@ class Shelf:
     batch: Batch
     lease: Lease
 
-    def find(self, digest: Digest) -> Item | None:
+    def find(self, digest: Digest) -> SourceFile | None:
         """The blob if it is in the store, where it then stays."""
         path = trio.from_thread.run(self._find, digest)
         if path is None:
             return None
         with open(path, "rb") as file:
             head = file.read(_HEAD)
-            return Item(digest, os.fstat(file.fileno()).st_size, recognise(head))
+            return SourceFile(digest, os.fstat(file.fileno()).st_size, recognise(head))
 
-    def add(self, pieces: Iterable[Content]) -> Item:
+    def add(self, pieces: Iterable[Content]) -> SourceFile:
         """Take a blob in."""
         head = b""
 
         def watched() -> Iterator[bytes | memoryview]:
             nonlocal head
-            for piece in _plain(pieces):
+            for piece in _fill_holes(pieces):
                 if len(head) < _HEAD:
                     head += piece[:_HEAD]
                 yield piece
 
         digest, size = self.batch.add(watched())
-        return Item(digest, size, recognise(head))
+        return SourceFile(digest, size, recognise(head))
 
-    async def keep(self, digest: Digest, data: bytes) -> None:
+    async def add_document(self, digest: Digest, data: bytes) -> None:
         """Take in a blob that is in memory."""
         if await self._find(digest) is None:
             await trio.to_thread.run_sync(self.batch.add, [data])
@@ -164,13 +171,13 @@ class Shelf:
 
 
 async def open_source(
-    source: str | os.PathLike[str] | trio.abc.ReceiveStream, shelf: Shelf, limits: Limits
-) -> Source:
+    source: str | os.PathLike[str] | trio.abc.ReceiveStream, blobs: BlobImporter, limits: Limits
+) -> ArchiveSource:
     """Read an archive, or find a layout.
 
     Args:
         source: A path or a stream.
-        shelf: Takes the blobs.
+        blobs: Takes the blobs.
         limits: The limits on a layer of the store. ``max_unpacked_bytes`` holds for every member
             of an archive, since any of them may turn out to be a layer.
 
@@ -190,21 +197,21 @@ async def open_source(
             return bytes(trio.from_thread.run(stream.receive_some, size))
 
         return await trio.to_thread.run_sync(
-            Archive, "the stream", read, shelf, limits, limiter=limiter
+            Archive, "the stream", read, blobs, limits, limiter=limiter
         )
-    return await trio.to_thread.run_sync(_open_path, Path(source), shelf, limits, limiter=limiter)
+    return await trio.to_thread.run_sync(_open_path, Path(source), blobs, limits, limiter=limiter)
 
 
-def _open_path(path: Path, shelf: Shelf, limits: Limits) -> Source:
+def _open_path(path: Path, blobs: BlobImporter, limits: Limits) -> ArchiveSource:
     if path.is_dir():
-        return LayoutDirectory(path, shelf)
+        return LayoutDirectory(path, blobs)
     with _open_file(path) as file:
 
         def read(size: int) -> bytes:
             trio.from_thread.check_cancelled()
             return file.read(size)
 
-        return Archive(os.fspath(path), read, shelf, limits)
+        return Archive(os.fspath(path), read, blobs, limits)
 
 
 def _open_file(path: Path) -> io.FileIO:
@@ -221,10 +228,10 @@ class Archive:
     """An archive that has been read. Making one blocks, in a worker thread."""
 
     def __init__(
-        self, name: str, read: Callable[[int], bytes], shelf: Shelf, limits: Limits
+        self, name: str, read: Callable[[int], bytes], blobs: BlobImporter, limits: Limits
     ) -> None:
         self.name = name
-        self._shelf = shelf
+        self._blobs = blobs
         self._items: dict[str, _Found] = {}
         self._held = 0
         # An archive holds several layers, and its own paths are no paths of a layer. So only the
@@ -275,28 +282,28 @@ class Archive:
             raise ArchiveError(
                 f"{self.name}: {printable_value(path)} is larger than {MAX_DOCUMENT_SIZE} bytes"
             )
-        if item.digest in self._shelf.batch:
-            return await trio.to_thread.run_sync(self._shelf.batch.read, item.digest)
-        return await self._shelf.store.read_blob(item.digest)
+        if item.digest in self._blobs.batch:
+            return await trio.to_thread.run_sync(self._blobs.batch.read, item.digest)
+        return await self._blobs.store.read_blob(item.digest)
 
     async def digest(self, path: str) -> Digest | None:
         await trio.lowlevel.checkpoint()
         item = self._find(path)
         return None if item is None else item.digest
 
-    async def take(self, path: str) -> Item | None:
+    async def take(self, path: str) -> SourceFile | None:
         item = self._find(path)
         if item is None or item.data is None:
             await trio.lowlevel.checkpoint()
         else:
-            await self._shelf.keep(item.digest, item.data)
+            await self._blobs.add_document(item.digest, item.data)
         return item
 
     async def names(self) -> list[str]:
         await trio.lowlevel.checkpoint()
         return sorted(self._items)[:10]
 
-    def _find(self, path: str) -> Item | None:
+    def _find(self, path: str) -> SourceFile | None:
         found = self._items.get(path)
         for _ in range(_MAX_LINKS):
             if not isinstance(found, _Link):
@@ -309,45 +316,45 @@ class Archive:
             return
         if len(member.name) > MAX_PATH or len(member.linkname) > MAX_PATH:
             raise ArchiveError(f"{self.name}: a path of more than {MAX_PATH} bytes")
-        key = key_of(os.fsdecode(member.name))
+        key = normalise_path(os.fsdecode(member.name))
         target = os.fsdecode(member.linkname)
         found: _Found
         match member.type:
             case "file":
-                found = self._file(key, member.size, data)
+                found = self._read_file(key, member.size, data)
             case "symlink":
                 found = _Link(link_target(key, target))
             case _:
-                found = _Link(key_of(target))
+                found = _Link(normalise_path(target))
         # Of two with one name some readers take the first, and others the last.
         if self._items.setdefault(key, found) != found:
             raise ArchiveError(f"{self.name} has {printable_value(key)} twice")
 
-    def _file(self, key: str, size: int, data: Iterator[Content]) -> Item:
+    def _read_file(self, key: str, size: int, data: Iterator[Content]) -> SourceFile:
         claimed = claimed_digest(key)
         if size > MAX_DOCUMENT_SIZE:
-            known = None if claimed is None else self._shelf.find(claimed)
-            item = known or self._shelf.add(data)
+            known = None if claimed is None else self._blobs.find(claimed)
+            item = known or self._blobs.add(data)
         else:
-            item = self._small(b"".join(_plain(data)))
+            item = self._read_small(b"".join(_fill_holes(data)))
         return item
 
-    def _small(self, data: bytes) -> Item:
+    def _read_small(self, data: bytes) -> SourceFile:
         beginning = data[:64].lstrip()[:1]
         if beginning not in (b"", b"{", b"[") or self._held + len(data) > MAX_HELD:
-            return self._shelf.add([data])
+            return self._blobs.add([data])
         self._held += len(data)
-        return Item(digest_of(data), len(data), recognise(data[:_HEAD]), data)
+        return SourceFile(digest_of(data), len(data), recognise(data[:_HEAD]), data)
 
 
 @final
 class LayoutDirectory:
     """An OCI layout in a directory. Only what is asked for is read."""
 
-    def __init__(self, path: Path, shelf: Shelf) -> None:
+    def __init__(self, path: Path, blobs: BlobImporter) -> None:
         self.name = os.fspath(path)
         self._path = path
-        self._shelf = shelf
+        self._blobs = blobs
 
     async def read(self, path: str) -> bytes | None:
         return await trio.to_thread.run_sync(self._read, path)
@@ -359,7 +366,7 @@ class LayoutDirectory:
 
         return await trio.to_thread.run_sync(read)
 
-    async def take(self, path: str) -> Item | None:
+    async def take(self, path: str) -> SourceFile | None:
         return await trio.to_thread.run_sync(self._take, path)
 
     async def names(self) -> list[str]:
@@ -380,16 +387,16 @@ class LayoutDirectory:
             )
         return data
 
-    def _take(self, path: str) -> Item | None:
+    def _take(self, path: str) -> SourceFile | None:
         claimed = claimed_digest(path)
         if claimed is None:
             return None
-        known = self._shelf.find(claimed)
+        known = self._blobs.find(claimed)
         if known is not None:
             return known
         try:
             with _open_file(self._path / path) as file:
-                item = self._shelf.add(_pieces(file, os.fstat(file.fileno()).st_size))
+                item = self._blobs.add(_pieces(file, os.fstat(file.fileno()).st_size))
         except FileNotFoundError:
             return None
         if item.digest != claimed:
@@ -406,7 +413,7 @@ def _pieces(file: io.FileIO, size: int) -> Iterator[bytes]:
         yield data
 
 
-def _plain(content: Iterable[Content]) -> Iterator[bytes | memoryview]:
+def _fill_holes(content: Iterable[Content]) -> Iterator[bytes | memoryview]:
     """The content of a file, with zeros for its holes."""
     for piece in content:
         if not isinstance(piece, int):

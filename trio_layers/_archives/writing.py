@@ -76,7 +76,7 @@ def write_tar(
             yield _header(path, "file", len(content)) + content + padding(len(content))
         else:
             yield _header(path, "file", content.size)
-            yield from _read(content, check_cancelled)
+            yield from _verified_pieces(content, check_cancelled)
             if content.size % BLOCK:
                 yield padding(content.size)
     yield END_OF_ARCHIVE
@@ -89,21 +89,21 @@ def write_file(target: Path, pieces: Iterable[bytes]) -> None:
         ExportError: if it is there already, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        with _writing(target):
+        with _as_export_errors(target):
             parent, name = open_parent(target)
             stack.callback(os.close, parent)
-            if _is_there(name, parent):
+            if _exists(name, parent):
                 raise FileExistsError(0, "it is there already: remove it, or choose another name")
             temporary = f".{name[:64]}.{secrets.token_hex(8)}"
             descriptor = os.open(temporary, _NEW, 0o666, dir_fd=parent)
         try:
             with open(descriptor, "wb", buffering=0) as file:
                 for piece in pieces:
-                    with _writing(target):
+                    with _as_export_errors(target):
                         _write(file.fileno(), piece)
-                with _writing(target):
+                with _as_export_errors(target):
                     os.fsync(file.fileno())
-            with _writing(target):
+            with _as_export_errors(target):
                 _rename(temporary, name, parent)
         finally:
             with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ def write_directory(
         StoreError: if a blob is damaged, or cannot be read.
     """
     with contextlib.ExitStack() as stack:
-        with _writing(target):
+        with _as_export_errors(target):
             root, remove = open_empty_directory(stack, target, mode=0o777)
         directories = Directories(root)
         stack.callback(directories.close)
@@ -129,7 +129,7 @@ def write_directory(
             for path, content in entries:
                 check_cancelled()
                 *parents, _ = itertools.accumulate(os.fsencode(path).split(b"/"), join)
-                with _writing(target):
+                with _as_export_errors(target):
                     for parent in parents:
                         if parent not in made:
                             above, name = split(parent)
@@ -139,8 +139,8 @@ def write_directory(
                     descriptor = os.open(name, _NEW, 0o666, dir_fd=directories.open(above))
                 made[os.fsencode(path)] = False
                 try:
-                    for piece in _contents(content, check_cancelled):
-                        with _writing(target):
+                    for piece in _pieces_of(content, check_cancelled):
+                        with _as_export_errors(target):
                             _write(descriptor, piece)
                 finally:
                     os.close(descriptor)
@@ -156,7 +156,7 @@ def write_directory(
             raise
 
 
-def _is_there(name: str, parent: int) -> bool:
+def _exists(name: str, parent: int) -> bool:
     try:
         os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
@@ -171,13 +171,13 @@ def _rename(old: str, new: str, parent: int) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if _is_there(new, parent):
+        if _exists(new, parent):
             raise FileExistsError(0, "it is there already") from None
         os.rename(old, new, src_dir_fd=parent, dst_dir_fd=parent)
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _as_export_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -190,14 +190,20 @@ def _write(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _contents(content: bytes | Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
-    return iter((content,)) if isinstance(content, bytes) else _read(content, check_cancelled)
+def _pieces_of(content: bytes | Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    return (
+        iter((content,))
+        if isinstance(content, bytes)
+        else _verified_pieces(content, check_cancelled)
+    )
 
 
-def _read(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+def _verified_pieces(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     verifier = Verifier()
     try:
-        for piece in _inflated(blob, check_cancelled) if blob.inflate else _bytes(blob.path):
+        for piece in (
+            _decompressed_pieces(blob, check_cancelled) if blob.inflate else _file_pieces(blob.path)
+        ):
             check_cancelled()
             verifier.update(piece)
             if verifier.size > blob.size:
@@ -213,15 +219,15 @@ def _read(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
         raise damaged(blob.path, "its content has changed")
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
+def _file_pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb", buffering=0) as file:
         while data := file.read(_PIECE):
             yield data
 
 
-def _inflated(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+def _decompressed_pieces(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     decompressor = Decompressor()
-    for data in _bytes(blob.path):
+    for data in _file_pieces(blob.path):
         # Not all input gives output.
         check_cancelled()
         yield from decompressor.feed(data)
