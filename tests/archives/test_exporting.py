@@ -235,7 +235,7 @@ async def test_names_that_clash(tmp_path: Path) -> None:
             await put(store, image, name)
             await put(store, image, "both:1")
         for names in (pinned, [amd.digest, arm.digest]):
-            with pytest.raises(ExportError, match="would stand for two images") as caught:
+            with pytest.raises(ExportError, match="would mean two images") as caught:
                 await export_images(store, names, tmp_path / "target", format="docker-archive")
             assert amd.digest in str(caught.value)
             assert arm.digest in str(caught.value)
@@ -300,9 +300,9 @@ async def test_what_makes_no_sense(tmp_path: Path) -> None:
             await export_images(store, NAME, tmp_path / "target", platform="no/such/one/at/all")
         with pytest.raises(ValueError, match="unknown format 'zip'"):
             await export_images(store, NAME, tmp_path / "target", format="zip")
-        with pytest.raises(ValueError, match="name an image"):
+        with pytest.raises(ValueError, match="pass at least one reference"):
             await export_images(store, [], tmp_path / "target")
-        with pytest.raises(ValueError, match="is a directory"):
+        with pytest.raises(ValueError, match="writes a directory, not to a stream"):
             await export_images(store, NAME, Sink(), format="oci")
         assert os.listdir(tmp_path) == ["store"]
 
@@ -317,7 +317,7 @@ async def test_nothing_is_replaced(tmp_path: Path, format: str) -> None:
             (target / "mine").write_bytes(b"mine")
         else:
             target.symlink_to("nowhere")
-        with pytest.raises(ExportError, match=r"there already|not empty") as caught:
+        with pytest.raises(ExportError, match=r"file exists|not empty") as caught:
             await export_images(store, NAME, target, format=format)
         assert caught.value.path == os.fspath(target)
         with pytest.raises(ExportError, match="No such file"):

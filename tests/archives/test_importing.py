@@ -334,7 +334,7 @@ async def test_several_of_a_docker_archive(tmp_path: Path) -> None:
         assert image.config.digest == OTHER.config_descriptor.digest
         entries[1]["RepoTags"] = ["a:1"]
         twice = tar_of({**first, **second, "manifest.json": as_json(entries)})
-        with pytest.raises(ArchiveError, match="two images of one name"):
+        with pytest.raises(ArchiveError, match="two images with one name"):
             await import_images(store, Stream(twice))
 
 
@@ -458,18 +458,18 @@ DEEP = b"[" * 200_000
 BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "nothing": (b"", ArchiveError, "is empty"),
     "no members": (bytes(1024), ArchiveError, "is empty"),
-    "no tar": (b"#!/bin/sh\n" * 500, ArchiveError, "no image archive, or damaged.*checksum"),
-    "no gzip": (b"\x1f\x8b\x08" + bytes(50), ArchiveError, "no image archive"),
+    "no tar": (b"#!/bin/sh\n" * 500, ArchiveError, "not an image archive, or is damaged.*checksum"),
+    "no gzip": (b"\x1f\x8b\x08" + bytes(50), ArchiveError, "not an image archive"),
     "a damaged checksum": (
         gzip.compress(tar_of(OCI))[:-8] + bytes(8),
         ArchiveError,
-        "or damaged.*gzip",
+        "or is damaged.*gzip",
     ),
     "other files": ({"etc/passwd": b"root"}, ArchiveError, "neither.*'etc/passwd'"),
     "no oci-layout": (
         changed(OCI, **{"oci-layout": None}),
         ArchiveError,
-        "neither an OCI layout, with oci-layout",
+        "neither an OCI layout .with oci-layout",
     ),
     "a version to come": (
         changed(OCI, **{"oci-layout": b'{"imageLayoutVersion":"2.0.0"}'}),
@@ -517,7 +517,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
             ]
         ),
         VerificationError,
-        f"{IMAGE.diff_ids[0]} is [0-9]+ bytes long, but 7",
+        f"{LAYER} has [0-9]+ bytes, but its descriptor says 7",
     ),
     "too few layers": (with_manifest(layers=[]), ManifestError, "0 layers.*2 diff IDs"),
     "an ambiguous manifest": (with_manifest(manifests=[]), ManifestError, "ambiguous"),
@@ -554,13 +554,18 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "another config": (
         {**DOCKER, CONFIG: OTHER.config},
         VerificationError,
-        f"'0/layer.tar' is {IMAGE.diff_ids[0]}, but the image's config says {OTHER.diff_ids[0]}",
+        f"'0/layer.tar' has the digest {IMAGE.diff_ids[0]}, "
+        f"but the image's config has the diff ID {OTHER.diff_ids[0]}",
     ),
-    "no layer": (changed(DOCKER, **{"1/layer.tar": None}), ArchiveError, "lacks '1/layer.tar'"),
+    "no layer": (
+        changed(DOCKER, **{"1/layer.tar": None}),
+        ArchiveError,
+        "lacks the layer '1/layer.tar'",
+    ),
     "another layer": (
         {**DOCKER, "1/layer.tar": tar_of({"a": b"b"})},
         VerificationError,
-        f"'1/layer.tar' is sha256:.*{IMAGE.diff_ids[1]}",
+        f"'1/layer.tar' has the digest sha256:.*{IMAGE.diff_ids[1]}",
     ),
     "one layer too few": (
         with_docker(Layers=["0/layer.tar"]),
@@ -575,12 +580,12 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "a path that leads out": (
         with_docker(Layers=["../../../../etc/passwd", "/etc/hostname"]),
         ArchiveError,
-        "lacks '../../../../etc/passwd'",
+        "lacks the layer '../../../../etc/passwd'",
     ),
     "an absolute path": (
         with_docker(Layers=["/etc/hostname", "/etc/hostname"]),
         ArchiveError,
-        "lacks 'etc/hostname'",
+        "lacks the layer 'etc/hostname'",
     ),
     "a manifest beyond the root": (
         {"../manifest.json": DOCKER["manifest.json"]},
@@ -595,12 +600,12 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "a link that leads out": (
         tar_of({**DOCKER, "0/layer.tar": link("0/layer.tar", "../../../etc/passwd")}),
         ArchiveError,
-        "lacks '0/layer.tar'",
+        "lacks the layer '0/layer.tar'",
     ),
     "a blob that is a link": (
         tar_of({**changed(OCI, **{LAYER: None}), "x": b"no", LAYER: link(LAYER, "../../x")}),
         VerificationError,
-        f"{LAYER} is damaged: what it holds is {digest_of(b'no')}",
+        f"{LAYER} is damaged: its content has the digest {digest_of(b'no')}",
     ),
     "links in a circle": (
         tar_of(
@@ -611,7 +616,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
             }
         ),
         ArchiveError,
-        "from '0/layer.tar' lead in a circle",
+        "from '0/layer.tar' form a loop",
     ),
     "a long path": ({"a" * 2000: b"", **DOCKER}, ArchiveError, "more than 1024 bytes"),
 }

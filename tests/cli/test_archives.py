@@ -158,11 +158,11 @@ def test_what_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     for arguments, text in {
         ("import", tmp_path / "nowhere"): "nowhere: No such file or directory",
-        ("import", there): "there is no image archive, or damaged",
+        ("import", there): "there is not an image archive, or is damaged",
         ("import", archive, "--platform", "linux/s390x"): "has no image for",
         ("import", archive, "--reference", "Demo"): "must be lower-case",
         ("export", "none:1", tmp_path / "target"): "none:1 is not in the store: pull",
-        ("export", NAME, there): "it is there already",
+        ("export", NAME, there): "file exists: remove it, or choose another name",
         (
             "export",
             NAME,

@@ -213,8 +213,8 @@ async def list_images(source: ArchiveSource) -> Listing:
     if not entries and not images:
         if await _is_dir_transport(source):
             raise ArchiveError(
-                f"{source.name} is a directory of skopeo's dir: transport, and no image archive or "
-                "layout: convert it by skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
+                f"{source.name} is a directory of skopeo's dir: transport, not an image archive or "
+                "layout: convert it with skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
             )
         if failure is not None:
             raise failure
@@ -223,8 +223,8 @@ async def list_images(source: ArchiveSource) -> Listing:
     paths = [] if entries else [image.config for image in images or ()]
     if isinstance(source, LayoutDirectory) and None in map(claimed_digest, paths):
         raise ArchiveError(
-            f"{source.name} is a docker-archive that was unpacked, and the paths in it are not "
-            "opened: pack it by tar -C DIRECTORY -c ., and import that"
+            f"{source.name} is an unpacked docker-archive, and the paths in an archive are never "
+            "opened as files: pack it with tar -C DIRECTORY -c ., and import the tar"
         )
     await union.add_index(entries or ())
     await union.add_docker(images or ())
@@ -245,14 +245,14 @@ async def _is_dir_transport(source: ArchiveSource) -> bool:
     try:
         return is_dir_transport(await source.read(VERSION))
     except ArchiveError:
-        return False  # larger than a document may be, so not skopeo's file
+        return False  # too large for a document, so not skopeo's file
 
 
 async def _no_list_error(source: ArchiveSource) -> ArchiveError:
     there = ", ".join(map(printable_value, await source.names()))
     return ArchiveError(
-        f"{source.name} is neither an OCI layout, with {LAYOUT} and {INDEX}, nor a "
-        f"docker-archive, with {DOCKER}: it has {there or 'nothing'}"
+        f"{source.name} is neither an OCI layout (with {LAYOUT} and {INDEX}) nor a "
+        f"docker-archive (with {DOCKER}): it contains {there or 'nothing'}"
     )
 
 

@@ -1,4 +1,4 @@
-"""From an archive or a layout to images in the store."""
+"""Imports the images of an archive or a layout into the store."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ from .selecting import digest_prefix, select
 __all__ = ["import_images"]
 
 MAX_LAYERS: Final = 100_000
-"""Of all images of a source. They take memory, and an archive can name one blob any number of
-times."""
+"""The limit on the layers of all images of a source.
+
+Layers take memory, and an archive can name one blob any number of times."""
 
 NAMELESS: Final = "localhost/unnamed"
 """The repository in the reference of an image without a name; a digest follows."""
@@ -87,21 +88,21 @@ async def import_images(
     platform: str | Platform | None = None,
     progress: ProgressSink | None = None,
 ) -> list[StoredImage]:
-    """Put the images of an archive or a layout into the store, unpacked.
+    """Import the images of an archive or a layout into the store, unpacked.
 
-    It takes what ``docker save``, podman, skopeo, buildah, containerd and `export_images` write:
-    docker-archives, OCI archives, and OCI layouts in directories. What it is shows in what is in
-    it, not in its name. An archive may be compressed, by gzip, zstd, bzip2 or xz. Docker 25 writes
-    archives that are both a docker-archive and an OCI archive; the images of both lists are
-    imported. Entries with the same config are one image, which gets the names from both lists. Its
-    manifest is the layout's if that is complete. Signatures, attestations and other artifacts
-    beside images are skipped.
+    The source may be a docker-archive, an OCI archive, or an OCI layout in a directory, as
+    ``docker save``, podman, skopeo, buildah, containerd and `export_images` write them. Its format
+    is recognised by its content, not by its name. An archive may be compressed by gzip, zstd,
+    bzip2 or xz. Docker 25 writes archives that are both a docker-archive and an OCI archive; the
+    images of both lists are imported. Entries with the same config are one image, which gets the
+    names from both lists. Its manifest is the layout's if that is complete. Signatures,
+    attestations and other artifacts beside images are skipped.
 
-    Whatever the source says is verified: blobs by their names, layers by the diff IDs in the
-    image's config. What an OCI layout has keeps its digests. A docker-archive has no manifests:
-    one is made, always the same of the same archive, and the config stays as it is, and with it
-    the image's ID; its layers stay as they are, too, be they compressed by gzip or zstd or, as
-    is usual, not at all.
+    All content is verified: blobs by the digests in their paths, layers by the diff IDs in the
+    image's config. Images of an OCI layout keep all digests. A docker-archive has no manifests, so
+    the import makes one, always the same for the same archive. Its config stays unchanged, and so
+    does the image's ID. Its layers stay unchanged, too: usually uncompressed, or compressed by
+    gzip or zstd.
 
     Images get the names they have in the source. Bare tags, as ``skopeo copy … oci:DIR:TAG``
     writes them, are no names. An image without a name is imported if ``digest`` chooses it or
@@ -109,44 +110,45 @@ async def import_images(
     index, or of its manifest if it has no index.
 
     Args:
-        store: Where to.
-        source: A directory, a file, or a stream, which is read to its end; closing it is the
-            caller's. It is never held in memory as a whole.
-        reference: What the image is to be called, whatever it is called in the source. If there
-            are several, only that one is taken that has this name, or else the tag of it. A
-            digest in the reference chooses the image with this manifest, index or config. The
-            stored reference has the manifest's digest in place of a config's. A ``reference``
-            that is only a digest (``sha256:…``) has the effect of ``digest``.
+        store: The store that gets the images.
+        source: A directory, a file, or a stream. A stream is read to its end; the caller closes
+            it. The source is never held in memory as a whole.
+        reference: The image's new name, in place of its names in the source. Of several images,
+            only the one with this name is imported, or else the one with its tag. A digest in the
+            reference chooses the image with this manifest, index or config. The stored reference
+            has the manifest's digest in place of a config's. A ``reference`` that is only a digest
+            (``sha256:…``) has the effect of ``digest``.
         digest: The digest of one image's manifest, index or config (Docker's image ID), or the
             beginning of this digest; ``sha256:`` may be left out. The image keeps its names
             unless ``reference`` gives another.
         all: Whether to import images without names as well.
-        platform: Which of an index's images; ``None``: the host's, or what there is if there is
-            no index. Others are not imported.
+        platform: The platform of the image to import from an index; ``None``: the host's. Images
+            for other platforms are not imported. An image without an index may have any platform
+            if this is ``None``.
         progress: Takes the events of unpacking; see `DownloadManager.download`.
 
     Returns:
-        What was put into the store, in the order of the source, each name by itself.
+        The stored images, in the order of the source, with an item for each name.
 
-    If this is cancelled or fails no image is put, and nothing of it is visible in the store but
-    whole layers and blobs, which garbage collection removes unless another image needs them.
+    Cancellation: if the call is cancelled or fails, no image is stored. Complete layers and blobs
+    may stay in the store. Garbage collection removes them unless another image needs them.
 
     Raises:
-        ArchiveError: if it is no archive or layout, is damaged, or lacks something; if it has an
-            image without a name, or several and none is the one that ``reference`` means.
+        ArchiveError: if the source is not an archive or layout, is damaged or incomplete, has an
+            image without a name, or has several images of which none or more than one matches.
         ManifestError: if a manifest, index or config in it is not valid.
-        VerificationError: if something is not what its digest says.
+        VerificationError: if content does not match its digest.
         PlatformError: if there is no image for the platform.
         RegistrationError: if a layer cannot be unpacked; its ``reason`` says why.
         InvalidReference: if ``reference`` does not follow the grammar.
         InvalidDigest: if ``digest`` is neither a digest nor the beginning of one.
         ValueError: if ``all`` is combined with ``reference`` or ``digest``.
-        StoreError: for what the store's disk does.
+        StoreError: if the store's disk fails.
         OSError: if the source cannot be read.
-        Exception: what the stream or ``progress`` raises.
+        Exception: any error that the stream or ``progress`` raises.
     """
     if all and (reference is not None or digest is not None):
-        raise ValueError("all images are wanted: leave out the reference and the digest of one")
+        raise ValueError("all=True imports every image: leave out reference and digest")
     if isinstance(reference, str) and digest is None and reference.startswith("sha256:"):
         reference, digest = None, reference
     if isinstance(reference, str):
@@ -186,7 +188,7 @@ async def import_images(
 async def _unpack(
     store: DirectoryStore, images: Sequence[_ImportedImage], progress: ProgressSink | None
 ) -> list[StoredImage]:
-    """Unpack the layers, which are in the store, then give the images their names."""
+    """Unpack the layers, whose blobs are in the store, then store the images' names."""
     async with AsyncExitStack() as stack:
         manager = await stack.enter_async_context(open_download_manager(store))
         for layers in dict.fromkeys(image.layers for image in images):
@@ -208,7 +210,7 @@ def _stored_images(images: Sequence[_ImportedImage]) -> list[StoredImage]:
 
 @attrs.frozen
 class _ImportedImage:
-    """An image that was found, and its names in the store."""
+    """An image of the source, and its names in the store."""
 
     names: tuple[Reference, ...]
     manifest: Descriptor
@@ -218,7 +220,7 @@ class _ImportedImage:
     index: Descriptor | None = None
 
     def digests(self) -> Iterator[Digest]:
-        """What must be in the store, and stay there: blobs and chains."""
+        """The digests of blobs and chains that the store must hold for the image."""
         yield self.manifest.digest
         yield self.config.digest
         if self.index is not None:
@@ -238,7 +240,7 @@ class _ImportedImage:
         )
 
 
-# What is in the source.
+# Finding images in the source.
 
 
 @final
@@ -439,7 +441,7 @@ def _check_digests_in_names(
             name = attrs.evolve(name, digest=image.manifest.digest)
         if name.digest not in (None, image.manifest.digest, digest):
             raise VerificationError(
-                f"{source.name}: {name} is called by another digest than that of its manifest, "
+                f"{source.name}: the name {name} has a digest that is not that of its manifest, "
                 f"{image.manifest.digest}",
                 digest=name.digest,
             )
@@ -466,7 +468,7 @@ async def _choose_entry(
         raise _missing_blob(source, descriptor)
     raise PlatformError(
         f"{name} has an entry for {descriptor.platform or wanted}, but lacks that image, "
-        f"{descriptor.digest}: the source has {', '.join(list(there)[:_SHOWN])}"
+        f"{descriptor.digest}: it has images for {', '.join(list(there)[:_SHOWN])}"
     )
 
 
@@ -480,7 +482,7 @@ async def _is_strict(data: bytes, media_type: str) -> bool:
 
 
 async def _index_of(source: ArchiveSource, root: Descriptor) -> Descriptor | None:
-    """The index that an image was once chosen from, where one of our layouts has it."""
+    """The index from which an image was chosen, if a layout of `export_images` has it."""
     digest = root.annotations.get(INDEX_ANNOTATION)
     if digest is None or claimed_digest(f"blobs/{digest.replace(':', '/')}") is None:
         return None
@@ -505,27 +507,27 @@ async def _image_layers(
 async def _read_docker_layer(source: ArchiveSource, path: str, diff_id: DiffID) -> Descriptor:
     item = await source.take(path)
     if item is None:
-        raise ArchiveError(f"{source.name} lacks {printable_value(path)}, a layer")
+        raise ArchiveError(f"{source.name} lacks the layer {printable_value(path)}")
     media_type = LAYER_TYPES.get(item.compression)
     if media_type is None:
         raise ArchiveError(
-            f"{source.name}: the layer {printable_value(path)} is compressed by {item.compression}, for "
-            "which manifests have no word: decompress it, or use gzip"
+            f"{source.name}: the layer {printable_value(path)} is compressed by "
+            f"{item.compression}, which has no OCI media type: decompress it, or use gzip"
         )
     if item.compression is None and item.digest != diff_id:
         raise VerificationError(
-            f"{source.name}: the layer {printable_value(path)} is {item.digest}, "
-            f"but the image's config says {diff_id}",
+            f"{source.name}: the layer {printable_value(path)} has the digest {item.digest}, "
+            f"but the image's config has the diff ID {diff_id}",
             digest=diff_id,
         )
     return Descriptor(media_type, item.digest, item.size)
 
 
 async def _read_document(source: ArchiveSource, descriptor: Descriptor) -> bytes:
-    """A manifest, index or config of a layout, verified."""
+    """Read and verify a manifest, index or config of a layout."""
     if descriptor.size > MAX_DOCUMENT_SIZE:
         raise ManifestError(
-            f"{descriptor.digest} has {descriptor.size} bytes, more than {MAX_DOCUMENT_SIZE}"
+            f"document {descriptor.digest} has {descriptor.size} bytes (limit {MAX_DOCUMENT_SIZE})"
         )
     check_storable([descriptor.digest])
     data = await source.read(blob_path(descriptor.digest))
@@ -546,26 +548,28 @@ def _missing_blob(source: ArchiveSource, descriptor: Descriptor) -> ArchiveError
 def _check_blob(source: ArchiveSource, descriptor: Descriptor, digest: Digest, size: int) -> None:
     if digest != descriptor.digest:
         raise VerificationError(
-            f"{source.name}: {blob_path(descriptor.digest)} is damaged: what it holds is {digest}",
+            f"{source.name}: {blob_path(descriptor.digest)} is damaged: its content has the digest "
+            f"{digest}",
             digest=descriptor.digest,
         )
     if size != descriptor.size:
         raise VerificationError(
-            f"{source.name}: {descriptor.digest} is {size} bytes long, "
-            f"but {descriptor.size} by what leads to it",
+            f"{source.name}: {blob_path(descriptor.digest)} has {size} bytes, "
+            f"but its descriptor says {descriptor.size}",
             digest=descriptor.digest,
         )
 
 
 def _without_annotations(descriptor: Descriptor) -> Descriptor:
-    """What of a descriptor is a matter of the blob alone."""
+    """Keep the media type, digest and size of a descriptor."""
     return Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
 
 
 @final
 class _StoredLayer(ImageSource):
-    """A layer source (see `trio_layers.abc.StagedSource`) of a blob that is in the store, and held
-    there: nothing is downloaded.
+    """A layer source of a blob that is held in the store, so nothing is downloaded.
+
+    See `trio_layers.abc.StagedSource`.
     """
 
     def __init__(self, store: DirectoryStore, layer: ImageLayer) -> None:
@@ -577,7 +581,7 @@ class _StoredLayer(ImageSource):
 
     async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
         await trio.lowlevel.checkpoint()
-        raise StoreError(f"blob {self.descriptor.digest} is not in the store any more: try again")
+        raise StoreError(f"blob {self.descriptor.digest} has disappeared from the store: try again")
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: the source holds no resources."""

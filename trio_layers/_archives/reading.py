@@ -1,8 +1,8 @@
-"""What is in a source of images, whatever the source is: documents, and blobs for the store.
+"""Reads the files of an archive or a layout, and adds blobs to the store.
 
-An archive is read once, front to back, since it may be a stream. What it is of turns out in the
-end, so small documents are kept in memory, up to a sum, and all else goes into a batch of blobs,
-of which only what images consist of is ever visible in the store.
+An archive may be a stream, so it is read once, front to back. Its list of images may be its last
+member. So small documents are kept in memory, up to `MAX_HELD` bytes, and other files go into a
+batch of blobs. Of the batch, only the blobs that belong to images become visible in the store.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ __all__ = [
 ]
 
 MAX_HELD: Final = 64 * 1024 * 1024
-"""How many bytes of documents of one archive are held in memory."""
+"""The limit on the bytes of documents of one archive that are held in memory."""
 
 MAX_MEMBERS: Final = 100_000
 MAX_PATH: Final = 1024
-"""More, or longer, than any tool writes; together they bound what names take of memory."""
+"""Tools write fewer members and shorter paths. The two limits bound the memory for names."""
 
 _MAX_LINKS: Final = 40  # as in Linux
 _DOCUMENTS: Final = frozenset({LAYOUT, INDEX, DOCKER, VERSION})
@@ -72,10 +72,10 @@ class SourceFile:
     """A file of a source.
 
     Attributes:
-        digest: What it hashes to; verified.
-        size: In bytes.
-        compression: How it is compressed, by its first bytes; ``None``: not at all.
-        data: All of it, if it is held in memory; else it is in the store or in the batch.
+        digest: The verified digest of its content.
+        size: Its size in bytes.
+        compression: Its compression, recognised by its first bytes; ``None``: uncompressed.
+        data: Its content, if it is held in memory; otherwise it is in the store or in the batch.
     """
 
     digest: Digest
@@ -93,16 +93,16 @@ _Found: TypeAlias = SourceFile | _Link
 
 
 class ArchiveSource(Protocol):
-    """Where images come from.
+    """An archive or a layout from which images are imported.
 
     Attributes:
-        name: What it is called, for messages.
+        name: Its name, for messages.
     """
 
     name: str
 
     async def read(self, path: str) -> bytes | None:
-        """A document; ``None`` if there is none.
+        """Read a document; ``None`` if the source lacks it.
 
         Raises:
             ArchiveError: if it is larger than a document may be.
@@ -114,23 +114,23 @@ class ArchiveSource(Protocol):
         ...
 
     async def take(self, path: str) -> SourceFile | None:
-        """A file that the store shall have: it is there, or in the batch, now."""
+        """Add a file to the batch, unless the store has it; ``None`` if the source lacks it."""
         ...
 
     async def names(self) -> list[str]:
-        """Some of what there is, for messages."""
+        """Some of its files, for messages."""
         ...
 
 
 @final
 @attrs.frozen
 class BlobImporter:
-    """Where blobs go. `find` and `add` block, and are for worker threads.
+    """Adds blobs to a store. `find` and `add` block, and are for worker threads.
 
     Attributes:
-        store: What they are for.
-        batch: Takes in those that the store does not have.
-        lease: LeaseCounts those that it has.
+        store: The store.
+        batch: Takes the blobs that the store lacks.
+        lease: Holds the blobs that the store has.
     """
 
     store: DirectoryStore
@@ -138,7 +138,7 @@ class BlobImporter:
     lease: Lease
 
     def find(self, digest: Digest) -> SourceFile | None:
-        """The blob if it is in the store, where it then stays."""
+        """Find a blob in the store, and hold it there."""
         path = trio.from_thread.run(self._find, digest)
         if path is None:
             return None
@@ -147,7 +147,7 @@ class BlobImporter:
             return SourceFile(digest, os.fstat(file.fileno()).st_size, recognise(head))
 
     def add(self, pieces: Iterable[Content]) -> SourceFile:
-        """Take a blob in."""
+        """Add a blob to the batch."""
         head = b""
 
         def watched() -> Iterator[bytes | memoryview]:
@@ -161,7 +161,7 @@ class BlobImporter:
         return SourceFile(digest, size, recognise(head))
 
     async def add_document(self, digest: Digest, data: bytes) -> None:
-        """Take in a blob that is in memory."""
+        """Add a blob that is in memory, unless the store has it."""
         if await self._find(digest) is None:
             await trio.to_thread.run_sync(self.batch.add, [data])
 
@@ -173,7 +173,7 @@ class BlobImporter:
 async def open_source(
     source: str | os.PathLike[str] | trio.abc.ReceiveStream, blobs: BlobImporter, limits: Limits
 ) -> ArchiveSource:
-    """Read an archive, or find a layout.
+    """Read an archive, or open a layout.
 
     Args:
         source: A path or a stream.
@@ -183,12 +183,13 @@ async def open_source(
 
     Raises:
         ArchiveError: if it is neither, or damaged.
-        VerificationError: if a blob of an archive is not what it is called.
+        VerificationError: if a blob does not match the digest in its path.
         OSError: if it cannot be read.
-        StoreError: for what the store's disk does.
-        Exception: what the stream raises.
+        StoreError: if the store's disk fails.
+        Exception: any error that the stream raises.
     """
-    # Of its own, so that any number of those who wait for their streams hold up nobody else.
+    # Reading may wait for a stream without end. With a limiter of its own it takes no thread from
+    # the limiter of other calls.
     limiter = trio.CapacityLimiter(1)
     if isinstance(source, trio.abc.ReceiveStream):
         stream = source
@@ -215,17 +216,17 @@ def _open_path(path: Path, blobs: BlobImporter, limits: Limits) -> ArchiveSource
 
 
 def _open_file(path: Path) -> io.FileIO:
-    """Open a file that reading does not wait for."""
+    """Open a regular file, without waiting for the writer of a FIFO."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ArchiveError(f"{path} is neither a file nor a directory: read it as a stream")
+        raise ArchiveError(f"{path} is neither a file nor a directory: pass it as a stream")
     return io.FileIO(descriptor, "rb")
 
 
 @final
 class Archive:
-    """An archive that has been read. Making one blocks, in a worker thread."""
+    """An archive. The constructor reads it, and blocks: call it in a worker thread."""
 
     def __init__(
         self, name: str, read: Callable[[int], bytes], blobs: BlobImporter, limits: Limits
@@ -254,21 +255,21 @@ class Archive:
                 # passes here even if max_unpacked_bytes is smaller.
                 if member.size > max(limits.max_unpacked_bytes, MAX_DOCUMENT_SIZE):
                     raise LimitExceeded(
-                        f"{printable_value(os.fsdecode(member.name))}: a file of {member.size} bytes; "
-                        f"the limit max_unpacked_bytes is {limits.max_unpacked_bytes}"
+                        f"{printable_value(os.fsdecode(member.name))}: a file of {member.size} "
+                        f"bytes; the limit max_unpacked_bytes is {limits.max_unpacked_bytes}"
                     )
                 if member.size:
                     source.require_room(reader.remaining, reader.holes)
                 self._add(member, reader.data())
-            # The rest is nothing, but whoever writes it wants to be rid of it, and a checksum may
-            # stand in it.
+            # After the end of a tar, padding and a checksum of the compression may follow. The
+            # checksum is verified, and the writer of a pipe gets no EPIPE.
             source.drain()
         except LimitExceeded as error:
             raise ArchiveError(f"{name} exceeds a limit of the store: {error}") from error
         except (DecompressionError, UnpackError) as error:
-            raise ArchiveError(f"{name} is no image archive, or damaged: {error}") from error
+            raise ArchiveError(f"{name} is not an image archive, or is damaged: {error}") from error
         if not self._items:
-            raise ArchiveError(f"{name} is no image archive: it is empty")
+            raise ArchiveError(f"{name} is not an image archive: it is empty")
 
     async def read(self, path: str) -> bytes | None:
         item = self._find(path)
@@ -309,13 +310,13 @@ class Archive:
             if not isinstance(found, _Link):
                 return found
             found = self._items.get(found.target)
-        raise ArchiveError(f"{self.name}: the links from {printable_value(path)} lead in a circle")
+        raise ArchiveError(f"{self.name}: the links from {printable_value(path)} form a loop")
 
     def _add(self, member: Member, data: Iterator[Content]) -> None:
         if member.type not in ("file", "symlink", "hardlink"):
             return
         if len(member.name) > MAX_PATH or len(member.linkname) > MAX_PATH:
-            raise ArchiveError(f"{self.name}: a path of more than {MAX_PATH} bytes")
+            raise ArchiveError(f"{self.name} has a path of more than {MAX_PATH} bytes")
         key = normalise_path(os.fsdecode(member.name))
         target = os.fsdecode(member.linkname)
         found: _Found
@@ -326,7 +327,7 @@ class Archive:
                 found = _Link(link_target(key, target))
             case _:
                 found = _Link(normalise_path(target))
-        # Of two with one name some readers take the first, and others the last.
+        # Of two members with one name, some readers take the first and others the last.
         if self._items.setdefault(key, found) != found:
             raise ArchiveError(f"{self.name} has {printable_value(key)} twice")
 
@@ -349,7 +350,7 @@ class Archive:
 
 @final
 class LayoutDirectory:
-    """An OCI layout in a directory. Only what is asked for is read."""
+    """An OCI layout in a directory. Its files are read when they are needed."""
 
     def __init__(self, path: Path, blobs: BlobImporter) -> None:
         self.name = os.fspath(path)
@@ -377,7 +378,7 @@ class LayoutDirectory:
             return None  # a docker-archive's path may lead outside the directory: do not open it
         try:
             with _open_file(self._path / path) as file:
-                # One byte more shows that there is more.
+                # One more byte shows whether the file is larger than a document may be.
                 data = b"".join(_pieces(file, MAX_DOCUMENT_SIZE + 1))
         except FileNotFoundError:
             return None
@@ -401,7 +402,8 @@ class LayoutDirectory:
             return None
         if item.digest != claimed:
             raise VerificationError(
-                f"{self.name}: {path} is damaged: what it holds is {item.digest}", digest=claimed
+                f"{self.name}: {path} is damaged: its content has the digest {item.digest}",
+                digest=claimed,
             )
         return item
 
@@ -414,7 +416,7 @@ def _pieces(file: io.FileIO, size: int) -> Iterator[bytes]:
 
 
 def _fill_holes(content: Iterable[Content]) -> Iterator[bytes | memoryview]:
-    """The content of a file, with zeros for its holes."""
+    """Replace the holes in a file's content by zeros."""
     for piece in content:
         if not isinstance(piece, int):
             yield piece
