@@ -70,7 +70,7 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-# What is read.
+# Sources that are read.
 
 
 async def test_docker_archive(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ async def test_docker_archive(tmp_path: Path) -> None:
 
 
 async def test_docker_archive_with_compressed_layers(tmp_path: Path) -> None:
-    """docker load takes them; they stay as they are."""
+    """``docker load`` accepts compressed layers, and the import keeps them compressed."""
     async with opened(tmp_path / "store") as store:
         for compression in ("gzip", "zstd"):
             image = small_image(compression=compression)
@@ -116,7 +116,7 @@ async def test_docker_archive_with_compressed_layers(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("way", ["file", "stream"])
 async def test_compressed_archives(tmp_path: Path, compress, way: str) -> None:
-    """By content, whatever the name says."""
+    """Compression is recognised by content, not by the name of the file."""
     data = compress(tar_of(oci_image(GZIPPED)))
     source = write(tmp_path / "archive.tar", data) if way == "file" else Stream(data)
     async with opened(tmp_path / "store") as store:
@@ -131,7 +131,7 @@ async def test_layout_directory(tmp_path: Path) -> None:
     async with opened(tmp_path / "store") as store:
         [image] = await import_images(store, layout)
         assert image.manifest.digest == GZIPPED.digest
-        # Nothing but what the image consists of.
+        # Only the parts of the image.
         assert {f"blobs/{hexdigits(d)}" for d in [GZIPPED.digest, *GZIPPED.blobs]} == {
             name for name in visible(tmp_path / "store") if name.startswith("blobs")
         }
@@ -152,7 +152,7 @@ async def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 
 async def test_only_what_is_wanted_is_visible(tmp_path: Path) -> None:
-    """Neither other platforms' layers nor what docker writes for its old versions."""
+    """Other platforms' layers and the files for old versions of docker are not imported."""
     data = tar_of({**oci_image(AMD_AND_ARM), "0/VERSION": b"1.0", "0/json": b"{}"})
     async with opened(tmp_path / "store") as store:
         await import_images(store, Stream(data), platform="linux/arm64")
@@ -163,7 +163,7 @@ async def test_only_what_is_wanted_is_visible(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symlink", "hard link"])
 async def test_repeated_layers_are_links(tmp_path: Path, kind: bytes) -> None:
-    """As old docker saves them: the link may come before what it leads to."""
+    """Old versions of docker save links, and a link may come before its target."""
     image = build_image([b"", b"", b""], compression="none")
     tar = image.layers[0].content
     config = f"{hexdigits(image.config_descriptor.digest)}.json"
@@ -186,7 +186,7 @@ async def test_repeated_layers_are_links(tmp_path: Path, kind: bytes) -> None:
 
 
 async def test_documents_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not held in memory is read back."""
+    """Documents that exceed the memory limit are read from the batch."""
     monkeypatch.setattr(reading, "MAX_HELD", 0)
     async with opened(tmp_path) as store:
         [image] = await import_images(store, Stream(tar_of(oci_image(GZIPPED))))
@@ -231,7 +231,7 @@ async def test_sparse_members(tmp_path: Path, format: str) -> None:
         assert await root.read_bytes("zeros") == bytes(6 << 20)
 
 
-# What it is called.
+# Names of images.
 
 
 @pytest.mark.parametrize(
@@ -416,12 +416,12 @@ async def test_nothing_for_the_platform(tmp_path: Path) -> None:
         for members in sources:
             with pytest.raises(PlatformError, match=r"demo:1 has no image for linux/riscv64"):
                 await import_images(store, Stream(tar_of(members)), platform="linux/riscv64")
-        # Alone, and not asked for: whatever it is for, as a pull has it.
+        # An image without an index, for any platform if none is asked for, as with a pull.
         [image] = await import_images(store, Stream(tar_of(oci_image(ARM))))
         assert image.platform == "linux/arm64"
 
 
-# What is refused.
+# Sources that are refused.
 
 
 def changed(members: Members, **changes: bytes | None) -> Members:
@@ -624,7 +624,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_archives(tmp_path: Path, name: str) -> None:
-    """A typed error that names what is wrong; the store is as it was."""
+    """A typed error names the fault, and the store is unchanged."""
     source, kind, text = BAD[name]
     data = source if isinstance(source, bytes) else tar_of(source)
     async with opened(tmp_path) as store:
@@ -844,7 +844,7 @@ async def test_all_names_or_none(tmp_path: Path) -> None:
 
 
 async def test_a_layer_that_is_none(tmp_path: Path) -> None:
-    """The blob is what it is called; what is in it is not."""
+    """The blob matches its digest, but it is not a tar."""
     image = build_image([b"no tar" * 1000], compression="none")
     async with opened(tmp_path) as store:
         for members in (oci_image(image), docker_members(image, "demo:1")):
@@ -856,7 +856,7 @@ async def test_a_layer_that_is_none(tmp_path: Path) -> None:
 
 
 async def test_a_compressed_layer_that_is_another(tmp_path: Path) -> None:
-    """What it unpacks to is not what the config says."""
+    """The unpacked layer does not match the diff ID in the config."""
     wrong = {**docker_members(GZIPPED, "demo:1"), "0/layer.tar": OTHER.layers[0].content}
     wrong["0/layer.tar"] = gzip.compress(wrong["0/layer.tar"])
     async with opened(tmp_path) as store:
@@ -865,7 +865,7 @@ async def test_a_compressed_layer_that_is_another(tmp_path: Path) -> None:
         assert await store.images() == []
 
 
-# What is broken off.
+# Imports that are interrupted.
 
 
 @pytest.mark.parametrize("kind", ["oci", "docker", "gzip"])

@@ -1,4 +1,4 @@
-"""Arguments and exit codes, with a puller that only writes down what it is asked."""
+"""Arguments and exit codes, with a puller that only records its calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYER = SimpleNamespace(
 
 
 class FakePuller:
-    """Also its store, and the function that opens either. What is in `trouble` fails."""
+    """A puller, its store, and the function that opens either. Names in `trouble` fail."""
 
     def __init__(self) -> None:
         self.opened: list[tuple[object, dict[str, object]]] = []
@@ -211,7 +211,7 @@ def test_several_errors_at_once_are_a_line_each(
 
 
 def test_a_bug_shows_as_one(puller: FakePuller) -> None:
-    """What is no error of ours keeps its traceback."""
+    """An error that is not a LayersError keeps its traceback."""
     puller.trouble["one"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         _cli.main(["pull", "-q", "one"])
@@ -256,7 +256,7 @@ def test_the_second_interrupt_does_not_wait(
                 await trio.sleep_forever()
 
     monkeypatch.setattr(puller, "images", images)
-    # Shells start what runs in the background with it ignored.
+    # Shells start background processes with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert _cli.main(["images"]) == 130
