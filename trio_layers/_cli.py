@@ -19,7 +19,7 @@ from ._errors import LayersError
 from ._nursery import leaves_of, open_hidden_nursery
 from ._output import Output
 from ._printable import printable
-from ._stdio import PROGRAM, complain
+from ._stdio import PROGRAM, print_error
 from ._version import __version__
 
 __all__ = ["main"]
@@ -131,7 +131,7 @@ async def _run_command(arguments: argparse.Namespace) -> int:
             raise
         errors = list(leaves_of(group))
     for each in errors:
-        await complain(each)
+        await print_error(each)
     return EXIT_FAILED
 
 

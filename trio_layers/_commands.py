@@ -47,12 +47,12 @@ from ._stdio import (
     CHUNK,
     Stdout,
     archive_on_stdin,
-    complain,
     join_line,
-    say,
-    say_lines,
+    print_error,
+    print_line,
+    print_lines,
+    print_warning,
     tar_on_stdout,
-    warn,
 )
 from ._store.directory import DirectoryStore, open_store
 from .abc import ProgressSink
@@ -105,11 +105,11 @@ async def _pull(arguments: argparse.Namespace) -> int:
 
     for _, image in sorted(pulled.items()):
         if arguments.json:
-            await say(_as_json(image))
+            await print_line(_as_json(image))
         else:
-            await say(image.reference, image.platform, image.digest)
+            await print_line(image.reference, image.platform, image.digest)
     for reference, error in failures:
-        await complain(error, reference)
+        await print_error(error, reference)
     return EXIT_FAILED if failures else 0
 
 
@@ -209,7 +209,7 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
     if not report.complete:
         missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
         text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)
-        await warn(f"not set, for lack of privilege: {text.replace('_', '-')}")
+        await print_warning(f"not set, for lack of privilege: {text.replace('_', '-')}")
     return 0
 
 
@@ -299,9 +299,9 @@ async def _import(arguments: argparse.Namespace) -> int:
         )
     for image in images:
         if arguments.json:
-            await say(_stored_as_json(image))
+            await print_line(_stored_as_json(image))
         else:
-            await say(image.reference, image.platform, image.manifest.digest)
+            await print_line(image.reference, image.platform, image.manifest.digest)
     return 0
 
 
@@ -396,7 +396,7 @@ async def _images(arguments: argparse.Namespace) -> int:
         lines.append(
             join_line(image.reference, image.platform or "-", image.manifest.digest, *about)
         )
-    await say_lines(lines)
+    await print_lines(lines)
     return 0
 
 
@@ -428,7 +428,7 @@ async def _rm(arguments: argparse.Namespace) -> int:
             except LayersError as error:
                 failures.append((name, error))
     for name, failure in failures:
-        await complain(failure, name)
+        await print_error(failure, name)
     return EXIT_FAILED if failures else 0
 
 
@@ -445,16 +445,16 @@ async def _gc(arguments: argparse.Namespace) -> int:
     counts = attrs.asdict(collected)
     mounted = counts.pop("mounted")
     if arguments.json:
-        await say(json.dumps({**counts, "mounted": mounted} if mounted else counts))
+        await print_line(json.dumps({**counts, "mounted": mounted} if mounted else counts))
     else:
         size = counts.pop("size")
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
-        await say(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+        await print_line(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
         for tree in collected.mounted:
             where = (
                 ", ".join(printable(target) for target in tree.targets) or "mount point not visible"
             )
-            await say(f"kept: tree {tree.id} is mounted: {where}")
+            await print_line(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
 
@@ -472,10 +472,10 @@ async def _check(arguments: argparse.Namespace) -> int:
     async with repair() if arguments.repair else _open_to_read(arguments) as store:
         report = await store.check(repair=arguments.repair)
     if arguments.json:
-        await say(json.dumps(attrs.asdict(report)))
+        await print_line(json.dumps(attrs.asdict(report)))
     else:
-        await say_lines([printable(str(problem)) for problem in report.problems])
-        await say(
+        await print_lines([printable(str(problem)) for problem in report.problems])
+        await print_line(
             f"checked: {report.blobs} blobs, {report.trees} trees, {report.layers} layers, "
             f"{report.images} images; {len(report.problems)} problems"
             + (", repaired" if report.repaired else "")
@@ -490,7 +490,7 @@ def _digest_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def _digest(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
-        await say((await client.resolve(arguments.reference)).digest)
+        await print_line((await client.resolve(arguments.reference)).digest)
     return 0
 
 
@@ -502,7 +502,7 @@ def _tags_arguments(parser: argparse.ArgumentParser) -> None:
 async def _tags(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
         tags = await client.tags(arguments.repository)
-    await say_lines(tags)
+    await print_lines(tags)
     return 0
 
 
@@ -514,7 +514,7 @@ def _referrers_arguments(parser: argparse.ArgumentParser) -> None:
 async def _referrers(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
         found = await client.referrers(arguments.reference, artifact_type=arguments.artifact_type)
-    await say_lines(
+    await print_lines(
         [
             join_line(each.digest, printable(each.artifact_type or each.media_type), each.size)
             for each in found

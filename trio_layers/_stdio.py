@@ -20,12 +20,12 @@ __all__ = [
     "Stdin",
     "Stdout",
     "archive_on_stdin",
-    "complain",
     "join_line",
-    "say",
-    "say_lines",
+    "print_error",
+    "print_line",
+    "print_lines",
+    "print_warning",
     "tar_on_stdout",
-    "warn",
 ]
 
 CHUNK: Final = 1 << 20
@@ -99,12 +99,12 @@ class Stdout(trio.abc.SendStream):
         await trio.lowlevel.checkpoint()
 
 
-async def say(*values: object) -> None:
+async def print_line(*values: object) -> None:
     """Write a line to stdout."""
-    await say_lines([join_line(*values)])
+    await print_lines([join_line(*values)])
 
 
-async def say_lines(lines: Sequence[str]) -> None:
+async def print_lines(lines: Sequence[str]) -> None:
     """Write lines to stdout in a thread, as the reader may stop."""
     if lines:
         await write_text(sys.stdout, "\n".join(lines) + "\n")
@@ -114,7 +114,7 @@ def join_line(*values: object) -> str:
     return " ".join(map(str, values))
 
 
-async def complain(error: BaseException, about: str | None = None) -> None:
+async def print_error(error: BaseException, about: str | None = None) -> None:
     """Write an error as one line to stderr.
 
     Parts of its text come from registries, so line breaks and control characters are replaced.
@@ -123,10 +123,10 @@ async def complain(error: BaseException, about: str | None = None) -> None:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
         text = text_of(error)
-    await warn(text, about)
+    await print_warning(text, about)
 
 
-async def warn(text: str, about: str | None = None) -> None:
+async def print_warning(text: str, about: str | None = None) -> None:
     line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
     try:
         await write_text(sys.stderr, printable(line) + "\n")
