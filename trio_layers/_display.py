@@ -67,8 +67,8 @@ async def open_display(
 
     Open the display around the pulls, and pass the sink to each of them. Leaving the block waits
     until the last state is written. After a write error the display writes nothing more, and the
-    pulls continue, since an image is worth more than its progress. The sink raises `DisplayClosed` for an event after the block, and for an event
-    that still waits when the block is left.
+    pulls continue, since an image is worth more than its progress. The sink raises `DisplayClosed`
+    for an event after the block, and for an event that still waits when the block is left.
 
     Cancellation: if the block fails or leaving it is cancelled, the display still tries to write
     the last state, for at most another quarter of a second.
