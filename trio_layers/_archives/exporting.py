@@ -51,8 +51,8 @@ async def export_images(
     same. They also have the index from which an image was chosen, if there was one: only
     `import_images` uses it, other tools see the image alone. The images keep their full names. An
     OCI archive also has a ``manifest.json``, like those of Docker 25, so any version of ``docker
-    load`` can read it. Images that were pulled in Docker's schema 2 keep that format. skopeo cannot find
-    such an image by its name in an OCI layout, but it can in this ``manifest.json``.
+    load`` can read it. Images that were pulled in Docker's schema 2 keep that format. skopeo cannot
+    find such an image by its name in an OCI layout, but it can in this ``manifest.json``.
 
     A docker-archive has the layers as uncompressed tars, and no manifests. The config, and so the
     image's ID, stays the same.
