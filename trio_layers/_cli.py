@@ -1,4 +1,4 @@
-"""The command line: arguments, signals, exit codes. What is done is in `_commands`."""
+"""The command line: arguments, signals and exit codes. `_commands` has the commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._errors import LayersError
 from ._nursery import leaves_of, open_hidden_nursery
 from ._output import Output
 from ._printable import printable
-from ._stdio import PROGRAM, complain
+from ._stdio import PROGRAM, print_error
 from ._version import __version__
 
 __all__ = ["main"]
@@ -32,12 +32,12 @@ PATIENCE: Final = 1.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done; for ``mount``, which nothing else ends, also at Ctrl-C and SIGTERM. 1: failed, and
-    stderr says why, one line for each thing that failed. 130: interrupted, by Ctrl-C; 143 by
-    SIGTERM. A usage error leaves by ``SystemExit(2)``, as argparse does.
+    The code is 0 on success. ``mount`` ends only by Ctrl-C or SIGTERM, so these are success, too.
+    It is 1 after failures: stderr has a line for each. It is 130 after Ctrl-C and 143 after
+    SIGTERM. A usage error raises ``SystemExit(2)``, as in argparse.
 
     Args:
-        argv: The arguments; ``None``: the process's own.
+        argv: The arguments; ``None``: those of the process.
     """
     signals = _Signals()
     try:
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stdout is not None and not stdout.closed:  # None: closed at the program's start
             stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read our result has left
-        return _nobody_reads()
+    except BrokenPipeError:  # the reader of our output is gone
+        return _close_stdout()
     except KeyboardInterrupt:
         return signals.code or EXIT_INTERRUPTED
     except BaseExceptionGroup as group:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return signals.code or EXIT_INTERRUPTED  # the second signal, in a group with other errors
 
 
-def _nobody_reads() -> int:
+def _close_stdout() -> int:
     try:
         sys.stdout.close()  # otherwise the interpreter prints an error at its exit
     except BrokenPipeError:
@@ -123,7 +123,7 @@ async def _run_command(arguments: argparse.Namespace) -> int:
     try:
         return await run(arguments)
     except BrokenPipeError:  # the reader of our output is gone
-        return _nobody_reads()
+        return _close_stdout()
     except (LayersError, OSError) as error:
         errors: list[BaseException] = [error]
     except BaseExceptionGroup as group:
@@ -131,7 +131,7 @@ async def _run_command(arguments: argparse.Namespace) -> int:
             raise
         errors = list(leaves_of(group))
     for each in errors:
-        await complain(each)
+        await print_error(each)
     return EXIT_FAILED
 
 
@@ -210,13 +210,13 @@ async def _logging(verbose: bool) -> AsyncIterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", help="show the log")
+    common.add_argument("-v", "--verbose", action="store_true", help="print the log on stderr")
     with_store = argparse.ArgumentParser(add_help=False)
     with_store.add_argument(
         "--store",
         metavar="DIR",
         default=_default_store(),
-        help="where the images are (default: %(default)s; $TRIO_LAYERS_STORE names another)",
+        help="directory of the store (default: %(default)s; $TRIO_LAYERS_STORE sets another)",
     )
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Pull container images, without a daemon.", allow_abbrev=False

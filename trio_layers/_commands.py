@@ -1,6 +1,7 @@
-"""The commands: each is a function for its arguments, one that runs it, and a row of the table.
+"""The commands of the command line.
 
-The result goes to stdout, progress and complaints to stderr.
+Each command has a function that adds its arguments, one that runs it, and a row in `COMMANDS`. The
+result goes to stdout, progress and errors to stderr.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ from ._stdio import (
     CHUNK,
     Stdout,
     archive_on_stdin,
-    complain,
     join_line,
-    say,
-    say_lines,
+    print_error,
+    print_line,
+    print_lines,
+    print_warning,
     tar_on_stdout,
-    warn,
 )
 from ._store.directory import DirectoryStore, open_store
 from .abc import ProgressSink
@@ -70,14 +71,15 @@ class Command:
 
 
 def _pull_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("references", metavar="REF", nargs="+", help="an image, such as debian:12")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each image")
+    parser.add_argument("references", metavar="REF", nargs="+", help="image, such as debian:12")
+    parser.add_argument("--json", action="store_true", help="print each image as a JSON object")
     add_pull_options(parser)
 
 
 async def _pull(arguments: argparse.Namespace) -> int:
-    """Pull all images at once: layers they share are downloaded once. One that fails does not
-    stop the others.
+    """Pull all images at once.
+
+    Layers that images share are downloaded once. If one image fails, the others are still pulled.
     """
     references: list[str] = arguments.references
     pulled: dict[int, Image] = {}
@@ -103,11 +105,11 @@ async def _pull(arguments: argparse.Namespace) -> int:
 
     for _, image in sorted(pulled.items()):
         if arguments.json:
-            await say(_as_json(image))
+            await print_line(_as_json(image))
         else:
-            await say(image.reference, image.platform, image.digest)
+            await print_line(image.reference, image.platform, image.digest)
     for reference, error in failures:
-        await complain(error, reference)
+        await print_error(error, reference)
     return EXIT_FAILED if failures else 0
 
 
@@ -159,12 +161,12 @@ async def _enter_to_read(
 
 @asynccontextmanager
 async def _open_image(arguments: argparse.Namespace) -> AsyncIterator[Image]:
-    """The image a command is about, pulled if the store does not have it."""
+    """Open the image of a command, and pull it if the store lacks it."""
     named = arguments.store != getattr(arguments, "default_store", arguments.store)
     if named and not await trio.Path(arguments.store).is_dir():
         raise StoreNotFound(
-            f"there is no directory {arguments.store} for a store: pull an image into it, or name "
-            "another one"
+            f"store directory {arguments.store} does not exist: pull an image into it, or pass "
+            "another --store"
         )
     async with AsyncExitStack() as stack:
         try:
@@ -186,12 +188,12 @@ async def _open_image(arguments: argparse.Namespace) -> AsyncIterator[Image]:
 def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
     parser.add_argument(
-        "destination", metavar="DEST", help="a directory, empty or new; -: a tar to stdout"
+        "destination", metavar="DEST", help="new or empty directory; -: write a tar to stdout"
     )
     parser.add_argument(
         "--root-metadata",
         action="store_true",
-        help="give DEST owner, mode, time and attributes of the image's root",
+        help="set the owner, mode, time and attributes of DEST to those of the image's root",
     )
 
 
@@ -207,13 +209,17 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
     if not report.complete:
         missing = attrs.asdict(report, filter=lambda field, _: field.name != "entries")
         text = ", ".join(f"{count} {name}" for name, count in missing.items() if count)
-        await warn(f"not set, for lack of privilege: {text.replace('_', '-')}")
+        await print_warning(f"not set, for lack of privilege: {text.replace('_', '-')}")
     return 0
 
 
 def _cat_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
-    parser.add_argument("path", metavar="PATH", help="a file in it; links are followed inside")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="file in the image; symbolic links are followed inside the image",
+    )
 
 
 async def _cat(arguments: argparse.Namespace) -> int:
@@ -226,14 +232,16 @@ async def _cat(arguments: argparse.Namespace) -> int:
 
 def _mount_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
-    parser.add_argument("target", metavar="TARGET", nargs="?", help="default: a new directory")
     parser.add_argument(
-        "--writable", action="store_true", help="what is written is thrown away in the end"
+        "target", metavar="TARGET", nargs="?", help="mount point (default: a new directory)"
+    )
+    parser.add_argument(
+        "--writable", action="store_true", help="allow writes; they are discarded at the end"
     )
 
 
 async def _mount(arguments: argparse.Namespace) -> int:
-    """Until a signal, which here is no interruption: there is no other end."""
+    """Mount an image until a signal, which is the normal end and so no failure."""
     async with (
         _open_image(arguments) as image,
         image.rootfs.mount(arguments.target, writable=arguments.writable) as path,
@@ -251,24 +259,24 @@ async def _mount(arguments: argparse.Namespace) -> int:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="an archive, or the directory of a layout; -: stdin")
+    add("source", metavar="SOURCE", help="archive, or directory of an OCI layout; -: read stdin")
     add(
         "--reference",
         metavar="REF",
-        help="what to call the image; of several, the one that is called so already",
+        help="import one image, and name it REF; of several, the one with this name or tag",
     )
     add(
         "--digest",
         metavar="DIGEST",
-        help="import the image with this digest (of its manifest, index or config), or prefix",
+        help="import the image with this manifest, index or config digest; a prefix is enough",
     )
     add(
         "--all",
         action="store_true",
-        help="import images without names, too, as localhost/unnamed@DIGEST",
+        help="also import images without names, as localhost/unnamed@DIGEST",
     )
     add_platform_option(parser)
-    add("--json", action="store_true", help="print a JSON object for each image")
+    add("--json", action="store_true", help="print each image as a JSON object")
     add_progress_options(parser)
 
 
@@ -291,9 +299,9 @@ async def _import(arguments: argparse.Namespace) -> int:
         )
     for image in images:
         if arguments.json:
-            await say(_stored_as_json(image))
+            await print_line(_stored_as_json(image))
         else:
-            await say(image.reference, image.platform, image.manifest.digest)
+            await print_line(image.reference, image.platform, image.manifest.digest)
     return 0
 
 
@@ -303,18 +311,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "references",
         metavar="REF",
         nargs="+",
-        help="the name of an image in the store, or its digest (sha256:…): then all its names",
+        help="name of an image in the store, or its digest (sha256:…), which exports all its names",
     )
     add(
         "destination",
         metavar="DEST",
-        help="a new file; for oci a directory, empty or new; -: stdout",
+        help="new file; with --format oci a new or empty directory; -: write to stdout",
     )
     add(
         "--format",
         choices=("oci-archive", "docker-archive", "oci"),
         default="oci-archive",
-        help="default: %(default)s, which docker load and podman load take, too",
+        help="write this format (default: %(default)s, which docker load and podman load can read)",
     )
     add_platform_option(parser)
 
@@ -323,7 +331,9 @@ async def _export(arguments: argparse.Namespace) -> int:
     target = arguments.destination
     if target == "-":
         if arguments.format == "oci":
-            raise LayersError("an OCI layout is a directory: write an oci-archive to stdout")
+            raise LayersError(
+                "--format oci writes a directory, not to stdout: use --format oci-archive"
+            )
         target = tar_on_stdout()
     async with _open_to_read(arguments) as store:
         await export_images(
@@ -371,7 +381,7 @@ def _images_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         action="store_true",
-        help="also the bytes an image takes, and how many of them no other image needs",
+        help="also print the bytes each image uses, and the bytes that no other image shares",
     )
 
 
@@ -386,7 +396,7 @@ async def _images(arguments: argparse.Namespace) -> int:
         lines.append(
             join_line(image.reference, image.platform or "-", image.manifest.digest, *about)
         )
-    await say_lines(lines)
+    await print_lines(lines)
     return 0
 
 
@@ -395,13 +405,18 @@ def _rm_arguments(parser: argparse.ArgumentParser) -> None:
         "references",
         metavar="REF",
         nargs="+",
-        help="an image's name, or its digest (sha256:…): then all its names",
+        help="name of an image, or its digest (sha256:…), which untags all its names",
     )
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="default: all")
+    parser.add_argument(
+        "--platform",
+        metavar="OS/ARCH[/VARIANT]",
+        help="untag the image for this platform only (default: all platforms)",
+    )
 
 
 async def _rm(arguments: argparse.Namespace) -> int:
     platform = arguments.platform and str(parse_platform(arguments.platform))
+    wanted = f"image for {platform}" if platform else "image"
     failures: list[tuple[str, Exception]] = []
     async with open_store(arguments.store, create=False) as store:
         for name in arguments.references:
@@ -409,17 +424,19 @@ async def _rm(arguments: argparse.Namespace) -> int:
                 digest = name.startswith("sha256:")
                 reference = name if digest else str(parse_reference(name))
                 if not await store.remove(reference, platform=platform):
-                    raise StoreError("it is not in the store")
+                    raise StoreError(f"no such {wanted} in the store")
             except LayersError as error:
                 failures.append((name, error))
     for name, failure in failures:
-        await complain(failure, name)
+        await print_error(failure, name)
     return EXIT_FAILED if failures else 0
 
 
 def _gc_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be deleted, and delete nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
 
 
 async def _gc(arguments: argparse.Namespace) -> int:
@@ -428,14 +445,16 @@ async def _gc(arguments: argparse.Namespace) -> int:
     counts = attrs.asdict(collected)
     mounted = counts.pop("mounted")
     if arguments.json:
-        await say(json.dumps({**counts, "mounted": mounted} if mounted else counts))
+        await print_line(json.dumps({**counts, "mounted": mounted} if mounted else counts))
     else:
         size = counts.pop("size")
         what = ", ".join(f"{count} {name}" for name, count in counts.items())
-        await say(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
+        await print_line(f"{'to remove' if arguments.dry_run else 'removed'}: {what}; {size} bytes")
         for tree in collected.mounted:
-            where = ", ".join(printable(target) for target in tree.targets) or "out of sight"
-            await say(f"kept: tree {tree.id} is mounted: {where}")
+            where = (
+                ", ".join(printable(target) for target in tree.targets) or "mount point not visible"
+            )
+            await print_line(f"kept: tree {tree.id} is mounted: {where}")
     return 0
 
 
@@ -443,9 +462,9 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="drop what is damaged: the next pull of an image brings it back",
+        help="delete damaged data; the next pull of an image downloads it again",
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
 
 
 async def _check(arguments: argparse.Namespace) -> int:
@@ -453,10 +472,10 @@ async def _check(arguments: argparse.Namespace) -> int:
     async with repair() if arguments.repair else _open_to_read(arguments) as store:
         report = await store.check(repair=arguments.repair)
     if arguments.json:
-        await say(json.dumps(attrs.asdict(report)))
+        await print_line(json.dumps(attrs.asdict(report)))
     else:
-        await say_lines([printable(str(problem)) for problem in report.problems])
-        await say(
+        await print_lines([printable(str(problem)) for problem in report.problems])
+        await print_line(
             f"checked: {report.blobs} blobs, {report.trees} trees, {report.layers} layers, "
             f"{report.images} images; {len(report.problems)} problems"
             + (", repaired" if report.repaired else "")
@@ -465,37 +484,37 @@ async def _check(arguments: argparse.Namespace) -> int:
 
 
 def _digest_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("reference", metavar="REF", help="an image, such as debian:12")
+    parser.add_argument("reference", metavar="REF", help="image, such as debian:12")
     add_registry_options(parser)
 
 
 async def _digest(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
-        await say((await client.resolve(arguments.reference)).digest)
+        await print_line((await client.resolve(arguments.reference)).digest)
     return 0
 
 
 def _tags_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("repository", metavar="REPOSITORY", help="such as debian")
+    parser.add_argument("repository", metavar="REPOSITORY", help="repository, such as debian")
     add_registry_options(parser)
 
 
 async def _tags(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
         tags = await client.tags(arguments.repository)
-    await say_lines(tags)
+    await print_lines(tags)
     return 0
 
 
 def _referrers_arguments(parser: argparse.ArgumentParser) -> None:
     _digest_arguments(parser)
-    parser.add_argument("--artifact-type", metavar="TYPE", help="only those of this type")
+    parser.add_argument("--artifact-type", metavar="TYPE", help="list artifacts of this type only")
 
 
 async def _referrers(arguments: argparse.Namespace) -> int:
     async with _open_client(arguments) as client:
         found = await client.referrers(arguments.reference, artifact_type=arguments.artifact_type)
-    await say_lines(
+    await print_lines(
         [
             join_line(each.digest, printable(each.artifact_type or each.media_type), each.size)
             for each in found
@@ -514,29 +533,44 @@ def _open_client(arguments: argparse.Namespace) -> AbstractAsyncContextManager[R
 
 
 COMMANDS: Final = (
-    Command("pull", "get images into the store", _pull_arguments, _pull),
-    Command("rootfs", "write an image's root file system out", _rootfs_arguments, _rootfs),
+    Command("pull", "download images into the store", _pull_arguments, _pull),
+    Command(
+        "rootfs",
+        "write an image's root file system to a directory or a tar",
+        _rootfs_arguments,
+        _rootfs,
+    ),
     Command("cat", "print a file of an image", _cat_arguments, _cat),
     Command(
         "mount", "mount an image's root file system until interrupted", _mount_arguments, _mount
     ),
-    Command("import", "put the images of an archive into the store", _import_arguments, _import),
-    Command("export", "write images of the store to an archive", _export_arguments, _export),
+    Command(
+        "import",
+        "load the images of an archive or an OCI layout into the store",
+        _import_arguments,
+        _import,
+    ),
+    Command(
+        "export",
+        "save images of the store to an archive or an OCI layout",
+        _export_arguments,
+        _export,
+    ),
     Command("images", "list the images in the store", _images_arguments, _images),
-    Command("rm", "remove images' names; gc removes what nobody needs then", _rm_arguments, _rm),
-    Command("gc", "remove what no image needs, and nobody uses", _gc_arguments, _gc),
-    Command("check", "look at all that is stored for damage", _check_arguments, _check),
+    Command("rm", "untag images; gc then deletes unreferenced data", _rm_arguments, _rm),
+    Command("gc", "delete unreferenced images, layers and blobs", _gc_arguments, _gc),
+    Command("check", "verify all data in the store", _check_arguments, _check),
     Command(
         "digest",
-        "ask a registry what an image's name stands for",
+        "print the digest a tag points to",
         _digest_arguments,
         _digest,
         False,
     ),
-    Command("tags", "list the tags in a registry's repository", _tags_arguments, _tags, False),
+    Command("tags", "list the tags of a repository in a registry", _tags_arguments, _tags, False),
     Command(
         "referrers",
-        "list what in its registry refers to an image: signatures, SBOMs",
+        "list the artifacts that refer to an image, such as signatures and SBOMs",
         _referrers_arguments,
         _referrers,
         False,

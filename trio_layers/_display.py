@@ -1,8 +1,8 @@
-"""Progress made visible: bars on a terminal, plain lines, JSON lines.
+"""Displays the progress of pulls: bars on a terminal, plain lines, or JSON lines.
 
-A sink puts events into a channel; one task gathers what comes within a tenth of a second, keeps
-the newest of each layer's action, and has a thread write it. So a stream that is slow, or stuck,
-costs the pull nothing but a full channel: then the engine leaves intermediate states out.
+A sink puts events into a channel. One task gathers the events of a tenth of a second, keeps the
+newest one of each layer's action, and has a thread write them. So a slow or blocked stream only
+fills the channel, and does not stop the pull: the engine then skips intermediate states.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ logger = logging.getLogger("trio_layers.display")
 INTERVAL: Final = 0.1
 """Seconds between two writes."""
 PATIENCE: Final = 0.25
-"""Seconds that the stream has to take the last state, once the block has failed."""
+"""Seconds for writing the last state after the block has failed."""
 BACKLOG: Final = 256
 _MOST_ROWS: Final = 1000
 """Maximum number of rows in the last picture of bars.
@@ -63,28 +63,29 @@ Drawing so many rows takes about a second.
 async def open_display(
     kind: DisplayKind = "auto", *, stream: TextIO | None = None
 ) -> AsyncIterator[ProgressSink]:
-    """Show the progress of the pulls in the block: open it around them and give each the sink.
+    """Show the progress of the pulls in the block.
 
-    Leaving the block waits until the last state is written. Once the block has failed, or leaving
-    is cancelled, this wait takes at most another quarter of a second. After a write error the
-    display writes nothing more, and the pulls continue: an image is worth more than its progress.
-    The sink raises `DisplayClosed` for an event after the block, or one that still waits when the
-    block is left.
+    Open the display around the pulls, and pass the sink to each of them. Leaving the block waits
+    until the last state is written. After a write error the display writes nothing more, and the
+    pulls continue, since an image is worth more than its progress. The sink raises `DisplayClosed`
+    for an event after the block, and for an event that still waits when the block is left.
+
+    Cancellation: if the block fails or leaving it is cancelled, the display still tries to write
+    the last state, for at most another quarter of a second.
 
     Args:
-        kind: What it looks like. ``tty``: a line with a bar for each layer, redrawn in place;
-            needs the extra ``cli``, without it the same as ``plain``. ``plain``: a line for
-            each layer and action. ``json``: a JSON object a line with the fields of docker's
-            API, ``status``, ``id`` and ``progressDetail``. ``none``: nothing. ``auto``:
-            ``tty`` on a terminal that can move its cursor, else ``plain``.
-        stream: Where it goes; ``None``: standard error. It is not closed.
+        kind: The form of the display. ``tty``: a line with a bar for each layer, redrawn in place;
+            without the extra ``cli`` it is the same as ``plain``. ``plain``: a line for each layer
+            and action. ``json``: one JSON object per line with the fields of docker's API,
+            ``status``, ``id`` and ``progressDetail``. ``none``: nothing. ``auto``: ``tty`` on a
+            terminal that can move its cursor, otherwise ``plain``.
+        stream: The text stream to write to; ``None``: standard error. It is not closed.
 
     Yields:
-        A sink for any number of pulls. It waits only while more is in the queue than can be
-        written.
+        A sink for any number of pulls. It waits only while the queue is full.
     """
     check_choice("kind", kind, get_args(DisplayKind))
-    lifetime = Lifetime(_closed)
+    lifetime = Lifetime(_closed_error)
     stream = stream or sys.stderr
     if kind == "none" or stream is None:  # sys.stderr is None for a closed descriptor
 
@@ -104,7 +105,7 @@ async def open_display(
             await send.send(progress)
 
     output = Output(stream)
-    # What has happened is still to be seen when the pulls were cancelled, the cursor above all.
+    # After a cancellation the last state is still written, and above all the cursor is restored.
     shield = trio.CancelScope(shield=True)
     shown = trio.Event()
     try:
@@ -123,7 +124,7 @@ async def open_display(
         output.leave()
 
 
-def _closed() -> DisplayClosed:
+def _closed_error() -> DisplayClosed:
     return DisplayClosed("the display was closed: open it around the pulls that report to it")
 
 
@@ -133,7 +134,7 @@ async def _close(lifetime: Lifetime, send: trio.MemorySendChannel[Progress]) -> 
 
 
 class _Screen(Protocol):
-    """What events are written to, by a thread, one call at a time."""
+    """Writes events in one form. A thread calls it, one call at a time."""
 
     def show(self, events: Sequence[Progress]) -> None: ...
 
@@ -150,7 +151,7 @@ async def _show_all(
     screens: list[_Screen] = []
 
     def open_screen() -> None:
-        screens.append(_screen(kind, output))
+        screens.append(_make_screen(kind, output))
 
     with shield:
         try:
@@ -159,17 +160,17 @@ async def _show_all(
             while events := await _gather(receive):
                 await output.in_thread(partial(screen.show, events))
             await output.in_thread(screen.close)
-        except (OSError, ValueError):  # ValueError: closed, or of too small a character set
-            logger.debug("progress cannot be written any more", exc_info=True)
+        except (OSError, ValueError):  # ValueError: closed, or its encoding lacks a character
+            logger.debug("cannot write progress: no more is shown", exc_info=True)
             async for _ in receive:
                 pass
     shown.set()
 
 
 async def _gather(receive: trio.MemoryReceiveChannel[Progress]) -> list[Progress]:
-    """What is to be shown next, in order; nothing at the end.
+    """Gather the next events to show, in order; an empty list means the end.
 
-    Of events that differ in their counts only, the last one stands where the first one came.
+    Of events that differ only in their counts, the last one takes the place of the first one.
     """
     events: list[Progress] = []
     newest: dict[str, int] = {}
@@ -191,7 +192,7 @@ async def _gather(receive: trio.MemoryReceiveChannel[Progress]) -> list[Progress
     return events
 
 
-def _screen(kind: DisplayKind, stream: Output) -> _Screen:
+def _make_screen(kind: DisplayKind, stream: Output) -> _Screen:
     if kind == "json":
         return _JsonLines(stream)
     if kind == "tty" or (
@@ -200,13 +201,13 @@ def _screen(kind: DisplayKind, stream: Output) -> _Screen:
         try:
             return _Bars(stream)
         except ImportError:
-            logger.debug("no bars without rich, which the extra 'cli' installs")
+            logger.debug("showing plain lines: bars need rich, from the extra 'cli'")
     return _PlainLines(stream)
 
 
 @final
 class _PlainLines:
-    """As docker prints when its output is no terminal: no counts, no repetitions."""
+    """Lines like docker's when its output is not a terminal: no counts, no repetitions."""
 
     def __init__(self, stream: Output) -> None:
         self._stream = stream
@@ -221,13 +222,14 @@ class _PlainLines:
         _write(self._stream, lines)
 
     def close(self) -> None:
-        """Every line is written."""
+        """Do nothing, since every line has been written."""
 
 
 @final
 class _JsonLines:
-    """As the pull endpoint of docker's API sends (moby ``pkg/streamformatter``): what is zero
-    is left out of ``progressDetail``.
+    """JSON objects like those of the pull endpoint of docker's API.
+
+    As in moby's ``pkg/streamformatter``, ``progressDetail`` has no counts of zero.
     """
 
     def __init__(self, stream: Output) -> None:
@@ -243,7 +245,7 @@ class _JsonLines:
         _write(self._stream, lines)
 
     def close(self) -> None:
-        """Every line is written."""
+        """Do nothing, since every line has been written."""
 
 
 def _write(stream: Output, lines: Sequence[str]) -> None:
@@ -254,7 +256,7 @@ def _write(stream: Output, lines: Sequence[str]) -> None:
 
 @attrs.define(eq=False)
 class _Row:
-    """A layer's line: its newest event, and when and where its action began."""
+    """A layer's line: its newest event, and the time and count at the start of its action."""
 
     event: Progress
     since: float

@@ -20,12 +20,12 @@ __all__ = [
     "Stdin",
     "Stdout",
     "archive_on_stdin",
-    "complain",
     "join_line",
-    "say",
-    "say_lines",
+    "print_error",
+    "print_line",
+    "print_lines",
+    "print_warning",
     "tar_on_stdout",
-    "warn",
 ]
 
 CHUNK: Final = 1 << 20
@@ -36,34 +36,40 @@ PROGRAM: Final = "trio-layers"
 def tar_on_stdout() -> Stdout:
     stdout = Stdout()
     if sys.stdout.isatty():
-        raise LayersError("a terminal is no place for a tar: redirect stdout")
+        raise LayersError(
+            "stdout is a terminal: redirect it to a file or a pipe, since a tar is binary"
+        )
     return stdout
 
 
 def archive_on_stdin() -> Stdin:
     stdin = Stdin()
     if sys.stdin.isatty():
-        raise LayersError("a terminal has no archive: redirect stdin")
+        raise LayersError(
+            "stdin is a terminal: redirect it from the file or pipe that has the archive"
+        )
     return stdin
 
 
 @final
 class Stdin(trio.abc.ReceiveStream):
-    """Bytes from stdin, whatever that is."""
+    """Bytes from stdin, which may be a file, a pipe or a device."""
 
     def __init__(self) -> None:
-        if sys.stdin is None:  # its number may be some other file's by now
-            raise OSError(errno.EBADF, "it is closed", "stdin")
+        if sys.stdin is None:  # another file may have its descriptor by now
+            raise OSError(errno.EBADF, "the stream is closed", "stdin")
         self._file = io.FileIO(sys.stdin.fileno(), "rb", closefd=False)
         self._limiter = trio.CapacityLimiter(1)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        # Whoever writes it may never go on: then the thread is left behind.
+        # The writer may stop for ever. Then the thread is abandoned.
         data = await trio.to_thread.run_sync(
             self._file.read, max_bytes or CHUNK, abandon_on_cancel=True, limiter=self._limiter
         )
         if data is None:
-            raise BlockingIOError(errno.EAGAIN, "it does not wait", "stdin")
+            raise BlockingIOError(
+                errno.EAGAIN, "no data is ready, and it is in non-blocking mode", "stdin"
+            )
         return data
 
     async def aclose(self) -> None:
@@ -72,16 +78,16 @@ class Stdin(trio.abc.ReceiveStream):
 
 @final
 class Stdout(trio.abc.SendStream):
-    """Bytes to stdout, which may be anything: not every file can be waited for."""
+    """Bytes to stdout, written in a thread: trio cannot wait for every kind of file."""
 
     def __init__(self) -> None:
-        if sys.stdout is None:  # its number may be some other file's by now
-            raise OSError(errno.EBADF, "it is closed", "stdout")
+        if sys.stdout is None:  # another file may have its descriptor by now
+            raise OSError(errno.EBADF, "the stream is closed", "stdout")
         self._file = io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
         self._limiter = trio.CapacityLimiter(1)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        # Whoever reads it may never go on: then the thread is left behind.
+        # The reader may stop for ever. Then the thread is abandoned.
         await trio.to_thread.run_sync(
             write_all, self._file, data, abandon_on_cancel=True, limiter=self._limiter
         )
@@ -93,12 +99,12 @@ class Stdout(trio.abc.SendStream):
         await trio.lowlevel.checkpoint()
 
 
-async def say(*values: object) -> None:
+async def print_line(*values: object) -> None:
     """Write a line to stdout."""
-    await say_lines([join_line(*values)])
+    await print_lines([join_line(*values)])
 
 
-async def say_lines(lines: Sequence[str]) -> None:
+async def print_lines(lines: Sequence[str]) -> None:
     """Write lines to stdout in a thread, as the reader may stop."""
     if lines:
         await write_text(sys.stdout, "\n".join(lines) + "\n")
@@ -108,16 +114,19 @@ def join_line(*values: object) -> str:
     return " ".join(map(str, values))
 
 
-async def complain(error: BaseException, about: str | None = None) -> None:
-    """One line on stderr, whatever the error's text holds: parts of it come from registries."""
+async def print_error(error: BaseException, about: str | None = None) -> None:
+    """Write an error as one line to stderr.
+
+    Parts of its text come from registries, so line breaks and control characters are replaced.
+    """
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
         text = text_of(error)
-    await warn(text, about)
+    await print_warning(text, about)
 
 
-async def warn(text: str, about: str | None = None) -> None:
+async def print_warning(text: str, about: str | None = None) -> None:
     line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
     try:
         await write_text(sys.stderr, printable(line) + "\n")

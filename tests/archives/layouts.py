@@ -1,4 +1,4 @@
-"""What the tests of archives share: archives made by hand, streams, and looks into stores."""
+"""Tools of the tests of archives: archives made by hand, streams, and the files of stores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def with_config(image: BuiltImage, **changes: object) -> BuiltImage:
 
 
 def tar_of(members: Mapping[str, bytes | tarfile.TarInfo] | Sequence[tuple[str, bytes]]) -> bytes:
-    """A tar of files, and of what else has a header here."""
+    """Make a tar of files and of members with headers of their own."""
     out = io.BytesIO()
     items = members.items() if isinstance(members, Mapping) else members
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -80,7 +80,7 @@ def blob(digest: str) -> str:
 
 
 def docker_members(image: BuiltImage, *tags: str) -> Members:
-    """What docker saved before version 25; the manifest is last."""
+    """The members of an archive of docker before version 25; the manifest is last."""
     config = f"{hexdigits(image.config_descriptor.digest)}.json"
     members: Members = {}
     layers = []
@@ -139,7 +139,7 @@ async def files(store: DirectoryStore, image: StoredImage) -> list[Entry]:
 
 
 def leftovers(path: Path) -> list[str]:
-    """What is in ``ingest/``, but for what has been thrown away and is about to go."""
+    """The files in ``ingest/``, without those that are being deleted."""
     return [name for name in os.listdir(path / "ingest") if not name.endswith(".trash")]
 
 
@@ -151,7 +151,7 @@ async def opened(path: Path) -> AsyncIterator[DirectoryStore]:
 
 
 class Sink(trio.abc.SendStream):
-    """Keeps what is sent. ``before`` is called with the number of bytes that are there."""
+    """Keeps the bytes sent. ``before`` is called with the number of bytes that are there."""
 
     def __init__(self, before: Callable[[int], object] = lambda size: None) -> None:
         self.data = bytearray()

@@ -70,7 +70,7 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-# What is read.
+# Sources that are read.
 
 
 async def test_docker_archive(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ async def test_docker_archive(tmp_path: Path) -> None:
 
 
 async def test_docker_archive_with_compressed_layers(tmp_path: Path) -> None:
-    """docker load takes them; they stay as they are."""
+    """``docker load`` accepts compressed layers, and the import keeps them compressed."""
     async with opened(tmp_path / "store") as store:
         for compression in ("gzip", "zstd"):
             image = small_image(compression=compression)
@@ -116,7 +116,7 @@ async def test_docker_archive_with_compressed_layers(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("way", ["file", "stream"])
 async def test_compressed_archives(tmp_path: Path, compress, way: str) -> None:
-    """By content, whatever the name says."""
+    """Compression is recognised by content, not by the name of the file."""
     data = compress(tar_of(oci_image(GZIPPED)))
     source = write(tmp_path / "archive.tar", data) if way == "file" else Stream(data)
     async with opened(tmp_path / "store") as store:
@@ -131,7 +131,7 @@ async def test_layout_directory(tmp_path: Path) -> None:
     async with opened(tmp_path / "store") as store:
         [image] = await import_images(store, layout)
         assert image.manifest.digest == GZIPPED.digest
-        # Nothing but what the image consists of.
+        # Only the parts of the image.
         assert {f"blobs/{hexdigits(d)}" for d in [GZIPPED.digest, *GZIPPED.blobs]} == {
             name for name in visible(tmp_path / "store") if name.startswith("blobs")
         }
@@ -152,7 +152,7 @@ async def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
 
 
 async def test_only_what_is_wanted_is_visible(tmp_path: Path) -> None:
-    """Neither other platforms' layers nor what docker writes for its old versions."""
+    """Other platforms' layers and the files for old versions of docker are not imported."""
     data = tar_of({**oci_image(AMD_AND_ARM), "0/VERSION": b"1.0", "0/json": b"{}"})
     async with opened(tmp_path / "store") as store:
         await import_images(store, Stream(data), platform="linux/arm64")
@@ -163,7 +163,7 @@ async def test_only_what_is_wanted_is_visible(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symlink", "hard link"])
 async def test_repeated_layers_are_links(tmp_path: Path, kind: bytes) -> None:
-    """As old docker saves them: the link may come before what it leads to."""
+    """Old versions of docker save links, and a link may come before its target."""
     image = build_image([b"", b"", b""], compression="none")
     tar = image.layers[0].content
     config = f"{hexdigits(image.config_descriptor.digest)}.json"
@@ -186,7 +186,7 @@ async def test_repeated_layers_are_links(tmp_path: Path, kind: bytes) -> None:
 
 
 async def test_documents_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not held in memory is read back."""
+    """Documents that exceed the memory limit are read from the batch."""
     monkeypatch.setattr(reading, "MAX_HELD", 0)
     async with opened(tmp_path) as store:
         [image] = await import_images(store, Stream(tar_of(oci_image(GZIPPED))))
@@ -231,7 +231,7 @@ async def test_sparse_members(tmp_path: Path, format: str) -> None:
         assert await root.read_bytes("zeros") == bytes(6 << 20)
 
 
-# What it is called.
+# Names of images.
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ async def test_several_of_a_docker_archive(tmp_path: Path) -> None:
         assert image.config.digest == OTHER.config_descriptor.digest
         entries[1]["RepoTags"] = ["a:1"]
         twice = tar_of({**first, **second, "manifest.json": as_json(entries)})
-        with pytest.raises(ArchiveError, match="two images of one name"):
+        with pytest.raises(ArchiveError, match="two images with one name"):
             await import_images(store, Stream(twice))
 
 
@@ -416,12 +416,12 @@ async def test_nothing_for_the_platform(tmp_path: Path) -> None:
         for members in sources:
             with pytest.raises(PlatformError, match=r"demo:1 has no image for linux/riscv64"):
                 await import_images(store, Stream(tar_of(members)), platform="linux/riscv64")
-        # Alone, and not asked for: whatever it is for, as a pull has it.
+        # An image without an index, for any platform if none is asked for, as with a pull.
         [image] = await import_images(store, Stream(tar_of(oci_image(ARM))))
         assert image.platform == "linux/arm64"
 
 
-# What is refused.
+# Sources that are refused.
 
 
 def changed(members: Members, **changes: bytes | None) -> Members:
@@ -458,18 +458,18 @@ DEEP = b"[" * 200_000
 BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "nothing": (b"", ArchiveError, "is empty"),
     "no members": (bytes(1024), ArchiveError, "is empty"),
-    "no tar": (b"#!/bin/sh\n" * 500, ArchiveError, "no image archive, or damaged.*checksum"),
-    "no gzip": (b"\x1f\x8b\x08" + bytes(50), ArchiveError, "no image archive"),
+    "no tar": (b"#!/bin/sh\n" * 500, ArchiveError, "not an image archive, or is damaged.*checksum"),
+    "no gzip": (b"\x1f\x8b\x08" + bytes(50), ArchiveError, "not an image archive"),
     "a damaged checksum": (
         gzip.compress(tar_of(OCI))[:-8] + bytes(8),
         ArchiveError,
-        "or damaged.*gzip",
+        "or is damaged.*gzip",
     ),
     "other files": ({"etc/passwd": b"root"}, ArchiveError, "neither.*'etc/passwd'"),
     "no oci-layout": (
         changed(OCI, **{"oci-layout": None}),
         ArchiveError,
-        "neither an OCI layout, with oci-layout",
+        "neither an OCI layout .with oci-layout",
     ),
     "a version to come": (
         changed(OCI, **{"oci-layout": b'{"imageLayoutVersion":"2.0.0"}'}),
@@ -517,7 +517,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
             ]
         ),
         VerificationError,
-        f"{IMAGE.diff_ids[0]} is [0-9]+ bytes long, but 7",
+        f"{LAYER} has [0-9]+ bytes, but its descriptor says 7",
     ),
     "too few layers": (with_manifest(layers=[]), ManifestError, "0 layers.*2 diff IDs"),
     "an ambiguous manifest": (with_manifest(manifests=[]), ManifestError, "ambiguous"),
@@ -554,13 +554,18 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "another config": (
         {**DOCKER, CONFIG: OTHER.config},
         VerificationError,
-        f"'0/layer.tar' is {IMAGE.diff_ids[0]}, but the image's config says {OTHER.diff_ids[0]}",
+        f"'0/layer.tar' has the digest {IMAGE.diff_ids[0]}, "
+        f"but the image's config has the diff ID {OTHER.diff_ids[0]}",
     ),
-    "no layer": (changed(DOCKER, **{"1/layer.tar": None}), ArchiveError, "lacks '1/layer.tar'"),
+    "no layer": (
+        changed(DOCKER, **{"1/layer.tar": None}),
+        ArchiveError,
+        "lacks the layer '1/layer.tar'",
+    ),
     "another layer": (
         {**DOCKER, "1/layer.tar": tar_of({"a": b"b"})},
         VerificationError,
-        f"'1/layer.tar' is sha256:.*{IMAGE.diff_ids[1]}",
+        f"'1/layer.tar' has the digest sha256:.*{IMAGE.diff_ids[1]}",
     ),
     "one layer too few": (
         with_docker(Layers=["0/layer.tar"]),
@@ -575,12 +580,12 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "a path that leads out": (
         with_docker(Layers=["../../../../etc/passwd", "/etc/hostname"]),
         ArchiveError,
-        "lacks '../../../../etc/passwd'",
+        "lacks the layer '../../../../etc/passwd'",
     ),
     "an absolute path": (
         with_docker(Layers=["/etc/hostname", "/etc/hostname"]),
         ArchiveError,
-        "lacks 'etc/hostname'",
+        "lacks the layer 'etc/hostname'",
     ),
     "a manifest beyond the root": (
         {"../manifest.json": DOCKER["manifest.json"]},
@@ -595,12 +600,12 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
     "a link that leads out": (
         tar_of({**DOCKER, "0/layer.tar": link("0/layer.tar", "../../../etc/passwd")}),
         ArchiveError,
-        "lacks '0/layer.tar'",
+        "lacks the layer '0/layer.tar'",
     ),
     "a blob that is a link": (
         tar_of({**changed(OCI, **{LAYER: None}), "x": b"no", LAYER: link(LAYER, "../../x")}),
         VerificationError,
-        f"{LAYER} is damaged: what it holds is {digest_of(b'no')}",
+        f"{LAYER} is damaged: its content has the digest {digest_of(b'no')}",
     ),
     "links in a circle": (
         tar_of(
@@ -611,7 +616,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
             }
         ),
         ArchiveError,
-        "from '0/layer.tar' lead in a circle",
+        "from '0/layer.tar' form a loop",
     ),
     "a long path": ({"a" * 2000: b"", **DOCKER}, ArchiveError, "more than 1024 bytes"),
 }
@@ -619,7 +624,7 @@ BAD: dict[str, tuple[bytes | Members, type[LayersError], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_archives(tmp_path: Path, name: str) -> None:
-    """A typed error that names what is wrong; the store is as it was."""
+    """A typed error names the fault, and the store is unchanged."""
     source, kind, text = BAD[name]
     data = source if isinstance(source, bytes) else tar_of(source)
     async with opened(tmp_path) as store:
@@ -839,7 +844,7 @@ async def test_all_names_or_none(tmp_path: Path) -> None:
 
 
 async def test_a_layer_that_is_none(tmp_path: Path) -> None:
-    """The blob is what it is called; what is in it is not."""
+    """The blob matches its digest, but it is not a tar."""
     image = build_image([b"no tar" * 1000], compression="none")
     async with opened(tmp_path) as store:
         for members in (oci_image(image), docker_members(image, "demo:1")):
@@ -851,7 +856,7 @@ async def test_a_layer_that_is_none(tmp_path: Path) -> None:
 
 
 async def test_a_compressed_layer_that_is_another(tmp_path: Path) -> None:
-    """What it unpacks to is not what the config says."""
+    """The unpacked layer does not match the diff ID in the config."""
     wrong = {**docker_members(GZIPPED, "demo:1"), "0/layer.tar": OTHER.layers[0].content}
     wrong["0/layer.tar"] = gzip.compress(wrong["0/layer.tar"])
     async with opened(tmp_path) as store:
@@ -860,7 +865,7 @@ async def test_a_compressed_layer_that_is_another(tmp_path: Path) -> None:
         assert await store.images() == []
 
 
-# What is broken off.
+# Imports that are interrupted.
 
 
 @pytest.mark.parametrize("kind", ["oci", "docker", "gzip"])

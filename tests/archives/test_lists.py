@@ -260,7 +260,7 @@ async def test_lists_that_contradict_each_other(tmp_path: Path) -> None:
                 with pytest.raises(ArchiveError, match=r"demo:1 is sha256:.* in .*, and") as e:
                     await import_images(store, Stream(data), **options)
                 assert all(digest in str(e.value) for digest in ids.values())
-            with pytest.raises(ArchiveError, match=r"2 images that .*demo:1 may mean") as e:
+            with pytest.raises(ArchiveError, match=r"2 images that match .*demo:1") as e:
                 await import_images(store, Stream(data), reference=NAME)
             assert all(digest in str(e.value) for digest in ids.values())
             assert await store.images() == []
@@ -318,7 +318,9 @@ async def test_the_platform_that_an_archive_lacks(tmp_path: Path) -> None:
         data = both([named(index, NAME)], [docker_entry(each, NAME) for each in images], members)
         there, lacking = ("amd64", "arm64") if images == [IMAGE] else ("arm64", "amd64")
         async with opened(tmp_path) as store:
-            text = f"demo:1 has an entry for linux/{lacking}.*lacks.*the source has linux/{there}"
+            text = (
+                f"demo:1 has an entry for linux/{lacking}.*lacks.*it has images for linux/{there}"
+            )
             with pytest.raises(PlatformError, match=text):
                 await import_images(store, Stream(data), platform=f"linux/{lacking}")
             [image] = await import_images(store, Stream(data), platform=f"linux/{there}")
@@ -476,7 +478,7 @@ async def test_digests_that_choose_nothing(tmp_path: Path) -> None:
         with pytest.raises(ArchiveError, match=f"none of them is x.test/a@.*{IMAGE.digest}"):
             await import_images(store, Stream(data), reference="x.test/a@sha256:" + "0" * 64)
         both_begin_so = both([named(i, NAME) for i in TWINS], None, blobs_of(*TWINS))
-        with pytest.raises(ArchiveError, match=r"2 images that sha256:. may mean"):
+        with pytest.raises(ArchiveError, match=r"2 images that match sha256:.:"):
             await import_images(store, Stream(both_begin_so), digest=TWINS[0].digest[7])
         for wrong in ("", "sha256:", "sha512:ab", "latest", "A" * 12, "a" * 65):
             with pytest.raises(InvalidDigest):
@@ -594,7 +596,9 @@ async def test_artifacts_are_no_candidates(tmp_path: Path, kind: str) -> None:
             assert image.manifest.digest == IMAGE.digest
             [image] = await import_images(store, Stream(data), all=True)
             assert image.manifest.digest == IMAGE.digest
-            with pytest.raises(ArchiveError, match="is no image, but an artifact"):
+            with pytest.raises(
+                ArchiveError, match="is an artifact such as a signature, not an image"
+            ):
                 await import_images(store, Stream(data), digest=digest_of(document))
         alone = both([entry_for(document)], None, members)
         with pytest.raises(ManifestError, match=r"not an image|unsupported type|layers, but"):
@@ -718,7 +722,7 @@ async def test_a_docker_archive_that_was_unpacked(tmp_path: Path) -> None:
     entry = docker_entry(IMAGE, NAME, Config="../outside.json")
     layout = write_layout(tmp_path / "layout", docker_members(IMAGE, NAME))
     async with opened(tmp_path / "store") as store:
-        with pytest.raises(ArchiveError, match=r"was unpacked.*pack it by tar"):
+        with pytest.raises(ArchiveError, match=r"an unpacked docker-archive.*pack it with tar"):
             await import_images(store, layout)
         for number, changes in enumerate(
             [entry, {**docker_entry(IMAGE, NAME), "Layers": ["../x"]}]

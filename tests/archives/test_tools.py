@@ -58,7 +58,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
 
 @pytest.fixture(scope="module")
 def expected(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Node]:
-    """What umoci makes of the image."""
+    """The files that umoci unpacks from the image."""
     return unpacked(f"{layouts['gzip']}:latest", tmp_path_factory.mktemp("umoci"))
 
 
@@ -73,7 +73,7 @@ async def exported(store: DirectoryStore, image: StoredImage, path: Path) -> dic
 
 
 def same(ours: dict[str, Node], theirs: dict[str, Node]) -> list[str]:
-    """What differs. The root's time is nobody's: each tool has its own."""
+    """The differences, except for the root's time: each tool sets its own."""
     ours["."] = attrs.evolve(ours["."], mtime_ns=theirs["."].mtime_ns)
     assert len(ours) > 15
     return differences(ours, theirs)
@@ -182,7 +182,7 @@ async def test_skopeo_reads_what_we_export(tmp_path: Path, format: str, compress
         assert manifest == built.manifest
         assert skopeo_digest(target) == built.digest
     if format == "oci-archive":
-        # To those who look for a docker-archive it is one.
+        # skopeo can also read it as a docker-archive.
         shown = json.loads(
             run("skopeo", "inspect", "--config", f"docker-archive:{tmp_path}/target")
         )

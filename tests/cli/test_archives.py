@@ -131,10 +131,16 @@ async def test_no_terminal(tmp_path: Path) -> None:
     try:
         done = await run("import", "-", store=tmp_path / "store", stdin=terminal)
         assert (done.returncode, done.stdout) == (1, b"")
-        assert done.stderr == b"trio-layers: a terminal has no archive: redirect stdin\n"
+        assert done.stderr == (
+            b"trio-layers: stdin is a terminal: redirect it from the file or pipe that has the "
+            b"archive\n"
+        )
         done = await run("export", "x", "-", store=tmp_path / "store", stdout=terminal)
         assert done.returncode == 1
-        expected = b"trio-layers: a terminal is no place for a tar: redirect stdout\n"
+        expected = (
+            b"trio-layers: stdout is a terminal: redirect it to a file or a pipe, since a tar is "
+            b"binary\n"
+        )
         assert done.stderr == expected
     finally:
         os.close(controller)
@@ -152,12 +158,18 @@ def test_what_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     for arguments, text in {
         ("import", tmp_path / "nowhere"): "nowhere: No such file or directory",
-        ("import", there): "there is no image archive, or damaged",
+        ("import", there): "there is not an image archive, or is damaged",
         ("import", archive, "--platform", "linux/s390x"): "has no image for",
         ("import", archive, "--reference", "Demo"): "must be lower-case",
         ("export", "none:1", tmp_path / "target"): "none:1 is not in the store: pull",
-        ("export", NAME, there): "it is there already",
-        ("export", NAME, "-", "--format", "oci"): "an OCI layout is a directory",
+        ("export", NAME, there): "file exists: remove it, or choose another name",
+        (
+            "export",
+            NAME,
+            "-",
+            "--format",
+            "oci",
+        ): "--format oci writes a directory, not to stdout: use --format oci-archive",
     }.items():
         assert _cli.main([*map(str, arguments), *store]) == 1
         shown = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Arguments and exit codes, with a puller that only writes down what it is asked."""
+"""Arguments and exit codes, with a puller that only records its calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+from argparse import _SubParsersAction
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ LAYER = SimpleNamespace(
 
 
 class FakePuller:
-    """Also its store, and the function that opens either. What is in `trouble` fails."""
+    """A puller, its store, and the function that opens either. Names in `trouble` fail."""
 
     def __init__(self) -> None:
         self.opened: list[tuple[object, dict[str, object]]] = []
@@ -210,7 +211,7 @@ def test_several_errors_at_once_are_a_line_each(
 
 
 def test_a_bug_shows_as_one(puller: FakePuller) -> None:
-    """What is no error of ours keeps its traceback."""
+    """An error that is not a LayersError keeps its traceback."""
     puller.trouble["one"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         _cli.main(["pull", "-q", "one"])
@@ -255,7 +256,7 @@ def test_the_second_interrupt_does_not_wait(
                 await trio.sleep_forever()
 
     monkeypatch.setattr(puller, "images", images)
-    # Shells start what runs in the background with it ignored.
+    # Shells start background processes with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert _cli.main(["images"]) == 130
@@ -342,6 +343,17 @@ def test_help_and_version_leave_with_0(capsys: pytest.CaptureFixture[str]) -> No
             _cli.main(line.split())
         assert caught.value.code == 0
     assert _cli.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [command.name for command in _commands.COMMANDS])
+def test_each_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every argument of every command has a help text, without placeholders left in it."""
+    parser = _cli._parser()
+    [commands] = [each for each in parser._actions if isinstance(each, _SubParsersAction)]
+    assert [action.dest for action in commands.choices[name]._actions if not action.help] == []
+    with pytest.raises(SystemExit):
+        _cli.main([name, "--help"])
+    assert "%" not in capsys.readouterr().out
 
 
 def test_password_is_asked_for(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What asks registries and has no store: digest, tags, referrers."""
+"""The commands that ask registries and have no store: digest, tags, referrers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
 def fill(registry: Registry) -> tuple[str, str]:
-    """An image and what refers to it, of a type that no terminal should see."""
+    """An image and its referrers; one has control characters in its type."""
     reference = registry.add(IMAGE, "team/app:1")
     registry.add(IMAGE, "team/app:2")
     sbom = build_artifact(b"{}", f"sbom{HOSTILE}", subject=IMAGE.descriptor)

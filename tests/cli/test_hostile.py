@@ -30,7 +30,7 @@ from trio_layers.testing import (
 # A window's title, a screen that is cleared, C1's CSI, a name that is written from right to left,
 # an isolate, line ends, NUL, delete, a mark, a line separator.
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\r\n\0\x7f\u200f\u2028end"
-# What a field may have in it, and what it must not.
+# Characters that a field may contain, and those that it must not.
 C1, BIDI, ESC = b"\x9b2J\x85", "\u202egnp\u2069".encode(), b"\x1b[2J\x07"
 OCI = "application/vnd.oci.image"
 NOWHERE = b"127.0.0.1:1"
@@ -151,7 +151,7 @@ def documents() -> Iterator[tuple[str, dict[str, object], dict[str, object]]]:
 
 
 def tars() -> Iterator[bytes]:
-    """Layers that cannot be unpacked, for what their names say."""
+    """Layers that cannot be unpacked; their names give the reasons."""
     for kind, name, target in (
         (tarfile.REGTYPE, f"../{EVIL}", ""),
         (tarfile.REGTYPE, f"a/.wh.{EVIL}/b", ""),
@@ -169,8 +169,11 @@ def tars() -> Iterator[bytes]:
 
 
 def fill(registry: Registry, other: Registry) -> tuple[list[str], list[str]]:
-    """References of what can be pulled, and of what cannot: from two registries, since one that
-    cuts connections cuts those that the next request is sent on."""
+    """Return the references of images that can be pulled, and of images that cannot.
+
+    They are in two registries: a registry that cuts connections also cuts those that the next
+    request is sent on.
+    """
     fine, broken = [], []
 
     def named(name: str) -> str:
@@ -248,8 +251,7 @@ def arguments(store: Path, references: tuple[list[str], list[str]]) -> list[str]
 
 
 def check(out: bytes, err: bytes, references: tuple[list[str], list[str]]) -> None:
-    """Nothing but lines of text; one for each thing that could be pulled, and one for each that
-    could not."""
+    """Check that the output is lines of text, one for each image and one for each failure."""
     fine, broken = references
     assert unfit(out) == set()
     assert unfit(err) == set()
@@ -263,7 +265,7 @@ def check(out: bytes, err: bytes, references: tuple[list[str], list[str]]) -> No
 def test_a_hostile_registry(
     options: list[str], hostile: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
-    """Whatever it says, the terminal is left as it was, and every image has its line."""
+    """No text changes the terminal, and every image has its line."""
     command = [sys.executable, "-P", "-m", "trio_layers"]
     done = subprocess.run(
         [*command, "pull", *options, *arguments(tmp_path, hostile)],
@@ -279,7 +281,7 @@ def test_a_hostile_registry(
 def test_what_is_stored_of_it(
     hostile: tuple[list[str], list[str]], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    """Also what is told of it later."""
+    """Later commands print nothing harmful about the image either."""
     fine, _ = hostile
     store = ["--store", str(tmp_path)]
     assert _cli.main(["pull", "-v", *store, *fine]) == 0
@@ -301,7 +303,7 @@ def test_errors_are_fit_to_be_shown(
     capfdbinary: pytest.CaptureFixture[bytes],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Programs that print an error, or log it, need not look at what is in it."""
+    """Programs that print an error, or log it, need not escape its text."""
     for module in (_cli, _commands, _stdio):
         monkeypatch.setattr(module, "printable", str)
     caplog.set_level(logging.INFO, "httpx")

@@ -203,7 +203,7 @@ async def test_stdout_that_is_closed(tmp_path: Path) -> None:
             stdout=None,
             preexec_fn=close_stdout,
         )
-        assert (done.returncode, done.stderr) == (1, b"trio-layers: stdout: it is closed\n")
+        assert (done.returncode, done.stderr) == (1, b"trio-layers: stdout: the stream is closed\n")
 
 
 def close_stdout() -> None:
@@ -241,7 +241,7 @@ async def test_interrupted_while_nobody_reads(
 
 
 async def test_interrupted_in_the_pull(tmp_path: Path) -> None:
-    """No directory is made for what did not come."""
+    """An interrupted pull creates no directory."""
     [*_, largest] = sorted(SAMPLE.layers, key=lambda layer: layer.descriptor.size)
     async with open_registry() as registry, trio.open_nursery() as nursery:
         reference = registry.add(SAMPLE, "demo:1")
@@ -369,7 +369,7 @@ class FakePuller:
 def test_what_could_not_be_set_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is no failure: who has no privilege knows."""
+    """Missing privilege is a warning, not a failure."""
     monkeypatch.setattr(_commands, "open_puller", FakePuller())
     assert _cli.main(["rootfs", "demo", "out"]) == 0
     assert capsys.readouterr() == (

@@ -45,8 +45,8 @@ async def test_what_is_removed_is_freed_by_gc(tmp_path: Path) -> None:
     missing = await run("rm", name, "demo:2", "--platform", "linux/s390x", store=tmp_path)
     assert missing.returncode == 1
     assert [line.split(": ", 2)[1:] for line in missing.stderr.decode().splitlines()] == [
-        [name, "it is not in the store"],
-        ["demo:2", "it is not in the store"],
+        [name, "no such image for linux/s390x in the store"],
+        ["demo:2", "no such image for linux/s390x in the store"],
     ]
     done = await run("rm", name, store=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -1,4 +1,4 @@
-"""What the displays write, and what they do to a pull when their stream is bad."""
+"""The output of the displays, and their effect on a pull when their stream is bad."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_a_stuck_stream_holds_nobody_up_and_gets_the_last_state() -> None:
 
 
 async def test_a_stuck_stream_makes_the_sink_wait_at_last() -> None:
-    """Memory is bounded, and the engine may leave out what a waiting sink does not take."""
+    """Memory is bounded, and the engine may skip events while a sink waits."""
     stream = StuckStream()
     sent = 0
     async with open_display("plain", stream=stream) as sink, trio.open_nursery() as nursery:
@@ -199,7 +199,7 @@ async def test_a_stream_that_is_closed_does_not_fail_the_pull() -> None:
 
 
 class Terminal:
-    """A pseudo-terminal: what is written to `stream` is gathered by a thread."""
+    """A pseudo-terminal. A thread gathers the text written to `stream`."""
 
     def __init__(self) -> None:
         self._master, slave = os.openpty()
@@ -240,7 +240,7 @@ SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
 
 def lines_at_the_end(text: str) -> list[str]:
-    """The last picture: what stands below the last movement of the cursor."""
+    """The last picture: the text below the last movement of the cursor."""
     picture = re.split(r"\x1b\[[0-9]*A|\x1b\[2K", text.replace(SHOW_CURSOR, ""))[-1]
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", picture).splitlines()]
 

@@ -1,4 +1,5 @@
-"""Image archives and layouts, in and out of the store: a tie like `_pull`, which it stands beside.
+"""Image archives and OCI layouts, into and out of the store.
 
-What an archive says is only ever a key into what it holds: no path of it is opened.
+Like `_pull`, this room ties the engine and the store together. A path in an archive is only a key
+to the archive's own members: it is never opened as a file.
 """

@@ -43,7 +43,7 @@ from .documents import (
     is_id,
     name_of,
 )
-from .reading import LayoutDirectory, Source
+from .reading import ArchiveSource, LayoutDirectory
 
 __all__ = ["MAX_NAMES", "Candidate", "Listing", "decode", "list_images"]
 
@@ -121,11 +121,11 @@ class Candidate:
     def __str__(self) -> str:
         """The image's names, or else its digests, for messages."""
         if self.names:
-            return _listed(map(str, self.names))
+            return _join_first(map(str, self.names))
         digests = [root.digest for root in self.roots]
         if self.config is not None and not digests:
             digests = [self.config]
-        text = _listed(digests) or "an image without a config"
+        text = _join_first(digests) or "an image without a config"
         return f"the tag {printable_value(self.tag)} ({text})" if self.tag else text
 
     @property
@@ -143,7 +143,7 @@ class Candidate:
             return self.config
         if len(self.contents.configs) == 1:
             return next(iter(self.contents.configs))
-        return _listed(root.digest for root in self.roots)
+        return _join_first(root.digest for root in self.roots)
 
     def is_of(self, config: Digest | None) -> bool:
         """Whether the candidate has an image with this config."""
@@ -189,7 +189,7 @@ class Listing:
     artifacts: Sequence[Candidate]
 
 
-async def list_images(source: Source) -> Listing:
+async def list_images(source: ArchiveSource) -> Listing:
     """Read the lists of a source.
 
     Raises:
@@ -213,25 +213,25 @@ async def list_images(source: Source) -> Listing:
     if not entries and not images:
         if await _is_dir_transport(source):
             raise ArchiveError(
-                f"{source.name} is a directory of skopeo's dir: transport, and no image archive or "
-                "layout: convert it by skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
+                f"{source.name} is a directory of skopeo's dir: transport, not an image archive or "
+                "layout: convert it with skopeo copy dir:DIRECTORY oci-archive:FILE:NAME"
             )
         if failure is not None:
             raise failure
         if entries is None and images is None:
-            raise await _no_list(source)
+            raise await _no_list_error(source)
     paths = [] if entries else [image.config for image in images or ()]
     if isinstance(source, LayoutDirectory) and None in map(claimed_digest, paths):
         raise ArchiveError(
-            f"{source.name} is a docker-archive that was unpacked, and the paths in it are not "
-            "opened: pack it by tar -C DIRECTORY -c ., and import that"
+            f"{source.name} is an unpacked docker-archive, and the paths in an archive are never "
+            "opened as files: pack it with tar -C DIRECTORY -c ., and import the tar"
         )
     await union.add_index(entries or ())
     await union.add_docker(images or ())
     return union.listing()
 
 
-async def _read_index(source: Source, *, is_layout: bool) -> Sequence[Descriptor] | None:
+async def _read_index(source: ArchiveSource, *, is_layout: bool) -> Sequence[Descriptor] | None:
     """Read the entries of ``index.json``; ``is_layout``: ``oci-layout`` is required."""
     layout, index = await source.read(LAYOUT), await source.read(INDEX)
     if index is None or (layout is None and is_layout):
@@ -241,18 +241,18 @@ async def _read_index(source: Source, *, is_layout: bool) -> Sequence[Descriptor
     return (await decode(source, decode_index, index)).images
 
 
-async def _is_dir_transport(source: Source) -> bool:
+async def _is_dir_transport(source: ArchiveSource) -> bool:
     try:
         return is_dir_transport(await source.read(VERSION))
     except ArchiveError:
-        return False  # larger than a document may be, so not skopeo's file
+        return False  # too large for a document, so not skopeo's file
 
 
-async def _no_list(source: Source) -> ArchiveError:
+async def _no_list_error(source: ArchiveSource) -> ArchiveError:
     there = ", ".join(map(printable_value, await source.names()))
     return ArchiveError(
-        f"{source.name} is neither an OCI layout, with {LAYOUT} and {INDEX}, nor a "
-        f"docker-archive, with {DOCKER}: it has {there or 'nothing'}"
+        f"{source.name} is neither an OCI layout (with {LAYOUT} and {INDEX}) nor a "
+        f"docker-archive (with {DOCKER}): it contains {there or 'nothing'}"
     )
 
 
@@ -260,7 +260,7 @@ async def _no_list(source: Source) -> ArchiveError:
 class _Union:
     """Unites the two lists, in time linear in entries and names."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ArchiveSource) -> None:
         self._source = source
         self._known: dict[tuple[str, Digest, int], _Contents] = {}
         self._sizes: dict[Digest, int] = {}
@@ -280,7 +280,7 @@ class _Union:
     # index.json.
 
     async def add_index(self, entries: Iterable[Descriptor]) -> None:
-        groups = await trio.to_thread.run_sync(_grouped, entries)
+        groups = await trio.to_thread.run_sync(_group_by_name, entries)
         # A Descriptor's hash leaves out its annotations, so _key is the key here.
         found = {_key(root): await self._find(root) for group in groups.values() for root in group}
         await trio.to_thread.run_sync(self._add_groups, groups, found)
@@ -354,7 +354,7 @@ class _Union:
         document = None
         if data is not None:
             self._sizes[root.digest] = len(data)
-            document = await trio.to_thread.run_sync(_document, data, root)
+            document = await trio.to_thread.run_sync(_decode_valid, data, root)
         if document is None:
             found.is_whole = False
         elif isinstance(document, Index):
@@ -412,14 +412,14 @@ class _Union:
         same = [] if config is None else self._by_config.setdefault(config, [])
         for candidate in same[:_MAX_COPIES]:
             candidate.describe(image, config)
-        names = _parsed(image.tags)
+        names = _parse_names(image.tags)
         fresh = [name for name in names if not self._is_taken(name, image, config, is_there)]
         if names and not fresh:
             return
         if same:
             assert config is not None
             if fresh:
-                target = self._alone(config, same)
+                target = self._single_image(config, same)
                 target.describe(image, config)
                 for name in fresh:
                     self._name(target, name)
@@ -450,7 +450,7 @@ class _Union:
             candidate.describe(image, config)
         return bool(broken)
 
-    def _alone(self, config: Digest, same: list[Candidate]) -> Candidate:
+    def _single_image(self, config: Digest, same: list[Candidate]) -> Candidate:
         """Find or make the candidate for this image alone.
 
         The names in ``manifest.json`` mean one image, never all platforms of an index.
@@ -467,7 +467,7 @@ class _Union:
         return candidate
 
 
-def _grouped(entries: Iterable[Descriptor]) -> dict[Reference | str, list[Descriptor]]:
+def _group_by_name(entries: Iterable[Descriptor]) -> dict[Reference | str, list[Descriptor]]:
     """Group entries by name, with each blob once in a group."""
     groups: dict[Reference | str, dict[tuple[str, Digest, int], Descriptor]] = {}
     for entry in entries:
@@ -479,7 +479,7 @@ def _key(descriptor: Descriptor) -> tuple[str, Digest, int]:
     return descriptor.media_type, descriptor.digest, descriptor.size
 
 
-def _document(data: bytes, root: Descriptor) -> Manifest | Index | None:
+def _decode_valid(data: bytes, root: Descriptor) -> Manifest | Index | None:
     """Decode an entry's document; ``None``: wrong size or digest, or not valid."""
     if len(data) != root.size or digest_of(data, root.digest) != root.digest:
         return None
@@ -495,7 +495,7 @@ def _are_platforms(roots: Iterable[Descriptor]) -> bool:
     return None not in platforms and len(set(platforms)) == len(platforms)
 
 
-def _parsed(tags: Iterable[str]) -> tuple[Reference, ...]:
+def _parse_names(tags: Iterable[str]) -> tuple[Reference, ...]:
     names = []
     for tag in tags:
         try:
@@ -506,12 +506,14 @@ def _parsed(tags: Iterable[str]) -> tuple[Reference, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _listed(texts: Iterable[str]) -> str:
+def _join_first(texts: Iterable[str]) -> str:
     some = list(itertools.islice(texts, _SHOWN + 1))
     return ", ".join(some[:_SHOWN]) + ", …" * (len(some) > _SHOWN)
 
 
-async def decode(source: Source, call: Callable[[bytes, *Ts], T], data: bytes, *args: *Ts) -> T:
+async def decode(
+    source: ArchiveSource, call: Callable[[bytes, *Ts], T], data: bytes, *args: *Ts
+) -> T:
     """Decode a document of a source in a worker thread."""
     try:
         return await trio.to_thread.run_sync(call, data, *args)

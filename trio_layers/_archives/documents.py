@@ -1,7 +1,7 @@
-"""What archives and layouts say of themselves: their small documents, names of images, keys.
+"""The small documents of archives and layouts, names of images, and paths.
 
 OCI image layouts have ``oci-layout``, ``index.json`` and blobs by their digests (OCI image
-specification, ``image-layout.md``). What ``docker save`` writes has a ``manifest.json`` (moby,
+specification, ``image-layout.md``). Archives of ``docker save`` have a ``manifest.json`` (moby,
 ``image/spec/spec.md``, "Combined Image JSON + Filesystem Changeset Format").
 """
 
@@ -48,9 +48,9 @@ __all__ = [
     "encode_manifest",
     "is_dir_transport",
     "is_id",
-    "key_of",
     "link_target",
     "name_of",
+    "normalise_path",
 ]
 
 LAYOUT: Final = "oci-layout"
@@ -65,7 +65,7 @@ LAYER_TYPES: Final = {
     "gzip": "application/vnd.oci.image.layer.v1.tar+gzip",
     "zstd": "application/vnd.oci.image.layer.v1.tar+zstd",
 }
-"""By their compression."""
+"""The media types of layers, by their compression."""
 
 _DOCKER_NAMES: Final = fold_names("Config", "RepoTags", "Layers")
 _BLOB: Final = re.compile(r"blobs/sha256/([0-9a-f]{64})\Z")
@@ -78,9 +78,9 @@ class DockerImage:
     """An image in a docker-archive.
 
     Attributes:
-        config: Where its config is.
-        tags: What it is called, as it was written.
-        layers: Where its layers are, bottom first.
+        config: The path of its config.
+        tags: Its names, as they stand in the archive.
+        layers: The paths of its layers, bottom first.
     """
 
     config: str
@@ -88,15 +88,19 @@ class DockerImage:
     layers: tuple[str, ...]
 
 
-def key_of(path: str) -> str:
-    """What a path is looked up by: without what means nothing. One that has a ``..`` in it is
-    kept as it is, and so is nobody's.
+def normalise_path(path: str) -> str:
+    """Remove empty parts and ``.`` from a path, for use as a key.
+
+    A ``..`` stays, so such a path matches no member.
     """
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def link_target(key: str, target: str) -> str:
-    """The key of what a symlink leads to; the archive is its root, which no ``..`` leads out of."""
+    """Resolve a symlink to the key of its target.
+
+    The archive is the root, and ``..`` at the root stays there.
+    """
     parts: list[str] = [] if target.startswith("/") else key.split("/")[:-1]
     for part in target.split("/"):
         if part == "..":
@@ -121,14 +125,16 @@ def claimed_digest(key: str, *, config: bool = False) -> Digest | None:
 
 
 def name_of(descriptor: Descriptor) -> Reference | str:
-    """What an entry of a layout's index is called: a full name, or what else stands there, such
-    as a bare tag, or nothing.
+    """The name of an entry of a layout's index.
+
+    Returns:
+        A full name, or else the text of the annotation, such as a bare tag; empty without one.
     """
     annotations = descriptor.annotations
     full = annotations.get("io.containerd.image.name", "")
     name = annotations.get("org.opencontainers.image.ref.name", "")
     for text in (full, name):
-        # Without one of these it could be a tag.
+        # A text without any of these characters may be a bare tag.
         if re.search("[/:@]", text) and not is_id(text):
             try:
                 return parse_reference(text)
@@ -149,7 +155,7 @@ def check_layout(data: bytes) -> None:
     """Check ``oci-layout``.
 
     Raises:
-        ArchiveError: if it is not one, or of a version we do not know.
+        ArchiveError: if it is not valid, or of an unsupported version.
     """
     document = _decode(data, LAYOUT)
     version = document.get("imageLayoutVersion") if isinstance(document, dict) else None
@@ -163,15 +169,15 @@ def decode_docker(data: bytes) -> tuple[DockerImage, ...]:
     """Decode ``manifest.json``.
 
     Raises:
-        ArchiveError: if it is not one.
+        ArchiveError: if it is not valid.
     """
     return tuple(
         DockerImage(
-            key_of(_text(image.get("Config"), "Config")),
+            normalise_path(_text(image.get("Config"), "Config")),
             tuple(
                 tag for tag in _texts(image.get("RepoTags"), "RepoTags") if tag != "<none>:<none>"
             ),
-            tuple(key_of(layer) for layer in _texts(image.get("Layers"), "Layers")),
+            tuple(normalise_path(layer) for layer in _texts(image.get("Layers"), "Layers")),
         )
         for image in _objects(_decode(data, DOCKER))
     )
@@ -210,7 +216,7 @@ def is_dir_transport(version: bytes | None) -> bool:
 
 
 def encode_docker(images: Iterable[DockerImage]) -> bytes:
-    """The ``manifest.json`` of some images."""
+    """Encode the ``manifest.json`` of images."""
     return _encode(
         [
             {"Config": image.config, "RepoTags": list(image.tags), "Layers": list(image.layers)}
@@ -220,7 +226,7 @@ def encode_docker(images: Iterable[DockerImage]) -> bytes:
 
 
 def encode_manifest(config: Descriptor, layers: Sequence[Descriptor]) -> bytes:
-    """An image manifest of OCI's."""
+    """Encode an OCI image manifest."""
     return _encode(
         {
             "schemaVersion": 2,
@@ -243,15 +249,15 @@ def _encode(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _decode(data: bytes, what: str) -> object:
+def _decode(data: bytes, name: str) -> object:
     if len(data) > MAX_DOCUMENT_SIZE:
-        raise ArchiveError(f"{what}: larger than {MAX_DOCUMENT_SIZE} bytes")
+        raise ArchiveError(f"{name}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
         return parse_json(data)
     except AmbiguousJSON as error:
-        raise ArchiveError(f"{what}: ambiguous, since {error}") from error
+        raise ArchiveError(f"{name}: ambiguous, since {error}") from error
     except ValueError as error:
-        raise ArchiveError(f"{what}: not JSON ({error})") from error
+        raise ArchiveError(f"{name}: not JSON ({error})") from error
 
 
 def _objects(value: object) -> list[dict[str, object]]:

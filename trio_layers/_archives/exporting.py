@@ -1,4 +1,4 @@
-"""From images in the store to an archive or a layout."""
+"""Exports images of the store to an archive or a layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .writing import Blob, Entry, write_directory, write_file, write_tar
 __all__ = ["ArchiveFormat", "export_images"]
 
 ArchiveFormat: TypeAlias = Literal["oci-archive", "docker-archive", "oci"]
-"""An OCI layout in a tar; what ``docker save`` writes; an OCI layout in a directory."""
+"""An OCI layout in a tar, an archive like those of ``docker save``, or an OCI layout directory."""
 
 
 async def export_images(
@@ -47,58 +47,59 @@ async def export_images(
 ) -> None:
     """Write images of the store to an archive, or as an OCI layout into a directory.
 
-    The OCI forms have manifest, config and layers as they were pulled, so all digests stay; and
-    the index that an image was chosen from, if there was one, for `import_images`, while other
-    tools are shown the image alone. Images are found in them under their full names. An
-    OCI archive has a ``manifest.json`` besides, as those of Docker 25 have, so that ``docker
-    load`` takes it in any version. What was pulled in Docker's schema 2 stays that, too; skopeo
-    finds no such image by its name in an OCI layout, but by that ``manifest.json`` it does.
+    The OCI formats have manifest, config and layers as they were pulled, so all digests stay the
+    same. They also have the index from which an image was chosen, if there was one: only
+    `import_images` uses it, other tools see the image alone. The images keep their full names. An
+    OCI archive also has a ``manifest.json``, like those of Docker 25, so any version of ``docker
+    load`` can read it. Images that were pulled in Docker's schema 2 keep that format. skopeo cannot
+    find such an image by its name in an OCI layout, but it can in this ``manifest.json``.
 
-    A docker-archive has the layers as plain tars, and no manifests. The config, and so the
-    image's ID, stays.
+    A docker-archive has the layers as uncompressed tars, and no manifests. The config, and so the
+    image's ID, stays the same.
 
     Equal images give equal bytes.
 
     Args:
-        store: Where from.
+        store: The store that has the images.
         references: The images, by name or by the digest of their manifest or config
             (``sha256:…``). A digest exports its image under all names that it has in the store.
-        target: Where to. A file must not be there yet, and is there when it is whole. A directory
-            must be empty or not there. A stream gets the archive at its own pace; closing it is
-            the caller's, and cancelled or failed, part of the archive has been sent.
-        format: What to write.
-        platform: Which image, where a reference has several; ``None``: the host's, or the only
-            one.
+        target: A path or a stream. A file must not exist; it appears only when it is complete. A
+            directory must be empty or new. A stream gets the archive at its own pace, and the
+            caller closes it.
+        format: The format to write.
+        platform: The platform of the image, if a reference has several; ``None``: the host's, or
+            the only one.
 
-    Cancelled, or failed, nothing stays of a file, nor of a directory.
+    Cancellation: if the call is cancelled or fails, no file or directory stays. A stream may have
+    got part of the archive.
 
     Raises:
         InvalidReference: if a reference does not follow the grammar.
-        PlatformError: if ``platform`` is none.
-        StoreError: if an image is not in the store, or lacks one of its blobs: a layer that was
-            there already, from other bytes, is not pulled again. Also if a blob is damaged.
+        PlatformError: if ``platform`` is not a valid platform.
+        StoreError: if an image is not in the store, a blob is damaged, or the image lacks a blob:
+            a layer that was already in the store, from other bytes, is not pulled again.
         ExportError: if the target exists already or cannot be written, or if two images would get
             one tag in a docker-archive, which has no place for digests and platforms.
         InvalidDigest: if a digest is malformed.
-        ValueError: for a stream as an OCI layout, and for no references.
-        Exception: what the stream raises.
+        ValueError: if an OCI layout is written to a stream, or there are no references.
+        Exception: any error that the stream raises.
     """
     if isinstance(references, str | Reference):
         references = [references]
-    parsed = [_parsed(each) if isinstance(each, str) else each for each in references]
+    parsed = [_parse_name(each) if isinstance(each, str) else each for each in references]
     if platform is not None and not isinstance(platform, Platform):
         platform = parse_platform(platform)
     if format not in ("oci-archive", "docker-archive", "oci"):
-        raise ValueError(f"unknown format {format!r}: oci-archive, docker-archive or oci")
+        raise ValueError(f"unknown format {format!r}: use oci-archive, docker-archive or oci")
     if format == "oci" and isinstance(target, trio.abc.SendStream):
-        raise ValueError("an OCI layout is a directory: to a stream write an oci-archive")
+        raise ValueError("format oci writes a directory, not to a stream: use oci-archive")
     if not parsed:
-        raise ValueError("there is nothing to export: name an image")
+        raise ValueError("no images to export: pass at least one reference")
     async with store._lifetime.use(), store.lease() as lease:
         images = []
         # One image may have thousands of names, so its manifest is read and held only once.
         manifests: dict[Digest, Manifest] = {}
-        for image in await _stored(store, parsed, platform):
+        for image in await _look_up(store, parsed, platform):
             index = None if image.index is None else image.index.digest
             await lease.hold(image.manifest.digest, image.config.digest, index, image.chain_id)
             manifest = manifests.get(image.manifest.digest)
@@ -126,11 +127,11 @@ class _Exported:
     manifest: Manifest
 
 
-def _parsed(text: str) -> Reference | Digest:
+def _parse_name(text: str) -> Reference | Digest:
     return parse_digest(text) if text.startswith("sha256:") else parse_reference(text)
 
 
-async def _stored(
+async def _look_up(
     store: DirectoryStore, names: Iterable[Reference | Digest], platform: Platform | None
 ) -> list[StoredImage]:
     """Look up the images to export, without duplicates of a name and platform."""
@@ -147,8 +148,8 @@ async def _stored(
                 and (platform is None or choose_stored([each], platform) is not None)
             ]
         if not images:
-            what = f" for {platform}" if platform else ""
-            raise StoreError(f"{name}{what} is not in the store: pull it")
+            suffix = f" for {platform}" if platform else ""
+            raise StoreError(f"{name}{suffix} is not in the store: pull it")
         for each in images:
             found.setdefault((each.reference, each.platform), each)
     return list(found.values())
@@ -165,7 +166,7 @@ def _check_tags(images: Iterable[_Exported], target: object) -> None:
                 name = os.fspath(target) if isinstance(target, str | os.PathLike) else "the stream"
                 raise ExportError(
                     name,
-                    f"{tag} would stand for two images, {other.reference} ({other.platform}, "
+                    f"the tag {tag} would mean two images, {other.reference} ({other.platform}, "
                     f"{other.manifest.digest}) and {image.reference} ({image.platform}, "
                     f"{image.manifest.digest}): export them one by one, or as an oci-archive",
                 )
@@ -183,9 +184,9 @@ async def _oci_entries(
             path = await store.blob(descriptor.digest)
             if path is None:
                 raise StoreError(
-                    f"{image.reference} lacks the blob {descriptor.digest}, since its content came "
-                    "from another: pull the image into a store of its own, or export it as a "
-                    "docker-archive"
+                    f"{image.reference} lacks the blob {descriptor.digest}, since the store got "
+                    "its content from another blob: pull the image into a new store, or export it "
+                    "as a docker-archive"
                 )
             blobs[descriptor.digest] = Blob(path, descriptor.digest, descriptor.size)
     described = (
@@ -196,15 +197,15 @@ async def _oci_entries(
         )
         for exported in images
     )
-    docker = await trio.to_thread.run_sync(_described, described)
+    docker = await trio.to_thread.run_sync(_docker_document, described)
     stored = [exported.image for exported in images]
     index = await trio.to_thread.run_sync(index_document, stored)
     documents: list[Entry] = [(LAYOUT, OCI_LAYOUT), (INDEX, index)]
     contents: list[Entry] = [(blob_path(digest), blobs[digest]) for digest in sorted(blobs)]
     if not for_docker:
-        # What is there at once is a layout when it is whole.
+        # The documents come last, so the directory is a layout only when it is complete.
         return contents + documents
-    # Whoever reads it as it comes is to know first what it is of.
+    # The documents come first, for programs that read the archive as a stream.
     return [*documents, (DOCKER, docker), *contents]
 
 
@@ -220,7 +221,7 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
             continue
         config = await store.read_blob(image.config.digest)
         diff_ids = (await trio.to_thread.run_sync(decode_config, config)).diff_ids
-        stack = await _layers(store, image)
+        stack = await _layers_of(store, image)
         if [layer.diff_id for layer in stack] != list(diff_ids):
             raise StoreError(f"the layers of {image.reference} are not unpacked: pull it")
         layers = []
@@ -235,11 +236,11 @@ async def _docker_entries(store: DirectoryStore, images: Sequence[_Exported]) ->
         files[name] = config
         found[name] = layers
         described.append((exported.reference, name, layers))
-    docker = await trio.to_thread.run_sync(_described, described)
+    docker = await trio.to_thread.run_sync(_docker_document, described)
     return [*files.items(), (DOCKER, docker)]
 
 
-def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
+def _docker_document(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
     """Encode ``manifest.json`` for images: names, config paths and layer paths.
 
     An image with several names has one entry with all of them. If two images share a name, the
@@ -259,7 +260,7 @@ def _described(images: Iterable[tuple[Reference, str, Sequence[str]]]) -> bytes:
     )
 
 
-async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLayer]:
+async def _layers_of(store: DirectoryStore, image: StoredImage) -> list[DirectoryLayer]:
     """The image's layers, bottom first."""
     layer = None if image.chain_id is None else await store.find(image.chain_id)
     layers = []
@@ -270,8 +271,9 @@ async def _layers(store: DirectoryStore, image: StoredImage) -> list[DirectoryLa
 
 
 def _tags(reference: Reference) -> tuple[str, ...]:
-    """In full, though docker writes short ones: podman takes those for its own. They have no
-    digests.
+    """The name of an image for a docker-archive: a full one without a digest.
+
+    Docker writes short names, but podman would take these for names of its own.
     """
     return (str(attrs.evolve(reference, digest=None)),) if reference.tag else ()
 
@@ -288,7 +290,7 @@ async def _write(
     check = trio.from_thread.check_cancelled
     if isinstance(target, trio.abc.SendStream):
         with closing(write_tar(entries, check)) as pieces:
-            # Not one thread for all of it: none is kept while the stream does not take more.
+            # Each piece has a call in a thread, so a slow stream keeps no thread busy.
             while piece := await trio.to_thread.run_sync(next, pieces, b""):
                 await target.send_all(piece)
     elif format == "oci":

@@ -61,7 +61,7 @@ async def select(
     """
     candidates = listing.candidates
     if not candidates:
-        raise ArchiveError(f"{source} has no image")
+        raise ArchiveError(f"{source} has no images")
     pinned = None if reference is None or prefix is not None else reference.digest
     if pinned is not None and (len(candidates) > 1 or _matching(candidates, pinned)):
         prefix = pinned
@@ -71,8 +71,9 @@ async def select(
             for each in (*candidates, *listing.artifacts):
                 if any(digest.startswith(prefix) for digest in each.contents.artifacts):
                     raise ArchiveError(
-                        f"{source}: {prefix} is no image, but an artifact such as a signature: "
-                        f"choose an image: {'; '.join(map(str, candidates[:_SHOWN]))}"
+                        f"{source}: {prefix} is an artifact such as a signature, not an image: "
+                        f"choose one of "
+                        f"{'; '.join(map(str, candidates[:_SHOWN]))}"
                     )
             # A docker-archive has no manifests, so their digests are computed.
             made = [(each, await manifest_digest(each)) for each in candidates if each.docker]
@@ -96,7 +97,7 @@ async def select(
         more = f", and {len(nameless) - 1} more" if len(nameless) > 1 else ""
         raise ArchiveError(
             f"{source} has an image{tag} without a name{more}: name it (reference), choose one by "
-            f"its digest (digest), or import all, by their digests where they have no names (all): "
+            "its digest (digest), or import all, those without names by their digests (all): "
             + "; ".join(map(str, nameless[:_SHOWN]))
         )
     await trio.to_thread.run_sync(_check_names, source, candidates)
@@ -110,7 +111,7 @@ def _check_names(source: str, candidates: Iterable[Candidate]) -> None:
             other = holders.setdefault(name, candidate)
             if other is not candidate:
                 raise ArchiveError(
-                    f"{source} has two images of one name: {name} is {other.identity} in "
+                    f"{source} has two images with one name: {name} is {other.identity} in "
                     f"{other.source}, and {candidate.identity} in {candidate.source}: "
                     "choose one by its digest (digest)"
                 )
@@ -137,13 +138,13 @@ def _check_one(source: str, listing: Listing, meant: Sequence[Candidate], text: 
         return
     if meant:
         raise ArchiveError(
-            f"{source} has {len(meant)} images that {text} may mean: choose one by its digest: "
+            f"{source} has {len(meant)} images that match {text}: choose one by its digest: "
             + "; ".join(f"{each.identity} in {each.source}" for each in meant[:_SHOWN])
         )
     there = "; ".join(map(str, listing.candidates[:_SHOWN]))
     count = len(listing.candidates)
-    what = "an image, and it is not" if count == 1 else f"{count} images, and none of them is"
+    images = "an image, but it is not" if count == 1 else f"{count} images, but none of them is"
     raise ArchiveError(
-        f"{source} has {what} {text}: choose one by its name (reference) or digest (digest): "
+        f"{source} has {images} {text}: choose one by its name (reference) or digest (digest): "
         f"{there}"
     )

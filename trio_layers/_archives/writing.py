@@ -1,8 +1,7 @@
-"""Files and bytes that an export consists of, written as a tar or into a directory. Blocking: for
-worker threads.
+"""Writes the files of an export as a tar or into a directory. Blocking: for worker threads.
 
-The same of the same images, byte for byte: no times, no owners, a fixed order. A blob is hashed
-while it is read, so what is written is what it is called, or there is an error.
+The same images give the same bytes: the files have no times and no owners, and a fixed order. A
+blob is hashed while it is read, so a blob that does not match its digest is an error.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = ["Blob", "Entry", "write_directory", "write_file", "write_tar"]
 _PIECE: Final = 256 * 1024
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# What file systems say that have no hard links.
+# The errors of file systems without hard links.
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -42,10 +41,10 @@ class Blob:
     """A blob of the store, to be copied.
 
     Attributes:
-        path: Where it is.
-        digest: What comes out hashes to.
-        size: How long that is in bytes.
-        inflate: Whether that is the blob decompressed.
+        path: Its file in the store.
+        digest: The digest of the bytes to write.
+        size: The number of bytes to write.
+        inflate: Whether to decompress the blob; ``digest`` and ``size`` are those of the result.
     """
 
     path: Path
@@ -55,13 +54,13 @@ class Blob:
 
 
 Entry: TypeAlias = tuple[str, bytes | Blob]
-"""A file's path, and what is to be in it."""
+"""A file's path and content."""
 
 
 def write_tar(
     entries: Iterable[Entry], check_cancelled: Callable[[], None]
 ) -> Generator[bytes, None, None]:
-    """The bytes of a tar of some files, and the directories they are in, in pieces, none empty.
+    """Yield the pieces of a tar of files and of their directories. No piece is empty.
 
     Raises:
         StoreError: if a blob is damaged, or cannot be read.
@@ -76,34 +75,34 @@ def write_tar(
             yield _header(path, "file", len(content)) + content + padding(len(content))
         else:
             yield _header(path, "file", content.size)
-            yield from _read(content, check_cancelled)
+            yield from _verified_pieces(content, check_cancelled)
             if content.size % BLOCK:
                 yield padding(content.size)
     yield END_OF_ARCHIVE
 
 
 def write_file(target: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that is there when it is whole, and on the disk, and which replaces nothing.
+    """Write a file. It appears only when it is complete and on the disk.
 
     Raises:
-        ExportError: if it is there already, or cannot be written.
+        ExportError: if it exists already, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        with _writing(target):
+        with _as_export_errors(target):
             parent, name = open_parent(target)
             stack.callback(os.close, parent)
-            if _is_there(name, parent):
-                raise FileExistsError(0, "it is there already: remove it, or choose another name")
+            if _exists(name, parent):
+                raise FileExistsError(0, "file exists: remove it, or choose another name")
             temporary = f".{name[:64]}.{secrets.token_hex(8)}"
             descriptor = os.open(temporary, _NEW, 0o666, dir_fd=parent)
         try:
             with open(descriptor, "wb", buffering=0) as file:
                 for piece in pieces:
-                    with _writing(target):
+                    with _as_export_errors(target):
                         _write(file.fileno(), piece)
-                with _writing(target):
+                with _as_export_errors(target):
                     os.fsync(file.fileno())
-            with _writing(target):
+            with _as_export_errors(target):
                 _rename(temporary, name, parent)
         finally:
             with contextlib.suppress(OSError):
@@ -113,14 +112,14 @@ def write_file(target: Path, pieces: Iterable[bytes]) -> None:
 def write_directory(
     target: Path, entries: Iterable[Entry], check_cancelled: Callable[[], None]
 ) -> None:
-    """Write files into a directory that is empty or not there. Failed, they are removed.
+    """Write files into an empty or new directory. After an error they are removed.
 
     Raises:
-        ExportError: if the directory is not empty, or cannot take them.
+        ExportError: if the directory is not empty, or cannot be written.
         StoreError: if a blob is damaged, or cannot be read.
     """
     with contextlib.ExitStack() as stack:
-        with _writing(target):
+        with _as_export_errors(target):
             root, remove = open_empty_directory(stack, target, mode=0o777)
         directories = Directories(root)
         stack.callback(directories.close)
@@ -129,7 +128,7 @@ def write_directory(
             for path, content in entries:
                 check_cancelled()
                 *parents, _ = itertools.accumulate(os.fsencode(path).split(b"/"), join)
-                with _writing(target):
+                with _as_export_errors(target):
                     for parent in parents:
                         if parent not in made:
                             above, name = split(parent)
@@ -139,8 +138,8 @@ def write_directory(
                     descriptor = os.open(name, _NEW, 0o666, dir_fd=directories.open(above))
                 made[os.fsencode(path)] = False
                 try:
-                    for piece in _contents(content, check_cancelled):
-                        with _writing(target):
+                    for piece in _pieces_of(content, check_cancelled):
+                        with _as_export_errors(target):
                             _write(descriptor, piece)
                 finally:
                     os.close(descriptor)
@@ -156,7 +155,7 @@ def write_directory(
             raise
 
 
-def _is_there(name: str, parent: int) -> bool:
+def _exists(name: str, parent: int) -> bool:
     try:
         os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
@@ -165,19 +164,19 @@ def _is_there(name: str, parent: int) -> bool:
 
 
 def _rename(old: str, new: str, parent: int) -> None:
-    """Unlike `os.rename`, do not replace what has appeared meanwhile."""
+    """Rename a file. Unlike `os.rename`, replace no file that has appeared meanwhile."""
     try:
         os.link(old, new, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if _is_there(new, parent):
-            raise FileExistsError(0, "it is there already") from None
+        if _exists(new, parent):
+            raise FileExistsError(0, "file exists: another program has just made it") from None
         os.rename(old, new, src_dir_fd=parent, dst_dir_fd=parent)
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _as_export_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -190,14 +189,20 @@ def _write(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _contents(content: bytes | Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
-    return iter((content,)) if isinstance(content, bytes) else _read(content, check_cancelled)
+def _pieces_of(content: bytes | Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    return (
+        iter((content,))
+        if isinstance(content, bytes)
+        else _verified_pieces(content, check_cancelled)
+    )
 
 
-def _read(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+def _verified_pieces(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     verifier = Verifier()
     try:
-        for piece in _inflated(blob, check_cancelled) if blob.inflate else _bytes(blob.path):
+        for piece in (
+            _decompressed_pieces(blob, check_cancelled) if blob.inflate else _file_pieces(blob.path)
+        ):
             check_cancelled()
             verifier.update(piece)
             if verifier.size > blob.size:
@@ -206,23 +211,23 @@ def _read(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     except (DecompressionError, UnpackError) as error:
         raise damaged(blob.path, str(error)) from error
     except FileNotFoundError as error:
-        raise damaged(blob.path, "it is not there") from error
+        raise damaged(blob.path, "it is missing") from error
     except OSError as error:
         raise store_error(error, blob.path) from error
     if (verifier.size, verifier.digest) != (blob.size, blob.digest):
         raise damaged(blob.path, "its content has changed")
 
 
-def _bytes(path: Path) -> Iterator[bytes]:
+def _file_pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb", buffering=0) as file:
         while data := file.read(_PIECE):
             yield data
 
 
-def _inflated(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+def _decompressed_pieces(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     decompressor = Decompressor()
-    for data in _bytes(blob.path):
-        # Not all input gives output.
+    for data in _file_pieces(blob.path):
+        # The decompressor may take much input before it gives output.
         check_cancelled()
         yield from decompressor.feed(data)
     yield from decompressor.finish()
