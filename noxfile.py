@@ -1,4 +1,4 @@
-"""``nox`` runs everything, ``nox -s lint`` one part of it. See ``nox -l``."""
+"""Run ``nox`` for everything, or ``nox -s lint`` for one part; ``nox -l`` lists the parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 ALL = ["3.13", "3.12", "3.11"]
-# The whole suite runs on nox's own Python, and comes last: its result is the last line.
+# The whole suite runs on the Python of nox, and comes last: its result is the last line.
 WHOLE = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHERS = [version for version in ALL if version != WHOLE]
 
@@ -25,15 +25,26 @@ PARTIAL = [
     "tests/display",
     "tests/test_*.py",
 ]
-"""What the other Pythons run: nothing in it needs Debian's packages."""
+"""The tests that other Pythons run, too: none of them needs Debian's packages."""
 
-nox.needs_version = ">=2024.10.9"
+SAME_EVERYWHERE = [
+    "tests/tree/test_fuzz.py",
+    "tests/tree/test_random.py",
+    "tests/rootfs/test_export.py",
+    "tests/test_words.py",
+    "tests/test_layering.py",
+]
+"""Of these, the tests whose results depend on chance, the kernel or the source text only."""
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.error_on_missing_interpreters = False  # said, not fatal
+nox.options.error_on_missing_interpreters = False  # a warning is enough
 
 
 def _find_pyenv_pythons() -> None:
-    """Put the Pythons that pyenv has on PATH: its shims answer for the selected one only."""
+    """Put the Pythons of pyenv on PATH, since its shims find the selected Python only."""
     pyenv = shutil.which("pyenv")
     if pyenv is None:
         return
@@ -48,7 +59,7 @@ _find_pyenv_pythons()
 
 @cache
 def _wheel() -> str:
-    """The path of the wheel, built once: what users install is what is tested."""
+    """Build the wheel once, and return its path: the tests run on the package that users get."""
     directory = Path("dist")
     shutil.rmtree(directory, ignore_errors=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
@@ -57,47 +68,52 @@ def _wheel() -> str:
     return str(wheel)
 
 
+def _group(name: str) -> list[str]:
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and format."""
-    session.install("ruff")
+    """Style and format of Python and Markdown."""
+    session.install(*_group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run(
+        "mdformat",
+        "--check",
+        "--compact-tables",
+        *map(str, [*Path().glob("*.md"), *Path("docs").glob("*.md")]),
+    )
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types: two checkers on the code, and whether all that is public has them."""
-    session.install(f"{_wheel()}[dev]")
+    """The examples with the packages that users have, then two type checkers."""
+    session.install(f"{_wheel()}[cli]")
+    for example in sorted(Path("examples").glob("*.py")):
+        session.run("python", str(example))
+    session.install(f"{_wheel()}[cli,socks]", *_group("types"), *_group("test"))
     session.run("mypy")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "trio_layers", "--ignoreexternal")
 
 
-@nox.session
-def examples(session: nox.Session) -> None:
-    """Each example, as users run it."""
-    session.install(f"{_wheel()}[cli]")
-    for example in sorted(Path("examples").glob("*.py")):
-        session.run("python", str(example))
-
-
 @nox.session(python=[*OTHERS, WHOLE])
 def tests(session: nox.Session) -> None:
-    """The tests, on the wheel: all of them on one Python, on the others what may differ there.
+    """The tests on the wheel: all of them on one Python, the differing ones on the others.
 
     Arguments after ``--`` go to pytest.
     """
-    session.install(f"{_wheel()}[dev]")
-    paths: list[str] = []
-    if session.python != WHOLE:
-        paths = [str(path) for pattern in PARTIAL for path in sorted(Path().glob(pattern))]
-        # What the kernel grants, and what chance finds, is the same for all Pythons.
-        paths += ["-k", "not (test_cases and (unprivileged or userns))"]
-        paths += [
-            f"--ignore=tests/{name}.py"
-            for name in ("tree/test_fuzz", "tree/test_random", "rootfs/test_export")
-        ]
-    no_skips = ["-p", "_no_skips"] if os.environ.get("TRIO_LAYERS_REQUIRE_ALL") else []
+    session.install(f"{_wheel()}[cli,socks]", *_group("test"))
+    arguments = list(session.posargs)
+    if not arguments:
+        arguments = ["--numprocesses=2", "--dist=loadfile"]
+        if session.python != WHOLE:
+            arguments += [str(path) for pattern in PARTIAL for path in sorted(Path().glob(pattern))]
+            arguments += [f"--ignore={path}" for path in SAME_EVERYWHERE]
+            # The cases without privilege depend on the kernel only.
+            arguments += ["-k", "not (test_cases and (unprivileged or userns))"]
+    if os.environ.get("TRIO_LAYERS_REQUIRE_ALL"):
+        arguments += ["-p", "_no_skips"]
     # Not "python -m pytest", which would put the source tree before the wheel.
-    session.run("pytest", *no_skips, *(session.posargs or paths), env={"PYTHONPATH": "tests"})
+    session.run("pytest", *arguments, env={"PYTHONPATH": "tests"})

@@ -14,11 +14,12 @@ from typing import Final, final
 
 import trio
 
-from ._commands import COMMANDS, EXIT_FAILED, PROGRAM, complain
+from ._commands import COMMANDS, EXIT_FAILED
 from ._errors import LayersError
 from ._nursery import leaves_of, open_hidden_nursery
 from ._output import Output
 from ._printable import printable
+from ._stdio import PROGRAM, complain
 from ._version import __version__
 
 __all__ = ["main"]

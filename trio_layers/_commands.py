@@ -6,15 +6,13 @@ The result goes to stdout, progress and complaints to stderr.
 from __future__ import annotations
 
 import argparse
-import errno
-import io
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Final, final
+from typing import Final
 
 import attrs
 import trio
@@ -29,26 +27,37 @@ from ._errors import (
     StoreNotFound,
     StoreReadOnly,
     UnsupportedStore,
-    text_of,
 )
 from ._logins.lookup import LoginFiles
 from ._nursery import open_hidden_nursery
-from ._output import write_all, write_text
+from ._options import (
+    add_image_arguments,
+    add_platform_option,
+    add_progress_options,
+    add_pull_options,
+    add_registry_options,
+)
 from ._platform import parse_platform
 from ._printable import printable
 from ._pull import Image, Puller, open_puller
 from ._reference import parse_reference
 from ._registry.client import RegistryClient, open_registry_client
-from ._registry.credentials import Credentials
+from ._stdio import (
+    CHUNK,
+    Stdout,
+    archive_on_stdin,
+    complain,
+    join_line,
+    say,
+    say_lines,
+    tar_on_stdout,
+    warn,
+)
 from ._store.directory import DirectoryStore, open_store
 from .abc import ProgressSink
 
-__all__ = ["COMMANDS", "EXIT_FAILED", "PROGRAM", "Command", "complain"]
-
-PROGRAM: Final = "trio-layers"
+__all__ = ["COMMANDS", "EXIT_FAILED", "Command"]
 EXIT_FAILED: Final = 1
-
-_CHUNK: Final = 1 << 20
 
 
 @attrs.frozen
@@ -63,46 +72,7 @@ class Command:
 def _pull_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("references", metavar="REF", nargs="+", help="an image, such as debian:12")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each image")
-    _pulling_arguments(parser)
-
-
-def _pulling_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command has that may have to pull."""
-    add = parser.add_argument
-    _platform_argument(parser)
-    _progress_arguments(parser)
-    _registry_arguments(parser)
-    add("--max-concurrent-downloads", metavar="N", type=_number(0), default=3)
-    add("--max-download-attempts", metavar="N", type=_number(1), default=5)
-
-
-def _registry_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command has that asks registries."""
-    add = parser.add_argument
-    add("--plain-http", action="store_true", help="allow registries without TLS")
-    add("--no-tls-verify", action="store_true", help="accept any certificate")
-    add("--hosts-dir", metavar="DIR", help="mirrors and certificates, as containerd's certs.d")
-    add(
-        "--creds",
-        metavar="USER[:PASSWORD]",
-        type=_credentials,
-        help="asks for the password if it is left out",
-    )
-    add(
-        "--authfile",
-        metavar="FILE",
-        help="logins to use in place of docker's and podman's own",
-    )
-
-
-def _platform_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="default: this machine's")
-
-
-def _progress_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-q", "--quiet", action="store_true", help="no progress")
-    add("--progress", choices=("auto", "tty", "plain", "json", "none"), default="auto")
+    add_pull_options(parser)
 
 
 async def _pull(arguments: argparse.Namespace) -> int:
@@ -213,13 +183,8 @@ async def _open_image(arguments: argparse.Namespace) -> AsyncIterator[Image]:
         yield image
 
 
-def _image_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("reference", metavar="REF", help="an image, pulled if it is not there yet")
-    _pulling_arguments(parser)
-
-
 def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
-    _image_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "destination", metavar="DEST", help="a directory, empty or new; -: a tar to stdout"
     )
@@ -231,7 +196,7 @@ def _rootfs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def _rootfs(arguments: argparse.Namespace) -> int:
-    stdout = _tar_on_stdout() if arguments.destination == "-" else None
+    stdout = tar_on_stdout() if arguments.destination == "-" else None
     async with _open_image(arguments) as image:
         if stdout is not None:
             await image.rootfs.export_tar(stdout)
@@ -247,20 +212,20 @@ async def _rootfs(arguments: argparse.Namespace) -> int:
 
 
 def _cat_arguments(parser: argparse.ArgumentParser) -> None:
-    _image_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument("path", metavar="PATH", help="a file in it; links are followed inside")
 
 
 async def _cat(arguments: argparse.Namespace) -> int:
-    stdout = _Stdout()
+    stdout = Stdout()
     async with _open_image(arguments) as image, image.rootfs.open(arguments.path) as file:
-        while data := await file.read(_CHUNK):
+        while data := await file.read(CHUNK):
             await stdout.send_all(data)
     return 0
 
 
 def _mount_arguments(parser: argparse.ArgumentParser) -> None:
-    _image_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument("target", metavar="TARGET", nargs="?", help="default: a new directory")
     parser.add_argument(
         "--writable", action="store_true", help="what is written is thrown away in the end"
@@ -277,7 +242,7 @@ async def _mount(arguments: argparse.Namespace) -> int:
             async with open_hidden_nursery() as nursery:
                 if sys.stdout is not None:
                     # A path need not be text in the encoding of stdout.
-                    nursery.start_soon(_Stdout().send_all, bytes(path) + b"\n")
+                    nursery.start_soon(Stdout().send_all, bytes(path) + b"\n")
                 async for _ in signals:
                     break
                 nursery.cancel_scope.cancel()
@@ -302,15 +267,15 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="import images without names, too, as localhost/unnamed@DIGEST",
     )
-    _platform_argument(parser)
+    add_platform_option(parser)
     add("--json", action="store_true", help="print a JSON object for each image")
-    _progress_arguments(parser)
+    add_progress_options(parser)
 
 
 async def _import(arguments: argparse.Namespace) -> int:
     if arguments.all and (arguments.reference or arguments.digest):
         raise LayersError("--all imports every image: leave out --reference and --digest")
-    source = _archive_on_stdin() if arguments.source == "-" else arguments.source
+    source = archive_on_stdin() if arguments.source == "-" else arguments.source
     async with (
         open_store(arguments.store) as store,
         _open_display(arguments) as progress,
@@ -351,7 +316,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         default="oci-archive",
         help="default: %(default)s, which docker load and podman load take, too",
     )
-    _platform_argument(parser)
+    add_platform_option(parser)
 
 
 async def _export(arguments: argparse.Namespace) -> int:
@@ -359,7 +324,7 @@ async def _export(arguments: argparse.Namespace) -> int:
     if target == "-":
         if arguments.format == "oci":
             raise LayersError("an OCI layout is a directory: write an oci-archive to stdout")
-        target = _tar_on_stdout()
+        target = tar_on_stdout()
     async with _open_to_read(arguments) as store:
         await export_images(
             store,
@@ -369,66 +334,6 @@ async def _export(arguments: argparse.Namespace) -> int:
             platform=arguments.platform,
         )
     return 0
-
-
-def _tar_on_stdout() -> _Stdout:
-    stdout = _Stdout()
-    if sys.stdout.isatty():
-        raise LayersError("a terminal is no place for a tar: redirect stdout")
-    return stdout
-
-
-def _archive_on_stdin() -> _Stdin:
-    stdin = _Stdin()
-    if sys.stdin.isatty():
-        raise LayersError("a terminal has no archive: redirect stdin")
-    return stdin
-
-
-@final
-class _Stdin(trio.abc.ReceiveStream):
-    """Bytes from stdin, whatever that is."""
-
-    def __init__(self) -> None:
-        if sys.stdin is None:  # its number may be some other file's by now
-            raise OSError(errno.EBADF, "it is closed", "stdin")
-        self._file = io.FileIO(sys.stdin.fileno(), "rb", closefd=False)
-        self._limiter = trio.CapacityLimiter(1)
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        # Whoever writes it may never go on: then the thread is left behind.
-        data = await trio.to_thread.run_sync(
-            self._file.read, max_bytes or _CHUNK, abandon_on_cancel=True, limiter=self._limiter
-        )
-        if data is None:
-            raise BlockingIOError(errno.EAGAIN, "it does not wait", "stdin")
-        return data
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-
-@final
-class _Stdout(trio.abc.SendStream):
-    """Bytes to stdout, which may be anything: not every file can be waited for."""
-
-    def __init__(self) -> None:
-        if sys.stdout is None:  # its number may be some other file's by now
-            raise OSError(errno.EBADF, "it is closed", "stdout")
-        self._file = io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
-        self._limiter = trio.CapacityLimiter(1)
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        # Whoever reads it may never go on: then the thread is left behind.
-        await trio.to_thread.run_sync(
-            write_all, self._file, data, abandon_on_cancel=True, limiter=self._limiter
-        )
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
 
 
 def _as_json(image: Image) -> str:
@@ -478,7 +383,9 @@ async def _images(arguments: argparse.Namespace) -> int:
     for image in images:
         sizes = usage.get(image.manifest.digest)
         about = () if sizes is None else (sizes.size, sizes.exclusive)
-        lines.append(_line(image.reference, image.platform or "-", image.manifest.digest, *about))
+        lines.append(
+            join_line(image.reference, image.platform or "-", image.manifest.digest, *about)
+        )
     await say_lines(lines)
     return 0
 
@@ -559,7 +466,7 @@ async def _check(arguments: argparse.Namespace) -> int:
 
 def _digest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REF", help="an image, such as debian:12")
-    _registry_arguments(parser)
+    add_registry_options(parser)
 
 
 async def _digest(arguments: argparse.Namespace) -> int:
@@ -570,7 +477,7 @@ async def _digest(arguments: argparse.Namespace) -> int:
 
 def _tags_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", metavar="REPOSITORY", help="such as debian")
-    _registry_arguments(parser)
+    add_registry_options(parser)
 
 
 async def _tags(arguments: argparse.Namespace) -> int:
@@ -590,7 +497,7 @@ async def _referrers(arguments: argparse.Namespace) -> int:
         found = await client.referrers(arguments.reference, artifact_type=arguments.artifact_type)
     await say_lines(
         [
-            _line(each.digest, printable(each.artifact_type or each.media_type), each.size)
+            join_line(each.digest, printable(each.artifact_type or each.media_type), each.size)
             for each in found
         ]
     )
@@ -604,66 +511,6 @@ def _open_client(arguments: argparse.Namespace) -> AbstractAsyncContextManager[R
         tls_verify=not arguments.no_tls_verify,
         hosts_dir=arguments.hosts_dir,
     )
-
-
-def _credentials(text: str) -> Credentials:
-    username, colon, password = text.partition(":")
-    if not colon:
-        import getpass  # few are asked
-
-        try:
-            password = getpass.getpass(f"Password of {username}: ")
-        except (EOFError, AttributeError):  # AttributeError: stdin is closed from the start
-            raise argparse.ArgumentTypeError("no password was given") from None
-    return Credentials(username, password)
-
-
-def _number(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} up")
-        return number
-
-    return parse
-
-
-# What is said.
-
-
-async def say(*values: object) -> None:
-    """Write a line to stdout."""
-    await say_lines([_line(*values)])
-
-
-async def say_lines(lines: Sequence[str]) -> None:
-    """Write lines to stdout in a thread, as the reader may stop."""
-    if lines:
-        await write_text(sys.stdout, "\n".join(lines) + "\n")
-
-
-def _line(*values: object) -> str:
-    return " ".join(map(str, values))
-
-
-async def complain(error: BaseException, about: str | None = None) -> None:
-    """One line on stderr, whatever the error's text holds: parts of it come from registries."""
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    else:
-        text = text_of(error)
-    await warn(text, about)
-
-
-async def warn(text: str, about: str | None = None) -> None:
-    line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
-    try:
-        await write_text(sys.stderr, printable(line) + "\n")
-    except (OSError, ValueError):
-        pass  # stderr is broken, so there is no place for a message
 
 
 COMMANDS: Final = (

@@ -8,18 +8,28 @@ readers could take for two different things is refused (CVE-2021-41190).
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
-from typing import Final, NoReturn
+from typing import Final
 
 import attrs
 
 from ._digest import DiffID, Digest, digest_of, parse_verifiable
 from ._errors import InvalidDigest, ManifestError
-from ._gocompat import decode_base64, without_surrogates
+from ._gocompat import decode_base64
 from ._json import AmbiguousJSON, check_names, dismantle, fold_names, parse_json
+from ._json_members import (
+    as_keys,
+    as_list,
+    as_object,
+    as_optional_object,
+    as_text,
+    as_text_map,
+    as_texts,
+    as_time,
+    check_flag,
+    refuse,
+)
 from ._platform import DEFAULT_OS, Platform, host_platform
 from ._printable import printable_value
 
@@ -111,12 +121,6 @@ _MORE_OF_RUN: Final = fold_names(
     "ArgsEscaped",
 )
 _NONE: Final[Mapping[str, str]] = {}
-
-_TIME: Final = re.compile(
-    r"(?P<year>\d{4})(?P<rest>-\d\d-\d\dT\d\d:\d\d:\d\d)"
-    r"(?:\.\d+)?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)\Z",
-    re.ASCII,
-)
 
 
 @attrs.frozen
@@ -274,19 +278,19 @@ def _manifest_of(
     _check_names(document, kind, _DECISIVE, _MORE_OF_DOCUMENT)
     version = document.get("schemaVersion")
     if type(version) is not int or version != 2:
-        _refuse(f"{kind}: schemaVersion is {printable_value(version)}, not 2")
+        refuse(f"{kind}: schemaVersion is {printable_value(version)}, not 2")
     claimed = document.get("mediaType")
     same = isinstance(claimed, str) and _plain_type(claimed) == media_type
     # Go's readers take an empty one for none.
     if claimed not in (None, "") and not same:
-        _refuse(f"{kind}: served as {media_type}, but its mediaType is {printable_value(claimed)}")
+        refuse(f"{kind}: served as {media_type}, but its mediaType is {printable_value(claimed)}")
     foreign = ("manifests", "fsLayers") if kind == "manifest" else ("layers", "config", "fsLayers")
     for member in foreign:
         if member in document:
-            _refuse(f"{kind}: ambiguous, since it has {member!r} as well")
-    annotations = _text_map(document.get("annotations"), f"{kind}: annotations")
-    artifact_type = _text(document.get("artifactType"), f"{kind}: artifactType") or None
-    _optional_object(document.get("subject"), f"{kind}: subject")
+            refuse(f"{kind}: ambiguous, since it has {member!r} as well")
+    annotations = as_text_map(document.get("annotations"), f"{kind}: annotations")
+    artifact_type = as_text(document.get("artifactType"), f"{kind}: artifactType") or None
+    as_optional_object(document.get("subject"), f"{kind}: subject")
     if kind == "index":
         return Index(media_type, _descriptors(document, "manifests", null_is_empty), annotations)
     return Manifest(
@@ -306,17 +310,17 @@ def check_image(manifest: Manifest) -> None:
     """
     config_type = manifest.config.media_type
     if config_type not in _CONFIG_TYPES:
-        _refuse(
+        refuse(
             f"not an image but an artifact of type {printable_value(manifest.artifact_type or config_type)}: "
             "use the tool it was made for"
         )
     for layer in manifest.layers:
         if layer.media_type.startswith(_IN_TOTO):
-            _refuse("not an image but an attestation, which says how an image was built")
+            refuse("not an image but an attestation, which says how an image was built")
         if layer.media_type.endswith("+encrypted"):
-            _refuse(f"layer {layer.digest} is encrypted: decrypt the image first")
+            refuse(f"layer {layer.digest} is encrypted: decrypt the image first")
         if layer.media_type not in _LAYER_TYPES:
-            _refuse(
+            refuse(
                 f"layer {layer.digest} has an unsupported type, {printable_value(layer.media_type)}"
             )
 
@@ -343,7 +347,7 @@ def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
     """
     layers, diff_ids = len(manifest.layers), len(config.diff_ids)
     if layers != diff_ids:
-        _refuse(f"the manifest has {layers} layers, but the image config has {diff_ids} diff IDs")
+        refuse(f"the manifest has {layers} layers, but the image config has {diff_ids} diff IDs")
 
 
 def decode_config(data: bytes, platform: Platform | None = None) -> ImageConfig:
@@ -365,30 +369,30 @@ def _config_of(
     document: Mapping[str, object], data: bytes, platform: Platform | None
 ) -> ImageConfig:
     _check_names(document, "image config", _ROOTFS, _MORE_OF_CONFIG)
-    rootfs = _object(document.get("rootfs"), "image config: rootfs")
+    rootfs = as_object(document.get("rootfs"), "image config: rootfs")
     _check_names(rootfs, "image config: rootfs", _DIFF_IDS)
     if rootfs.get("type") != "layers":
-        _refuse(f"image config: rootfs.type is {printable_value(rootfs.get('type'))}, not 'layers'")
+        refuse(f"image config: rootfs.type is {printable_value(rootfs.get('type'))}, not 'layers'")
     # Docker omits an empty list (moby image/rootfs.go), and Go writes a nil list as null.
     value = rootfs.get("diff_ids")
-    diff_ids = [] if value is None else _list(value, "image config: rootfs.diff_ids")
+    diff_ids = [] if value is None else as_list(value, "image config: rootfs.diff_ids")
     _check_history(document)
-    run = _optional_object(document.get("config"), "image config: config")
+    run = as_optional_object(document.get("config"), "image config: config")
     _check_names(run, "image config: config", _NONE, _MORE_OF_RUN)
-    _check_flag(run.get("ArgsEscaped"), "image config: ArgsEscaped")
+    check_flag(run.get("ArgsEscaped"), "image config: ArgsEscaped")
     return ImageConfig(
         _complete(_platform(document, "image config"), platform),
         tuple(DiffID(_digest(each, "image config: rootfs.diff_ids")) for each in diff_ids),
-        _time(document.get("created"), "image config: created"),
-        env=_texts(run.get("Env"), "image config: Env"),
-        entrypoint=_texts(run.get("Entrypoint"), "image config: Entrypoint"),
-        cmd=_texts(run.get("Cmd"), "image config: Cmd"),
-        working_dir=_text(run.get("WorkingDir"), "image config: WorkingDir"),
-        user=_text(run.get("User"), "image config: User"),
-        labels=_text_map(run.get("Labels"), "image config: Labels"),
-        exposed_ports=_keys(run.get("ExposedPorts"), "image config: ExposedPorts"),
-        volumes=_keys(run.get("Volumes"), "image config: Volumes"),
-        stop_signal=_text(run.get("StopSignal"), "image config: StopSignal"),
+        as_time(document.get("created"), "image config: created"),
+        env=as_texts(run.get("Env"), "image config: Env"),
+        entrypoint=as_texts(run.get("Entrypoint"), "image config: Entrypoint"),
+        cmd=as_texts(run.get("Cmd"), "image config: Cmd"),
+        working_dir=as_text(run.get("WorkingDir"), "image config: WorkingDir"),
+        user=as_text(run.get("User"), "image config: User"),
+        labels=as_text_map(run.get("Labels"), "image config: Labels"),
+        exposed_ports=as_keys(run.get("ExposedPorts"), "image config: ExposedPorts"),
+        volumes=as_keys(run.get("Volumes"), "image config: Volumes"),
+        stop_signal=as_text(run.get("StopSignal"), "image config: StopSignal"),
         raw=data,
     )
 
@@ -401,20 +405,20 @@ def _descriptors(
         return ()
     return tuple(
         _descriptor(value, f"{member}[{index}]")
-        for index, value in enumerate(_list(values, member))
+        for index, value in enumerate(as_list(values, member))
     )
 
 
 def _descriptor(value: object, where: str) -> Descriptor:
-    members = _object(value, where)
+    members = as_object(value, where)
     _check_names(members, where, _POINTER, _MORE_OF_POINTER)
-    media_type = _text(members.get("mediaType"), f"{where}.mediaType")
+    media_type = as_text(members.get("mediaType"), f"{where}.mediaType")
     if not media_type:
-        _refuse(f"{where}.mediaType is missing")
+        refuse(f"{where}.mediaType is missing")
     size = members.get("size")
     # Go's readers keep it in an int64. A bool is an int to Python, but not to JSON.
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
-        _refuse(f"{where}.size is {printable_value(size)}, not a number of bytes")
+        refuse(f"{where}.size is {printable_value(size)}, not a number of bytes")
     digest = _digest(members.get("digest"), f"{where}.digest")
     data = _data(members.get("data"), f"{where}.data", digest, size)
     platform = members.get("platform")
@@ -423,27 +427,27 @@ def _descriptor(value: object, where: str) -> Descriptor:
         plain_type if plain_type in _KNOWN_TYPES else media_type,
         digest,
         size,
-        _texts(members.get("urls"), f"{where}.urls"),
-        _text_map(members.get("annotations"), f"{where}.annotations"),
+        as_texts(members.get("urls"), f"{where}.urls"),
+        as_text_map(members.get("annotations"), f"{where}.annotations"),
         None if platform is None else _platform(platform, f"{where}.platform"),
-        _text(members.get("artifactType"), f"{where}.artifactType") or None,
+        as_text(members.get("artifactType"), f"{where}.artifactType") or None,
         data,
     )
 
 
 def _platform(value: object, where: str) -> Platform:
-    members = _object(value, where)
+    members = as_object(value, where)
     _check_names(members, where, _NONE, _MORE_OF_PLATFORM)
     platform = _shared_platform(
-        _text(members.get("os"), f"{where}.os"),
-        _text(members.get("architecture"), f"{where}.architecture"),
-        _text(members.get("variant"), f"{where}.variant"),
-        _text(members.get("os.version"), f"{where}.os.version"),
-        _texts(members.get("os.features"), f"{where}.os.features"),
+        as_text(members.get("os"), f"{where}.os"),
+        as_text(members.get("architecture"), f"{where}.architecture"),
+        as_text(members.get("variant"), f"{where}.variant"),
+        as_text(members.get("os.version"), f"{where}.os.version"),
+        as_texts(members.get("os.features"), f"{where}.os.features"),
     )
     # It is printed.
     if not str(platform).isprintable():
-        _refuse(
+        refuse(
             f"{where}: the platform {printable_value(str(platform))} has characters that cannot be shown"
         )
     return platform
@@ -473,7 +477,7 @@ _shared_platform = functools.lru_cache(maxsize=256)(Platform)
 def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
     """Decode a JSON object for the block, and free it afterwards."""
     if len(data) > MAX_DOCUMENT_SIZE:
-        _refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
+        refuse(f"{kind}: larger than {MAX_DOCUMENT_SIZE} bytes")
     try:
         value = parse_json(data)
     except AmbiguousJSON as error:
@@ -481,81 +485,24 @@ def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
     except ValueError as error:
         raise ManifestError(f"{kind}: not JSON ({error})") from error
     try:
-        yield _object(value, kind)
+        yield as_object(value, kind)
     finally:
         dismantle(value)
 
 
-def _object(value: object, where: str) -> Mapping[str, object]:
-    if not isinstance(value, dict):
-        _refuse(f"{where} is {printable_value(value)}, not an object")
-    return value
-
-
-def _optional_object(value: object, where: str) -> Mapping[str, object]:
-    return {} if value is None else _object(value, where)
-
-
-def _keys(value: object, where: str) -> tuple[str, ...]:
-    """The members of an object that stands for a set, as Go writes them."""
-    members = _optional_object(value, where)
-    for key, each in members.items():
-        _optional_object(each, f"{where}: {printable_value(key)}")
-    return tuple(_text(key, where) for key in members)
-
-
-def _list(value: object, where: str) -> list[object]:
-    if not isinstance(value, list):
-        _refuse(f"{where} is {printable_value(value)}, not an array")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    """A string, as Go's readers have it: empty if it is missing or null, and with U+FFFD in place
-    of a lone surrogate, which nothing could be done with.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        _refuse(f"{where} is {printable_value(value)}, not a string")
-    return without_surrogates(value)
-
-
-def _time(value: object, where: str) -> str:
-    """A time as RFC 3339 has it, as it was written; empty if it is missing or null."""
-    text = _text(value, where)
-    if value is None:
-        return text
-    match = _TIME.match(text)
-    try:
-        if match is None:
-            raise ValueError
-        # The calendar repeats itself, and this one may have a year 0.
-        year = 2000 + int(match["year"]) % 400
-        datetime.fromisoformat(f"{year}{match['rest']}")
-    except ValueError:
-        _refuse(f"{where} is {printable_value(value)}, not a time as RFC 3339 has it")
-    return text
-
-
 def _check_history(document: Mapping[str, object]) -> None:
     """Nothing here is used, but what has it wrong is no image to other readers either."""
-    _text(document.get("author"), "image config: author")
+    as_text(document.get("author"), "image config: author")
     history = document.get("history")
-    for index, value in enumerate([] if history is None else _list(history, "history")):
+    for index, value in enumerate([] if history is None else as_list(history, "history")):
         if value == {}:
             continue  # save time: a million empty entries fit into a document
         where = f"image config: history[{index}]"
-        entry = _optional_object(value, where)
-        _time(entry.get("created"), f"{where}.created")
+        entry = as_optional_object(value, where)
+        as_time(entry.get("created"), f"{where}.created")
         for member in ("created_by", "author", "comment"):
-            _text(entry.get(member), f"{where}.{member}")
-        _check_flag(entry.get("empty_layer"), f"{where}.empty_layer")
-
-
-def _check_flag(value: object, where: str) -> None:
-    if value is not None and not isinstance(value, bool):
-        _refuse(f"{where} is {printable_value(value)}, neither true nor false")
+            as_text(entry.get(member), f"{where}.{member}")
+        check_flag(entry.get("empty_layer"), f"{where}.empty_layer")
 
 
 def _data(value: object, where: str, digest: Digest, size: int) -> bytes | None:
@@ -565,9 +512,9 @@ def _data(value: object, where: str, digest: Digest, size: int) -> bytes | None:
     ignore embedded content, so wrong content does not make the document invalid.
     """
     try:
-        data = decode_base64(_text(value, where))
+        data = decode_base64(as_text(value, where))
     except ValueError:
-        _refuse(f"{where} is not base64")
+        refuse(f"{where} is not base64")
     return data if data and len(data) == size and digest_of(data, digest) == digest else None
 
 
@@ -584,18 +531,9 @@ def _check_names(
         raise ManifestError(f"{where}: ambiguous, since {error}") from error
 
 
-def _texts(value: object, where: str) -> tuple[str, ...]:
-    return () if value is None else tuple(_text(each, where) for each in _list(value, where))
-
-
-def _text_map(value: object, where: str) -> dict[str, str]:
-    members = _optional_object(value, where)
-    return {_text(key, where): _text(each, where) for key, each in members.items()}
-
-
 def _digest(value: object, where: str) -> Digest:
     try:
-        return parse_verifiable(_text(value, where))
+        return parse_verifiable(as_text(value, where))
     except InvalidDigest as error:
         raise ManifestError(f"{where}: {error}") from error
 
@@ -603,7 +541,3 @@ def _digest(value: object, where: str) -> Digest:
 def _plain_type(media_type: str) -> str:
     """Return a media type without parameters, in lower case (RFC 9110, 8.3.1)."""
     return media_type.partition(";")[0].strip().lower()
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ManifestError(message)

@@ -18,7 +18,7 @@ from typing import Final
 
 __all__ = ["open_directory", "open_empty_directory", "open_parent", "real_path"]
 
-_WAY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_COMPONENT: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _START: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -81,7 +81,7 @@ def open_empty_directory(
         OSError: as for `open_directory`; ``ENOTEMPTY`` for a directory with entries.
     """
     remove = opens = None
-    with contextlib.suppress(IsADirectoryError):  # a path such as "." is that of one
+    with contextlib.suppress(IsADirectoryError):  # a path such as "." has no name
         parent, name = open_parent(path)
         stack.callback(os.close, parent)
         with contextlib.suppress(FileExistsError):
@@ -92,9 +92,7 @@ def open_empty_directory(
         root = open_directory(path) if opens is None else opens()
         stack.callback(os.close, root)
         if os.listdir(root):
-            raise OSError(
-                errno.ENOTEMPTY, "it is not empty: name a directory that is, or a new one"
-            )
+            raise OSError(errno.ENOTEMPTY, "directory is not empty; name an empty or a new one")
     except OSError:
         if remove is not None:
             with contextlib.suppress(OSError):
@@ -119,7 +117,7 @@ def _walk(path: str, make: int | None) -> int:
             if stat.S_ISDIR(found.st_mode):
                 os.close(here)
                 here = there
-                ours = ours and found.st_uid in _trusted()
+                ours = ours and found.st_uid in _trusted_users()
                 continue
             try:
                 if not stat.S_ISLNK(found.st_mode):
@@ -130,8 +128,8 @@ def _walk(path: str, make: int | None) -> int:
                 if not _may_follow(os.fstat(here), found, ours):
                     raise OSError(
                         errno.ELOOP,
-                        f"{name!r} on the way is a link that another user may have planted: "
-                        "name the place that it leads to",
+                        f"{name!r} in the path is a link that another user may have planted; "
+                        "name its target instead",
                     )
                 if _is_magic(found):
                     new = os.open(name, _START, dir_fd=here)
@@ -154,7 +152,7 @@ def _walk(path: str, make: int | None) -> int:
 
 def _step(here: int, name: str, make: int | None) -> int:
     try:
-        return os.open(name, _WAY, dir_fd=here)
+        return os.open(name, _COMPONENT, dir_fd=here)
     except FileNotFoundError:
         if make is None or name == "..":
             raise
@@ -162,10 +160,10 @@ def _step(here: int, name: str, make: int | None) -> int:
         os.mkdir(name, make, dir_fd=here)
     except FileExistsError:
         pass  # another process made the directory meanwhile
-    return os.open(name, _WAY, dir_fd=here)
+    return os.open(name, _COMPONENT, dir_fd=here)
 
 
-def _trusted() -> tuple[int, int]:
+def _trusted_users() -> tuple[int, int]:
     return 0, os.geteuid()
 
 
@@ -174,7 +172,7 @@ def _may_follow(directory: os.stat_result, link: os.stat_result, ours: bool) -> 
     if (directory.st_dev, directory.st_ino) == (root.st_dev, root.st_ino):
         # In a user namespace without the machine's root, root's links have no known owner.
         return True
-    if not ours or directory.st_uid not in _trusted() or link.st_uid not in _trusted():
+    if not ours or directory.st_uid not in _trusted_users() or link.st_uid not in _trusted_users():
         return False
     mode = directory.st_mode
     if mode & stat.S_ISVTX:

@@ -50,7 +50,7 @@ from trio_layers import (
     import_images,
     open_store,
 )
-from trio_layers._archives import candidates, importing, reading
+from trio_layers._archives import candidates, importing, reading, selecting
 from trio_layers._compression import zstd
 from trio_layers._digest import digest_of
 from trio_layers._manifest import decode_manifest
@@ -808,6 +808,7 @@ async def test_a_name_costs_later_ones_little(
 
 
 async def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selecting, "MAX_NAMES", 5)
     monkeypatch.setattr(candidates, "MAX_NAMES", 5)
     async with opened(tmp_path) as store:
         for members in many_names(6).values():

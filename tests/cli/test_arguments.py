@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_layers import _cli, _commands
+from trio_layers import Credentials, _cli, _commands
 from trio_layers._errors import InvalidReference, NotFound, StoreFull
 from trio_layers._progress import Progress, Status
 
@@ -96,7 +96,7 @@ def test_pull_passes_everything_on(puller: FakePuller) -> None:
     [(store, options)] = puller.opened
     credentials = options.pop("credentials")
     assert store == "S"
-    assert credentials == _commands.Credentials("me", "it's:secret")
+    assert credentials == Credentials("me", "it's:secret")
     assert options == {
         "plain_http": True,
         "tls_verify": False,
@@ -129,7 +129,7 @@ def test_a_login_file_is_named(puller: FakePuller) -> None:
     assert _cli.main(["pull", "one", "-q", "--authfile", "F", "--creds", "me:secret"]) == 0
     [(_, first), (_, second)] = puller.opened
     assert first["credentials"].authfile == "F"
-    assert second["credentials"] == _commands.Credentials("me", "secret")
+    assert second["credentials"] == Credentials("me", "secret")
 
 
 def test_result_on_stdout_in_order_and_progress_on_stderr(
@@ -347,9 +347,7 @@ def test_help_and_version_leave_with_0(capsys: pytest.CaptureFixture[str]) -> No
 def test_password_is_asked_for(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getpass.getpass", lambda prompt: f"answer to {prompt}")
     assert _cli.main(["pull", "-q", "one", "--creds", "me"]) == 0
-    assert puller.opened[0][1]["credentials"] == _commands.Credentials(
-        "me", "answer to Password of me: "
-    )
+    assert puller.opened[0][1]["credentials"] == Credentials("me", "answer to Password of me: ")
 
 
 @pytest.mark.parametrize("trouble", [EOFError, AttributeError])

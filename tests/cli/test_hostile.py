@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from trio_layers import _cli, _commands
-from trio_layers._registry import tokens, transport
+from trio_layers import _cli, _commands, _stdio
+from trio_layers._registry import failures, response, tokens, transport
 from trio_layers.testing import (
     Fault,
     File,
@@ -302,7 +302,7 @@ def test_errors_are_fit_to_be_shown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Programs that print an error, or log it, need not look at what is in it."""
-    for module in (_cli, _commands):
+    for module in (_cli, _commands, _stdio):
         monkeypatch.setattr(module, "printable", str)
     caplog.set_level(logging.INFO, "httpx")
     assert _cli.main(["pull", "-v", *arguments(tmp_path, hostile)]) == 1
@@ -318,9 +318,9 @@ def test_that_this_is_seen(
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
     """Were it not for two functions, all of this would get through."""
-    for module in (_cli, _commands):
+    for module in (_cli, _commands, _stdio):
         monkeypatch.setattr(module, "printable", str)
-    for module in (tokens, transport):
+    for module in (tokens, transport, response, failures):
         monkeypatch.setattr(module, "printable_line", str)
     _cli.main(["pull", "-v", *arguments(tmp_path, hostile)])
     out, err = capfdbinary.readouterr()

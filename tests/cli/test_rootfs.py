@@ -128,7 +128,7 @@ async def test_rootfs_into_a_directory(tmp_path: Path) -> None:
         done = await run("rootfs", reference, target, store=store)
         assert done.returncode == 1
         [line] = done.stderr.decode().splitlines()
-        assert line.startswith(f"trio-layers: cannot export to {target}: it is not empty")
+        assert line.startswith(f"trio-layers: cannot export to {target}: directory is not empty")
         assert (target / "usr/lib/os-release").read_bytes() == release
 
 

@@ -289,7 +289,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda path: (path / "x").mkdir(parents=True), "it is not empty: name a directory"),
+        (lambda path: (path / "x").mkdir(parents=True), "directory is not empty; name an empty"),
         (lambda path: path.write_bytes(b"x"), "Not a directory"),
         (lambda path: path.symlink_to("nowhere"), "No such file"),
     ],
@@ -408,11 +408,11 @@ def test_links_that_are_followed(view: MergedTree, tmp_path: Path) -> None:
         shutil.rmtree(there)
         there.mkdir()
     shared.chmod(0o777)
-    with pytest.raises(ExportError, match="'link' on the way is a link that another user may"):
+    with pytest.raises(ExportError, match="'link' in the path is a link that another user may"):
         export(view, shared / "link" / "there", check_cancelled=never)
     shared.chmod(0o1777)
     os.chown(shared / "link", 1234, 1234, follow_symlinks=False)
-    with pytest.raises(ExportError, match="'link' on the way is a link that another user may"):
+    with pytest.raises(ExportError, match="'link' in the path is a link that another user may"):
         export(view, shared / "link" / "there", check_cancelled=never)
     assert os.listdir(there) == []
 

@@ -18,7 +18,7 @@ from trio_layers._entries import (
     summary_line,
 )
 from trio_layers._rootfs import merged
-from trio_layers._rootfs.merged import MergedTree, Surveys
+from trio_layers._rootfs.merged import MergedTree, SurveyCache
 
 NAMES = (b"a", b"b", b'"t":"dir"', b"\xff\\")
 END = summary_line(
@@ -89,7 +89,7 @@ def write_list(tree: Path, chance: random.Random) -> None:
 @pytest.mark.parametrize("seed", range(16))
 def test_surveys_agree_with_the_whole(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    surveys = Surveys()
+    surveys = SurveyCache()
     trees = [tmp_path / str(number) for number in range(8)]
     for tree in trees:
         write_list(tree, chance)
@@ -115,8 +115,8 @@ def test_lists_are_read_once(
     remembered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers list the same directories again and again, which takes no more memory."""
-    monkeypatch.setattr(merged, "_DIRECTORIES", remembered)
-    surveys = Surveys()
+    monkeypatch.setattr(merged, "_CACHED_DIRECTORIES", remembered)
+    surveys = SurveyCache()
     chance = random.Random(1)
     trees = [tmp_path / str(number) for number in range(20)]
     for tree in trees:

@@ -19,7 +19,7 @@ from store.stores import Blob, Stream, digest_of, layer_of, open_with_threads
 from trio_layers._catalog.rows import StoredLayer, add_layer, find_layer
 from trio_layers._digest import ChainID, extend_chain
 from trio_layers._rootfs import merged
-from trio_layers._rootfs.merged import MergedTree, Surveys, TreeStack
+from trio_layers._rootfs.merged import MergedTree, SurveyCache, TreeStack
 from trio_layers._store.directory import DirectoryStore
 
 LAYER = layer_of(**{"a/b/file": "content"})
@@ -116,7 +116,7 @@ async def test_a_repeated_layer_takes_as_many_jobs_on_any_height(
         chains = await put_stack(store, LAYER, 1200)
         top = await store.get(chains[-1])
         assert top is not None
-        real_read, real_list = store._parts.catalog.read, merged._list_of
+        real_read, real_list = store._parts.catalog.read, merged._open_list
 
         async def read(job: Callable[..., object], *args: object) -> object:
             nonlocal jobs
@@ -129,7 +129,7 @@ async def test_a_repeated_layer_takes_as_many_jobs_on_any_height(
             return real_list(tree)
 
         monkeypatch.setattr(store._parts.catalog, "read", read)
-        monkeypatch.setattr(merged, "_list_of", list_of)
+        monkeypatch.setattr(merged, "_open_list", list_of)
         counts = []
         layers = [top]
         for _ in range(3):
@@ -202,7 +202,7 @@ def test_a_stack_that_grows_is_surveyed_in_linear_work(tmp_path: Path) -> None:
     tree = trio.run(make)
 
     def grow(height: int) -> None:
-        surveys = Surveys()
+        surveys = SurveyCache()
         stack: TreeStack | None = None
         for _ in range(height):
             stack = TreeStack(tree, stack)

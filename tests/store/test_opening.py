@@ -324,7 +324,7 @@ async def test_no_store_is_made_beyond_a_link_of_another_user(tmp_path: Path) ->
     real, link, victim = plant_link(tmp_path, owner=0)
     async with opened(real / "store"):
         pass
-    with pytest.raises(UnsupportedStore, match="'link' on the way is a link that another user"):
+    with pytest.raises(UnsupportedStore, match="'link' in the path is a link that another user"):
         async with opened(link / "store"):
             pytest.fail("entered")
     assert os.listdir(victim) == []

@@ -48,7 +48,7 @@ from .._select import check_platform, choose_image, walk_index
 from .._store.directory import DirectoryStore
 from .._store.layout import INDEX_ANNOTATION
 from ..abc import BlobSink, ProgressSink, ReportProgress
-from .candidates import Candidate, decode, digest_prefix, list_images, select
+from .candidates import Candidate, decode, list_images
 from .documents import (
     CONFIG_TYPE,
     DOCKER,
@@ -60,6 +60,7 @@ from .documents import (
     encode_manifest,
 )
 from .reading import Shelf, Source, open_source
+from .selecting import digest_prefix, select
 
 __all__ = ["import_images"]
 

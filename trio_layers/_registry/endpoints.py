@@ -151,13 +151,7 @@ class Endpoint:
             CredentialsError: if it cannot be told who asks.
         """
         base = await self._find_base()
-        url = base.join(f"{reference.path}/{path}")
-        if self._upstream is not None:
-            url = url.copy_set_param("ns", self._upstream)
-            # It knows us, and its tokens know it, by its own name, and the repository by where it
-            # has that: a cache for several registries, such as Harbor, has them in directories.
-            inside = base.path.partition("/v2/")[2]
-            reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
+        url, reference = self._localize(base, reference, path)
         access = self._authenticator.access(reference)
         redirected = RedirectedAccess(self._others, reference, url)
         while True:
@@ -183,7 +177,7 @@ class Endpoint:
                     yield answer
                     return
                 error = await read_error(answer, what, sent_there=answer.redirected)
-            # RegistryResponse challenges once the connection is released, because the source of the
+            # Answer challenges once the connection is released, because the source of the
             # credentials may wait for a person to type a password.
             if answer.redirected:
                 if answer.status == 401 and await redirected.refused(answer):
@@ -204,6 +198,17 @@ class Endpoint:
             if answer.status in (401, 403):
                 access.failed()
             raise error
+
+    def _localize(self, base: URL, reference: Reference, path: str) -> tuple[URL, Reference]:
+        """Return the URL at this host, and the reference by which the host knows the image."""
+        url = base.join(f"{reference.path}/{path}")
+        if self._upstream is None:
+            return url, reference
+        # A mirror issues tokens for its own name, and for the repository's path at the mirror: a
+        # cache for several registries, such as Harbor, has each in a directory.
+        inside = base.path.partition("/v2/")[2]
+        reference = attrs.evolve(reference, domain=self.name, path=inside + reference.path)
+        return url.copy_set_param("ns", self._upstream), reference
 
     async def _ask_root(self, base: URL) -> tuple[Challenge, ...]:
         """Return the challenges of ``/v2/``; none if it has none, or its refusal is final.

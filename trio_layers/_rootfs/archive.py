@@ -1,4 +1,4 @@
-"""A merged tree as one tar."""
+"""Writes a merged tree as a tar."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from typing import Final
 from .._entries import Entry
 from .._tar.header_writer import END_OF_ARCHIVE, header, padding
 from .._tar.reader import Member
-from .contents import Source, damaged, reading
+from .contents import content_error, open_content
+from .merged import MergedTree
 
 __all__ = ["archive"]
 
 _PIECE: Final = 1 << 18
 
 
-def archive(source: Source, *, check_cancelled: Callable[[], None]) -> Generator[bytes, None, None]:
-    """The bytes of a tar of all of ``source``, in pieces of some 256 KiB. Each step blocks.
+def archive(
+    tree: MergedTree, *, check_cancelled: Callable[[], None]
+) -> Generator[bytes, None, None]:
+    """Yield the bytes of a tar of a merged tree, in pieces of about 256 KiB.
+
+    Each step blocks, so take it in a worker thread.
 
     Raises:
         StoreError: if the store is damaged.
-        OSError: if a file cannot be opened since too many are.
+        OSError: if too many files are open.
     """
     held: list[bytes] = []
     size = 0
-    for data in _parts(source, check_cancelled):
+    for data in _tar_parts(tree, check_cancelled):
         held.append(data)
         size += len(data)
         if size >= _PIECE:
@@ -35,39 +40,39 @@ def archive(source: Source, *, check_cancelled: Callable[[], None]) -> Generator
     yield b"".join(held)
 
 
-def _parts(source: Source, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
-    for entry in source.walk():
+def _tar_parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
+    for entry in tree.walk():
         check_cancelled()
-        member = _member(entry)
+        member = _tar_member(entry)
         yield header(member)
         if not member.size:
             continue
-        with reading(source, entry) as descriptor:
+        with open_content(tree, entry.path) as descriptor:
             left = member.size
             while left:
                 check_cancelled()
                 try:
                     data = os.read(descriptor, min(left, _PIECE))
                 except OSError as error:
-                    raise damaged(entry.path, error.strerror) from error
+                    raise content_error(entry.path, error.strerror) from error
                 if not data:
-                    raise damaged(entry.path, "it ends early")
+                    raise content_error(entry.path, "it ends early")
                 left -= len(data)
                 yield data
         yield padding(member.size)
     yield END_OF_ARCHIVE
 
 
-def _member(entry: Entry) -> Member:
+def _tar_member(entry: Entry) -> Member:
     kind = entry.type
     if kind == "whiteout" or kind == "socket":
-        raise damaged(entry.path, f"a {kind} is in its list")
+        raise content_error(entry.path, f"its list of entries contains a {kind}")
     name = entry.path
     if kind == "dir":
         name = (name or b".") + b"/"
     if entry.links is not None and entry.links != entry.path:
-        # All that there is to say was said with its first name.
-        return _hardlink(entry, entry.links)
+        # The member for the file's first name has the content and metadata.
+        return _hard_link_member(entry, entry.links)
     return Member(
         name=name,
         type=kind,
@@ -82,7 +87,7 @@ def _member(entry: Entry) -> Member:
     )
 
 
-def _hardlink(entry: Entry, target: bytes) -> Member:
+def _hard_link_member(entry: Entry, target: bytes) -> Member:
     return Member(
         name=entry.path,
         type="hardlink",

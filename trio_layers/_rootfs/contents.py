@@ -1,60 +1,35 @@
-"""What a store's files hold, when they are written elsewhere."""
+"""File contents of a merged tree, for copying them out of the store."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
 
-from .._entries import Entry
 from .._errors import StoreError
+from .merged import MergedTree
 
-__all__ = ["Source", "damaged", "reading"]
-
-# What says that the process or the system is at its limits, and nothing about the store.
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-
-
-class Source(Protocol):
-    """A merged tree."""
-
-    def walk(self) -> list[Entry]:
-        """All there is, sorted by path; the root is first."""
-        ...
-
-    def open(self, path: bytes) -> int:
-        """A descriptor to read the file that is there; its taker closes it."""
-        ...
+__all__ = ["content_error", "open_content"]
 
 
 @contextmanager
-def reading(source: Source, entry: Entry) -> Iterator[int]:
-    """A descriptor, for the block, of a file that has the size it should have.
+def open_content(tree: MergedTree, path: bytes) -> Iterator[int]:
+    """Open a file's content for the block.
 
     Raises:
-        StoreError: if it does not, or cannot be opened.
-        OSError: if nothing more can be opened at all.
+        StoreError: if the file cannot be opened, or has the wrong size.
+        OSError: if too many files are open.
     """
+    descriptor = tree.open_listed(path)
     try:
-        descriptor = source.open(entry.path)
-    except OSError as error:
-        if error.errno in _EXHAUSTED:
-            raise
-        raise damaged(entry.path, error.strerror) from error
-    try:
-        if os.fstat(descriptor).st_size != entry.size:
-            raise damaged(entry.path, "its size is wrong")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def damaged(path: bytes, reason: str | None) -> StoreError:
-    """An error that says what is wrong with a path in the store."""
+def content_error(path: bytes, reason: str | None) -> StoreError:
+    """Return an error about a file that cannot be copied out of the store."""
     name = path.decode("utf-8", "backslashreplace")[:256]
     return StoreError(
-        f"{name!r} cannot be read from the store ({reason}): pull its image again, and what is "
-        "damaged comes anew"
+        f"{name!r} cannot be read from the store ({reason}): pull its image again to replace it"
     )

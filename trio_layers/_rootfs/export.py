@@ -1,7 +1,8 @@
-"""A merged tree written into a plain directory.
+"""Writes a merged tree into a plain directory.
 
-What there is comes from the list of entries, only contents from the disk. Every path is reached
-by descriptors from the directory down (see `Directories`), nothing is followed or replaced.
+Entries come from the trees' lists, only file contents are read from the disk. Each path is opened
+by descriptors from the target directory down (see `Directories`), so no link is followed and no
+entry is replaced.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from .._errors import ExportError
 from .._paths import open_empty_directory
 from .._tree.directories import Directories, split
 from .._tree.member_entries import is_linux_xattr
-from .contents import Source, damaged, reading
+from .contents import content_error, open_content
+from .merged import MergedTree
 
 __all__ = ["export"]
 
 logger = logging.getLogger(__name__)
 
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_REFERENCE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NODES: Final = {
     "char": stat.S_IFCHR,
     "block": stat.S_IFBLK,
@@ -38,52 +40,52 @@ _NODES: Final = {
     "socket": stat.S_IFSOCK,
 }
 _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
-_SHARED: Final = stat.S_IWGRP | stat.S_IWOTH
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 
-# An empty root, for a stack of no trees.
-_NOTHING: Final = [Entry(path=b"", type="dir", mode=0o755)]
+# The root of a stack without trees.
+_EMPTY_ROOT: Final = [Entry(path=b"", type="dir", mode=0o755)]
 
-# What says that the kernel or the file system does not do it, or not for us. EINVAL is for an
-# owner that has no number in our user namespace.
+# Errors when the kernel or the file system does not support a call, or forbids it. EINVAL means an
+# owner without a number in our user namespace.
 _DENIED: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EINVAL})
 
-# What says that the kernel does not copy from this file system to that one by itself.
-_NO_COPY: Final = frozenset(
+# Errors when copy_file_range(2) does not work between the two file systems.
+_NO_KERNEL_COPY: Final = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ETXTBSY}
 )
 
-# How much is copied between two looks whether to go on.
-_STEP: Final = 8 << 20
+# Bytes copied between two checks for cancellation.
+_CHUNK: Final = 8 << 20
 
 
 def export(
-    source: Source,
+    tree: MergedTree,
     target: Path,
     *,
     root_metadata: bool = False,
     check_cancelled: Callable[[], None],
 ) -> ExportReport:
-    """Write all of ``source`` into a directory that is empty or not there.
+    """Write a merged tree into an empty or new directory.
 
     Args:
-        source: What to write.
+        tree: The merged tree.
         target: The target directory. A new directory is made with mode 0700.
         root_metadata: Give ``target`` the owner, mode, time and attributes of the root.
-        check_cancelled: Called for each entry and chunk; what it raises goes through, when what
-            was written has been removed.
+        check_cancelled: Called for each entry and chunk. Its errors are raised unchanged, after
+            the written files have been removed.
 
     Raises:
-        ExportError: if ``target`` is not empty, or cannot take what is to be written.
+        ExportError: if ``target`` is not empty, or an entry cannot be written there.
         StoreError: if the store is damaged.
     """
-    entries = source.walk() or _NOTHING
+    entries = tree.walk() or _EMPTY_ROOT
     with contextlib.ExitStack() as stack:
         try:
             root, remove = open_empty_directory(stack, target, mode=0o700)
         except OSError as error:
             raise ExportError(os.fspath(target), error.strerror) from error
-        writer = _Writer(source, target, root, check_cancelled)
+        writer = _Writer(tree, target, root, check_cancelled)
         before = _RootMetadata.of(root)
         try:
             before.close_to_others(root)
@@ -132,7 +134,7 @@ class _RootMetadata:
         are removed, too, because new entries would inherit the default ACL.
         """
         has_acls = not self.xattrs.keys().isdisjoint(_ACLS)
-        if not (has_acls or self.status.st_mode & _SHARED):
+        if not (has_acls or self.status.st_mode & _WRITABLE_BY_OTHERS):
             return
         # Only the owner can change the mode. Another user's directory stays open to that user.
         with contextlib.suppress(PermissionError):
@@ -164,21 +166,23 @@ class _RootMetadata:
 class _Writer:
     """Writes entries below an open, empty directory."""
 
-    def __init__(self, source: Source, target: Path, root: int, check: Callable[[], None]) -> None:
-        self._source = source
+    def __init__(
+        self, tree: MergedTree, target: Path, root: int, check: Callable[[], None]
+    ) -> None:
+        self._tree = tree
         self._target = target
         self._directories = Directories(root)
         self._check = check
         self._kernel_copies = True
         self._written = 0
-        self._missing: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()
 
     def write(self, entries: Sequence[Entry], *, root_metadata: bool) -> ExportReport:
-        """Write them: parents before what is in them.
+        """Write entries, each parent before its children.
 
-        Directories get their metadata in the end, the deepest first: their times, which each
-        change in them moves, default ACLs, which what is made in them would inherit, and modes
-        that may shut us out.
+        Directories get their metadata in the end, the deepest first. Until then, each new entry
+        would change their times and inherit their default ACLs, and their modes may deny us
+        access.
         """
         here = b""
         try:
@@ -187,9 +191,9 @@ class _Writer:
                 here = entry.path
                 self._written += 1
                 try:
-                    self._put(entry)
+                    self._write_entry(entry)
                 except FileExistsError:
-                    # Not what we wrote, so not ours to remove.
+                    # Another process made this file, so remove() must not delete it.
                     self._written -= 1
                     raise
             for entry in reversed(entries):
@@ -197,23 +201,23 @@ class _Writer:
                     self._check()
                     here = entry.path
                     descriptor = self._directories.open(here)
-                    self._describe(descriptor, entry)
+                    self._set_metadata(descriptor, entry)
                     os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
         except OSError as error:
             path = os.path.join(os.fsencode(self._target), here) if here else self._target
             raise ExportError(os.fsdecode(path), error.strerror) from error
-        return ExportReport(entries=len(entries), **self._missing)
+        return ExportReport(entries=len(entries), **self._lost)
 
     def remove(self, entries: Sequence[Entry]) -> None:
-        """Remove what was written of them, as far as that goes."""
+        """Remove the written entries as far as possible."""
         failure: OSError | None = None
         written = entries[1 : self._written]
         for entry in written:
             if entry.type == "dir":
-                # It may have a mode already that shuts us out.
+                # Its mode may deny us access already.
                 with contextlib.suppress(OSError):
                     parent, name = split(entry.path)
-                    handle = os.open(name, _HANDLE, dir_fd=self._directories.open(parent))
+                    handle = os.open(name, _REFERENCE, dir_fd=self._directories.open(parent))
                     try:
                         os.chmod(f"/proc/self/fd/{handle}", 0o700)
                     finally:
@@ -228,26 +232,26 @@ class _Writer:
             except OSError as error:
                 failure = error
         if failure is not None:
-            logger.warning("cannot remove what was written to %s: %s", self._target, failure)
+            logger.warning("cannot remove the partial export in %s: %s", self._target, failure)
 
     def close(self) -> None:
         self._directories.close()
 
-    def _put(self, entry: Entry) -> None:
+    def _write_entry(self, entry: Entry) -> None:
         parent, name = split(entry.path)
         into = self._directories.open(parent)
         if not name:
             pass  # the directory exists
         elif entry.links is not None and entry.links != entry.path:
-            self._link(entry.links, into, name)
+            self._write_hard_link(entry.links, into, name)
         elif entry.type == "file":
-            self._file(into, name, entry)
+            self._write_file(into, name, entry)
         elif entry.type == "dir":
             os.mkdir(name, 0o700, dir_fd=into)
         else:
-            self._special(into, name, entry)
+            self._write_special(into, name, entry)
 
-    def _link(self, target: bytes, into: int, name: bytes) -> None:
+    def _write_hard_link(self, target: bytes, into: int, name: bytes) -> None:
         parent, old = split(target)
         # Opening another directory may close this one.
         into = os.dup(into)
@@ -257,19 +261,19 @@ class _Writer:
         finally:
             os.close(into)
 
-    def _file(self, into: int, name: bytes, entry: Entry) -> None:
+    def _write_file(self, into: int, name: bytes, entry: Entry) -> None:
         descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=into)
         try:
             if entry.size:
-                with reading(self._source, entry) as content:
+                with open_content(self._tree, entry.path) as content:
                     self._copy(content, descriptor, entry)
-            self._describe(descriptor, entry)
+            self._set_metadata(descriptor, entry)
             os.utime(descriptor, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(descriptor)
 
-    def _special(self, into: int, name: bytes, entry: Entry) -> None:
-        """A symlink, fifo, device or socket."""
+    def _write_special(self, into: int, name: bytes, entry: Entry) -> None:
+        """Make a symlink, fifo, device or socket."""
         if entry.type == "symlink":
             os.symlink(entry.linkname or b"", name, dir_fd=into)
         else:
@@ -279,12 +283,12 @@ class _Writer:
             except OSError as error:
                 if error.errno not in _DENIED:
                     raise
-                self._missing["devices"] += 1
+                self._lost["devices"] += 1
                 os.mknod(name, stat.S_IFREG | 0o600, dir_fd=into)
-        handle = os.open(name, _HANDLE, dir_fd=into)
+        handle = os.open(name, _REFERENCE, dir_fd=into)
         try:
             self._check_new(os.fstat(handle), entry)
-            self._describe(f"/proc/self/fd/{handle}", entry)
+            self._set_metadata(f"/proc/self/fd/{handle}", entry)
         finally:
             os.close(handle)
         times = (entry.mtime_ns, entry.mtime_ns)
@@ -300,9 +304,10 @@ class _Writer:
         if found.st_uid != os.geteuid():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
-    def _describe(self, subject: int | str, entry: Entry) -> None:
-        """Set owner, xattrs, mode, in this order: a change of owner drops set-id bits and
-        capabilities, an ACL changes the mode.
+    def _set_metadata(self, subject: int | str, entry: Entry) -> None:
+        """Set owner, xattrs and mode, in this order.
+
+        A change of owner drops set-id bits and capabilities, and an ACL changes the mode.
         """
         mode = entry.mode
         try:
@@ -310,26 +315,26 @@ class _Writer:
         except OSError as error:
             if error.errno not in _DENIED:
                 raise
-            self._missing["owners"] += 1
+            self._lost["owners"] += 1
             if mode & _SET_IDS and entry.type != "dir":
-                self._missing["set_ids"] += 1
+                self._lost["set_ids"] += 1
                 mode &= ~_SET_IDS
         for attribute, value in entry.xattrs.items():
             if not is_linux_xattr(attribute):
-                self._missing["xattrs"] += 1
+                self._lost["xattrs"] += 1
                 continue
             try:
-                # As bytes: the locale's encoding is not the layer's.
+                # The name is bytes, because the locale's encoding can differ from the layer's.
                 os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
             except OSError as error:
                 if error.errno not in _DENIED:
                     raise
-                self._missing["xattrs"] += 1
+                self._lost["xattrs"] += 1
         if entry.type != "symlink":
             os.chmod(subject, mode)
 
     def _copy(self, content: int, into: int, entry: Entry) -> None:
-        """Copy a file's data; what is a hole in it stays one."""
+        """Copy a file's data and keep its holes."""
         position = 0
         while position < entry.size:
             try:
@@ -337,7 +342,7 @@ class _Writer:
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
-                # Nothing but a hole is left.
+                # The rest is a hole.
                 os.ftruncate(into, entry.size)
                 return
             position = os.lseek(content, start, os.SEEK_HOLE)
@@ -346,12 +351,12 @@ class _Writer:
     def _copy_data(self, content: int, into: int, position: int, end: int, path: bytes) -> None:
         while position < end:
             self._check()
-            size = min(end - position, _STEP)
+            size = min(end - position, _CHUNK)
             if self._kernel_copies:
                 try:
                     copied = os.copy_file_range(content, into, size, position, position)
                 except OSError as error:
-                    if error.errno not in _NO_COPY:
+                    if error.errno not in _NO_KERNEL_COPY:
                         raise
                     self._kernel_copies = False
                     continue
@@ -359,5 +364,5 @@ class _Writer:
                 os.lseek(into, position, os.SEEK_SET)
                 copied = os.sendfile(into, content, position, size)
             if not copied:
-                raise damaged(path, "it ends early")
+                raise content_error(path, "it ends early")
             position += copied

@@ -1,6 +1,6 @@
-"""Stacks of trees as one, by overlayfs' rules: what is at a path, and from which tree.
+"""Merges a stack of trees by overlayfs' rules.
 
-All of it is told by the trees' lists of entries; only contents are read from their ``fs``.
+Entries come from the trees' lists, only file contents are read from the trees' ``fs``.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from .._damage import damaged, note_damage
 from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
 from .._errors import StoreError
 
-__all__ = ["MergedTree", "Surveys", "TreeStack", "path_error"]
+__all__ = ["MergedTree", "SurveyCache", "TreeStack", "path_error"]
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
-# As many as Linux follows for one path (path_resolution(7)).
+# The number of links that Linux follows for one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
 
-# What says that the process or the system is at its limits, and nothing about the store.
+# Errors for a process or system at its limits. They do not mean that the store is damaged.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 # Errors on opening a listed file after the removal of its tree or a change in it.
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
-# How many entries between two looks whether to go on: a few milliseconds.
-_STRIDE: Final = 1024
+# Number of entries between two checks for cancellation: a few milliseconds.
+_CHECK_INTERVAL: Final = 1024
 
-# How long one who waits for another's reading looks away, in seconds.
+# Seconds between two checks for cancellation while another thread reads the lists.
 _POLL: Final = 0.05
 
-# How many stacks are remembered, and of how many directories each: some megabytes.
-_REMEMBERED: Final = 4
-_DIRECTORIES: Final = 16 * 1024
+# Largest number of cached stacks, and of directories in each: some megabytes.
+_CACHED_STACKS: Final = 4
+_CACHED_DIRECTORIES: Final = 16 * 1024
 
-# Places for the hashes of the paths of what is no directory.
-_PLACES: Final = 1 << 22
+# Slots for hashes of the paths of entries that are not directories.
+_HASH_SLOTS: Final = 1 << 22
 
 
 class _Node:
-    """One path of the merged view: what is there, from which tree, what is in it."""
+    """A path of the merged tree: its entry, the number of its tree, its children."""
 
     __slots__ = ("children", "entry", "tree")
 
@@ -60,11 +60,11 @@ class _Node:
         self.children: dict[bytes, _Node] = {} if entry.type == "dir" else _NO_CHILDREN
 
 
-# One for all that are no directories. Nothing is ever put into it.
+# Shared by all entries that are not directories. It stays empty.
 _NO_CHILDREN: Final[dict[bytes, _Node]] = {}
 
 
-def _never() -> None:
+def _never_cancelled() -> None:
     pass
 
 
@@ -101,7 +101,7 @@ class TreeStack:
         return found[::-1]
 
 
-def _stacked(trees: Iterable[Path]) -> TreeStack | None:
+def _stack_of(trees: Iterable[Path]) -> TreeStack | None:
     stack: TreeStack | None = None
     for tree in trees:
         stack = TreeStack(tree, stack)
@@ -110,16 +110,16 @@ def _stacked(trees: Iterable[Path]) -> TreeStack | None:
 
 @final
 class MergedTree:
-    """The merged view of unpacked layers.
+    """The merged tree of a stack of layers.
 
-    It blocks, so it is for worker threads, several at once if need be. The lists of entries are
-    read when something is first asked for. If that is given up, the next who asks starts anew.
+    Its methods block, so they are called in worker threads; several threads may use it at once.
+    The first call reads the lists of entries. If that call is cancelled, the next one starts anew.
 
     Args:
         trees: The layers' tree directories (with ``fs`` and ``entries``), the top one last; or
             a stack of trees, which makes the object in constant time.
-        check_cancelled: Called now and then while lists are read; what it raises goes through.
-        surveys: What `survey` has found out before, of any stacks.
+        check_cancelled: Called regularly while lists are read. Its errors are raised unchanged.
+        surveys: A cache for `survey`, shared by merged trees.
 
     Raises:
         StoreError: (all methods) if a list of entries is damaged or cannot be read.
@@ -129,16 +129,16 @@ class MergedTree:
         self,
         trees: Sequence[Path] | TreeStack | None,
         *,
-        check_cancelled: Callable[[], None] = _never,
-        surveys: Surveys | None = None,
+        check_cancelled: Callable[[], None] = _never_cancelled,
+        surveys: SurveyCache | None = None,
     ) -> None:
         if isinstance(trees, Sequence):
-            trees = _stacked(trees)
+            trees = _stack_of(trees)
         self._top = trees
         self._check = check_cancelled
-        self._surveys = Surveys() if surveys is None else surveys
+        self._surveys = SurveyCache() if surveys is None else surveys
         self._lock = threading.Lock()
-        self._stack: _Stack | None = None
+        self._entries: _MergedEntries | None = None
 
     @functools.cached_property
     def trees(self) -> tuple[Path, ...]:
@@ -147,28 +147,32 @@ class MergedTree:
 
     @property
     def loaded(self) -> bool:
-        """Whether the lists are in memory, so that `lookup` does not touch the disk."""
-        return self._stack is not None
+        """Whether the lists are in memory, so that `lookup` does not read the disk."""
+        return self._entries is not None
 
     def load(self) -> None:
-        """Read the lists of entries, unless that was done."""
-        self._loaded()
+        """Read the lists of entries, unless they are in memory."""
+        self._load_entries()
 
     def lookup(self, path: bytes) -> Entry | None:
-        """What is there; ``None`` for nothing. Links on the way are not followed."""
-        node = self._loaded().find(path)
+        """Return the entry at a path without following links; ``None`` if there is none."""
+        node = self._load_entries().find(path)
         return None if node is None else node.entry
 
     def resolve(self, path: bytes, *, follow: bool) -> Entry:
-        """What a process inside finds at ``path``; ``follow``: also if the last part is a link.
+        """Return the entry at ``path`` as a process inside the root finds it.
+
+        Args:
+            path: The path.
+            follow: Follow a link in the last part of the path, too.
 
         Raises:
-            OSError: as `RootfsView.stat`.
+            OSError: as for `RootfsView.stat`.
         """
-        root = self._loaded().root
+        root = self._load_entries().root
         if root is None:
             raise path_error(errno.ENOENT, path)
-        # All from the root to here: a step takes no longer where it is deep.
+        # The nodes from the root to here, so that each step takes constant time at any depth.
         trail = [root]
         todo = path.split(b"/")[::-1]
         links = 0
@@ -197,15 +201,16 @@ class MergedTree:
         return trail[-1].entry
 
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None]:
-        """What is at each of ``paths``; of what is no directory, nothing but the type is sure.
+        """Return the entry at each path; only directories' entries are complete.
 
-        Unless the lists are in memory, only what tells of directories is parsed, or of these
-        paths: little else is asked of layers when another is put on them.
+        For other entries, only the type is certain. If the lists are not in memory, only their
+        lines about directories or about these paths are parsed, because unpacking a layer needs
+        little else about the layers below.
         """
         paths = tuple(paths)
-        stack = self._stack
-        if stack is None:
-            known = self._surveys.ask(self._top, paths, self._check)
+        entries = self._entries
+        if entries is None:
+            known = self._surveys.survey(self._top, paths, self._check)
             if known is not None:
                 return known
             wanted = {b""}
@@ -213,12 +218,12 @@ class MergedTree:
                 while path not in wanted:
                     wanted.add(path)
                     path = path.rpartition(b"/")[0]
-            stack = _Stack(self.trees, self._check, only=frozenset(wanted))
-        found = {path: stack.find(path) for path in paths}
+            entries = _MergedEntries(self.trees, self._check, only=frozenset(wanted))
+        found = {path: entries.find(path) for path in paths}
         return {path: None if node is None else node.entry for path, node in found.items()}
 
     def open_listed(self, path: bytes) -> int:
-        """Open a file from the list; see `open`.
+        """Open a file that is in the list; see `open`.
 
         Raises:
             StoreError: if the file cannot be opened.
@@ -229,71 +234,71 @@ class MergedTree:
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 raise
-            node = self._loaded().find(path)
+            node = self._load_entries().find(path)
             assert node is not None
-            raise damaged_file(self.trees[node.tree], path, error.strerror) from error
+            raise _damaged_file(self.trees[node.tree], path, error.strerror) from error
 
     def links(self, path: bytes) -> tuple[bytes, ...]:
-        """All names, sorted, of the file that is there."""
-        stack = self._loaded()
-        node = stack.find(path)
+        """Return all names of the file at a path, sorted."""
+        entries = self._load_entries()
+        node = entries.find(path)
         if node is None:
             raise path_error(errno.ENOENT, path)
-        return stack.names.get((node.tree, node.entry.links or b""), (path,))
+        return entries.names.get((node.tree, node.entry.links or b""), (path,))
 
     def open(self, path: bytes) -> int:
-        """A descriptor to read the file that is there; its taker closes it.
+        """Open the file at a path for reading; the caller closes the descriptor.
 
         Raises:
             OSError: if the image has no regular file at the path, or the file cannot be opened.
                 The error contains the path.
             StoreError: if the file is missing, or its size differs from the list.
         """
-        node = self._loaded().find(path)
+        node = self._load_entries().find(path)
         if node is None:
             raise path_error(errno.ENOENT, path)
         if node.entry.type != "file":
             raise path_error(errno.EISDIR if node.entry.type == "dir" else errno.EINVAL, path)
         tree = self.trees[node.tree]
         try:
-            descriptor = _open_below(tree, path)
+            descriptor = _open_in_tree(tree, path)
         except OSError as error:
             if error.errno in _GONE:
-                raise damaged_file(tree, path, error.strerror) from error
+                raise _damaged_file(tree, path, error.strerror) from error
             if error.errno not in _EXHAUSTED:
                 note_damage(tree)
             raise path_error(error.errno or errno.EIO, path) from error
         if os.fstat(descriptor).st_size != node.entry.size:
             os.close(descriptor)
-            raise damaged_file(tree, path, "its size is wrong")
+            raise _damaged_file(tree, path, "its size is wrong")
         return descriptor
 
     def walk(self) -> list[Entry]:
-        """All there is, sorted by path (bytes); the root is first."""
-        found = [node.entry for node in self._loaded().nodes()]
+        """Return all entries, sorted by path (bytes); the root is first."""
+        found = [node.entry for node in self._load_entries().nodes()]
         found.sort(key=lambda entry: entry.path)
         return found
 
-    def _loaded(self) -> _Stack:
-        if self._stack is None:
-            # Whoever waits can be cancelled, too.
+    def _load_entries(self) -> _MergedEntries:
+        if self._entries is None:
+            # A thread that waits for the lock can be cancelled, too.
             while not self._lock.acquire(timeout=_POLL):
                 self._check()
             try:
-                if self._stack is None:
-                    self._stack = _Stack(self.trees, self._check)
+                if self._entries is None:
+                    self._entries = _MergedEntries(self.trees, self._check)
             finally:
                 self._lock.release()
-        return self._stack
+        return self._entries
 
 
 @final
-class _Stack:
-    """The lists of a stack of trees, read and merged.
+class _MergedEntries:
+    """The merged entries of a stack of trees.
 
     Attributes:
-        root: The root; ``None`` where there is no tree.
-        names: All names of each file that has several, by its tree and the first of them.
+        root: The root; ``None`` for a stack without trees.
+        names: All names of each file with several names, by its tree and its first name.
     """
 
     def __init__(
@@ -306,11 +311,11 @@ class _Stack:
         self.root: _Node | None = None
         self.names: dict[tuple[int, bytes], tuple[bytes, ...]] = {}
         for number, tree in enumerate(trees):
-            for count, entry in enumerate(_listed(tree, only, check)):
-                if not count % _STRIDE:
+            for count, entry in enumerate(_read_list(tree, only, check)):
+                if not count % _CHECK_INTERVAL:
                     check()
-                self._put(entry, number, tree)
-        self._number_links(check)
+                self.add(entry, number, tree)
+        self._update_links(check)
 
     def find(self, path: bytes) -> _Node | None:
         node = self.root
@@ -322,15 +327,15 @@ class _Stack:
         return node
 
     def nodes(self) -> Iterator[_Node]:
-        """All of them, in no order."""
+        """Yield all nodes in arbitrary order."""
         todo = [] if self.root is None else [self.root]
         while todo:
             node = todo.pop()
             todo.extend(node.children.values())
             yield node
 
-    def _put(self, entry: Entry, number: int, tree: Path) -> None:
-        """Lay an entry over what is there; a list has parents before what is in them."""
+    def add(self, entry: Entry, number: int, tree: Path) -> None:
+        """Add an entry on top of the entries below; its parent must be there already."""
         parent: _Node | None = None
         name = b""
         known = self.root
@@ -338,7 +343,7 @@ class _Stack:
             above, _, name = entry.path.rpartition(b"/")
             parent = self.find(above)
             if parent is None or parent.entry.type != "dir":
-                raise damaged(tree, "its list of entries has one in a directory that is not listed")
+                raise damaged(tree, "its list of entries lacks a parent directory")
             known = parent.children.get(name)
         children = None
         if entry.type == "dir" and known is not None and known.entry.type == "dir":
@@ -360,11 +365,11 @@ class _Stack:
         else:
             parent.children[name] = node
 
-    def _number_links(self, check: Callable[[], None]) -> None:
-        """Of a file's names, those count that are still to be seen."""
+    def _update_links(self, check: Callable[[], None]) -> None:
+        """Correct the first names of hard links, because upper trees can hide some names."""
         groups: dict[tuple[int, bytes], list[_Node]] = {}
         for count, node in enumerate(self.nodes()):
-            if not count % _STRIDE:
+            if not count % _CHECK_INTERVAL:
                 check()
             if node.entry.links is not None:
                 groups.setdefault((node.tree, node.entry.links), []).append(node)
@@ -379,52 +384,54 @@ class _Stack:
 
 
 @final
-class Surveys:
-    """What lists say of directories, remembered for some stacks: while an image's layers are put
-    one on another, each list is read once. For any threads.
+class SurveyCache:
+    """A cache of the directories of some stacks, safe for threads.
+
+    With it, each list is read once while the layers of an image are unpacked one after another.
     """
 
     def __init__(self) -> None:
-        self._known: dict[bytes, _Directories] = {}
+        self._known: dict[bytes, _KnownDirectories] = {}
 
-    def ask(
+    def survey(
         self, stack: TreeStack | None, paths: Iterable[bytes], check: Callable[[], None]
     ) -> dict[bytes, Entry | None] | None:
-        """See `MergedTree.survey`; ``None`` if this cannot tell."""
-        directories = self._take(stack)
+        """Return `MergedTree.survey` for a stack; ``None`` if that needs the lists themselves."""
+        directories = self._take_highest(stack)
         if not directories.extend(stack, check):
             return None
         found = directories.survey(paths)
-        if stack is not None and directories.count <= _DIRECTORIES:
+        if stack is not None and directories.count <= _CACHED_DIRECTORIES:
             self._known[stack.key] = directories
-            for oldest in tuple(self._known)[:-_REMEMBERED]:
+            for oldest in tuple(self._known)[:-_CACHED_STACKS]:
                 self._known.pop(oldest, None)
         return found
 
-    def _take(self, stack: TreeStack | None) -> _Directories:
-        """What is remembered of most of the lower trees; nobody else has it then."""
+    def _take_highest(self, stack: TreeStack | None) -> _KnownDirectories:
+        """Remove and return the cached directories of the highest known part of a stack."""
         while stack is not None and self._known:
             directories = self._known.pop(stack.key, None)
             if directories is not None:
                 return directories
             stack = stack.below
-        return _Directories()
+        return _KnownDirectories()
 
 
 @final
-class _Directories:
-    """The directories of a stack that grows, and where there may be something else."""
+class _KnownDirectories:
+    """The directories of a growing stack, and hashes of the paths of other entries."""
 
     def __init__(self) -> None:
-        self._stack = _Stack((), _never)
+        self._entries = _MergedEntries((), _never_cancelled)
         self._height = 0
         self._paths: set[bytes] = set()
-        self._others = bytearray(_PLACES)
+        self._maybe_others = bytearray(_HASH_SLOTS)
 
     @property
     def count(self) -> int:
-        """The number of paths at which the stack has or had a directory. Thousands of layers may
-        list the same few.
+        """The number of paths at which the stack has or had a directory.
+
+        Thousands of layers may list the same few directories.
         """
         return len(self._paths)
 
@@ -432,28 +439,30 @@ class _Directories:
         """Add the missing upper trees of ``stack``; return whether this was possible."""
         for higher in () if stack is None else stack.above(self._height):
             tree = higher.tree
-            with _list_of(tree) as file:
-                lines = lines_of_directories(_polled(file, check), self._paths, self._others)
+            with _open_list(tree) as file:
+                lines = lines_of_directories(
+                    _check_between(file, check), self._paths, self._maybe_others
+                )
                 if lines is None:
                     return False
-                entries = parse_entries(_polled(lines, check))[0]
+                entries = parse_entries(_check_between(lines, check))[0]
             for entry in entries:
-                self._stack._put(entry, higher.height - 1, tree)
+                self._entries.add(entry, higher.height - 1, tree)
             self._height = higher.height
         return True
 
     def survey(self, paths: Iterable[bytes]) -> dict[bytes, Entry | None] | None:
-        """What is at these paths; ``None`` if one of them may be no directory."""
+        """Return the entries at paths; ``None`` if one may not be a directory."""
         found: dict[bytes, Entry | None] = {}
         for path in paths:
-            if self._others[hash(listed_as(path)) % _PLACES]:
+            if self._maybe_others[hash(listed_as(path)) % _HASH_SLOTS]:
                 return None
-            node = self._stack.find(path)
+            node = self._entries.find(path)
             found[path] = None if node is None else node.entry
         return found
 
 
-def _open_below(tree: Path, path: bytes) -> int:
+def _open_in_tree(tree: Path, path: bytes) -> int:
     """Open a file of a tree for reading, without following links."""
     *parents, name = path.split(b"/")
     here = os.open(tree, _DIRECTORY)
@@ -469,14 +478,14 @@ def _open_below(tree: Path, path: bytes) -> int:
         os.close(here)
 
 
-def damaged_file(tree: Path, path: bytes, reason: str | None) -> StoreError:
+def _damaged_file(tree: Path, path: bytes, reason: str | None) -> StoreError:
     """Note that a tree is damaged, and return an error with the file's name."""
     name = path.decode("utf-8", "backslashreplace")[:256]
     return damaged(tree, f"{name!r} cannot be read from the store: {reason}")
 
 
 @contextmanager
-def _list_of(tree: Path) -> Iterator[BinaryIO]:
+def _open_list(tree: Path) -> Iterator[BinaryIO]:
     try:
         with open(tree / "entries", "rb") as file:
             yield file
@@ -486,27 +495,27 @@ def _list_of(tree: Path) -> Iterator[BinaryIO]:
             raise damaged(tree, reason) from error
         raise StoreError(f"{tree}: {reason}; try again") from error
     except StoreError as error:
-        # The error of the list itself: text_of() would quote its advice, too.
+        # The list's own error also gives advice after ": pull", which damaged() adds again.
         raise damaged(tree, str(error).partition(": pull")[0]) from error
 
 
-def _listed(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:
-    """A tree's entries; with ``only``, at least those of the paths in it."""
-    with _list_of(tree) as file:
-        chosen = None if only is None else lines_about(only, _polled(file, check))
+def _read_list(tree: Path, only: frozenset[bytes] | None, check: Callable[[], None]) -> list[Entry]:
+    """Return a tree's entries; with ``only``, at least the entries at these paths."""
+    with _open_list(tree) as file:
+        chosen = None if only is None else lines_about(only, _check_between(file, check))
         if chosen is None:
             file.seek(0)
-            return parse_entries(_polled(file, check))[0]
+            return parse_entries(_check_between(file, check))[0]
         return parse_entries(chosen)[0]
 
 
-def _polled(lines: Iterable[bytes], check: Callable[[], None]) -> Iterator[bytes]:
+def _check_between(lines: Iterable[bytes], check: Callable[[], None]) -> Iterator[bytes]:
     for number, line in enumerate(lines):
-        if not number % _STRIDE:
+        if not number % _CHECK_INTERVAL:
             check()
         yield line
 
 
 def path_error(number: int, path: bytes) -> OSError:
-    """The `OSError` that the operating system raises with this number, about a path."""
+    """Return the `OSError` for a path that the operating system raises with this number."""
     return OSError(number, os.strerror(number), path.decode("utf-8", "surrogateescape"))

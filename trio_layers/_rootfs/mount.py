@@ -1,11 +1,10 @@
-"""Stacks of trees, mounted: overlayfs shows them merged, with the kernel's own rules.
+"""Mounts a stack of trees with overlayfs.
 
-Two ways lead there. Linux 6.8 and later take one lower directory at a time (``lowerdir+``, with
-the system calls of mount(2)'s successor), up to 500. Before, all options together have to fit
-into one page. Either way the kernel is given names in ``/proc/self/fd``: they are short, and
-hold none of the characters that mean something in an option.
+Linux 6.8 and later take one lower directory at a time (``lowerdir+``, with fsconfig(2)), up to 500.
+Before, all options together have to fit into one page. In both cases the kernel gets names in
+``/proc/self/fd``: they are short, and contain none of the special characters of mount options.
 
-What it takes of overlayfs is in the kernel's ``Documentation/filesystems/overlayfs.rst``.
+The options are described in the kernel's ``Documentation/filesystems/overlayfs.rst``.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ from .mount_table import Mark, find_own_mounts, mount_id
 __all__ = ["OpenScratch", "detach_stale", "open_mount"]
 
 OpenScratch = Callable[[str], AbstractAsyncContextManager[Path]]
-"""Gives, for a block, a name for what is of the kind; see `Scratch.name`."""
+"""Reserves the name of a scratch directory of a kind, for a block; see `Scratch.name`."""
 
-# OVL_MAX_STACK of fs/overlayfs: as many lower directories as there may be.
+# The largest number of lower directories: OVL_MAX_STACK of fs/overlayfs.
 _MAX_LAYERS: Final = 500
 
 # Number of searches for a mount's root while another process renames directories on its path.
 _ATTEMPTS: Final = 10_000
 
-# In a scratch directory, where the mount is unless a target was given.
-_ROOT: Final = "root"
+# The mount point in a scratch directory if no target was given.
+_MOUNT_POINT: Final = "root"
 
-_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PATH_ONLY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
-# Numbers of system calls since Linux 5.2, the same on all machines that Python knows but Alpha:
-# the C library has functions for them only since glibc 2.36.
+# Numbers of system calls since Linux 5.2, the same on all of Python's machines except Alpha.
+# The C library has functions for them only since glibc 2.36.
 _MOVE_MOUNT: Final = 429
 _FSOPEN: Final = 430
 _FSCONFIG: Final = 431
@@ -83,19 +82,19 @@ async def open_mount(
 
     Args:
         trees: The layers' tree directories (with ``fs``), the top one last.
-        target: Where to; ``None``: a directory of our own.
-        scratch: Gives a name for a directory on the file system of the trees.
+        target: The mount point; ``None`` for a new one in a scratch directory.
+        scratch: Reserves the name of a scratch directory on the file system of the trees.
         lifetime: The lifetime of the store. Its end unmounts the layers, too.
-        writable: Whether what is mounted can be written.
+        writable: Whether the mount can be written.
     """
     async with scratch("mount") as place:
-        # This asks for the working directory, and nothing else. The kernel resolves the rest:
-        # after a link, ".." is not what it looks like.
-        path = place / _ROOT if target is None else Path(target).absolute()  # noqa: ASYNC240
+        # absolute() reads the working directory only. The kernel resolves the path, because ".."
+        # after a link is not the previous part of the path.
+        path = place / _MOUNT_POINT if target is None else Path(target).absolute()  # noqa: ASYNC240
         mount = await trio.to_thread.run_sync(
             partial(_mount, trees, path, place=place, writable=writable)
         )
-        unmount = partial(clean_up_in_thread, _Once(partial(_unmount, mount)))
+        unmount = partial(clean_up_in_thread, _RunOnce(partial(_unmount, mount)))
         try:
             # Another process may remove the trees once the store's block is left, so the end of
             # the store's lifetime unmounts.
@@ -106,7 +105,7 @@ async def open_mount(
 
 
 @final
-class _Once:
+class _RunOnce:
     """A step that runs on the first call only."""
 
     def __init__(self, step: Callable[[], None]) -> None:
@@ -119,20 +118,20 @@ class _Once:
 
 
 def detach_stale(place: Path) -> None:
-    """Take away the mount that a dead process left in its scratch directory, if it left one.
+    """Unmount the mount that a dead process left in its scratch directory, if any.
 
-    Whoever still has files of it open keeps them, and nobody finds others in there any more.
+    Processes with open files of the mount keep them, but can open no others.
     """
     with ExitStack() as stack:
         try:
-            below = os.open(place, _PATH | os.O_NOFOLLOW)
+            below = os.open(place, _PATH_ONLY | os.O_NOFOLLOW)
             stack.callback(os.close, below)
             while True:
-                root = os.open(_ROOT, _PATH | os.O_NOFOLLOW, dir_fd=below)
+                root = os.open(_MOUNT_POINT, _PATH_ONLY | os.O_NOFOLLOW, dir_fd=below)
                 stack.callback(os.close, root)
                 if mount_id(root) == mount_id(below):
                     return  # no mount is left on the directory
-                _check(_libc().umount2(_name(root).encode(), _MNT_DETACH))
+                _check_result(_libc().umount2(_descriptor_path(root).encode(), _MNT_DETACH))
         except OSError as error:
             # ENOENT: there is no mount. EPERM: we may not unmount. If a mount is there, removing
             # the directory fails and reports it.
@@ -142,13 +141,13 @@ def detach_stale(place: Path) -> None:
 
 @attrs.frozen
 class _Overlay:
-    """What is to be mounted.
+    """The parameters of an overlay mount.
 
     Attributes:
         lower: The lower directories, the top one first.
-        upper: What is written goes there; ``None``: nothing can be written.
+        upper: The directory for changes; ``None`` for a read-only mount.
         work: A directory for overlayfs itself, on the same file system.
-        xattrs: Where overlayfs' own attributes are: ``trusted`` or ``user``.
+        xattrs: The namespace of overlayfs' own attributes: ``trusted`` or ``user``.
         source: The source of the mount as the kernel shows it.
     """
 
@@ -159,8 +158,8 @@ class _Overlay:
     source: str
 
     def settings(self) -> list[tuple[str, str | None]]:
-        # Layers are strangers' work: no attribute of theirs leads to a file of another name or
-        # layer, whatever the kernel's defaults. (The unpacker drops such attributes besides.)
+        # A hostile layer's attributes must not lead to a file of another name or layer, whatever
+        # the kernel's defaults. (The unpacker drops such attributes, too.)
         found: list[tuple[str, str | None]] = [
             ("redirect_dir", "nofollow"),
             ("metacopy", "off"),
@@ -169,13 +168,13 @@ class _Overlay:
         if self.xattrs == "user":
             found.append(("userxattr", None))
         if self.upper is not None:
-            # It is thrown away: unmounting must not wait until all is on the disk.
+            # The changes are deleted, so unmounting must not wait for the disk.
             found.append(("volatile", None))
         return found
 
 
 def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) -> int:
-    """Mount on the directory ``path``, and return a descriptor of the root that is to be seen."""
+    """Mount on the directory ``path``, and return a descriptor of the mount's root."""
     with disk_errors(place):
         place.mkdir(0o700)
         if path.parent == place:
@@ -188,23 +187,23 @@ def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) ->
             target = open_directory(path)
             stack.callback(os.close, target)
             if os.listdir(target):
-                # What is in it would be out of sight; and it may be somebody's mount.
+                # The mount would hide its entries; and it may be another mount already.
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
         except OSError as error:
             raise MountError(
-                f"{path} cannot be mounted on: {error.strerror}. Give an empty directory, or none"
+                f"cannot mount on {path}: {error.strerror}; name an empty directory, or no target"
             ) from error
         try:
             try:
                 return _mount_by_layer(overlay, target)
             except OSError as error:
-                # Not known to this kernel, or to a filter that lets mount(2) pass.
+                # This kernel lacks the calls, or a filter of system calls allows mount(2) only.
                 if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
                     raise
                 try:
                     _mount_by_page(overlay, target)
                 except MountError:
-                    # They are too many, but who may not mount would not mount fewer.
+                    # There are too many layers, but without privilege fewer would fail, too.
                     if error.errno == errno.EPERM:
                         raise error from None
                     raise
@@ -214,10 +213,10 @@ def _mount(trees: Sequence[Path], path: Path, *, place: Path, writable: bool) ->
 
 
 def _unmount(mount: int) -> None:
-    """Take the mount away, and all that was mounted in it since; close its descriptor.
+    """Unmount a mount and all mounts inside it, and close its descriptor.
 
-    By the descriptor: it is this one that goes, whatever was renamed. It goes at once, though
-    files of it be open: they can be used until they are closed.
+    The descriptor identifies the mount even if directories were renamed. The mount disappears at
+    once. Its open files can be used until they are closed.
     """
     try:
         _unmount_all(mount)
@@ -226,23 +225,23 @@ def _unmount(mount: int) -> None:
 
 
 def _prepare(trees: Sequence[Path], place: Path, *, source: str, writable: bool) -> _Overlay:
-    """Choose the lower directories, and make the others in ``place``."""
+    """Choose the lower directories, and make the other directories in ``place``."""
     xattrs = _overlay_xattrs(place)
     lower: dict[Path, None] = {}
     for tree in reversed(trees):
-        # A tree may be there twice, and the kernel takes it once. The upper one shows it all.
+        # The kernel takes a tree only once. The upper one of two equal trees hides the lower.
         lower[tree / "fs"] = None
-        # overlayfs does not ask whether a root is opaque.
+        # overlayfs ignores the opaque attribute of a layer's root.
         if _is_opaque(tree / "fs", xattrs):
             break
-    # Without an upper directory it takes two.
+    # Without an upper directory, overlayfs requires two lower ones.
     while len(lower) < (1 if writable else 2):
         empty = place / f"empty{len(lower)}"
         empty.mkdir(0o755)
         lower[empty] = None
     if len(lower) > _MAX_LAYERS:
         raise MountError(
-            f"these are {len(lower)} layers, and Linux mounts {_MAX_LAYERS} at most: "
+            f"cannot mount {len(lower)} layers: Linux mounts at most {_MAX_LAYERS}; "
             "use export() instead"
         )
     if not writable:
@@ -250,7 +249,7 @@ def _prepare(trees: Sequence[Path], place: Path, *, source: str, writable: bool)
     upper, work = place / "upper", place / "work"
     work.mkdir()
     upper.mkdir()
-    # The root's metadata is that of the upper directory.
+    # overlayfs shows the upper directory's metadata at the root.
     root = next(iter(lower))
     status = root.stat()
     os.chown(upper, status.st_uid, status.st_gid)
@@ -259,7 +258,7 @@ def _prepare(trees: Sequence[Path], place: Path, *, source: str, writable: bool)
 
 
 def _overlay_xattrs(place: Path) -> str:
-    """Where this user keeps overlayfs' attributes, the same as when the trees were made."""
+    """Return the namespace of overlayfs' attributes, the same as when the trees were made."""
     for namespace in ("trusted", "user"):
         try:
             os.setxattr(place, f"{namespace}.overlay.opaque", b"y")
@@ -269,8 +268,8 @@ def _overlay_xattrs(place: Path) -> str:
         else:
             return namespace
     raise MountError(
-        f"the file system of {place.parent} keeps no extended attributes, so the layers lack what "
-        "says that a directory hides those below: use export() instead, or another store"
+        f"cannot mount layers in {place.parent}: its file system has no extended attributes, which "
+        "mark opaque directories; use export() instead, or a store on another file system"
     )
 
 
@@ -284,7 +283,7 @@ def _is_opaque(root: Path, xattrs: str) -> bool:
 
 
 def _mount_by_layer(overlay: _Overlay, target: int) -> int:
-    """Mount, the new way (Linux 6.8); a descriptor of the mount's root."""
+    """Mount with fsconfig(2) (Linux 6.8), and return a descriptor of the mount's root."""
     with ExitStack() as stack:
         context = _syscall(_FSOPEN, b"overlay", _FSOPEN_CLOEXEC)
         stack.callback(os.close, context)
@@ -293,9 +292,9 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
             _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0)
 
         def set_directory(key: str, path: Path) -> None:
-            # The kernel looks it up at once, so that one descriptor at a time does.
+            # The kernel opens the path at once, so one descriptor at a time is enough.
             with ExitStack() as while_set:
-                set_string(key, _name(_opened(while_set, path)))
+                set_string(key, _descriptor_path(_open_path(while_set, path)))
 
         set_string("source", overlay.source)
         for path in overlay.lower:
@@ -322,22 +321,22 @@ def _mount_by_layer(overlay: _Overlay, target: int) -> int:
 def _mount_by_page(overlay: _Overlay, target: int) -> None:
     """Mount with mount(2), which takes at most one page of options."""
     with ExitStack() as stack:
-        names = [_name(_opened(stack, path)) for path in overlay.lower]
+        names = [_descriptor_path(_open_path(stack, path)) for path in overlay.lower]
         options = [f"lowerdir={':'.join(names)}"]
         if overlay.upper is not None and overlay.work is not None:
-            options.append(f"upperdir={_name(_opened(stack, overlay.upper))}")
-            options.append(f"workdir={_name(_opened(stack, overlay.work))}")
+            options.append(f"upperdir={_descriptor_path(_open_path(stack, overlay.upper))}")
+            options.append(f"workdir={_descriptor_path(_open_path(stack, overlay.work))}")
         options += [k if v is None else f"{k}={v}" for k, v in overlay.settings()]
         data = ",".join(options).encode()
         page = os.sysconf("SC_PAGESIZE")
         if len(data) >= page:
             raise MountError(
-                f"this kernel takes {page} bytes of options for a mount, and the names of "
-                f"{len(names)} layers do not fit: use Linux 6.8 or later, or export() instead"
+                f"cannot mount {len(names)} layers: their names exceed the {page} bytes of options "
+                "that this kernel takes; use Linux 6.8 or later, or export() instead"
             )
         flags = _MS_NODEV | (_MS_RDONLY if overlay.upper is None else 0)
-        source, point = overlay.source.encode(), _name(target).encode()
-        _check(_libc().mount(source, point, b"overlay", _long(flags), data))
+        source, point = overlay.source.encode(), _descriptor_path(target).encode()
+        _check_result(_libc().mount(source, point, b"overlay", _long(flags), data))
 
 
 def _find_root(source: bytes, path: Path) -> int:
@@ -355,41 +354,44 @@ def _find_root(source: bytes, path: Path) -> int:
             break  # another process has unmounted it
         for point in (os.fsencode(path), *(mount.point for mount in mounts)):
             try:
-                root = os.open(point, _PATH)
+                root = os.open(point, _PATH_ONLY)
             except OSError:
                 continue
             if mount_id(root) in [mount.id for mount in mounts]:
                 return root
             os.close(root)
     raise MountError(
-        f"{path} leads elsewhere since layers were mounted on it: unmount what 'findmnt "
-        f"--source {source.decode()}' shows, and give a target that other users cannot rename"
+        f"cannot find the mount on {path}: the path has changed since the layers were mounted; "
+        f"unmount the mounts that 'findmnt --source {source.decode()}' shows, and give a target "
+        "that other users cannot rename"
     )
 
 
 def _mount_error(error: OSError, layers: int) -> MountError:
     if error.errno in (errno.EPERM, errno.EACCES):
         return MountError(
-            "mounting takes root, of the machine or of a user and mount namespace: run in "
-            "'unshare --user --map-root-user --mount', with a store of its own, "
-            "or use export() instead"
+            "cannot mount layers: the process must be root on the machine or in a user and mount "
+            "namespace; run it in 'unshare --user --map-root-user --mount' with a store of its "
+            "own, or use export() instead"
         )
     if error.errno == errno.ENODEV:
-        return MountError("this kernel has no overlayfs: load it, or use export() instead")
+        return MountError(
+            "cannot mount layers: this kernel has no overlayfs; load it, or use export() instead"
+        )
     return MountError(
-        f"the kernel does not mount these {layers} layers ({error.strerror}); dmesg may tell why. "
-        "Keep the store on a local file system that is no overlay, or use export() instead"
+        f"cannot mount {layers} layers: {error.strerror} (dmesg may show the reason); keep the "
+        "store on a local file system that is not an overlay, or use export() instead"
     )
 
 
-def _opened(stack: ExitStack, path: Path) -> int:
-    """A descriptor that stands for a directory, while ``stack`` is."""
-    descriptor = os.open(path, _PATH)
+def _open_path(stack: ExitStack, path: Path) -> int:
+    """Open a directory as a reference (``O_PATH``); ``stack`` closes the descriptor."""
+    descriptor = os.open(path, _PATH_ONLY)
     stack.callback(os.close, descriptor)
     return descriptor
 
 
-def _name(descriptor: int) -> str:
+def _descriptor_path(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
@@ -400,9 +402,9 @@ def _unmount_all(mount: int) -> None:
     """
     try:
         while True:
-            _check(_libc().umount2(_name(mount).encode(), _MNT_DETACH))
+            _check_result(_libc().umount2(_descriptor_path(mount).encode(), _MNT_DETACH))
     except OSError as error:
-        if error.errno != errno.EINVAL:  # nothing is (any more)
+        if error.errno != errno.EINVAL:  # no mount is left
             raise
 
 
@@ -416,14 +418,14 @@ def _long(value: int) -> ctypes.c_long:
 
 
 def _syscall(number: int, *args: int | bytes | None) -> int:
-    # Variadic: each argument has to have the width of a register.
+    # syscall(2) is variadic, so each argument needs the width of a register.
     whole = (_long(arg) if isinstance(arg, int) else ctypes.c_char_p(arg) for arg in args)
     result: int = _libc().syscall(_long(number), *whole)
-    _check(result)
+    _check_result(result)
     return result
 
 
-def _check(result: int) -> None:
+def _check_result(result: int) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -43,7 +43,7 @@ _TREE: Final = re.compile(rb"([^:,=]*)/trees/sha256/([0-9a-f]{64})(?![0-9a-f])")
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 
 # Seconds for which a mount counts as live if this process cannot search for it.
-_UNSEEN: Final = 24 * 3600
+_UNSEEN_SECONDS: Final = 24 * 3600
 
 
 @final
@@ -78,11 +78,11 @@ class Mount:
         return cls(
             int(first[0]),
             first[2],
-            _unescaped(first[3]),
-            _unescaped(first[4]),
+            _unescape(first[3]),
+            _unescape(first[4]),
             last[0],
-            _unescaped(last[1]),
-            _unescaped(b" ".join(last[2:])),
+            _unescape(last[1]),
+            _unescape(b" ".join(last[2:])),
         )
 
 
@@ -136,19 +136,19 @@ class Mark:
             return True
         if self.processes == pid_namespace() or pid_namespace() == FIRST_PID_NAMESPACE:
             return False
-        return time.time() - self.made < _UNSEEN
+        return time.time() - self.made < _UNSEEN_SECONDS
 
 
 def find_mounts() -> list[Mount]:
     """Return the mounts in the namespaces of all visible processes."""
     found: list[Mount] = []
     seen: set[str] = set()
-    for task in ("/proc/thread-self", *_tasks()):
+    for task in ("/proc/thread-self", *_list_tasks()):
         try:
             namespace = os.readlink(f"{task}/ns/mnt")
             if namespace in seen:
                 continue
-            mounts = _read(f"{task}/mountinfo")
+            mounts = _read_mountinfo(f"{task}/mountinfo")
         except OSError:
             continue  # the task has ended, or belongs to another user
         if mounts:  # a task that is about to end has no mounts any more
@@ -171,12 +171,12 @@ def find_used_trees(root: Path) -> Mapping[str, tuple[str, ...]]:
     """
     mounts = find_mounts()
     used: dict[str, set[bytes]] = {}
-    for mark in _marks(root / "ingest"):
+    for mark in _read_marks(root / "ingest"):
         for tree in mark.trees:
             used.setdefault(tree, set()).update(
                 mount.point for mount in mounts if mount.source == mark.source.encode()
             )
-    for tree, point in _others(root, mounts):
+    for tree, point in _find_foreign_uses(root, mounts):
         used.setdefault(tree, set()).add(point)
     return {tree: tuple(sorted(map(os.fsdecode, points))) for tree, points in used.items()}
 
@@ -192,17 +192,17 @@ def mount_id(descriptor: int) -> int | None:
 
 def find_own_mounts() -> list[Mount]:
     """Return the mounts in the namespace of this thread."""
-    return _read("/proc/thread-self/mountinfo")
+    return _read_mountinfo("/proc/thread-self/mountinfo")
 
 
-def _marks(ingest: Path) -> Iterator[Mark]:
+def _read_marks(ingest: Path) -> Iterator[Mark]:
     for place in ingest.glob("*.mount"):
         mark = Mark.read(place)
         if mark is not None:
             yield mark
 
 
-def _others(root: Path, mounts: Sequence[Mount]) -> Iterator[tuple[str, bytes]]:
+def _find_foreign_uses(root: Path, mounts: Sequence[Mount]) -> Iterator[tuple[str, bytes]]:
     """Find trees that are bind-mounted, or used as layers of an overlay."""
     inside = _path_in_file_system(root / "trees" / "sha256")
     for mount in mounts:
@@ -213,11 +213,11 @@ def _others(root: Path, mounts: Sequence[Mount]) -> Iterator[tuple[str, bytes]]:
                 yield os.fsdecode(name), mount.point
         if mount.kind == b"overlay":
             for prefix, name in _TREE.findall(mount.options):
-                if _may_be(prefix, root):
+                if _may_lead_to(prefix, root):
                     yield os.fsdecode(name), mount.point
 
 
-def _may_be(prefix: bytes, root: Path) -> bool:
+def _may_lead_to(prefix: bytes, root: Path) -> bool:
     """Return whether a path in a mount's options may lead to the store."""
     if os.path.exists(prefix + b"/trees"):
         return os.path.realpath(prefix) == os.fsencode(root)
@@ -241,13 +241,13 @@ def _path_in_file_system(path: Path) -> tuple[bytes, bytes] | None:
     return None
 
 
-def _read(path: str) -> list[Mount]:
+def _read_mountinfo(path: str) -> list[Mount]:
     with open(path, "rb") as file:
         parsed = map(Mount.parse, file.read().splitlines())
     return [mount for mount in parsed if mount is not None]
 
 
-def _tasks() -> Iterator[str]:
+def _list_tasks() -> Iterator[str]:
     for process in os.listdir("/proc"):
         if not process.isdecimal():
             continue
@@ -259,5 +259,5 @@ def _tasks() -> Iterator[str]:
         yield from (f"/proc/{process}/task/{task}" for task in tasks)
 
 
-def _unescaped(field: bytes) -> bytes:
+def _unescape(field: bytes) -> bytes:
     return _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field)

@@ -1,4 +1,4 @@
-"""The face that a root file system shows to trio."""
+"""The root file system view: asynchronous access to a merged tree."""
 
 from __future__ import annotations
 
@@ -32,22 +32,25 @@ HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManage
 
 @final
 class RootfsView:
-    """An image's root file system, to look at, read from and take out. It comes from
-    `DirectoryStore.rootfs`, or with an `Image`.
+    """A view of an image's root file system: read it, export it, mount it.
 
-    Paths are ``str`` (UTF-8, with surrogate escapes for other bytes) or ``bytes``, with or
-    without a leading slash. Links are followed inside the root, as in a container: an absolute
-    target starts there, and ``..`` does not lead out of it. What fails raises the builtin
-    `OSError` that the same call on a real directory would, with the path in it; a store that is
-    damaged is a `StoreError`.
+    `DirectoryStore.rootfs` returns one, and an `Image` has one.
 
-    Owners, modes and attributes are those that the layers say, also where the store was filled
+    Paths are ``str`` (UTF-8, with surrogate escapes for other bytes) or ``bytes``, with or without
+    a leading slash. Links are followed inside the root, as in a container: an absolute target
+    starts at the root, and ``..`` does not lead out of it. A call that fails raises the builtin
+    `OSError` that the same call raises on a real directory, with the path in it. A damaged store
+    raises `StoreError`.
+
+    Owners, modes and extended attributes are those of the layers, even if the store was filled
     without the privilege to set them.
 
-    Work on the disk is done in worker threads. Cancelled, a call gives up between chunks, and
-    the view stays as good as it was. What is read must stay in the store meanwhile: see
-    `DirectoryStore.lease`; the block of a pull holds one. After the end of the store's block, each
-    call raises `StoreClosed`. An open file stays open until its own block ends.
+    Worker threads do the work on the disk. The layers must stay in the store while the view is
+    used: the block of a pull holds a lease, and so does `DirectoryStore.lease`. After the end of
+    the store's block, each call raises `StoreClosed`. An open file stays open until its own block
+    ends.
+
+    Cancellation: a cancelled call stops between two chunks. The view can still be used.
     """
 
     def __init__(
@@ -64,19 +67,25 @@ class RootfsView:
 
     @while_open
     async def stat(self, path: str | bytes, *, follow_symlinks: bool = True) -> Entry:
-        """What is there; its ``path`` is the real one.
+        """Return the entry at a path.
+
+        The ``path`` of the entry is the real one, with all links resolved.
+
+        Args:
+            path: The path.
+            follow_symlinks: Follow a link in the last part of the path, too.
 
         Raises:
-            FileNotFoundError: if nothing is there.
-            NotADirectoryError: if something on the way is no directory.
-            OSError: ``ELOOP`` if too many links are on the way.
+            FileNotFoundError: if nothing exists at the path.
+            NotADirectoryError: if a part before the last one is not a directory.
+            OSError: ``ELOOP`` if the path leads through too many links.
         """
         await self._load()
         return self._resolve(path, follow=follow_symlinks)
 
     @while_open
     async def exists(self, path: str | bytes) -> bool:
-        """Whether something is there; ``False`` for a link that leads nowhere."""
+        """Return whether a path exists; ``False`` for a dangling link."""
         await self._load()
         try:
             self._resolve(path, follow=True)
@@ -86,32 +95,33 @@ class RootfsView:
 
     @while_open
     async def readlink(self, path: str | bytes) -> bytes:
-        """Where a symbolic link leads, byte for byte.
+        """Return the target of a symbolic link, byte for byte.
 
         Raises:
-            OSError: as for `stat`, and ``EINVAL`` if it is no link.
+            OSError: as for `stat`, and ``EINVAL`` if the path is not a link.
         """
         await self._load()
         entry = self._resolve(path, follow=False)
         if entry.linkname is None:
-            raise path_error(errno.EINVAL, _encoded(path))
+            raise path_error(errno.EINVAL, _to_bytes(path))
         return entry.linkname
 
     @while_open
     async def read_bytes(self, path: str | bytes) -> bytes:
-        """A file's content, all of it in memory; `open` is for large ones.
+        """Return the content of a file; use `open` for large files.
 
         Raises:
-            OSError: as for `stat`, ``EISDIR`` for a directory, ``EINVAL`` for what is no file.
+            OSError: as for `stat`; ``EISDIR`` for a directory, ``EINVAL`` for other entries that
+                are not regular files.
         """
         return await trio.to_thread.run_sync(self._read, path)
 
     @opens_block
     async def open(self, path: str | bytes) -> AsyncIterator[BinaryFile]:
-        """Open a file for the block, to be read from anywhere in it.
+        """Open a file for the block, for reading and seeking.
 
-        It is one of trio's asynchronous files (`trio.wrap_file`), binary and buffered. Leaving
-        the block closes it.
+        The file is one of trio's asynchronous files (`trio.wrap_file`), binary and buffered.
+        Leaving the block closes it.
 
         Raises:
             OSError: as for `read_bytes`.
@@ -126,9 +136,10 @@ class RootfsView:
 
     @while_open
     async def walk(self) -> list[Entry]:
-        """All there is, sorted by path (bytes), links not followed; the root is first.
+        """Return all entries, sorted by path (bytes); the root is first.
 
-        A list, since all of it is in memory anyway. No file is touched.
+        Links are not followed, and only the layers' lists of entries are read. The result is a
+        list because all entries are in memory anyway.
         """
         return await trio.to_thread.run_sync(self._tree.walk)
 
@@ -136,17 +147,18 @@ class RootfsView:
     async def export(
         self, directory: str | os.PathLike[str], *, root_metadata: bool = False
     ) -> ExportReport:
-        """Write all of it into a plain directory: contents, owners, modes, times in nanoseconds,
-        extended attributes, links, devices. Holes stay holes, and where the file system can
-        share blocks (btrfs, XFS) they are shared with the store. Nothing is synced to disk.
+        """Write the root file system into a plain directory.
 
-        Without privilege owners stay ours, as with ``umoci unpack --rootless``: permissions are
-        set as they are, though set-id bits only where the owner is right; of a device an empty
-        file is made. The report says how much was lost that way. `export_tar` loses nothing.
+        The export writes contents, owners, modes, times in nanoseconds, extended attributes,
+        links and devices. Holes stay holes. Where the file system can share blocks (btrfs, XFS),
+        files share them with the store. Nothing is synced to disk.
 
-        Nothing in the directory is followed or replaced: whatever appears in it meanwhile is
-        an error. Cancelled, or failed, what was written is removed again, and the directory, too,
-        if it was made; that may take as long as writing it did, and is not cancelled.
+        Without privilege, files belong to the caller, as with ``umoci unpack --rootless``.
+        Permissions are set, but set-id bits only where the owner is right. An empty file replaces
+        a device. The report counts these losses. `export_tar` has none.
+
+        The export follows and replaces nothing in the directory. An entry that another process
+        makes there meanwhile is an error.
 
         An existing directory keeps its owner, mode, attributes and times. A new directory is
         closed to other users (0700), because an image can contain set-id files and devices, which
@@ -156,14 +168,17 @@ class RootfsView:
         The path to the directory may contain symbolic links of root and of the calling user, in
         directories where no other user can replace them. The export follows no other links.
 
+        Cancellation: the export removes the files that it has written, and the directory if it
+        was new, as after a failure. The removal cannot be cancelled, and may take as long as the
+        writing did.
+
         Args:
-            directory: Where to. It is made if it is not there (its parent must be), else it must
-                be empty.
+            directory: The target directory: an empty one, or a new one in an existing directory.
             root_metadata: Give the directory the owner, mode, time and attributes of the image's
                 root. A root file system for users other than its owner needs them.
 
         Raises:
-            ExportError: if the directory is not empty, or cannot take what is to be written.
+            ExportError: if the directory is not empty, or an entry cannot be written there.
             StoreError: if the store is damaged.
         """
         target = Path(directory)
@@ -178,24 +193,26 @@ class RootfsView:
 
     @while_open
     async def export_tar(self, stream: trio.abc.SendStream) -> None:
-        """Write all of it to a stream, as one tar in PAX format, at whose end it is whole.
+        """Write the root file system to a stream, as a tar in PAX format.
 
         Equal root file systems give equal bytes. Owners, modes, times in nanoseconds, extended
-        attributes (``SCHILY.xattr``), devices and hard links are those of the layers, whatever
-        the privilege. Names are kept byte for byte; in extended headers those that are not UTF-8
-        stand as they are, as Go and GNU tar write them. Holes are written as zeros.
+        attributes (``SCHILY.xattr``), devices and hard links are those of the layers, without any
+        privilege. Names are kept byte for byte; in extended headers, names that are not UTF-8
+        are written unchanged, as Go and GNU tar do. Holes are written as zeros.
+
+        Cancellation: the stream has received a part of the tar, as after a failure.
 
         Args:
-            stream: Takes the bytes, at its own pace. Closing it is the caller's. What it raises
-                comes out as it is; cancelled or failed, part of the tar has been sent.
+            stream: Receives the bytes at its own pace. The caller closes it. Its errors are raised
+                unchanged.
 
         Raises:
             StoreError: if the store is damaged.
-            OSError: if a file cannot be opened since too many are.
+            OSError: if too many files are open.
         """
         pieces = archive(self._tree, check_cancelled=trio.from_thread.check_cancelled)
         with closing(pieces):
-            # Not one thread for all of it: none is kept while the stream does not take more.
+            # A call per piece: a slow stream does not occupy a worker thread.
             while piece := await trio.to_thread.run_sync(next, pieces, b""):
                 await stream.send_all(piece)
 
@@ -203,38 +220,44 @@ class RootfsView:
     async def mount(
         self, target: str | os.PathLike[str] | None = None, *, writable: bool = False
     ) -> AsyncIterator[Path]:
-        """Mount all of it for the block, with overlayfs, and get the path where that is.
+        """Mount the root file system for the block, with overlayfs; yield the path.
 
-        Entering and leaving take the same short time for images of any size. What is seen is what
-        the trees have on the disk: where the store was filled without privilege, owners are ours
-        and devices are empty files. A directory that no layer lists has the time 0.
+        Entering and leaving are fast, and take the same time for images of any size. The mount
+        shows the trees on the disk: if the store was filled without privilege, the owner is the
+        user who filled it, and devices are empty files. A directory that no layer lists has the
+        time 0.
 
-        The mount is where all mounts of this process are (mount_namespaces(7)); any number of
-        them may be had of the same layers. Set-user-ID bits work in it, as in a container, and
-        devices do not. So give no target that users can reach whom you do not trust with the
-        image's programs; without one, it is in the store's directory, which is closed to others.
+        The mount is made in the mount namespace of this process (mount_namespaces(7)), and one
+        image can be mounted any number of times. Set-user-ID bits work in it, as in a container;
+        devices do not. So do not name a target that is reachable for users whom you do not trust
+        to run the image's programs. Without a target, the mount is in the store's directory,
+        which is closed to others.
 
-        Leaving unmounts it, whatever happens in the block, and is not cancelled. It goes with all
-        that was mounted in it, though it be in use: whoever has a file of it open keeps that.
-        Entering is cancelled before the mount is made, or not at all. A process that is killed
-        leaves its mount. The next process that opens the store unmounts it, unless a target was
-        given. `DirectoryStore.collect` keeps the trees of such a mount while it, or a copy in
-        another mount namespace, is visible. A lazily detached mount is invisible.
+        Leaving the block always unmounts, together with all mounts inside it, even if they are in
+        use. Files that are open then stay open. If the process is killed, its mount stays. The
+        next process that opens the store unmounts it, unless a target was given.
+        `DirectoryStore.collect` keeps the trees of such a mount while it, or a copy in another
+        mount namespace, is visible. A lazily detached mount is invisible.
+
+        Cancellation: entering can be cancelled only before the mount is made. Leaving cannot be
+        cancelled.
 
         Args:
-            target: Where to: an empty directory, which stays. ``None``: a new one, which does not.
-            writable: What is written is kept in the store's directory until the block is left,
-                and then thrown away. Files with several names are copied by the first write, and
-                their other names stay as they were (overlayfs.rst of the kernel, "Non-standard
-                behavior").
+            target: The mount point: an empty directory, which stays. ``None``: a new directory,
+                which is removed in the end.
+            writable: Allow writing. The store's directory holds the changes until the block ends;
+                then they are deleted. The first write to a file with several names copies the
+                file, and its other names keep the old content (overlayfs.rst of the kernel,
+                "Non-standard behavior").
 
         Raises:
-            MountError: if the process may not mount: it takes root, or the root of a user and a
-                mount namespace (``unshare --user --map-root-user --mount``) in which the store
-                was made, and Linux 5.11; if the target is no empty directory; if there are more
-                layers than the kernel mounts (500; before Linux 6.8, as many as fit into a page of
-                options, about 220); or if it does not mount them for another reason.
-            StoreError: for what the disk does.
+            MountError: if the process lacks the privilege: mounting takes Linux 5.11 and root, or
+                the root of a user and a mount namespace
+                (``unshare --user --map-root-user --mount``) in which the store was made; if the
+                target is not an empty directory; if there are more layers than the kernel mounts
+                (500; before Linux 6.8, as many as fit into a page of options, about 220); or if
+                the kernel refuses the mount for another reason.
+            StoreError: if the disk fails.
         """
         trees = self._tree.trees
         async with self._lifetime.use(), AsyncExitStack() as entering:
@@ -262,9 +285,9 @@ class RootfsView:
     def _open(self, path: str | bytes) -> io.BufferedReader:
         entry = self._resolve(path, follow=True)
         if entry.type != "file":
-            # About what was asked for: the root's own path says nothing.
+            # The error names the requested path, because the root's own path is empty.
             number = errno.EISDIR if entry.type == "dir" else errno.EINVAL
-            raise path_error(number, _encoded(path))
+            raise path_error(number, _to_bytes(path))
         return open(self._tree.open_listed(entry.path), "rb")
 
     def _read(self, path: str | bytes) -> bytes:
@@ -276,8 +299,8 @@ class RootfsView:
         return b"".join(chunks)
 
     def _resolve(self, path: str | bytes, *, follow: bool) -> Entry:
-        return self._tree.resolve(_encoded(path), follow=follow)
+        return self._tree.resolve(_to_bytes(path), follow=follow)
 
 
-def _encoded(path: str | bytes) -> bytes:
+def _to_bytes(path: str | bytes) -> bytes:
     return path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")

@@ -17,7 +17,7 @@ from .._damage import any_noted, is_noted
 from .._digest import ChainID, DiffID, Digest
 from .._errors import StoreError
 from .._manifest import Descriptor
-from .._rootfs.merged import MergedTree, Surveys, TreeStack
+from .._rootfs.merged import MergedTree, SurveyCache, TreeStack
 from ..abc import Layer
 from .content import BlobStream, Content
 from .parts import StoreParts
@@ -81,7 +81,7 @@ class Layers:
         self._references: dict[ChainID, int] = {}
         # Layers that looked damaged at their last lookup.
         self._damaged: set[ChainID] = set()
-        self._surveys = Surveys()
+        self._surveys = SurveyCache()
 
     @property
     def in_use(self) -> int:

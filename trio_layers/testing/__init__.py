@@ -1,19 +1,23 @@
-"""Test code that pulls images, without a network and with any mishap you like.
+"""Tools for testing code that pulls images, without a network and with any fault.
 
-`open_registry` is a real registry on a loopback port, and `Registry.transport` the same one without
-sockets, for tests on a mock clock; `Registry.inject` makes it misbehave, with `Cut`, `Stall`,
-`Reply` and the other faults. `build_image`, `build_index` and `build_layer` make images from a few
-entries (`File`, `Symlink`, `Whiteout`...), the same bytes in every run; `sample_image` is one ready
-made; `build_artifact` makes what refers to one; `layers_from_directory` makes large ones. They
-compress, which takes a while: make images before the event loop runs, or in a thread, where that
-matters. `ScriptedSource` stands in for a registry where only the download manager is of interest,
-and `MemoryStore` for a store, which unpacks layers while they arrive. The tests that a store of
-yours must pass are in `trio_layers.testing.store_suite`.
+`open_registry` opens a real registry on a loopback port. `Registry.transport` is the same registry
+without sockets, for tests on a mock clock. `Registry.inject` makes it misbehave, with `Cut`,
+`Stall`, `Reply` and the other faults.
+
+`build_image`, `build_index` and `build_layer` make images from a few entries (`File`, `Symlink`,
+`Whiteout`...), with the same bytes in every run. `sample_image` returns a finished image,
+`build_artifact` makes an artifact that refers to an image, and `layers_from_directory` makes large
+layers. These functions compress, which takes time: if that matters, call them before the event loop
+runs, or in a thread.
+
+`ScriptedSource` replaces a registry in tests of the download manager. `MemoryStore` is a store in
+memory that unpacks layers while they arrive. `trio_layers.testing.store_suite` has the tests that
+your own store must pass.
 
     async with open_registry() as registry:
         reference = registry.add(sample_image(), "library/sample:latest")
         registry.inject("/v2/*/blobs/*", Cut(after=1000))
-        ...  # pull the reference; registry.requests has what was asked
+        ...  # pull the reference; registry.requests lists the requests
 """
 
 from .._memory import MemoryStore as MemoryStore

@@ -1,5 +1,6 @@
-"""What an embedded registry lets in, and how it says what it wants (RFC 7617, RFC 6750, and the
-token protocol of ``distribution/docs/spec/auth``).
+"""Authentication of the embedded registry: Basic, and bearer tokens.
+
+It follows RFC 7617, RFC 6750, and the token protocol of ``distribution/docs/spec/auth``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SERVICE = "trio-layers-testing"
 
 @attrs.frozen
 class BasicAuth:
-    """Every request needs this user name and password."""
+    """Requires this user name and password for every request."""
 
     username: str
     password: str = attrs.field(repr=False)
@@ -31,12 +32,12 @@ class BasicAuth:
 
 @attrs.frozen
 class TokenAuth:
-    """Every request needs a token, which ``/token`` of the same registry hands out.
+    """Requires a token from ``/token`` of the same registry for every request.
 
     Attributes:
-        username: Who gets a token; ``None``: anyone does.
-        password: With which password.
-        expires_in: For how many seconds of trio's time a token is good.
+        username: The user name for getting a token; ``None`` gives a token to any client.
+        password: The password for getting a token.
+        expires_in: The lifetime of a token, in seconds of trio's time.
     """
 
     username: str | None = None
@@ -55,10 +56,10 @@ class _Grant:
 
 @final
 class Gate:
-    """Checks requests against what is asked for, and hands out tokens.
+    """Checks the credentials of requests, and issues tokens.
 
     Attributes:
-        tokens_issued: How many tokens were handed out.
+        tokens_issued: The number of issued tokens.
     """
 
     def __init__(self, auth: Auth | None) -> None:
@@ -68,17 +69,17 @@ class Gate:
         self.tokens_issued = 0
 
     def revoke_tokens(self) -> None:
-        """No token handed out so far is good any more."""
+        """Make all issued tokens invalid."""
         self._grants.clear()
         self._refresh_tokens.clear()
 
     def check(self, request: Request, repository: str | None, now: float) -> Answer | None:
-        """``None`` if the request may pass; else what to answer.
+        """Return the answer that refuses a request; ``None`` if it is allowed.
 
         Args:
             request: The request.
-            repository: What it wants to pull from, if anything.
-            now: In trio's time.
+            repository: The repository to pull from, if any.
+            now: The time, in trio's time.
         """
         match self._auth:
             case None:
@@ -106,8 +107,10 @@ class Gate:
         return None
 
     def issue(self, request: Request, now: float) -> Answer | None:
-        """Answer a request for a token: GET, or POST as OAuth2 has it; ``None`` if this
-        registry has no tokens.
+        """Answer a request for a token: GET, or POST as in OAuth2.
+
+        Returns:
+            The answer; ``None`` if this registry has no tokens.
         """
         auth = self._auth
         if not isinstance(auth, TokenAuth):
@@ -154,13 +157,13 @@ def _basic_credentials(request: Request) -> tuple[str, str] | None:
         return None
     try:
         username, _, password = base64.b64decode(encoded).decode().partition(":")
-    except ValueError:  # no base64, not even ASCII, or no UTF-8
+    except ValueError:  # the header is not base64, or not UTF-8 inside
         return None
     return username, password
 
 
 def _single_actions(scopes: Iterable[str]) -> Iterable[str]:
-    """``repository:demo:pull,push`` is ``repository:demo:pull`` and ``repository:demo:push``."""
+    """Split ``repository:demo:pull,push`` into one scope for each action."""
     for scope in scopes:
         resource, _, actions = scope.rpartition(":")
         for action in actions.split(","):

@@ -1,7 +1,7 @@
-"""What can be wrong with a registry's answers, one value for each.
+"""Faults of a registry's answers, as values.
 
-A fault changes the request before the registry sees it, or the answer before it goes out. Tests
-that need another one write it the same way.
+A fault changes the request before the registry sees it, or the answer before it is sent. Tests
+can define other faults in the same way.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ __all__ = [
 
 @attrs.frozen
 class Fault:
-    """No fault: what the others build on."""
+    """The base class of all faults. It changes nothing."""
 
     def change_request(self, request: Request) -> Request:
-        """The request that the registry sees instead."""
+        """Return the request that the registry sees instead."""
         return request
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
-        """The answer that goes out instead."""
+        """Return the answer that is sent instead."""
         return answer
 
 
 @attrs.frozen
 class Reply(Fault):
-    """Something else is answered: an error of a proxy, a 429 with ``Retry-After``, a 404.
+    """Sends another answer: a proxy's error, a 429 with ``Retry-After``, a 404.
 
     Attributes:
         status: The HTTP status.
-        headers: Such as ``{"Retry-After": "3"}``.
-        body: What comes with it.
+        headers: The headers, such as ``{"Retry-After": "3"}``.
+        body: The body.
     """
 
     status: int
@@ -77,12 +77,12 @@ class Reply(Fault):
 
 @attrs.frozen
 class Redirect(Fault):
-    """The client is sent elsewhere, as registries send it to a CDN.
+    """Redirects the client to another server, as registries do with a CDN.
 
     Attributes:
-        to: Scheme, host and port, such as another registry's `~Registry.url`; path and query
-            are the same there.
-        status: Which kind of redirect it is.
+        to: Scheme, host and port, such as another registry's `~Registry.url`. Path and query
+            stay the same.
+        status: The HTTP status of the redirect.
     """
 
     to: str
@@ -96,13 +96,14 @@ class Redirect(Fault):
 
 @attrs.frozen
 class Challenge(Fault):
-    """A 401, whatever the client knows, that tells it how to log in.
+    """Sends a 401 that asks for a login, even if the client has credentials.
 
     Attributes:
-        scheme: How: ``Basic``; ``Bearer``, for whose tokens the registry itself is named, which
-            has some if its auth is a `TokenAuth`; or any other name.
-        other: The same for a client that came with ``scheme``: what is wanted goes back and forth
-            then. ``None``: it is told to do the same once more.
+        scheme: The scheme that the 401 asks for: ``Basic``, ``Bearer`` or any other name. For
+            ``Bearer``, it names the registry itself as the server for tokens; the registry has
+            tokens if its auth is a `TokenAuth`.
+        other: The scheme for a client that used ``scheme``, so that the two schemes alternate.
+            ``None`` asks for ``scheme`` again.
     """
 
     scheme: str
@@ -120,7 +121,7 @@ class Challenge(Fault):
 
 @attrs.frozen
 class Drop(Fault):
-    """The connection is closed instead of an answer."""
+    """Closes the connection without an answer."""
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
         return attrs.evolve(answer, dropped=True)
@@ -128,7 +129,7 @@ class Drop(Fault):
 
 @attrs.frozen
 class Delay(Fault):
-    """The answer begins only after so many seconds of trio's time."""
+    """Delays the answer by some seconds of trio's time."""
 
     seconds: float
 
@@ -138,12 +139,12 @@ class Delay(Fault):
 
 @attrs.frozen
 class Cut(Fault):
-    """The connection is closed after so many bytes of the body. Longer than the body: no cut.
+    """Closes the connection after some bytes of the body.
 
     Attributes:
-        after: How many.
-        reset: It is reset, as by a host that crashed or a firewall: then some of the bytes may be
-            lost on their way, and clients see another error.
+        after: The number of bytes. If the body is not longer, nothing happens.
+        reset: Reset the connection, as a crashed host or a firewall does. Then bytes may be lost
+            on their way, and clients see another error.
     """
 
     after: int
@@ -155,7 +156,7 @@ class Cut(Fault):
 
 @attrs.frozen
 class Stall(Fault):
-    """After so many bytes of the body nothing comes for some seconds; by default, for ever."""
+    """Stops after ``after`` bytes of the body for some seconds, or for ever."""
 
     after: int
     seconds: float = math.inf
@@ -166,7 +167,7 @@ class Stall(Fault):
 
 @attrs.frozen
 class NoLength(Fault):
-    """The answer does not say how long it is: over a socket the body comes in chunks."""
+    """Omits the ``Content-Length``; over a socket, the body comes in chunks."""
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
         return attrs.evolve(answer, headers=_without(answer.headers, "Content-Length"))
@@ -174,12 +175,11 @@ class NoLength(Fault):
 
 @attrs.frozen
 class Slow(Fault):
-    """The body goes out at so many bytes per second of trio's time. With a few of them it is what
-    is called a slow loris.
+    """Sends the body slowly; a few bytes per second make a slow loris.
 
     Attributes:
-        bytes_per_second: How many.
-        after: So many bytes go out at once before.
+        bytes_per_second: Bytes per second of trio's time.
+        after: The number of bytes that are sent at full speed before.
     """
 
     bytes_per_second: float
@@ -191,8 +191,10 @@ class Slow(Fault):
 
 @attrs.frozen
 class SlowHead(Fault):
-    """The status line and the header go out byte by byte, so many per second of trio's time. Over
-    a transport without sockets they come all at once, after as long.
+    """Sends the status line and the header byte by byte.
+
+    ``bytes_per_second`` is in trio's time. Over a transport without sockets, all bytes come at
+    once, after the same time.
     """
 
     bytes_per_second: float
@@ -203,7 +205,7 @@ class SlowHead(Fault):
 
 @attrs.frozen
 class Corrupt(Fault):
-    """One byte goes out wrong; its offset is one in the blob, also where a range is sent."""
+    """Changes one byte. Its offset is in the blob, even if a range is sent."""
 
     offset: int = 0
 
@@ -213,7 +215,7 @@ class Corrupt(Fault):
 
 @attrs.frozen
 class IgnoreRange(Fault):
-    """The whole is sent, with a 200, whatever range was asked for; ``Accept-Ranges`` is gone."""
+    """Sends the whole blob with a 200 for any range, and no ``Accept-Ranges``."""
 
     def change_request(self, request: Request) -> Request:
         return attrs.evolve(request, headers=_without(request.headers, "range"))
@@ -224,10 +226,10 @@ class IgnoreRange(Fault):
 
 @attrs.frozen
 class WrongRange(Fault):
-    """A range other than the one asked for is sent, and honestly called so.
+    """Sends another range than requested, with a correct ``Content-Range``.
 
     Attributes:
-        shift: By how many bytes it starts later; where negative, earlier.
+        shift: The number of bytes by which the range starts later, or earlier if negative.
     """
 
     shift: int
@@ -248,7 +250,7 @@ class WrongRange(Fault):
 
 @attrs.frozen
 class Longer(Fault):
-    """What is sent has so many bytes more than it should have, and says so."""
+    """Adds ``extra`` bytes to the body, with a correct ``Content-Length``."""
 
     extra: int = 1
 
@@ -266,8 +268,10 @@ class Longer(Fault):
 
 @attrs.frozen
 class Shorter(Fault):
-    """What is sent has so many bytes less than it should have, and says so, if there are more than
-    that: a range is continued by asking for the rest, which a whole is not taken to have.
+    """Omits the last ``by`` bytes of the body, with a correct ``Content-Length``.
+
+    Shorter bodies are not changed. After a short range, clients ask for the rest; after a short
+    answer with the whole blob, they do not.
     """
 
     by: int = 1
@@ -284,7 +288,7 @@ class Shorter(Fault):
 
 @attrs.frozen
 class WrongTotal(Fault):
-    """A range is sent as one of another whole, which is so many bytes longer or shorter."""
+    """Sends a range with a total size that is wrong by ``by`` bytes."""
 
     by: int = 1
 
@@ -298,7 +302,7 @@ class WrongTotal(Fault):
 
 @attrs.frozen
 class Encoded(Fault):
-    """The body is compressed for the way, though nobody asked for that (RFC 9110, 8.4)."""
+    """Compresses the body without a request for it (RFC 9110, 8.4)."""
 
     def change_answer(self, request: Request, answer: Answer) -> Answer:
         if not isinstance(answer.blob.content, bytes) or answer.stop == answer.start:
@@ -315,9 +319,9 @@ class Encoded(Fault):
 
 @attrs.frozen
 class Raw(Fault):
-    """These bytes come in place of an answer, whatever they are; then the connection is closed.
+    """Sends arbitrary bytes in place of an answer, and closes the connection.
 
-    Over a transport without sockets the client is told that the server broke the protocol.
+    Over a transport without sockets, the client gets an error about a broken protocol.
     """
 
     data: bytes

@@ -1,4 +1,4 @@
-"""Requests and answers as values, and the body of an answer as it goes out."""
+"""Requests and answers as values, and the stream of an answer's body."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILE_CHUNK = 1024 * 1024
 
 @attrs.frozen
 class Blob:
-    """Bytes, or a file of them, whose size is known without asking the file system."""
+    """Bytes or a file, with the size known beforehand."""
 
     content: Content = attrs.field(repr=False)
     size: int
@@ -40,15 +40,15 @@ class Blob:
 
 @attrs.frozen(kw_only=True)
 class Request:
-    """A request, as far as a registry looks at it.
+    """The parts of a request that a registry uses.
 
     Attributes:
-        method: In capitals.
-        origin: What the client takes the server for, such as ``http://127.0.0.1:5000``.
-        path: From the slash to the question mark, as sent.
-        query: What follows the question mark, as sent.
-        headers: By lower-case name.
-        body: A form, or nothing.
+        method: The method, in capitals.
+        origin: The server as the client names it, such as ``http://127.0.0.1:5000``.
+        path: The path, as sent.
+        query: The query without the question mark, as sent.
+        headers: The headers, by lower-case name.
+        body: The body: a form, or empty.
     """
 
     method: str
@@ -61,29 +61,29 @@ class Request:
 
 @attrs.frozen(kw_only=True)
 class Answer:
-    """An answer, and how it is to be delivered.
+    """An answer, and the way to send it.
 
     The body is the part of ``blob`` from ``start`` to ``stop``. Its ``Content-Length`` is among
-    the headers, since the answer to HEAD has one and no body. What is to happen to the body
-    happens before its end, or not at all.
+    the headers, because the answer to HEAD has one, but no body. A cut or a stall does not happen
+    at or after the end of the body.
 
     Attributes:
         status: The HTTP status.
-        headers: By name, as sent.
-        blob: What the body is part of.
-        start: Where in the blob the body starts.
-        stop: Where in the blob it ends.
-        delay: Seconds that pass before the answer.
-        dropped: The connection is closed instead of the answer.
-        raw: What is sent instead of the answer, before the connection is closed.
-        cut_after: The connection is closed after so many bytes of the body.
-        cut_by_reset: It is reset then.
-        stall_after: After so many bytes of the body nothing comes for ``stall_seconds``.
-        stall_seconds: How long a stall lasts.
-        head_bytes_per_second: How fast what comes before the body goes out at most, byte by byte.
-        bytes_per_second: How fast the body goes out at most.
-        slow_after: After how many bytes of the body that begins.
-        flipped: Offsets in the blob of bytes that go out wrong.
+        headers: The headers by name, as sent.
+        blob: The blob that contains the body.
+        start: The offset of the body's first byte in the blob.
+        stop: The offset of the body's end in the blob.
+        delay: Seconds before the answer.
+        dropped: Whether to close the connection without an answer.
+        raw: Bytes to send instead of the answer, before closing the connection.
+        cut_after: The number of bytes of the body after which to close the connection.
+        cut_by_reset: Whether to reset the connection there.
+        stall_after: The number of bytes of the body after which to wait for ``stall_seconds``.
+        stall_seconds: The length of a stall.
+        head_bytes_per_second: The speed of the status line and headers, sent byte by byte.
+        bytes_per_second: The highest speed of the body.
+        slow_after: The number of bytes of the body before this limit applies.
+        flipped: The offsets in the blob of bytes to change.
     """
 
     status: int
@@ -107,7 +107,7 @@ class Answer:
 def error_answer(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    """An error as the OCI distribution specification wants it (``spec.md``, error codes)."""
+    """Return an error in the OCI distribution specification's form (``spec.md``, error codes)."""
     error = {"code": code, "message": message, "detail": {}}
     body = json.dumps({"errors": [error]}).encode()
     return Answer(
@@ -124,16 +124,16 @@ def error_answer(
 
 @attrs.define(eq=False, kw_only=True)
 class Exchange:
-    """A request that a registry got, and what became of it.
+    """A request to a registry, and the state of its answer.
 
     Attributes:
-        method: In capitals.
-        path: From the slash to the question mark.
-        query: What follows the question mark.
-        headers: The request's, by lower-case name; credentials are among them.
-        status: Of the answer; 0 if there was none, or is none yet.
-        bytes_sent: How much of the body has gone out so far.
-        at: When the request came, in trio's time.
+        method: The method, in capitals.
+        path: The path.
+        query: The query without the question mark.
+        headers: The request's headers by lower-case name, credentials included.
+        status: The status of the answer; 0 without an answer.
+        bytes_sent: The number of bytes of the body sent so far.
+        at: The time of the request, in trio's time.
     """
 
     method: str
@@ -147,33 +147,36 @@ class Exchange:
 
     @property
     def ended(self) -> bool:
-        """Whether the registry is done with it, whatever the end was."""
+        """Whether the registry has finished or given up the answer."""
         return self._end.is_set()
 
     async def wait_ended(self) -> None:
-        """Wait until the registry is done with it. That a client has gone is noticed over a
-        socket only when more is sent to it.
+        """Wait until the registry has finished or given up the answer.
+
+        Over a socket, the registry notices that a client has gone only when it sends more.
+
+        Cancellation: only the waiting stops.
         """
         await self._end.wait()
 
     def end(self) -> None:
-        """The registry is done with it."""
+        """Mark the answer as finished or given up."""
         self._end.set()
 
 
 class ConnectionCut(Exception):
-    """The connection is to be closed now, mid-answer."""
+    """Asks to close the connection in the middle of an answer."""
 
 
 class ConnectionReset(ConnectionCut):
-    """It is to be reset."""
+    """Asks to reset the connection in the middle of an answer."""
 
 
 @final
 class BodyStream(trio.abc.ReceiveStream):
-    """The body of an answer, at the pace and with the faults that the answer asks for.
+    """The body of an answer, with the answer's speed and faults.
 
-    Files are read in threads, a piece at a time. What is handed out counts as sent.
+    Files are read in threads, a piece at a time. Received bytes count as sent.
     """
 
     def __init__(self, answer: Answer, exchange: Exchange) -> None:
@@ -181,14 +184,14 @@ class BodyStream(trio.abc.ReceiveStream):
         self._exchange = exchange
         self._position = answer.start
         self._stalled = False
-        self._fd: int | None = None
+        self._descriptor: int | None = None
         self._started: float | None = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """The next piece; ``b""`` at the end.
+        """Return the next piece; ``b""`` at the end.
 
         Raises:
-            ConnectionCut: if the answer is to end here.
+            ConnectionCut: if the answer has to be cut here.
         """
         answer, sent = self._answer, self._position - self._answer.start
         await trio.lowlevel.checkpoint()
@@ -199,7 +202,7 @@ class BodyStream(trio.abc.ReceiveStream):
             self._stalled = True
         if sent == answer.cut_after:
             raise ConnectionReset if answer.cut_by_reset else ConnectionCut
-        size = self._piece(sent, max_bytes)
+        size = self._next_size(sent, max_bytes)
         if self._is_slow(sent):
             if self._started is None:
                 self._started = trio.current_time()
@@ -213,8 +216,8 @@ class BodyStream(trio.abc.ReceiveStream):
     def _is_slow(self, sent: int) -> bool:
         return self._answer.bytes_per_second != math.inf and sent >= self._answer.slow_after
 
-    def _piece(self, sent: int, max_bytes: int | None) -> int:
-        """How long the next piece is: up to where something happens."""
+    def _next_size(self, sent: int, max_bytes: int | None) -> int:
+        """Return the size of the next piece, which ends where the next fault starts."""
         answer = self._answer
         size = MEMORY_CHUNK if isinstance(answer.blob.content, bytes) else FILE_CHUNK
         if self._is_slow(sent):
@@ -231,11 +234,11 @@ class BodyStream(trio.abc.ReceiveStream):
         if isinstance(content, bytes):
             data = content[start : start + size]
         else:
-            if self._fd is None:
-                self._fd = await trio.to_thread.run_sync(os.open, content, os.O_RDONLY)
-            data = await trio.to_thread.run_sync(os.pread, self._fd, size, start)
+            if self._descriptor is None:
+                self._descriptor = await trio.to_thread.run_sync(os.open, content, os.O_RDONLY)
+            data = await trio.to_thread.run_sync(os.pread, self._descriptor, size, start)
             if not data:
-                raise ConnectionCut(f"{content} is shorter than it was")
+                raise ConnectionCut(f"{content} has become shorter")
         wrong = [offset - start for offset in self._answer.flipped]
         if any(0 <= offset < len(data) for offset in wrong):
             changed = bytearray(data)
@@ -246,9 +249,9 @@ class BodyStream(trio.abc.ReceiveStream):
         return data
 
     async def aclose(self) -> None:
-        """Close the file, if there is one. Done also where it is cancelled."""
+        """Close the file, if there is one, even if cancelled."""
         self._exchange.end()
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         await trio.lowlevel.checkpoint()

@@ -1,4 +1,4 @@
-"""Small real images from a description: manifests, configs, indexes, and the sample image."""
+"""Builds small real images from a description, and the sample image."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ _CONFIG: dict[Format, str] = {
 
 @attrs.frozen(kw_only=True)
 class Built:
-    """What images and indexes have in common.
+    """The base class of images, indexes and artifacts.
 
     Attributes:
-        descriptor: Of the manifest.
+        descriptor: The manifest's descriptor.
         manifest: The manifest's bytes.
     """
 
@@ -70,37 +70,42 @@ class Built:
 
     @property
     def digest(self) -> Digest:
-        """The manifest's digest, which is what the image is pulled by."""
+        """The manifest's digest, for pulling by digest."""
         return self.descriptor.digest
 
     @property
     def manifests(self) -> list[tuple[Descriptor, bytes]]:
-        """Every manifest there is to upload, the outermost last."""
+        """All manifests to upload, the outermost last."""
         return [(self.descriptor, self.manifest)]
 
     @property
     def blobs(self) -> dict[Digest, bytes | Path]:
-        """Every config and layer there is to upload, or the file it is in."""
+        """All configs and layers to upload, by digest, as bytes or files."""
         return {}
 
     def write_oci_layout(self, directory: str | os.PathLike[str], *, tag: str = "latest") -> None:
-        """Write it to a directory that skopeo knows as ``oci:DIRECTORY:TAG`` (OCI image
-        specification, ``image-layout.md``), if it is in the OCI format: one of Docker's is
-        written as well, but skopeo does not look for it there.
+        """Write an OCI image layout (OCI image specification, ``image-layout.md``).
 
-        Layers that are files become hard links of these where that is possible. It blocks:
-        inside trio use `trio.to_thread.run_sync`.
+        skopeo reads the directory as ``oci:DIRECTORY:TAG``, if the image is in the OCI format. An
+        image in Docker's format is written as well, but skopeo does not read it from there.
+
+        Layers in files become hard links of these files where possible. This function blocks, so
+        use `trio.to_thread.run_sync` inside trio.
+
+        Args:
+            directory: The directory, made if it is missing.
+            tag: The image's tag in the layout.
 
         Raises:
-            OSError: if something cannot be written.
+            OSError: if a file cannot be written.
         """
         root = Path(directory)
         blobs = root / "blobs" / "sha256"
         blobs.mkdir(parents=True, exist_ok=True)
         for digest, content in self.blobs.items():
-            _place(content, blobs / digest.removeprefix("sha256:"))
+            _write_blob(content, blobs / digest.removeprefix("sha256:"))
         for descriptor, manifest in self.manifests:
-            _place(manifest, blobs / descriptor.digest.removeprefix("sha256:"))
+            _write_blob(manifest, blobs / descriptor.digest.removeprefix("sha256:"))
         named = attrs.evolve(
             self.descriptor, annotations={"org.opencontainers.image.ref.name": tag}
         )
@@ -115,9 +120,9 @@ class BuiltImage(Built):
 
     Attributes:
         config: The config's bytes.
-        config_descriptor: Of the config; its digest is the image's ID.
+        config_descriptor: The config's descriptor; its digest is the image's ID.
         layers: The layers, bottom first.
-        platform: What it runs on, as ``os/architecture`` or ``os/architecture/variant``.
+        platform: The platform, as ``os/architecture`` or ``os/architecture/variant``.
     """
 
     config: bytes = attrs.field(repr=False)
@@ -132,7 +137,7 @@ class BuiltImage(Built):
 
     @property
     def blobs(self) -> dict[Digest, bytes | Path]:
-        """The config and the layers, or the files they are in, by digest."""
+        """The config and the layers by digest, as bytes or files."""
         blobs: dict[Digest, bytes | Path] = {self.config_descriptor.digest: self.config}
         for layer in self.layers:
             blobs[layer.descriptor.digest] = layer.content
@@ -144,7 +149,7 @@ class BuiltIndex(Built):
     """An image for several platforms (OCI ``image-index.md``; docker's manifest list).
 
     Attributes:
-        images: One for each platform.
+        images: The images, one for each platform.
     """
 
     images: tuple[BuiltImage, ...]
@@ -157,17 +162,17 @@ class BuiltIndex(Built):
 
     @property
     def blobs(self) -> dict[Digest, bytes | Path]:
-        """The configs and layers of all images, or the files they are in, by digest."""
+        """The configs and layers of all images by digest, as bytes or files."""
         return {key: value for image in self.images for key, value in image.blobs.items()}
 
 
 @attrs.frozen(kw_only=True)
 class BuiltArtifact(Built):
-    """Something that is no image: an SBOM, a signature. `build_artifact` makes it.
+    """An artifact that is not an image, such as an SBOM; see `build_artifact`.
 
     Attributes:
-        content: Its one blob.
-        content_descriptor: Of that.
+        content: The artifact's only blob.
+        content_descriptor: The blob's descriptor.
     """
 
     content: bytes = attrs.field(repr=False)
@@ -185,17 +190,18 @@ def build_artifact(
     subject: Descriptor | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> BuiltArtifact:
-    """Make an artifact with one blob (OCI image specification, ``manifest.md``, "Guidelines for
-    Artifact Usage").
+    """Make an artifact with one blob, such as an SBOM or a signature.
+
+    It follows "Guidelines for Artifact Usage" of the OCI image specification (``manifest.md``).
 
     Args:
-        content: The blob, whose media type is the artifact's type as well.
-        artifact_type: What it is.
-        subject: What it refers to, of which it is a referrer then.
-        annotations: The manifest's annotations, which are in the list of referrers, too.
+        content: The blob. Its media type is the artifact's type, too.
+        artifact_type: The artifact's type.
+        subject: The image that the artifact refers to. It becomes a referrer of this image.
+        annotations: The manifest's annotations, which the list of referrers contains, too.
     """
-    about = _describe(content, artifact_type)
-    empty = _describe(_EMPTY, "application/vnd.oci.empty.v1+json")
+    about = _descriptor_of(content, artifact_type)
+    empty = _descriptor_of(_EMPTY, "application/vnd.oci.empty.v1+json")
     manifest = _encode(
         {
             "schemaVersion": 2,
@@ -209,7 +215,7 @@ def build_artifact(
     )
     return BuiltArtifact(
         descriptor=attrs.evolve(
-            _describe(manifest, _MANIFEST["oci"]),
+            _descriptor_of(manifest, _MANIFEST["oci"]),
             artifact_type=artifact_type,
             annotations=dict(annotations or {}),
         ),
@@ -233,21 +239,23 @@ def build_image(
     labels: Mapping[str, str] | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> BuiltImage:
-    """Make an image. Equal arguments give equal bytes, so digests can be written into tests:
-    diff IDs always, and those of blobs where nothing is compressed.
+    """Make an image for one platform.
+
+    Equal arguments give equal bytes, so tests can contain digests: diff IDs always, and digests of
+    blobs that are not compressed.
 
     Args:
-        layers: Bottom first: entries or a finished tar, which become layers here; or layers
-            that `build_layer` or `layers_from_directory` made, where they are to be
-            compressed differently or are large.
-        compression: For the layers that are made here.
-        format: OCI media types, or those of Docker's schema 2; goes for all layers.
-        platform: As ``os/architecture`` or ``os/architecture/variant``.
-        env: The environment of its containers.
-        entrypoint: What they run.
-        cmd: What follows the entrypoint.
-        user: Who they run as.
-        working_dir: Where they start.
+        layers: The layers, bottom first. Entries or a finished tar become a layer here. Use
+            `build_layer` or `layers_from_directory` for layers with another compression, and for
+            large layers.
+        compression: The compression of the layers that are made here.
+        format: The media types of the image and all layers: OCI's, or Docker's schema 2.
+        platform: The platform, as ``os/architecture`` or ``os/architecture/variant``.
+        env: The environment of the image's containers.
+        entrypoint: The entrypoint of containers.
+        cmd: The arguments after the entrypoint.
+        user: The user of containers.
+        working_dir: The working directory of containers.
         labels: The config's labels.
         annotations: The manifest's annotations (OCI only).
     """
@@ -274,7 +282,7 @@ def build_image(
             ],
         }
     )
-    config_descriptor = _describe(config, _CONFIG[format])
+    config_descriptor = _descriptor_of(config, _CONFIG[format])
     manifest = _encode(
         {
             "schemaVersion": 2,
@@ -285,7 +293,7 @@ def build_image(
         }
     )
     return BuiltImage(
-        descriptor=_describe(manifest, _MANIFEST[format]),
+        descriptor=_descriptor_of(manifest, _MANIFEST[format]),
         manifest=manifest,
         config=config,
         config_descriptor=config_descriptor,
@@ -295,7 +303,7 @@ def build_image(
 
 
 def build_index(images: Iterable[BuiltImage], *, format: Format = "oci") -> BuiltIndex:
-    """Make one image of several, which differ in platform."""
+    """Make an index of images for different platforms."""
     images = tuple(images)
     manifest = _encode(
         {
@@ -311,7 +319,7 @@ def build_index(images: Iterable[BuiltImage], *, format: Format = "oci") -> Buil
         }
     )
     return BuiltIndex(
-        descriptor=_describe(manifest, _INDEX[format]), manifest=manifest, images=images
+        descriptor=_descriptor_of(manifest, _INDEX[format]), manifest=manifest, images=images
     )
 
 
@@ -321,11 +329,11 @@ def sample_image(
     format: Format = "oci",
     platform: str = "linux/amd64",
 ) -> BuiltImage:
-    """The image of the examples: four layers, 800 kB, a bit of all that layers are made of.
+    """Make the image of the examples: four layers with all types of entries, 800 kB.
 
-    Unpacked in order it has ``/etc/os-release`` (a symlink to ``/usr/lib/os-release``),
-    ``/bin`` (a symlink), ``/srv/app/main`` and its hard link ``/srv/app/run``, no ``/etc/motd``
-    (a whiteout takes it away), and in ``/var/cache/app`` only ``new`` (it is made opaque).
+    Unpacked, it has ``/etc/os-release`` (a symlink to ``/usr/lib/os-release``), ``/bin`` (a
+    symlink), ``/srv/app/main`` and its hard link ``/srv/app/run``. A whiteout removes
+    ``/etc/motd``. ``/var/cache/app`` is opaque, so it contains only ``new``.
     """
     base = [
         Directory(""),
@@ -343,17 +351,25 @@ def sample_image(
         Directory("var"),
         Directory("var/cache"),
     ]
-    # As Docker does, each layer lists the directories above what it holds.
+    # Each layer lists the parent directories of its entries, as Docker's layers do.
     application = [
         Directory(""),
         Directory("srv"),
         Directory("srv/app", uid=1000, gid=1000),
-        File("srv/app/main", data=_noise("main", 512 * 1024), mode=0o755, uid=1000, gid=1000),
+        File(
+            "srv/app/main",
+            data=_incompressible_bytes("main", 512 * 1024),
+            mode=0o755,
+            uid=1000,
+            gid=1000,
+        ),
         HardLink("srv/app/run", "srv/app/main", mode=0o755, uid=1000, gid=1000),
         Directory("var"),
         Directory("var/cache"),
         Directory("var/cache/app", mode=0o700, uid=1000, gid=1000),
-        File("var/cache/app/old", data=_noise("old", 256 * 1024), uid=1000, gid=1000),
+        File(
+            "var/cache/app/old", data=_incompressible_bytes("old", 256 * 1024), uid=1000, gid=1000
+        ),
     ]
     cleaned = [
         Directory(""),
@@ -382,8 +398,8 @@ def sample_image(
     )
 
 
-def _noise(seed: str, size: int) -> bytes:
-    """Bytes that do not compress, the same every time."""
+def _incompressible_bytes(seed: str, size: int) -> bytes:
+    """Return bytes that do not compress, the same in every run."""
     return hashlib.shake_128(seed.encode()).digest(size)
 
 
@@ -396,7 +412,7 @@ def _in_format(
     return attrs.evolve(layer, descriptor=attrs.evolve(layer.descriptor, media_type=media_type))
 
 
-def _describe(document: bytes, media_type: str) -> Descriptor:
+def _descriptor_of(document: bytes, media_type: str) -> Descriptor:
     return Descriptor(media_type, digest_of(document), len(document))
 
 
@@ -421,7 +437,7 @@ def _encode(document: Mapping[str, object]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def _place(content: bytes | Path, path: Path) -> None:
+def _write_blob(content: bytes | Path, path: Path) -> None:
     if isinstance(content, bytes):
         path.write_bytes(content)
         return

@@ -1,4 +1,4 @@
-"""Layers from a description, or from a directory on disk."""
+"""Builds layers from a description, or from a directory on disk."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ __all__ = [
 Format: TypeAlias = Literal["oci", "docker"]
 
 MTIME = 1_600_000_000
-"""When everything was last modified, unless it says otherwise: the same bytes in every run."""
+"""The default modification time, constant so that each run gives the same bytes."""
 
 CHUNK = 1024 * 1024
 
-# bzip2 and xz have no media type, though engines unpack them: they go by the magic bytes, and so
-# a layer compressed that way is called a plain tar (OCI image specification, ``layer.md``).
+# bzip2 and xz have no media type (OCI image specification, ``layer.md``), so such layers get the
+# media type of a plain tar. Engines unpack them all the same, because they look at the magic bytes.
 _MEDIA_TYPES: dict[Format, dict[Compression, str]] = {
     "oci": {
         "none": "application/vnd.oci.image.layer.v1.tar",
@@ -59,14 +59,14 @@ _MEDIA_TYPES: dict[Format, dict[Compression, str]] = {
 
 @attrs.frozen
 class Entry:
-    """What all entries of a layer have in common.
+    """The base class of a layer's entries.
 
     Attributes:
-        path: Where it goes, relative to the root, without a leading slash.
-        mode: Permission bits, set-uid and the like included.
+        path: The path relative to the root, without a leading slash.
+        mode: The permission bits, with set-uid, set-gid and sticky.
         uid: The owner.
         gid: The group.
-        mtime: When it was last modified, in seconds since 1970; may be fractional or negative.
+        mtime: The modification time in seconds since 1970; may be fractional or negative.
         xattrs: Extended attributes by full name, such as ``user.mime_type``.
     """
 
@@ -80,7 +80,7 @@ class Entry:
 
 @attrs.frozen
 class File(Entry):
-    """A regular file holding ``data``."""
+    """A regular file with the content ``data``."""
 
     data: bytes = attrs.field(default=b"", repr=lambda data: f"<{len(data)} bytes>")
 
@@ -94,7 +94,7 @@ class Directory(Entry):
 
 @attrs.frozen
 class Symlink(Entry):
-    """A symbolic link; ``target`` is written as it is."""
+    """A symbolic link; ``target`` is written unchanged."""
 
     target: str
     mode: int = attrs.field(default=0o777, kw_only=True)
@@ -114,25 +114,26 @@ class Fifo(Entry):
 
 @attrs.frozen
 class Whiteout(Entry):
-    """Takes away what the layers below have at ``path`` (OCI ``layer.md``, whiteouts)."""
+    """Removes ``path`` of the layers below (OCI ``layer.md``, whiteouts)."""
 
 
 @attrs.frozen
 class Opaque(Entry):
-    """Takes away all that the layers below have in the directory ``path`` (OCI ``layer.md``,
-    opaque whiteout). The directory itself needs an entry of its own.
+    """Removes the lower layers' entries in the directory ``path``.
+
+    See "opaque whiteout" in OCI's ``layer.md``. The directory itself needs an entry of its own.
     """
 
 
 @attrs.frozen
 class BuiltLayer:
-    """A layer as it is uploaded.
+    """A layer, ready for upload.
 
     Attributes:
-        descriptor: Of the blob: its media type, digest and size.
+        descriptor: The blob's media type, digest and size.
         diff_id: The digest of the tar inside.
-        compression: How the tar is compressed.
-        content: The blob, or the file it is in.
+        compression: The compression of the tar.
+        content: The blob, as bytes or a file.
     """
 
     descriptor: Descriptor
@@ -142,7 +143,7 @@ class BuiltLayer:
 
 
 def layer_media_type(format: Format, compression: Compression) -> str:
-    """What a layer is called in a manifest of that format."""
+    """Return the media type of a layer in a manifest."""
     types = _MEDIA_TYPES[format]
     return types.get(compression, types["none"])
 
@@ -150,14 +151,16 @@ def layer_media_type(format: Format, compression: Compression) -> str:
 def build_layer(
     content: Iterable[Entry] | bytes, *, compression: Compression = "gzip", format: Format = "oci"
 ) -> BuiltLayer:
-    """Make a layer in memory. Equal arguments give equal bytes, as far as the compressor is of
-    the same version; the tar inside is the same everywhere.
+    """Make a layer in memory.
+
+    Equal arguments give equal bytes with the same version of the compressor. The tar inside is
+    always the same.
 
     Args:
-        content: The entries, in the order in which the tar is to have them; or a finished tar,
-            which is taken as it is, however wrong it may be.
-        compression: How to compress it.
-        format: Whose media type the layer gets.
+        content: The entries in the order of the tar; or a finished tar, which is used unchanged,
+            even if it is invalid.
+        compression: The compression.
+        format: The format that defines the media type.
     """
     out = io.BytesIO()
     writer = LayerWriter(out, compression, level=None)
@@ -169,7 +172,7 @@ def build_layer(
             writer.add(info, entry.xattrs, (data,))
         writer.end_of_archive()
     writer.finish()
-    return _describe(writer, compression, format, out.getvalue())
+    return _built_layer(writer, compression, format, out.getvalue())
 
 
 def layers_from_directory(
@@ -183,22 +186,22 @@ def layers_from_directory(
 ) -> list[BuiltLayer]:
     """Split a directory tree into layers of about the same size, each written to a file.
 
-    Owners, modes, times (whole seconds), xattrs, links and device nodes are kept; sockets are
-    left out. A layer that begins inside a directory repeats the directories above. A hard link
-    whose file went into an earlier layer becomes a file. Memory does not grow with the files'
-    sizes. It blocks: inside trio use `trio.to_thread.run_sync`.
+    The layers keep owners, modes, times (whole seconds), xattrs, links and device nodes, but no
+    sockets. A layer that begins inside a directory repeats the parent directories. A hard link
+    whose file is in an earlier layer becomes a file. Memory does not grow with the files' sizes.
+    This function blocks, so use `trio.to_thread.run_sync` inside trio.
 
     Args:
-        source: The tree; it becomes the root.
-        parts: How many layers; some are empty if there are not enough files.
-        output: An existing directory for the blobs, ``layer-0.tar…`` and on.
-        compression: How to compress them.
-        format: Whose media type they get.
+        source: The directory that becomes the root.
+        parts: The number of layers; some are empty if there are not enough files.
+        output: An existing directory for the blobs ``layer-0.tar…``, ``layer-1.tar…``.
+        compression: The compression.
+        format: The format that defines the media types.
         level: The compression level; by default the compressor's own.
 
     Raises:
         ValueError: if ``parts`` is not positive.
-        OSError: if something cannot be read or written.
+        OSError: if a file cannot be read or written.
     """
     if parts < 1:
         raise ValueError(f"parts must be at least 1, not {parts}")
@@ -223,11 +226,11 @@ def layers_from_directory(
                 position += 1
             writer.end_of_archive()
             writer.finish()
-        layers.append(_describe(writer, compression, format, path))
+        layers.append(_built_layer(writer, compression, format, path))
     return layers
 
 
-def _describe(
+def _built_layer(
     writer: LayerWriter, compression: Compression, format: Format, content: bytes | Path
 ) -> BuiltLayer:
     descriptor = Descriptor(layer_media_type(format, compression), writer.digest, writer.size)
@@ -244,7 +247,10 @@ _SUFFIXES: dict[Compression, str] = {
 
 
 def _walk(source: Path) -> Iterator[tuple[str, os.stat_result, int]]:
-    """Every path below ``source`` (``""`` is itself), its status, and its weight in bytes."""
+    """Yield each path below ``source``, with its status and weight in bytes.
+
+    ``source`` itself comes first, as ``""``.
+    """
     stack = [""]
     while stack:
         name = stack.pop()

@@ -1,7 +1,7 @@
-"""The embedded registry: what it holds, what it answers, and how it is opened.
+"""The embedded registry: its content and its answers.
 
-`Registry` decides, from a request as a value, on an answer as a value; it does no I/O and never
-waits. Two carriers take answers to clients: sockets (``_serve``) and memory (``_transport``).
+`Registry` takes requests and returns answers as values, without I/O and without waiting. Sockets
+(``_serve``) or an httpx transport in memory (``_transport``) connect it to clients.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._transport import RegistryTransport
 
 __all__ = ["Registry", "open_registry"]
 
-# OCI distribution specification, ``spec.md``, "Pulling manifests": what names and references are.
+# The grammar of names and references: OCI distribution specification, "Pulling manifests".
 _NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
 _ROUTE = re.compile(
     rf"/v2/(?P<name>{_NAME})/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[A-Za-z0-9_.:-]+)"
@@ -63,19 +63,19 @@ class Registry:
     """A registry to pull from (OCI distribution specification, the pull side).
 
     It serves manifests, blobs with ranges, tags and referrers, to GET and HEAD. `open_registry`
-    puts it on a socket. Made directly it has no socket; then its `transport` is the way to it, on
-    which a test with a `trio.testing.MockClock` gets the same answers.
+    opens a registry on a socket. A registry that you construct has no socket; its `transport`
+    gives the same answers to a test with a `trio.testing.MockClock`.
 
     Args:
-        host: What its references start with.
+        host: The host in references.
         scheme: ``http`` or ``https``, for `url`.
-        auth: Who may pull.
-        referrers: Whether it has the API that lists referrers, which older registries have not.
+        auth: The credentials that a pull needs; ``None`` for anonymous pulls.
+        referrers: Whether the registry has the API that lists referrers. Older registries lack it.
 
     Attributes:
-        host: Host and port, as they stand in references.
-        url: The same with the scheme: what a client's ``base_url`` would be.
-        requests: What was asked so far, in order, and what became of it.
+        host: Host and port, as in references.
+        url: The same with the scheme, such as for a client's ``base_url``.
+        requests: The requests so far, in order, with the state of their answers.
     """
 
     def __init__(
@@ -105,11 +105,12 @@ class Registry:
         """Make an image available.
 
         Args:
-            image: An image or an index.
-            name: Where: ``library/demo:latest``; without a tag, by digest only.
+            image: An image, an index or an artifact.
+            name: Repository and tag: ``library/demo:latest``; without a tag, it can be pulled by
+                digest only.
 
         Returns:
-            The reference it can be pulled by: ``127.0.0.1:5000/library/demo:latest``.
+            The reference for a pull: ``127.0.0.1:5000/library/demo:latest``.
         """
         repository, _, tag = name.partition(":")
         for digest, content in image.blobs.items():
@@ -124,13 +125,23 @@ class Registry:
     def add_manifest(
         self, repository: str, manifest: bytes, *, media_type: str, tag: str | None = None
     ) -> Digest:
-        """Make any bytes available as a manifest, be it one or not; returns their digest. One that
-        has a subject is among its referrers from then on.
+        """Make bytes available as a manifest, even if they are none.
+
+        A manifest with a subject becomes one of the subject's referrers.
+
+        Args:
+            repository: The repository.
+            manifest: The bytes.
+            media_type: The media type in answers.
+            tag: A tag for the manifest.
+
+        Returns:
+            The digest of the bytes.
         """
         digest = digest_of(manifest)
         place = self._repository(repository)
         place.manifests[digest] = (media_type, Blob(manifest, len(manifest)))
-        subject, referrer = _referrer(manifest, media_type, digest)
+        subject, referrer = _read_subject(manifest, media_type, digest)
         if subject is not None:
             place.referrers.setdefault(subject, {})[digest] = referrer
         if tag is not None:
@@ -143,29 +154,29 @@ class Registry:
         """Make a blob available.
 
         Args:
-            repository: Where.
-            content: The bytes, or the file they are in, which is read when it is asked for.
-            digest: What it is asked for by; it need not be the content's. Computed by default,
-                which a file is too large for.
+            repository: The repository.
+            content: The bytes, or a file, which is read for each request.
+            digest: The digest in requests, which may differ from the content's. By default, it is
+                computed from the bytes. A file, which may be large, needs one.
 
         Raises:
-            ValueError: if a file comes without its digest.
+            ValueError: if ``content`` is a file and ``digest`` is missing.
         """
         if isinstance(content, bytes):
             size = len(content)
             digest = digest_of(content) if digest is None else digest
         elif digest is None:
-            raise ValueError(f"the digest of {content} has to be given")
+            raise ValueError(f"missing digest for {content}: a file needs one")
         else:
             size = content.stat().st_size
         self._repository(repository).blobs[digest] = Blob(content, size)
         return digest
 
     def remove(self, repository: str, digest: Digest) -> None:
-        """Forget a blob or a manifest, which is answered with a 404 from now on.
+        """Remove a blob or a manifest; requests for it get a 404 from now on.
 
         Raises:
-            KeyError: if it is not there.
+            KeyError: if the repository does not have it.
         """
         place = self._repositories[repository]
         if digest in place.blobs:
@@ -183,51 +194,51 @@ class Registry:
         skip: int = 0,
         times: int | None = 1,
     ) -> None:
-        """Let something go wrong with the requests that match.
+        """Add a rule: answer matching requests with faults.
 
-        A request suffers the faults of the first rule, in the order of the calls, that matches
-        it and is not used up. Faults come before the check of credentials, and can hit
-        ``/token`` too.
+        Rules are tried in the order of the calls. The first rule that matches and is not used up
+        decides. Faults come before the check of credentials, so ``/token`` can have them, too.
 
         Args:
-            pattern: Of the request's path, as `fnmatch` knows them: ``*`` matches slashes.
-            faults: All of them happen; where two disagree the last one wins.
-            method: Only of requests with this method, such as ``GET``.
-            skip: So many matching requests are passed over first.
-            times: How many requests it happens to; ``None``: to all from then on.
+            pattern: A pattern for the request's path, as in `fnmatch`: ``*`` matches slashes.
+            faults: The faults, which are all applied. Where two contradict, the last one wins.
+            method: Match only requests with this method, such as ``GET``.
+            skip: The number of matching requests without faults at the beginning.
+            times: The number of requests with faults; ``None`` for all from then on.
         """
         limit = float("inf") if times is None else times
         self._rules.append(_Rule(pattern, faults, method, skip, limit))
 
     def clear_faults(self) -> None:
-        """Nothing goes wrong any more, except in answers already begun."""
+        """Remove all rules. Answers that have begun keep their faults."""
         self._rules.clear()
 
     def revoke_tokens(self) -> None:
-        """Every token handed out so far is refused from now on."""
+        """Refuse all tokens issued so far."""
         self._gate.revoke_tokens()
 
     @property
     def tokens_issued(self) -> int:
-        """How many tokens were handed out so far."""
+        """The number of tokens issued so far."""
         return self._gate.tokens_issued
 
     def transport(self) -> httpx.AsyncBaseTransport:
-        """An httpx transport whose every request this registry answers, whatever the host,
-        without sockets and on any clock. Where hosts are to differ, httpx's ``mounts`` give
-        each its own. It keeps to the client's read timeout.
+        """Return an httpx transport to this registry, without sockets, for any clock.
 
-        Blobs from files are not for a mock clock: threads read them, which a clock that jumps
-        does not wait for.
+        The registry answers every request, for any host. Use httpx's ``mounts`` for a different
+        transport per host. The transport respects the client's read timeout.
+
+        Do not use blobs in files with a mock clock: threads read files, and a clock that jumps does
+        not wait for threads.
         """
         return RegistryTransport(self.respond)
 
     def respond(self, request: Request, now: float) -> tuple[Answer, Exchange]:
-        """Decide on an answer, and record that it was asked for.
+        """Return the answer to a request, and record the request.
 
         Args:
-            request: What was asked.
-            now: The time, as trio has it.
+            request: The request.
+            now: The time, in trio's time.
         """
         exchange = Exchange(
             method=request.method,
@@ -270,9 +281,9 @@ class Registry:
         if refused is not None:
             return refused
         if request.method not in ("GET", "HEAD"):
-            return error_answer(405, "UNSUPPORTED", "this registry can only be pulled from")
+            return error_answer(405, "UNSUPPORTED", "this registry allows pulls only")
         if request.path in ("/v2", "/v2/"):
-            return _whole(Blob(b"{}", 2), {"Content-Type": "application/json"})
+            return _complete_answer(Blob(b"{}", 2), {"Content-Type": "application/json"})
         if route is None:
             return error_answer(404, "NAME_INVALID", f"nothing is at {request.path}")
         repository = self._repositories.get(route["name"])
@@ -280,27 +291,28 @@ class Registry:
             return error_answer(404, "NAME_UNKNOWN", f"no repository {route['name']}")
         match route["kind"]:
             case "manifests":
-                return _manifest(repository, route["reference"])
+                return _manifest_answer(repository, route["reference"])
             case "referrers" if self._has_referrers:
-                return _referrers(repository, route["reference"], request)
+                return _referrers_answer(repository, route["reference"], request)
             case "referrers":
                 return error_answer(404, "UNSUPPORTED", "this registry lists no referrers")
             case "blobs":
-                return _blob(repository, Digest(route["reference"]), request)
+                return _blob_answer(repository, Digest(route["reference"]), request)
             case _:
-                return _tags(route["name"], repository, route["reference"], request)
+                return _tags_answer(route["name"], repository, route["reference"], request)
 
     def _repository(self, name: str) -> _Repository:
         if not re.fullmatch(_NAME, name):
-            raise ValueError(f"{name!r} is not a repository's name")
+            raise ValueError(f"invalid repository name {name!r}")
         return self._repositories.setdefault(name, _Repository())
 
 
-def _referrer(
+def _read_subject(
     manifest: bytes, media_type: str, digest: Digest
 ) -> tuple[str | None, dict[str, object]]:
-    """The digest of what a manifest refers to, if it does, and its entry in the list of that (OCI
-    distribution specification, "Listing Referrers").
+    """Read the subject's digest in a manifest, and make an entry for its referrers.
+
+    See "Listing Referrers" in the OCI distribution specification.
     """
     try:
         document: object = json.loads(manifest)
@@ -328,16 +340,19 @@ async def open_registry(
     ssl_context: ssl.SSLContext | None = None,
     referrers: bool = True,
 ) -> AsyncIterator[Registry]:
-    """A registry on a free port of 127.0.0.1, for as long as the block lasts.
+    """Open a registry on a free port of 127.0.0.1 for the block.
 
-    The body's exceptions come out as they are. Leaving the block cuts what is still being sent;
-    it does not wait.
+    Exceptions of the block are raised unchanged. Leaving the block does not wait: it cuts all
+    answers that are still being sent.
+
+    Cancellation: entering leaves no open port behind.
 
     Args:
-        auth: Who may pull: anyone; or `BasicAuth`, or `TokenAuth`.
-        ssl_context: Speak TLS, with this certificate; by default it is plain HTTP, which
-            clients allow on loopback.
-        referrers: Whether it has the API that lists referrers, which older registries have not.
+        auth: The credentials that a pull needs: `BasicAuth` or `TokenAuth`; ``None`` for
+            anonymous pulls.
+        ssl_context: The context for TLS, with a certificate. By default, the registry speaks
+            plain HTTP, which clients allow on loopback.
+        referrers: Whether the registry has the API that lists referrers. Older registries lack it.
     """
     scheme = "http" if ssl_context is None else "https"
     async with open_hidden_nursery() as nursery:
@@ -349,7 +364,7 @@ async def open_registry(
         nursery.cancel_scope.cancel()
 
 
-def _whole(blob: Blob, headers: dict[str, str]) -> Answer:
+def _complete_answer(blob: Blob, headers: dict[str, str]) -> Answer:
     return Answer(
         status=200,
         headers={**headers, "Content-Length": str(blob.size)},
@@ -358,7 +373,7 @@ def _whole(blob: Blob, headers: dict[str, str]) -> Answer:
     )
 
 
-def _manifest(repository: _Repository, reference: str) -> Answer:
+def _manifest_answer(repository: _Repository, reference: str) -> Answer:
     digest = repository.tags.get(reference, Digest(reference))
     found = repository.manifests.get(digest)
     if found is None:
@@ -369,10 +384,10 @@ def _manifest(repository: _Repository, reference: str) -> Answer:
         "Docker-Content-Digest": digest,
         "ETag": f'"{digest}"',
     }
-    return _whole(blob, headers)
+    return _complete_answer(blob, headers)
 
 
-def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
+def _blob_answer(repository: _Repository, digest: Digest, request: Request) -> Answer:
     blob = repository.blobs.get(digest)
     if blob is None:
         return error_answer(404, "BLOB_UNKNOWN", f"no blob {digest}")
@@ -384,20 +399,20 @@ def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
         "Accept-Ranges": "bytes",
     }
     asked = _RANGE.fullmatch(request.headers.get("range", ""))
-    # A Range may be ignored (RFC 9110, 14.2): HEAD does, a list does, and so does a client whose
-    # If-Range names something else (13.1.5).
+    # A server may ignore a Range (RFC 9110, 14.2). This one does so for HEAD, for a list of ranges,
+    # and for an If-Range with another ETag (13.1.5).
     if (
         asked is None
         or request.method == "HEAD"
         or request.headers.get("if-range", etag) != etag
         or not any(asked.groups())
     ):
-        return _whole(blob, headers)
+        return _complete_answer(blob, headers)
     if asked[1]:
         start = int(asked[1])
         stop = min(int(asked[2]) + 1, blob.size) if asked[2] else blob.size
         if asked[2] and int(asked[2]) < start:
-            return _whole(blob, headers)
+            return _complete_answer(blob, headers)
     else:
         start, stop = max(0, blob.size - int(asked[2])), blob.size
     if start >= blob.size or start >= stop:
@@ -408,7 +423,7 @@ def _blob(repository: _Repository, digest: Digest, request: Request) -> Answer:
     return Answer(status=206, headers=headers, blob=blob, start=start, stop=stop)
 
 
-def _tags(name: str, repository: _Repository, reference: str, request: Request) -> Answer:
+def _tags_answer(name: str, repository: _Repository, reference: str, request: Request) -> Answer:
     if reference != "list":
         return error_answer(404, "NAME_INVALID", f"nothing is at {request.path}")
     query = parse_qs(request.query)
@@ -422,10 +437,10 @@ def _tags(name: str, repository: _Repository, reference: str, request: Request) 
             following = f"/v2/{name}/tags/list?n={limit}&last={tags[-1]}"
             headers["Link"] = f'<{following}>; rel="next"'
     body = json.dumps({"name": name, "tags": tags}).encode()
-    return _whole(Blob(body, len(body)), headers)
+    return _complete_answer(Blob(body, len(body)), headers)
 
 
-def _referrers(repository: _Repository, digest: str, request: Request) -> Answer:
+def _referrers_answer(repository: _Repository, digest: str, request: Request) -> Answer:
     wanted = parse_qs(request.query).get("artifactType")
     found = [
         entry
@@ -436,4 +451,4 @@ def _referrers(repository: _Repository, digest: str, request: Request) -> Answer
     if wanted is not None:
         headers["OCI-Filters-Applied"] = "artifactType"
     body = json.dumps({"schemaVersion": 2, "mediaType": _INDEX, "manifests": found}).encode()
-    return _whole(Blob(body, len(body)), headers)
+    return _complete_answer(Blob(body, len(body)), headers)

@@ -1,4 +1,4 @@
-"""Answers over sockets: HTTP/1.1 as h11 has it, one task for each connection."""
+"""Serves answers over sockets: HTTP/1.1 with h11, one task per connection."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ async def serve(
     *,
     task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled; `started` when connections are accepted.
+    """Serve connections until cancelled.
+
+    Cancellation: all connections and listeners are closed.
 
     Args:
-        respond: Decides on the answers.
-        listeners: Where clients come in; closed at the end.
+        respond: Returns the answer to a request.
+        listeners: The listeners; closed at the end.
         scheme: ``http`` or ``https``.
-        ssl_context: What TLS is spoken with, if it is.
-        task_status: As trio has it.
+        ssl_context: The context for TLS; ``None`` for plain HTTP.
+        task_status: Reports the start when connections are accepted.
     """
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -46,12 +48,12 @@ async def serve(
         try:
             await _Connection(transport, respond, scheme).run()
         except ConnectionReset:
-            # To be closed without lingering, that is what a socket does.
+            # A socket sends a reset if it is closed with a linger time of 0.
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except (trio.BrokenResourceError, ConnectionCut):
-            pass  # the client went, or is to see its connection closed
+            pass  # the client has gone, or a fault closes the connection
         finally:
-            # Forcefully: a TLS client must not get a proper goodbye after half an answer.
+            # A TLS client must not get a proper end of the connection after half an answer.
             await trio.aclose_forcefully(transport)
 
     await trio.serve_listeners(handle, listeners, task_status=task_status)
@@ -66,12 +68,12 @@ class _Connection:
         self._http = h11.Connection(h11.SERVER)
 
     async def run(self) -> None:
-        """Answer one request after the other. Those that are pipelined wait in h11's buffer."""
+        """Answer the requests in order; pipelined requests wait in h11's buffer."""
         while True:
             try:
                 request = await self._next_request()
             except h11.RemoteProtocolError as error:
-                # Such as TLS, spoken to a port that has none: then the client finds that out.
+                # The client speaks TLS to a plain port, for example. The answer makes it fail.
                 await self._send_head(error.error_status_hint, {"Connection": "close"})
                 return
             if request is None:
@@ -93,7 +95,7 @@ class _Connection:
             self._http.start_next_cycle()
 
     async def _next_request(self) -> Request | None:
-        """The next request with its body, or ``None`` if the client has closed."""
+        """Read the next request and its body; ``None`` if the client has closed."""
         event = await self._next_event()
         if not isinstance(event, h11.Request):
             return None
@@ -130,7 +132,7 @@ class _Connection:
     async def _send(self, answer: Answer, body: BodyStream) -> None:
         await self._send_head(answer.status, answer.headers, answer.head_bytes_per_second)
         while data := await body.receive_some():
-            # Data passed through is not copied together with its framing.
+            # Passing data through avoids a copy together with its framing.
             for piece in self._http.send_with_data_passthrough(h11.Data(data=data)) or ():
                 await self._stream.send_all(piece)
         end = self._http.send(h11.EndOfMessage())

@@ -1,4 +1,4 @@
-"""A layer source whose attempts are written down beforehand."""
+"""A layer source with scripted attempts."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ __all__ = ["Attempt", "ScriptedSource"]
 
 @attrs.frozen(kw_only=True)
 class Attempt:
-    """One call of `~trio_layers.abc.LayerSource.download`, or of
-    `~trio_layers.abc.StagedSource.download_into`, which is what a `MemoryStore` asks for.
+    """The script for one download.
+
+    It is played by `~trio_layers.abc.LayerSource.download`, or by
+    `~trio_layers.abc.StagedSource.download_into`, which a `MemoryStore` calls.
 
     Attributes:
-        seconds: How long it takes, in trio's time.
-        progress: What it reports meanwhile, as (seconds since its start, action, current,
-            total), in order of time.
-        error: What it raises in the end; ``None``: it succeeds. Asked for again, the same
-            object is raised again.
-        body: The stream it gives; ``None``: the source's data.
-        size: The size it gives; ``None``: the body's length. A descriptor has the data's.
-        pieces: In how many pieces the body arrives in a sink, evenly over ``seconds``.
-        arrives: How much of the body arrives in a sink, counted from its beginning; ``None``:
-            all of it, or with an error nothing.
-        resumes: Whether what is in a sink stays, as with a server that knows ranges.
+        seconds: The duration, in trio's time.
+        progress: The reports, as (seconds since the start, action, current, total), in order of
+            time.
+        error: The error at the end; ``None`` for success. A repeated attempt raises the same
+            object again.
+        body: The stream's bytes; ``None`` for the source's data.
+        size: The returned size; ``None`` for the body's length. The descriptor has the size of
+            the data.
+        pieces: The number of pieces in which the body arrives in a sink, evenly over ``seconds``.
+        arrives: The number of the body's first bytes that arrive in a sink; ``None`` for all, or
+            for none if there is an error.
+        resumes: Whether bytes in a sink are kept, as with a server that supports ranges.
     """
 
     seconds: float = 0
@@ -48,24 +51,26 @@ class Attempt:
 
 @final
 class ScriptedSource:
-    """A `~trio_layers.abc.LayerSource` for tests of what uses the engine, or is used by it, and
-    a `~trio_layers.abc.StagedSource`. It verifies nothing: the attempts say what fails.
+    """A layer source that plays scripted attempts, for tests around the engine.
+
+    It is a `~trio_layers.abc.LayerSource` and a `~trio_layers.abc.StagedSource`. It verifies
+    nothing: only the attempts decide about failures.
 
     Args:
-        data: The layer, as it would be downloaded; not compressed if it is to match ``known``.
-        key: Its key; by default its digest.
-        id: Its display ID; by default the key's last 12 characters.
-        attempts: What the calls of `download` and `download_into` do; the last one is repeated
-            for ever.
-        known: Whether the diff ID, that of ``data``, is known beforehand.
+        data: The downloaded layer; not compressed if ``known`` is true.
+        key: The key; by default the data's digest.
+        id: The display ID; by default the last 12 characters of the key.
+        attempts: The scripts for calls of `download` and `download_into`, in order. The last one
+            is repeated for ever.
+        known: Whether the diff ID is known beforehand; it is the digest of ``data`` then.
 
     Attributes:
         key: See `LayerSource.key`.
         id: See `LayerSource.id`.
-        descriptor: That of the data.
-        calls: How many attempts were begun.
-        closes: How often `close` was called.
-        diff_ids: What `registered` was told, in order.
+        descriptor: The descriptor of the data.
+        calls: The number of started attempts.
+        closes: The number of calls of `close`.
+        diff_ids: The arguments of the calls of `registered`, in order.
     """
 
     def __init__(
@@ -102,8 +107,8 @@ class ScriptedSource:
         Raises:
             Exception: the attempt's error.
         """
-        attempt = self._next()
-        await _play(attempt, progress)
+        attempt = self._next_attempt()
+        await _run_attempt(attempt, progress)
         body = self._body(attempt)
         return MemoryStream(body), len(body) if attempt.size is None else attempt.size
 
@@ -113,16 +118,16 @@ class ScriptedSource:
         Raises:
             Exception: the attempt's error.
         """
-        attempt = self._next()
+        attempt = self._next_attempt()
         if sink.offset and not attempt.resumes:
             await sink.restart()
         body = self._body(attempt)
         arrives = attempt.arrives
         if arrives is None:
             arrives = len(body) if attempt.error is None else 0
-        await _play(attempt, progress, sink, body[sink.offset : arrives])
+        await _run_attempt(attempt, progress, sink, body[sink.offset : arrives])
 
-    def _next(self) -> Attempt:
+    def _next_attempt(self) -> Attempt:
         attempt = self._attempts[min(self.calls, len(self._attempts) - 1)]
         self.calls += 1
         return attempt
@@ -137,7 +142,7 @@ class ScriptedSource:
         self.closes += 1
 
 
-async def _play(
+async def _run_attempt(
     attempt: Attempt, progress: ReportProgress, sink: BlobSink | None = None, data: bytes = b""
 ) -> None:
     steps: list[tuple[float, bytes | tuple[str, int, int]]] = []
@@ -145,9 +150,9 @@ async def _play(
         begin, end = (len(data) * (piece + more) // attempt.pieces for more in (0, 1))
         steps.append((attempt.seconds * (piece + 1) / attempt.pieces, data[begin:end]))
     steps += ((each[0], each[1:]) for each in attempt.progress)
-    # Counted from the start: sleeps added up would drift on a mock clock.
+    # All times count from the start, because the sum of many sleeps would drift on a mock clock.
     start = trio.current_time()
-    # What is told of bytes comes after them.
+    # The sort is stable, so reports of a moment come after its bytes.
     for seconds, step in sorted(steps, key=itemgetter(0)):
         await trio.sleep_until(start + seconds)
         if not isinstance(step, bytes):

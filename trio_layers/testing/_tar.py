@@ -1,4 +1,4 @@
-"""Writing tars, PAX headers included, through any compressor."""
+"""Writes tars with PAX headers through any compressor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Compressor(Protocol):
     def flush(self) -> bytes: ...
 
 
-class _Plain:
+class _NoCompressor:
     def compress(self, data: bytes, /) -> bytes:
         return data
 
@@ -43,9 +43,9 @@ class _Plain:
 def _compressor(compression: Compression, level: int | None) -> _Compressor:
     match compression:
         case "none":
-            return _Plain()
+            return _NoCompressor()
         case "gzip":
-            # 31: with gzip's header, whose time zlib leaves at 0.
+            # 31 makes a gzip header; zlib leaves its time at 0.
             return zlib.compressobj(-1 if level is None else level, zlib.DEFLATED, 31)
         case "zstd":
             return zstd.ZstdCompressor(level=level)
@@ -58,10 +58,10 @@ def _compressor(compression: Compression, level: int | None) -> _Compressor:
 
 
 class LayerWriter:
-    """A tar on its way through a compressor, hashed before and after.
+    """Writes a tar through a compressor, and hashes both.
 
     Attributes:
-        size: How many bytes came out of the compressor so far.
+        size: The number of compressed bytes so far.
     """
 
     def __init__(self, out: IO[bytes], compression: Compression, *, level: int | None) -> None:
@@ -80,7 +80,7 @@ class LayerWriter:
             self.write(chunk)
             size += len(chunk)
         if size != info.size:
-            raise OSError(f"{info.name} changed its size while it was read; try again")
+            raise OSError(f"{info.name}: the size changed while the file was read; try again")
         self.write(padding(size))
 
     def end_of_archive(self) -> None:
@@ -91,7 +91,7 @@ class LayerWriter:
         self._emit(self._compressor.compress(data))
 
     def finish(self) -> None:
-        """Compress what is left. Now `size`, `digest` and `diff_id` are the layer's."""
+        """Flush the compressor; `size`, `digest` and `diff_id` are final then."""
         self._emit(self._compressor.flush())
 
     @property

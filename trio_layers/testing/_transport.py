@@ -1,4 +1,4 @@
-"""Answers as an httpx transport: in memory, on any clock."""
+"""An httpx transport in memory, for any clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Respond: TypeAlias = Callable[[Request, float], tuple[Answer, Exchange]]
 
 @final
 class RegistryTransport(httpx.AsyncBaseTransport):
-    """Fails as a client on a socket would, with the same exceptions, read timeout included."""
+    """Raises the exceptions of a client on a socket, read timeouts included."""
 
     def __init__(self, respond: Respond) -> None:
         self._respond = respond
@@ -57,7 +57,7 @@ class RegistryTransport(httpx.AsyncBaseTransport):
     async def _wait_for_head(
         self, request: httpx.Request, answer: Answer, exchange: Exchange, limit: float
     ) -> None:
-        """As long as its bytes take, each of which is within the limit, or the first is not."""
+        """Wait for the header's bytes; equal intervals need one check of the limit."""
         fields = sum(len(name) + len(value) + 4 for name, value in answer.headers.items())
         size = len("HTTP/1.1 200 \r\n\r\n") + fields
         try:
