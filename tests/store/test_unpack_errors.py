@@ -44,15 +44,15 @@ FAMILIES: dict[str, tuple[bytes, type[LayersError], str]] = {
     "two sizes": (
         tar({"name": "f", "text": "x", "pax": {"size": "0"}}),
         UnpackError,
-        "'f': .*its size is 1, and 0 in a record",
+        "'f': .*its size is 1 in the header, but 0 in a PAX record",
     ),
-    "header": (tar({"name": "f"})[:100], UnpackError, "it ends in a header"),
+    "header": (tar({"name": "f"})[:100], UnpackError, "the archive ends within a header"),
     "type": (tar({"name": "f", "type": "M"}), UnpackError, "'f': .*unknown type 'M'"),
     "record": (tar({"name": "f", "pax_raw": "9 a=b\n"}), UnpackError, "'PaxHeaders.0/x': .*record"),
     "sparse": (
         tar({"name": "f", "pax": {"GNU.sparse.major": "2", "GNU.sparse.size": "1"}}),
         UnpackError,
-        "'f': .*sparse file of an unknown version",
+        "'f': .*sparse map has an unknown version",
     ),
     "outside": (tar({"name": "../f"}), UnpackError, "'../f' leads out of the root"),
     "whiteout": (tar({"name": ".wh..."}), UnpackError, "a whiteout .* names nothing"),

@@ -266,7 +266,7 @@ FILE = {"name": "file", "text": "text"}
 )
 def test_extended_headers_stand_before_what_they_extend(before: list[dict]) -> None:
     """Of two, or of one with a global header behind it, readers make different things."""
-    with pytest.raises(UnpackError, match="an extended header where"):
+    with pytest.raises(UnpackError, match="an extended header follows another one instead"):
         members(archive(*before, FILE))
 
 
@@ -275,9 +275,9 @@ def test_extended_headers_may_be_mixed() -> None:
     for entries in ([PAX, long("K", "to-pax")], [long("L", "by-pax"), PAX, long("K", "to-pax")]):
         member = only(GLOBAL, *entries, {"name": "short", "type": "symlink", "linkname": "l"})
         assert (member.name, member.linkname) == (b"by-pax", b"to-pax")
-    with pytest.raises(UnpackError, match="named 'by-pax', too"):
+    with pytest.raises(UnpackError, match="another header names it 'by-pax'"):
         members(archive(PAX, long("L", "other"), FILE))
-    with pytest.raises(UnpackError, match="a link to 'other' and 'to-pax'"):
+    with pytest.raises(UnpackError, match="two link targets, 'other' and 'to-pax'"):
         members(archive(PAX, long("K", "other"), FILE))
 
 
@@ -294,7 +294,9 @@ def test_the_size_in_a_record_counts(header: int) -> None:
 def test_two_sizes_are_an_error(header: int, record: int) -> None:
     """One reader would take for an entry what is data to another (CVE-2025-62518)."""
     fields = {"size": (b"%011o\0" % header).hex()}
-    with pytest.raises(UnpackError, match=f"'file': .* its size is {header}, and {record} in a"):
+    with pytest.raises(
+        UnpackError, match=f"'file': .* its size is {header} in the header, but {record} in a"
+    ):
         members(archive(FILE | {"pax": {"size": str(record)}, "fields": fields}))
 
 
@@ -345,7 +347,7 @@ def test_what_stands_before_a_name(block: bytes, name: bytes) -> None:
 def test_a_prefix_in_no_known_format(magic: bytes) -> None:
     """Python heeds it whatever the format is, Go does not."""
     assert members(header_with(b"", magic=magic))[0][0].name == b"name"
-    with pytest.raises(UnpackError, match=r"'name': .* a prefix"):
+    with pytest.raises(UnpackError, match=r"'name': .* a name prefix"):
         members(header_with(b"usr", magic=magic))
 
 
@@ -365,14 +367,14 @@ def test_blanks_before_a_key(key: str) -> None:
 def test_sizes_for_all_are_an_error(key: str) -> None:
     """Python and GNU tar take a global size for that of each entry, Go does not."""
     body = maketar.pax_record(key.encode(), b"512")
-    with pytest.raises(UnpackError, match="a size in a global header"):
+    with pytest.raises(UnpackError, match="a global header sets a size"):
         members(archive(extension("g", body), FILE))
 
 
 @pytest.mark.parametrize("flag", "LK")
 def test_an_empty_long_name_is_an_error(flag: str) -> None:
     """Go reads the header's own, Python and GNU tar the empty one."""
-    with pytest.raises(UnpackError, match="long name that is empty"):
+    with pytest.raises(UnpackError, match="its long name is empty"):
         members(archive(long(flag, ""), FILE))
 
 
@@ -380,7 +382,7 @@ def test_an_empty_long_name_is_an_error(flag: str) -> None:
 def test_a_slash_in_one_of_two_names(header: str, record: str) -> None:
     """Without a type it makes a directory: to Python in the header, to Go in the record; and what
     follows a directory is another header."""
-    with pytest.raises(UnpackError, match="a directory by one of its names"):
+    with pytest.raises(UnpackError, match="only one of its two names ends with a slash"):
         only({"name": header, "type": "\0", "text": "text", "pax": {"path": record}})
     member = only({"name": "a/", "type": "\0", "pax": {"path": "b/"}})
     assert (member.name, member.type) == (b"b/", "dir")
@@ -434,12 +436,12 @@ def test_explicit_versions_of_sparse_files() -> None:
 
 def test_only_files_are_sparse() -> None:
     """A name that only some readers take from such records is none for a directory."""
-    with pytest.raises(UnpackError, match="no plain file"):
+    with pytest.raises(UnpackError, match="not a regular file"):
         only({"name": "a", "type": "dir", "pax": {"GNU.sparse.name": "b"}})
     hole = {"GNU.sparse.size": "9", "GNU.sparse.numblocks": "0"}
-    with pytest.raises(UnpackError, match="no plain file"):
+    with pytest.raises(UnpackError, match="not a regular file"):
         only({"name": "a/", "type": "\0", "pax": hole})
-    with pytest.raises(UnpackError, match="by its type and by its records"):
+    with pytest.raises(UnpackError, match="a GNU sparse map and PAX records of another"):
         only({"name": "a", "type": "S", "pax": hole})
     with pytest.raises(UnpackError, match="not in GNU's format"):
         only({"name": "a", "type": "S"})
@@ -483,9 +485,12 @@ def test_errors_name_the_entry() -> None:
     data = archive({"name": "first", "text": "x"}, {"name": "second", "text": "x" * 600})
     for damage, text in (
         (data[:1600], "'second': .* its data ends 536 bytes early"),
-        (data[:1100], "in a header after the entry 'first'"),
-        (data[:100], "in a header at its beginning"),
-        (data[:1024] + bytes(512) + data[1024:], "a single block of zeros after the entry 'first'"),
+        (data[:1100], "^'first': .* within a header after this entry"),
+        (data[:100], "^damaged .* within a header at its beginning"),
+        (
+            data[:1024] + bytes(512) + data[1024:],
+            "^'first': .* a single block of zeros, not two, after this entry",
+        ),
     ):
         with pytest.raises(UnpackError, match=text):
             members(damage)
