@@ -1,4 +1,4 @@
-"""POSIX access control lists, as the extended attributes hold them."""
+"""POSIX access control lists, in the form of extended attributes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _NAMED: Final = (2, 8)
 
 
 def fit_acl(xattrs: dict[str, bytes], mode: int) -> None:
-    """Make the access ACL among ``xattrs`` what it is on a file that is given ``mode`` after it:
-    its entries for the owner, for others, and its mask are those of the mode (acl(5)). The kernel
-    keeps none that says no more than the mode. One that is not valid stays as it is.
+    """Adjust the access ACL in ``xattrs`` as a later chmod to ``mode`` does on a file.
+
+    The chmod sets the ACL's mask and its entries for the owner and for others (acl(5)). The
+    kernel drops an ACL that says no more than the mode. An invalid ACL stays as it is.
     """
     acl = xattrs[ACCESS_ACL]
     if len(acl) < 4 or len(acl) % 8 != 4 or acl[:4] != b"\2\0\0\0":
