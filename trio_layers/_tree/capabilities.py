@@ -1,4 +1,4 @@
-"""What this process can do in a directory: found out, not guessed."""
+"""Tests what this process may do in a directory, such as change owners or make devices."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @attrs.frozen(kw_only=True)
 class Capabilities:
-    """What this process can do in a directory.
+    """The abilities of this process in a directory.
 
     Attributes:
-        ids: Whom a new file belongs to, as owner and group; ``None`` if that depends on the
-            directory it is made in.
-        modes: Make a file with the very mode that it is made with: there is no umask.
-        owners: Give files to others, to those at least that its user namespace knows.
-        root: Reach what a mode would keep from it, as root does.
-        devices: Make device nodes.
-        whiteouts: Make the character device 0/0, overlayfs' whiteout.
+        ids: Owner and group of a new file; ``None`` if they depend on the file's directory.
+        modes: Whether a new file gets exactly the requested mode, because there is no umask.
+        owners: Whether the process can change owners, at least to IDs in its user namespace.
+        root: Whether the process can open files against their mode, as root can.
+        devices: Whether the process can make device nodes.
+        whiteouts: Whether it can make the character device 0/0, overlayfs' whiteout.
         overlay: The prefix of overlayfs' own xattrs, ``trusted.overlay.`` or ``user.overlay.``;
-            ``None`` if neither can be set.
-        override: Set ``user.containers.override_stat``.
+            ``None`` if the process can set neither.
+        override: Whether it can set ``user.containers.override_stat``.
     """
 
     ids: tuple[int, int] | None
@@ -45,12 +44,12 @@ class Capabilities:
 
     @property
     def limited(self) -> bool:
-        """Whether some owner, mode or device may be out of reach."""
+        """Whether the process may be unable to set some owner or mode or to make a device."""
         return not (self.owners and self.root and self.devices)
 
 
 def probe(directory: int) -> Capabilities:
-    """Try what can be done in an open directory; what is made for it is removed again."""
+    """Test the abilities in an open directory, with files that are removed again."""
     os.mkdir(_PROBE, 0o700, dir_fd=directory)
     try:
         descriptor = os.open(_PROBE, _DIRECTORY, dir_fd=directory)
@@ -86,23 +85,24 @@ def probe(directory: int) -> Capabilities:
 
 
 def _probe_owners(directory: int) -> tuple[bool, tuple[int, int] | None, bool]:
-    """`Capabilities.owners`, `Capabilities.ids` and `Capabilities.modes`, tried in a directory that is of no further
-    use.
+    """Return the capabilities ``owners``, ``ids`` and ``modes``, tested in a directory.
+
+    The directory is only for this test: its owner and mode change.
     """
-    # The group of the directory that the store is in may have been passed on to it.
+    # The directory may have inherited its group from the store's directory.
     os.fchmod(directory, 0o700)
     now = os.fstat(directory)
     other = (now.st_uid + 1, now.st_gid + 1)
     try:
         os.chown(directory, *other)
     except OSError as error:
-        # EINVAL: root of a user namespace that does not have these, and may have more.
+        # EINVAL: we are root in a user namespace without these IDs, but maybe with others.
         if error.errno == errno.EINVAL:
             return True, None, False
         return False, *_probe_new_file(directory)
     ids, modes = _probe_new_file(directory)
     if ids is not None and ids[1] == other[1]:
-        # A mount with "grpid": each directory passes on its group.
+        # On a mount with "grpid", each file inherits its directory's group.
         ids = None
     os.chown(directory, now.st_uid, now.st_gid)
     return True, ids, modes
@@ -126,7 +126,7 @@ def _can_make_device(directory: int, device: int) -> bool:
 
 
 def _probe_new_file(directory: int) -> tuple[tuple[int, int] | None, bool]:
-    """Whom a new file belongs to, and whether it has the mode it was made with."""
+    """Return a new file's owner and group, and whether it has the requested mode."""
     try:
         os.mknod(_PROBE, stat.S_IFREG | 0o777, dir_fd=directory)
     except OSError:
