@@ -58,7 +58,9 @@ def test_entered_without_async(name: str, tmp_path: Path) -> None:
         raise AssertionError("not to be entered")
 
 
-@pytest.mark.parametrize("method", [Puller.pull, DownloadManager.download], ids=["pull", "download"])
+@pytest.mark.parametrize(
+    "method", [Puller.pull, DownloadManager.download], ids=["pull", "download"]
+)
 async def test_methods_awaited(method: Callable) -> None:
     name = method.__qualname__
     with pytest.raises(TypeError, match=rf"{name} opens a block: write 'async with {name}\("):

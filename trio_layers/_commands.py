@@ -408,7 +408,7 @@ async def _rm(arguments: argparse.Namespace) -> int:
             try:
                 digest = name.startswith("sha256:")
                 reference = name if digest else str(parse_reference(name))
-                if not await store.remove(reference, platform):
+                if not await store.remove(reference, platform=platform):
                     raise StoreError("it is not in the store")
             except LayersError as error:
                 failures.append((name, error))

@@ -14,6 +14,7 @@ from ._digest import ChainID, DiffID, Digest, digest_of, extend_chain
 from ._errors import DecompressionError, StoreError, text_of
 from ._manifest import Descriptor
 from ._nursery import open_hidden_nursery
+from ._util import construct, made_by
 from .abc import Layer, ReportArrived, ReportUnpacked
 
 __all__ = ["MemoryLayer", "MemoryStage", "MemoryStore", "MemoryStream"]
@@ -108,7 +109,7 @@ class MemoryStore:
             StoreError: if there is no layer ``parent``.
         """
         data = await decompressed(stream)
-        return self.add(data, parent, descriptor)
+        return self.add(data, parent, descriptor=descriptor)
 
     @asynccontextmanager
     async def stage(
@@ -121,7 +122,7 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         arrived = self._arrived.pop(descriptor.digest, None) or Arrived()
         async with open_hidden_nursery() as nursery:
-            stage = MemoryStage(self, descriptor, arrived, nursery)
+            stage = construct(MemoryStage, self, descriptor, arrived, nursery)
             try:
                 yield stage
             finally:
@@ -135,7 +136,7 @@ class MemoryStore:
             self._arrived[digest] = arrived
 
     def add(
-        self, data: bytes, parent: ChainID | None, descriptor: Descriptor | None = None
+        self, data: bytes, parent: ChainID | None, *, descriptor: Descriptor | None = None
     ) -> MemoryLayer:
         """Keep a layer, given as its decompressed tar; returned with a reference."""
         below = None
@@ -198,6 +199,7 @@ class Run:
     failure: Exception | None = None
 
 
+@made_by("MemoryStore.stage")
 @final
 class MemoryStage:
     """A blob on its way into a `MemoryStore`; see `~trio_layers.abc.Stage`.
@@ -279,7 +281,7 @@ class MemoryStage:
             if run.failure is not None:
                 raise run.failure
             await self._news.park()
-        layer = self._store.add(run.plain, parent, self._descriptor)
+        layer = self._store.add(run.plain, parent, descriptor=self._descriptor)
         self._committed = True
         return layer
 

@@ -18,7 +18,15 @@ import attrs
 from ._arguments import check_type
 from ._errors import PlatformError
 
-__all__ = ["DEFAULT_OS", "Platform", "choose", "host_platform", "order", "parse_platform"]
+__all__ = [
+    "DEFAULT_OS",
+    "Platform",
+    "choose",
+    "host_platform",
+    "order",
+    "parse_platform",
+    "specifier",
+]
 
 # Layers are unpacked for Linux, wherever this runs.
 DEFAULT_OS: Final = "linux"
@@ -269,3 +277,14 @@ def _quote(option: str) -> str:
     for character in "%+()/":
         option = option.replace(character, f"%{ord(character):02X}")
     return option
+
+
+def specifier(platform: str | Platform | None) -> str | None:
+    """Return a platform as ``os/architecture/variant``; ``None`` stays ``None``.
+
+    Raises:
+        PlatformError: if ``platform`` is invalid.
+    """
+    if isinstance(platform, str):
+        platform = parse_platform(platform)
+    return None if platform is None else str(platform)

@@ -14,7 +14,7 @@ import trio
 from ._arguments import check_choice, check_path, check_seconds, check_sink, check_whole
 from ._blocks import opens_block
 from ._digest import Digest
-from ._engine.download import DownloadManager, open_download_manager
+from ._engine.download import DownloadManager, DownloadStatistics, open_download_manager
 from ._engine.foreign import tell
 from ._errors import ManagerClosed, StoreError
 from ._image import (
@@ -31,18 +31,19 @@ from ._manifest import ImageConfig, Manifest, decode_config, decode_manifest
 from ._platform import Platform, parse_platform
 from ._progress import Progress, Status
 from ._reference import Reference, parse_reference
-from ._registry.client import RegistryClient, open_registry_client
+from ._registry.client import RegistryClient, RegistryStatistics, open_registry_client
 from ._registry.credentials import CredentialsFor
 from ._registry.error_responses import RateLimit
 from ._registry.http import AsyncClient
 from ._registry.resolving import ResolvedImage
 from ._registry.transport import STALL_LIMIT
 from ._rootfs.view import RootfsView
-from ._store.directory import DirectoryStore, open_store
+from ._store.directory import DirectoryStore, StoreStatistics, open_store
 from ._tar.limits import Limits
+from ._util import construct, made_by
 from .abc import BlobSink, ProgressSink, ReportProgress
 
-__all__ = ["Image", "PullPolicy", "Puller", "open_puller"]
+__all__ = ["Image", "PullPolicy", "Puller", "PullerStatistics", "open_puller"]
 
 PullPolicy: TypeAlias = Literal["always", "missing", "never"]
 """When a registry is asked: each time, so that the newest image is had; if the store has no such
@@ -52,17 +53,17 @@ UNLIMITED_DOWNLOADS: Final = 90
 """With those for other requests, as many connections as httpx allows if it is not told."""
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Image:
-    """An image that is in the store.
+    """An image in the store.
 
     Attributes:
-        reference: What was asked for, in full.
+        reference: The requested reference in full.
         digest: The digest of the image's manifest.
-        platform: What it runs on.
-        config: What to run in it, and how.
-        layers: Its layers, bottom first.
-        rootfs: Its files: the layers merged.
+        platform: The platform of the image.
+        config: The image's config: command, environment, user and so on.
+        layers: The layers, bottom first.
+        rootfs: The root file system: the files of all layers, merged.
     """
 
     reference: str
@@ -70,7 +71,12 @@ class Image:
     platform: Platform
     config: ImageConfig
     layers: tuple[ImageLayer, ...]
-    rootfs: RootfsView = attrs.field(eq=False, repr=False)
+    rootfs: RootfsView = attrs.field(eq=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Image {self.reference}: {self.digest}, {self.platform}, {len(self.layers)} layers>"
+        )
 
 
 @opens_block
@@ -155,9 +161,25 @@ async def open_puller(
         )
         lifetime = Lifetime(lambda: ManagerClosed("the puller was closed"))
         stack.push_async_callback(lifetime.close)
-        yield Puller(store, registry, manager, lifetime)
+        yield construct(Puller, store, registry, manager, lifetime)
 
 
+@attrs.frozen
+class PullerStatistics:
+    """The present activity of a `Puller`.
+
+    Attributes:
+        downloads: The activity of its download manager.
+        registry: The activity of its registry client.
+        store: The activity of its store.
+    """
+
+    downloads: DownloadStatistics
+    registry: RegistryStatistics
+    store: StoreStatistics
+
+
+@made_by("open_puller")
 @final
 class Puller:
     """Pulls images into a store. It comes from `open_puller`."""
@@ -179,12 +201,32 @@ class Puller:
 
     @property
     def store(self) -> DirectoryStore:
+        """The store that the puller fills."""
         return self._store
 
     @property
+    def max_concurrent_downloads(self) -> int:
+        """The largest number of downloads at once; see `DownloadManager.max_concurrent_downloads`.
+
+        0 means no limit except that of the puller's connections.
+        """
+        return self._manager.max_concurrent_downloads
+
+    @max_concurrent_downloads.setter
+    def max_concurrent_downloads(self, limit: int) -> None:
+        self._manager.max_concurrent_downloads = limit
+
+    def statistics(self) -> PullerStatistics:
+        """Return the present activity of the puller."""
+        return PullerStatistics(
+            self._manager.statistics(), self._registry.statistics(), self._store.statistics()
+        )
+
+    @property
     def rate_limits(self) -> dict[str, RateLimit]:
-        """What registries have said of how many requests are left, by host: Docker Hub does, as
-        ``registry-1.docker.io``.
+        """The rate limits that hosts have announced, by host.
+
+        Docker Hub announces its limit, as ``registry-1.docker.io``.
         """
         return self._registry.rate_limits
 
@@ -352,7 +394,7 @@ class Puller:
         held = (stored.manifest.digest, stored.config.digest, index, stored.chain_id)
         async with AsyncExitStack() as lease:
             await lease.enter_async_context(self._store.lease(*held))
-            if await self._store.image(stored.reference, stored.platform) != stored:
+            if await self._store.image(stored.reference, platform=stored.platform) != stored:
                 return None  # the image was removed or replaced before the lease
             if whole and not await self._store.looks_whole(stored):
                 return None
@@ -448,12 +490,14 @@ class _RegistryLayer(ImageSource):
             if ingest.committed:  # by another pull, or an earlier one that went no further
                 progress(Status.DOWNLOAD_COMPLETE)
             else:
-                await self._registry.fetch_blob(self._reference, self.descriptor, ingest, progress)
+                await self._registry.fetch_blob(
+                    self._reference, self.descriptor, ingest, progress=progress
+                )
                 await ingest.commit()
         return await self._store.open_blob(digest), self.descriptor.size
 
     async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
-        await self._registry.fetch_blob(self._reference, self.descriptor, sink, progress)
+        await self._registry.fetch_blob(self._reference, self.descriptor, sink, progress=progress)
 
     def close(self) -> None:
         """What arrived stays in the store."""

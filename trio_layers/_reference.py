@@ -16,7 +16,7 @@ from ._arguments import check_type
 from ._digest import HEX_DIGITS, Digest
 from ._errors import InvalidReference
 
-__all__ = ["Reference", "parse_reference"]
+__all__ = ["Reference", "full_name", "parse_reference"]
 
 DEFAULT_DOMAIN: Final = "docker.io"
 LEGACY_DEFAULT_DOMAIN: Final = "index.docker.io"
@@ -124,6 +124,15 @@ def parse_reference(text: str) -> Reference:
     elif tag is None:
         tag = DEFAULT_TAG
     return Reference(match["domain"] or "", path, tag, Digest(digest) if digest else None)
+
+
+def full_name(reference: str | Reference) -> str:
+    """Return a reference as text with all its parts.
+
+    Raises:
+        InvalidReference: if ``reference`` does not follow the grammar.
+    """
+    return str(reference if isinstance(reference, Reference) else parse_reference(reference))
 
 
 def _split_domain(text: str) -> tuple[str, str]:

@@ -34,6 +34,11 @@ __all__ = [
     "StagingStore",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 ProgressSink: TypeAlias = Callable[[Progress], Awaitable[object]]
 """Takes a pull's events, one at a time for each layer, from several tasks. Often
 ``send_channel.send``. What it raises ends the pull, with that very exception."""

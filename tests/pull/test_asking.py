@@ -70,7 +70,7 @@ async def test_docker_registry_goes_on_where_a_blob_was_cut(
     async with httpx.AsyncClient(event_hooks={"response": [record]}) as http:
         async with open_registry_client(client=http) as client:
             with scope:
-                await client.fetch_blob(reference, layer.descriptor, sink, cut)
+                await client.fetch_blob(reference, layer.descriptor, sink, progress=cut)
             assert 0 < sink.offset < layer.descriptor.size
             half = sink.data
             await client.fetch_blob(reference, layer.descriptor, sink)

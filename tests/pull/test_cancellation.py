@@ -267,4 +267,4 @@ async def fetch_at(
 ) -> None:
     with trio.CancelScope() as scope, moments(scope, at) as countdowns[n]:
         layer = BUILT.layers[n].descriptor
-        await client.fetch_blob(parse_reference(name), layer, sinks[n], Report())
+        await client.fetch_blob(parse_reference(name), layer, sinks[n], progress=Report())

@@ -151,7 +151,9 @@ async def test_more_layers_than_the_kernel_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["by page"], indirect=True)
 async def test_more_layers_than_a_page_takes(tmp_path: Path, way: str) -> None:
-    with pytest.raises(MountError, match=r"300 layers: their names exceed the \d+ bytes .*; use Linux 6\.8"):
+    with pytest.raises(
+        MountError, match=r"300 layers: their names exceed the \d+ bytes .*; use Linux 6\.8"
+    ):
         async with Stack(tmp_path, 300).mount():
             pass
 

@@ -60,7 +60,7 @@ class TokenRegistry:
 
 
 async def fetch(client: RegistryClient, text: str = str(APP)) -> None:
-    await client.fetch_blob(parse_reference(text), BLOB, MemorySink(), Report())
+    await client.fetch_blob(parse_reference(text), BLOB, MemorySink(), progress=Report())
 
 
 async def fetch_once(network: Network, credentials: CredentialsFor | None = None) -> None:

@@ -28,7 +28,7 @@ async def fetch(
     network: Network, sink: MemorySink, descriptor: Descriptor = BLOB, report: Report | None = None
 ) -> None:
     async with network.client() as http, open_registry_client(client=http) as client:
-        await client.fetch_blob(APP, descriptor, sink, report or Report())
+        await client.fetch_blob(APP, descriptor, sink, progress=report or Report())
 
 
 def whole(*chunks: bytes, **headers: str) -> Network:
@@ -71,7 +71,7 @@ async def test_nothing_to_fetch() -> None:
     async with network.client() as http, open_registry_client(client=http) as client:
         with trio.CancelScope() as scope:
             scope.cancel()
-            await client.fetch_blob(APP, BLOB, MemorySink(CONTENT), Report())
+            await client.fetch_blob(APP, BLOB, MemorySink(CONTENT), progress=Report())
     assert scope.cancelled_caught
 
 
@@ -234,9 +234,9 @@ async def test_entity_tags(tag: str, sent: str | None) -> None:
     sink = MemorySink()
     async with network.client() as http, open_registry_client(client=http) as client:
         with pytest.raises(RegistryError):
-            await client.fetch_blob(APP, BLOB, sink, Report())
-        await client.fetch_blob(APP, BLOB, sink, Report())
-        await client.fetch_blob(APP, BLOB, MemorySink(CONTENT[:1]), Report())
+            await client.fetch_blob(APP, BLOB, sink, progress=Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
+        await client.fetch_blob(APP, BLOB, MemorySink(CONTENT[:1]), progress=Report())
     got = [request.headers.get("If-Range") for request in network.requests]
     assert got == [None, sent, None]
 

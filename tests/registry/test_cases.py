@@ -256,7 +256,7 @@ async def test_http_range(case: Case) -> None:
     ):
         while len(attempts) < 5:
             try:
-                await client.fetch_blob(reference, descriptor, sink, Report())
+                await client.fetch_blob(reference, descriptor, sink, progress=Report())
             except LayersError as error:
                 attempts.append(error)
                 kept.append(sink.offset)

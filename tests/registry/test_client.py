@@ -101,7 +101,7 @@ async def test_content_that_a_descriptor_holds() -> None:
             image.layers, (b"one", b"two"), (Report(), Report()), strict=True
         ):
             sink = MemorySink(b"o")
-            await client.fetch_blob(APP, layer, sink, report)
+            await client.fetch_blob(APP, layer, sink, progress=report)
             assert sink.data == there
             assert report.events[-1][0] == "Download complete"
     asked = [url.rpartition("/")[2] for url in network.asked]
@@ -347,7 +347,7 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
             await client.resolve_image(APP)
         blob = describe(b"blob")
         with pytest.raises(RegistryError) as caught_blob:
-            await client.fetch_blob(APP, blob, MemorySink(), Report())
+            await client.fetch_blob(APP, blob, MemorySink(), progress=Report())
     assert type(caught.value) is kind
     assert (caught.value.host, caught.value.status) == ("registry.example", status)
     assert str(caught.value).startswith(
@@ -404,7 +404,7 @@ async def test_nobody_there() -> None:
     async with Network().client() as http, open_registry_client(client=http) as client:
         message = r"^registry\.example could not be asked for blob sha256:.*: connection refused"
         with pytest.raises(RegistryError, match=message) as caught:
-            await client.fetch_blob(APP, describe(b"x"), MemorySink(), Report())
+            await client.fetch_blob(APP, describe(b"x"), MemorySink(), progress=Report())
     assert caught.value.status is None
     assert not is_final(caught.value)
     assert isinstance(caught.value.__cause__, httpx.ConnectError)

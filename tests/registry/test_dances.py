@@ -32,7 +32,7 @@ MOST = 3
 
 
 async def fetch(client: RegistryClient) -> None:
-    await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+    await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
 
 
 def wanting(challenge: Callable[[str, int], str]) -> Callable[[httpx.Request], httpx.Response]:

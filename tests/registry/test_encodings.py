@@ -115,11 +115,11 @@ async def test_all_of_it(coding: str, length: bool) -> None:
         assert await client.referrers(f"{APP.name}@{BLOB.digest}") == ()
         assert await client.get_blob(APP, BLOB) == CONTENT
         sink = MemorySink()
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
         assert sink.data == CONTENT
         # The sink's bytes are resumed, or dropped.
         sink = MemorySink(CONTENT[:777])
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
         assert sink.data == CONTENT
         # A stream cannot be restarted. So open_blob() believes Content-Encoding if no
         # Content-Length shows whether the body is the plain blob.
@@ -201,7 +201,7 @@ async def test_wrong_all_the_same(
     ):
         sink = MemorySink()
         with pytest.raises((VerificationError, RegistryError)) as caught:
-            await client.fetch_blob(APP, BLOB, sink, Report())
+            await client.fetch_blob(APP, BLOB, sink, progress=Report())
         assert f"with Content-Encoding {said}" in str(caught.value)
         assert "registry.example" in str(caught.value)
         if isinstance(caught.value, VerificationError):
@@ -234,7 +234,7 @@ async def test_a_bomb(empty: bool, length: bool) -> None:
         open_registry_client(client=http) as client,
     ):
         for ask in (
-            lambda: client.fetch_blob(APP, BLOB, MemorySink(), Report()),
+            lambda: client.fetch_blob(APP, BLOB, MemorySink(), progress=Report()),
             lambda: client.get_blob(APP, BLOB),
             lambda: client.get_blob(APP, BLOB.digest, max_size=MAX_DOCUMENT_SIZE),
         ):

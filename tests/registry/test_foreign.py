@@ -61,7 +61,7 @@ async def fetch(
             client=http, credentials=credentials, plain_http=plain_http, hosts_dir=hosts_dir
         ) as client,
     ):
-        await client.fetch_blob(parse_reference(reference), layer, sink, Report())
+        await client.fetch_blob(parse_reference(reference), layer, sink, progress=Report())
     return sink
 
 
@@ -310,7 +310,7 @@ async def test_another_attempt() -> None:
 
     async def attempt(client: RegistryClient) -> None:
         with pytest.raises(RegistryError) as caught:
-            await client.fetch_blob(APP, layer, sink, Report())
+            await client.fetch_blob(APP, layer, sink, progress=Report())
         assert not is_final(caught.value)
 
     async with network.client() as http, open_registry_client(client=http) as client:
@@ -318,7 +318,7 @@ async def test_another_attempt() -> None:
         del network.hosts[FIRST]
         await attempt(client)
         network.hosts[FIRST] = resumes
-        await client.fetch_blob(APP, layer, sink, Report())
+        await client.fetch_blob(APP, layer, sink, progress=Report())
         assert len(client._endpoints._elsewhere) == 2
     assert sink.data == CONTENT
     asked = [each for each in network.requests if each.url.host != "registry.example"]
@@ -338,10 +338,10 @@ async def test_a_registry_that_rests_is_asked_all_the_same() -> None:
     network = Network(**{FIRST: lacks})
     async with network.client() as http, open_registry_client(client=http) as client:
         with pytest.raises(RegistryError):
-            await client.fetch_blob(APP, foreign(FIRST), MemorySink(), Report())
+            await client.fetch_blob(APP, foreign(FIRST), MemorySink(), progress=Report())
         network.hosts[HOST] = sends()
         sink = MemorySink()
-        await client.fetch_blob(APP, foreign(FIRST), sink, Report())
+        await client.fetch_blob(APP, foreign(FIRST), sink, progress=Report())
     assert sink.data == CONTENT
 
 
@@ -351,6 +351,6 @@ async def test_what_is_remembered_of_urls_is_bounded(monkeypatch: pytest.MonkeyP
     async with network.client() as http, open_registry_client(client=http) as client:
         for number in range(5):
             layer = foreign(*(f"https://{number}.{each}.example" for each in range(2)))
-            await client.fetch_blob(APP, layer, MemorySink(), Report())
+            await client.fetch_blob(APP, layer, MemorySink(), progress=Report())
         assert len(client._endpoints._elsewhere) == 3
         assert repr(next(iter(client._endpoints._elsewhere.values()))) == "<ForeignURL 3.1.example>"

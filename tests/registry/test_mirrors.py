@@ -79,7 +79,7 @@ async def opened(
 
 async def fetch(client: RegistryClient, sink: MemorySink | None = None) -> MemorySink:
     sink = sink or MemorySink()
-    await client.fetch_blob(APP, BLOB, sink, Report())
+    await client.fetch_blob(APP, BLOB, sink, progress=Report())
     return sink
 
 
@@ -152,7 +152,7 @@ async def test_docker_hub_is_itself_under_both_its_names(tmp_path: Path) -> None
         network.client() as http,
         open_registry_client(client=http, credentials=credentials, hosts_dir=tmp_path) as client,
     ):
-        await client.fetch_blob(parse_reference("debian"), BLOB, MemorySink(), Report())
+        await client.fetch_blob(parse_reference("debian"), BLOB, MemorySink(), progress=Report())
     assert "ns=" not in network.asked[-1]
 
 

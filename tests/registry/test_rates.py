@@ -83,7 +83,7 @@ async def given_up(client: RegistryClient, sink: MemorySink) -> float:
     """When, for a reason that another attempt may not meet."""
     began = trio.current_time()
     with pytest.raises(RegistryError, match=r"^registry\.example broke off .*bytes per sec") as it:
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
     assert it.value.host == "registry.example"
     assert it.value.status is None
     assert not is_final(it.value)
@@ -122,7 +122,7 @@ async def test_it_goes_on_from_there(autojump_clock: MockClock) -> None:
     sink = MemorySink()
     async with opened(network) as client:
         await given_up(client, sink)
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
     assert sink.data == CONTENT
     assert sink.restarts == 0
     assert [request.headers.get("Range") for request in network.requests] == [
@@ -150,7 +150,7 @@ async def test_a_slow_registry(steps: Steps, seconds: float, autojump_clock: Moc
     sink = MemorySink()
     began = trio.current_time()
     async with opened(network) as client:
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
     assert sink.data == CONTENT
     assert trio.current_time() - began == pytest.approx(seconds)
 
@@ -166,7 +166,7 @@ async def test_a_slow_consumer(autojump_clock: MockClock) -> None:
     network, _ = paced([*[(0.0, 1)] * 100, (0.0, len(CONTENT))])
     sink = SlowSink()
     async with opened(network) as client:
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
     assert sink.data == CONTENT
     assert len(network.requests) == 1
 
@@ -178,7 +178,7 @@ async def test_silence(autojump_clock: MockClock) -> None:
     began = trio.current_time()
     async with opened(network) as client:
         with pytest.raises(RegistryError, match=r"broke off .*: nothing for 60 seconds"):
-            await client.fetch_blob(APP, BLOB, sink, Report())
+            await client.fetch_blob(APP, BLOB, sink, progress=Report())
     assert trio.current_time() - began == STALL_LIMIT
     assert len(sink.data) == 10
 
@@ -286,7 +286,7 @@ async def test_bytes_that_lead_nowhere(
     began = trio.current_time()
     async with opened(transport) as client:
         with pytest.raises(RegistryError, match=said) as caught:
-            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+            await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
     assert trio.current_time() - began == pytest.approx(seconds, abs=0.01)
     assert caught.value.status is None
     assert not is_final(caught.value)
@@ -333,6 +333,6 @@ async def test_a_body_is_cancelled(autojump_clock: MockClock) -> None:
     began = trio.current_time()
     with trio.CancelScope(deadline=began + STALL_LIMIT) as scope:
         async with opened(network) as client:
-            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+            await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
     assert scope.cancelled_caught
     assert bodies[0].closed

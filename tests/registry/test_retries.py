@@ -312,7 +312,7 @@ async def test_a_layer_has_the_countdown_of_its_download(autojump_clock: MockClo
         open_registry_client(client=http) as client,
     ):
         with pytest.raises(RegistryError) as caught:
-            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+            await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
     assert not is_final(caught.value)
     assert len(flaky.failed) == 1
 
@@ -496,11 +496,11 @@ async def test_a_signed_url_that_has_expired(code: int, autojump_clock: MockCloc
         sink = MemorySink()
         good = 3
         with pytest.raises(RegistryError, match=f"^s.example answered {code} for") as caught:
-            await client.fetch_blob(APP, BLOB, sink, Report())
+            await client.fetch_blob(APP, BLOB, sink, progress=Report())
         assert not is_final(caught.value)
         assert caught.value.transient
         assert "login" not in str(caught.value)
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
         assert sink.data == CONTENT
         # The retries end if every URL has expired.
         signed.clear()
@@ -571,7 +571,7 @@ async def test_wrong_bytes(kind: str, times: int, autojump_clock: MockClock) -> 
     """
     flaky, sink = lying(times), MemorySink()
     ask: dict[str, Callable[[RegistryClient], Awaitable[object]]] = {
-        "layer": lambda client: client.fetch_blob(APP, BLOB, sink, Report()),
+        "layer": lambda client: client.fetch_blob(APP, BLOB, sink, progress=Report()),
         "blob": lambda client: client.get_blob(APP, BLOB),
         "config": lambda client: client.resolve_image(APP),
     }
@@ -603,13 +603,13 @@ async def test_wrong_bytes_of_one_host(
         open_registry_client(client=http, hosts_dir=mirrored) as client,
     ):
         if times == 1:
-            await client.fetch_blob(APP, BLOB, sink, Report())
+            await client.fetch_blob(APP, BLOB, sink, progress=Report())
             assert sink.data == CONTENT
         else:
             with pytest.raises(
                 VerificationError, match=r"registry\.example sent.*mirror\.example sent"
             ) as caught:
-                await client.fetch_blob(APP, BLOB, sink, Report())
+                await client.fetch_blob(APP, BLOB, sink, progress=Report())
             assert is_final(caught.value)
     assert (len(mirror.failed), len(registry.failed)) == (1, times // 9)
 
@@ -623,7 +623,7 @@ async def test_wrong_bytes_of_the_only_host_that_has_it(
         network.client() as http,
         open_registry_client(client=http, hosts_dir=mirrored) as client,
     ):
-        await client.fetch_blob(APP, BLOB, sink, Report())
+        await client.fetch_blob(APP, BLOB, sink, progress=Report())
     assert sink.data == CONTENT
     assert len(network.requests) == 3
 

@@ -246,7 +246,7 @@ class World(Network):
 
 
 async def fetch(client: RegistryClient) -> None:
-    await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+    await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
 
 
 async def play(

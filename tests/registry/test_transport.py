@@ -55,7 +55,7 @@ async def fetch(network: Network, sink: MemorySink | None = None, **options: boo
         network.client() as http,
         open_registry_client(client=http, credentials=credentials, **options) as client,
     ):
-        await client.fetch_blob(APP, BLOB, sink or MemorySink(), Report())
+        await client.fetch_blob(APP, BLOB, sink or MemorySink(), progress=Report())
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -146,7 +146,7 @@ async def test_the_clients_own_authorization_goes_nowhere() -> None:
         transport=network, headers={"Authorization": "mine"}, auth=("me", "mine")
     ) as http:
         async with open_registry_client(client=http) as client:
-            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+            await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
     assert network.secrets("registry.example") == [None]
 
 
@@ -221,10 +221,10 @@ async def test_redirects_to_this_machine(origin: str, targets: list[str], follow
     reference = parse_reference(f"{origin.partition('//')[2]}/team/app")
     async with network.client() as http, open_registry_client(client=http) as client:
         if followed:
-            await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+            await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
         else:
             with pytest.raises(RegistryError, match="allow plain HTTP if that is meant"):
-                await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
     assert (network.requests[-1].url.host == httpx.URL(targets[-1]).host) is followed
 
 
@@ -295,7 +295,7 @@ async def test_slots() -> None:
         assert repr(client) == "<RegistryClient: 2 of 2 connections active, 2 requests waiting>"
         with trio.CancelScope() as scope:
             scope.cancel()
-            await client.fetch_blob(APP, BLOB, MemorySink(), Report())
+            await client.fetch_blob(APP, BLOB, MemorySink(), progress=Report())
         assert len(network.requests) == 2
         release.set()
     assert len(network.requests) == 4
@@ -426,7 +426,7 @@ async def test_a_certificate_that_is_not_trusted_through_a_proxy() -> None:
         ):
             for _ in range(2):
                 with trio.fail_after(30), pytest.raises(RegistryError, match="could not be asked"):
-                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                    await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
         nursery.cancel_scope.cancel()
     gc.collect()
 
@@ -483,10 +483,10 @@ async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
                 open_registry_client(client=http, max_connections=1) as client,
             ):
                 with trio.CancelScope() as scope, moments(scope, at) as countdown:
-                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                    await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
                 met.update(countdown.frames)
                 with trio.fail_after(30):
-                    await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                    await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
             with trio.fail_after(30):
                 await server.wait_connections(0)
             if countdown.left > 0:
@@ -512,7 +512,7 @@ async def test_a_storm_of_cancellations() -> None:
         ):
 
             async def fetch_once() -> None:
-                await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+                await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
 
             async def fetch_or_not(at: int) -> None:
                 with trio.CancelScope() as scope, moments(scope, at) as countdown:
@@ -566,9 +566,9 @@ async def test_a_body_left_half_way() -> None:
             open_registry_client(client=http) as client,
         ):
             with pytest.raises(OSError, match="disk full"):
-                await client.fetch_blob(reference, describe(LARGE), FullSink(), Report())
+                await client.fetch_blob(reference, describe(LARGE), FullSink(), progress=Report())
             gc.collect()
-            await client.fetch_blob(reference, describe(LARGE), MemorySink(), Report())
+            await client.fetch_blob(reference, describe(LARGE), MemorySink(), progress=Report())
         nursery.cancel_scope.cancel()
 
 
@@ -604,7 +604,7 @@ async def test_a_connection_is_used_again() -> None:
             httpx.AsyncClient(trust_env=False) as http,
             open_registry_client(client=http, credentials=credentials) as client,
         ):
-            await client.fetch_blob(reference, BLOB, MemorySink(), Report())
+            await client.fetch_blob(reference, BLOB, MemorySink(), progress=Report())
         nursery.cancel_scope.cancel()
     name = BLOB.digest.encode()
     assert [path for _, path in asked] == [name, name, b"moved"]

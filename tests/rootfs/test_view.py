@@ -31,6 +31,7 @@ from trio_layers._errors import ExportError, StoreError
 from trio_layers._lifetime import Lifetime
 from trio_layers._rootfs.merged import MergedTree
 from trio_layers._rootfs.view import RootfsView
+from trio_layers._util import construct
 
 LOWER = [
     {"name": "./", "type": "dir"},
@@ -102,7 +103,7 @@ def no_scratch(kind: str) -> AbstractAsyncContextManager[Path]:
 
 def view_of(trees: list[Path]) -> RootfsView:
     tree = MergedTree(trees, check_cancelled=trio.from_thread.check_cancelled)
-    return RootfsView(tree, no_scratch, Lifetime(StoreError))
+    return construct(RootfsView, tree, no_scratch, Lifetime(StoreError))
 
 
 async def test_read_bytes(view: RootfsView) -> None:
@@ -232,7 +233,8 @@ async def test_cancelled_while_lists_are_read(method: str, tmp_path: Path) -> No
             trio.from_thread.run_sync(scope.cancel)
         trio.from_thread.check_cancelled()
 
-    view = RootfsView(
+    view = construct(
+        RootfsView,
         MergedTree(trees, check_cancelled=check),
         no_scratch,
         Lifetime(StoreError),

@@ -73,7 +73,7 @@ async def test_an_image_goes_with_its_last_reference(tmp_path: Path) -> None:
         assert await store.remove("localhost/one:1")
         assert not await store.remove("localhost/one:1")
         assert await store.collect() == NOTHING
-        assert await store.remove("localhost/one:2", "linux/amd64")
+        assert await store.remove("localhost/one:2", platform="linux/amd64")
         assert await store.images() == []
         before = visible(tmp_path)
         found = await store.collect(dry_run=True)

@@ -64,8 +64,8 @@ async def test_an_image_is_found_under_its_reference(tmp_path: Path) -> None:
         assert image.chain_id == LAYER.diff_id
         assert image.index is None
         assert await store.images() == [image]
-        assert await store.image(REFERENCE, "linux/amd64") == image
-        assert await store.image(REFERENCE, "linux/arm64") is None
+        assert await store.image(REFERENCE, platform="linux/amd64") == image
+        assert await store.image(REFERENCE, platform="linux/arm64") is None
 
 
 async def test_the_layout_lists_each_image_under_its_reference(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ async def test_a_reference_has_an_image_for_each_platform(tmp_path: Path) -> Non
         await put_again(store, image, platform="linux/arm64/v8")
         platforms = [image.platform for image in await store.images()]
         assert platforms == ["linux/arm64/v8", "linux/amd64"]
-        assert await store.image(REFERENCE, "linux/amd64") == image
+        assert await store.image(REFERENCE, platform="linux/amd64") == image
         newest = await store.image(REFERENCE)
         assert newest is not None
         assert newest.platform == "linux/arm64/v8"

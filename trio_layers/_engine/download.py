@@ -16,6 +16,7 @@ from .._blocks import opens_block
 from .._digest import RootFS
 from .._lifetime import Lifetime
 from .._nursery import open_hidden_nursery
+from .._util import construct, made_by
 from ..abc import LayerSource, LayerStore, ProgressSink
 from .pull import Pull
 from .retry import RetryPolicy
@@ -58,7 +59,7 @@ async def open_download_manager(
         async with open_hidden_nursery() as nursery:
             transfers = Transfers(nursery, store, slots)
             try:
-                yield DownloadManager(transfers, retry, lifetime)
+                yield construct(DownloadManager, transfers, retry, lifetime)
             finally:
                 transfers.close()
     finally:
@@ -84,6 +85,7 @@ class DownloadStatistics:
     pulls: int
 
 
+@made_by("open_download_manager")
 @final
 class DownloadManager:
     """Downloads layers into a store, sharing what several pulls want. It comes from

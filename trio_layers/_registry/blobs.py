@@ -20,6 +20,7 @@ from .._errors import RegistryError, VerificationError
 from .._lifetime import Lifetime
 from .._manifest import Descriptor
 from .._progress import Status
+from .._util import made_by
 from ..abc import BlobSink, ReportProgress
 from .encoding import ContentDecoder, NotEncoded, coding_of, named_encoding, slices_of
 from .error_responses import mark_final
@@ -66,6 +67,7 @@ class EntityTags:
         self._tags.pop(digest, None)
 
 
+@made_by("RegistryClient.open_blob")
 @final
 class BlobChunks:
     """A blob as it arrives, in pieces of any size: iterate over it once, in the block of

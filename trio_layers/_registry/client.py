@@ -22,6 +22,7 @@ from .._lifetime import Lifetime, while_open
 from .._manifest import MAX_DOCUMENT_SIZE, Descriptor
 from .._platform import Platform, parse_platform
 from .._reference import Reference, parse_reference
+from .._util import construct, made_by
 from ..abc import BlobSink, ReportProgress
 from .blobs import BlobChunks, BlobFetch, write_embedded
 from .connections import Connections
@@ -128,7 +129,7 @@ async def open_registry_client(
             tls_verify=tls_verify,
             hosts_dir=directory,
         )
-        registry = RegistryClient(connections, endpoints, retry_tick)
+        registry = construct(RegistryClient, connections, endpoints, retry_tick)
         try:
             yield registry
         finally:
@@ -139,6 +140,7 @@ def _closed() -> ClientClosed:
     return ClientClosed("the registry client is closed: its block was left")
 
 
+@made_by("open_registry_client")
 @final
 class RegistryClient:
     """Asks registries for images and whatever else they have. It comes from
@@ -357,7 +359,7 @@ class RegistryClient:
             async with self._lifetime.use():
                 endpoints = await self._endpoints_for(reference, blob)
                 answer = await try_each(endpoints, attempt, self._resolver.retries())
-            yield BlobChunks(answer, digest, size, self._lifetime)
+            yield construct(BlobChunks, answer, digest, size, self._lifetime)
 
     @while_open
     async def fetch_blob(
@@ -365,6 +367,7 @@ class RegistryClient:
         reference: Reference | str,
         descriptor: Descriptor,
         sink: BlobSink,
+        *,
         progress: ReportProgress = _tell_nobody,
     ) -> None:
         """Fetch a blob into a sink, which may hold its beginning already.

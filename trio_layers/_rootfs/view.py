@@ -16,6 +16,7 @@ from .._blocks import opens_block
 from .._digest import Digest
 from .._entries import Entry, ExportReport
 from .._lifetime import Lifetime, while_open
+from .._util import made_by
 from ..abc import BinaryFile
 from .archive import archive
 from .export import export
@@ -30,6 +31,7 @@ HoldTrees: TypeAlias = Callable[[Collection[Digest]], AbstractAsyncContextManage
 """Protects trees from deletion during a block; see `LeaseCounts.holding_trees`."""
 
 
+@made_by("DirectoryStore.rootfs or Image.rootfs")
 @final
 class RootfsView:
     """A view of an image's root file system: read it, export it, mount it.

@@ -16,6 +16,7 @@ import trio
 from .._digest import Digest
 from .._files import disk_errors
 from .._lifetime import clean_up_in_thread, while_open
+from .._util import construct, made_by
 from .._workers.build import describe
 from .content import Content
 from .leases import Lease
@@ -31,13 +32,14 @@ async def open_batch(content: Content) -> AsyncIterator[Batch]:
     async with parts.lifetime.use(), AsyncExitStack() as entering:
         directory = await entering.enter_async_context(parts.scratch.name("batch"))
         await trio.to_thread.run_sync(_make_directory, directory)
-        batch = Batch(content, directory)
+        batch = construct(Batch, content, directory)
         entering.enter_context(parts.lifetime.own(batch._close))
         stack = entering.pop_all()
     async with stack:
         yield batch
 
 
+@made_by("DirectoryStore.batch")
 @final
 class Batch:
     """Blobs that arrive before their digests are known; a commit makes some of them visible.

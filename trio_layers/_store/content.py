@@ -22,6 +22,7 @@ from .._errors import StoreError, VerificationError
 from .._files import disk_errors, file_name
 from .._lifetime import Lifetime, clean_up_in_thread
 from .._manifest import Descriptor
+from .._util import construct, made_by
 from .commits import Job
 from .partial import CHUNK, Partial, wrong_blob_error
 from .parts import StoreParts
@@ -33,6 +34,7 @@ __all__ = ["BlobStream", "Content"]
 _READ: Final = 256 * 1024
 
 
+@made_by("DirectoryStore.open_blob")
 @final
 class BlobStream(trio.abc.ReceiveStream):
     """A blob, read in worker threads. Closing the stream does not wait."""
@@ -256,7 +258,7 @@ class Content:
             await self.require(digest)
             path = self.path(digest)
             file = await trio.to_thread.run_sync(_open_file, path)
-            stream = BlobStream(file, path, self.parts.lifetime)
+            stream = construct(BlobStream, file, path, self.parts.lifetime)
             self._streams.add(stream)
         return stream
 

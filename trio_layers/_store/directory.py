@@ -16,11 +16,14 @@ from .._arguments import check_path
 from .._blocks import opens_block
 from .._catalog.catalog import Catalog, closed_error, while_busy
 from .._catalog.rows import StoredImage, StoredTree, find_image, find_images
-from .._digest import ChainID, Digest
+from .._digest import ChainID, Digest, parse_digest
 from .._lifetime import Lifetime, while_open
 from .._manifest import Descriptor
+from .._platform import Platform, specifier
+from .._reference import Reference, full_name
 from .._rootfs.view import RootfsView
 from .._tar.limits import Limits
+from .._util import construct, made_by
 from .._workers.build import Builder
 from .._workers.pool import open_workers
 from ..abc import Layer, ReportArrived
@@ -118,7 +121,7 @@ async def open_with_builder(
         ):
             lifetime = Lifetime(partial(closed_error, root))
             parts = StoreParts(root, limits, catalog, scratch, commits, leases, builder, lifetime)
-            store = DirectoryStore(parts)
+            store = construct(DirectoryStore, parts)
             if not (read_only or await catalog.read(store._images.is_index_right)):
                 await catalog.write(store._images.write_index)
             try:
@@ -148,6 +151,7 @@ class StoreStatistics:
     waiting: int
 
 
+@made_by("open_store")
 @final
 class DirectoryStore:
     """Layers, blobs and images in a directory. It comes from `open_store`.
@@ -310,7 +314,8 @@ class DirectoryStore:
             layer = await self._layers.find(chain_id)
             if layer is None:
                 raise missing_layer_error(chain_id)
-        return RootfsView(
+        return construct(
+            RootfsView,
             self._layers.merged(layer),
             self._parts.scratch.name,
             self._lifetime,
@@ -409,11 +414,11 @@ class DirectoryStore:
     @while_open
     async def put_image(
         self,
-        reference: str,
+        reference: str | Reference,
         *,
         manifest: Descriptor,
         config: Descriptor,
-        platform: str | None,
+        platform: str | Platform | None,
         chain_id: ChainID | None,
         index: Descriptor | None = None,
         documents: Mapping[Digest, bytes] = _NOTHING,
@@ -425,7 +430,7 @@ class DirectoryStore:
         the image in the layout under its reference: ``skopeo inspect oci:STORE:REFERENCE``.
 
         Args:
-            reference: The image's full name.
+            reference: The image's name; ``demo`` stands for ``docker.io/library/demo:latest``.
             manifest: The image's manifest.
             config: The image's config.
             platform: The image's platform, as ``os/architecture/variant``. One reference can
@@ -438,9 +443,11 @@ class DirectoryStore:
         Raises:
             StoreError: if the store lacks a part of the image.
             VerificationError: if a document does not match its digest.
+            InvalidReference: if ``reference`` does not follow the grammar.
             PlatformError: if ``platform`` is invalid.
         """
-        image = StoredImage(reference, platform, manifest, config, chain_id, index)
+        name, platform = full_name(reference), specifier(platform)
+        image = StoredImage(name, platform, manifest, config, chain_id, index)
         await self._images.put_image(image, documents)
 
     @while_open
@@ -459,14 +466,20 @@ class DirectoryStore:
         await self._images.put_images(images)
 
     @while_open
-    async def image(self, reference: str, platform: str | None = None) -> StoredImage | None:
+    async def image(
+        self, reference: str | Reference, *, platform: str | Platform | None = None
+    ) -> StoredImage | None:
         """Return the image of a reference; ``None`` if there is none.
 
         Args:
-            reference: The image's full name.
+            reference: The image's name; ``demo`` stands for ``docker.io/library/demo:latest``.
             platform: The platform it was stored for; ``None``: the platform stored last.
+
+        Raises:
+            InvalidReference: if ``reference`` does not follow the grammar.
+            PlatformError: if ``platform`` is invalid.
         """
-        return await self._catalog.read(find_image, reference, platform)
+        return await self._catalog.read(find_image, full_name(reference), specifier(platform))
 
     @while_open
     async def looks_whole(self, image: StoredImage) -> bool:
@@ -478,13 +491,17 @@ class DirectoryStore:
         return await self._images.looks_whole(image)
 
     @while_open
-    async def images(self, reference: str | None = None) -> list[StoredImage]:
+    async def images(self, reference: str | Reference | None = None) -> list[StoredImage]:
         """Return all images by reference. Of one reference, the platform stored last comes first.
 
         Args:
-            reference: The full name of the wanted images; ``None``: all images.
+            reference: The name of the wanted images; ``None``: all images.
+
+        Raises:
+            InvalidReference: if ``reference`` does not follow the grammar.
         """
-        return await self._catalog.read(find_images, reference)
+        name = None if reference is None else full_name(reference)
+        return await self._catalog.read(find_images, name)
 
     @opens_block
     async def lease(self, *digests: Digest | None) -> AsyncIterator[Lease]:
@@ -499,18 +516,27 @@ class DirectoryStore:
             yield lease
 
     @while_open
-    async def remove(self, reference: str, platform: str | None = None) -> bool:
+    async def remove(
+        self, reference: str | Reference, *, platform: str | Platform | None = None
+    ) -> bool:
         """Delete a reference, and return whether it existed.
 
         The image stays until the next `collect`. That removes the image if it has no other
         reference and no lease.
 
         Args:
-            reference: The image's full name; or the digest of its manifest, to delete the image
-                with all its references.
+            reference: The image's name; or the digest of its manifest (``sha256:…``), to delete
+                the image with all its references.
             platform: The platform it was stored for; ``None``: all platforms.
+
+        Raises:
+            InvalidReference: if ``reference`` does not follow the grammar.
+            InvalidDigest: if ``reference`` begins like a digest and is none.
+            PlatformError: if ``platform`` is invalid.
         """
-        return await self._images.remove(reference, platform)
+        if isinstance(reference, str) and reference.startswith("sha256:"):
+            return await self._images.remove_image(parse_digest(reference))
+        return await self._images.remove(full_name(reference), specifier(platform))
 
     @while_open
     async def collect(self, *, dry_run: bool = False) -> Collected:

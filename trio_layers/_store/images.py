@@ -57,8 +57,6 @@ class Images:
             image: The image and its reference.
             documents: Its manifest, config and index, if the store may lack them.
         """
-        if image.platform is not None:
-            parse_platform(image.platform)
         if await self._catalog.read(self._is_put, image):
             return
         document = documents.get(image.manifest.digest)
@@ -95,16 +93,24 @@ class Images:
         return await self._catalog.read(self._layers.is_stack_whole, image.chain_id)
 
     async def remove(self, reference: str, platform: str | None) -> bool:
-        """Delete a reference, or all references to a manifest; return whether there was one."""
-        return await self._catalog.write(self._remove, reference, platform)
+        """Delete a reference, and return whether it existed."""
 
-    def _remove(self, connection: sqlite3.Connection, reference: str, platform: str | None) -> bool:
-        if reference.startswith("sha256:"):
-            found = drop_image(connection, Digest(reference))
-        else:
+        def remove(connection: sqlite3.Connection) -> bool:
             found = drop_references(connection, reference, platform) > 0
-        self.write_index(connection)
-        return found
+            self.write_index(connection)
+            return found
+
+        return await self._catalog.write(remove)
+
+    async def remove_image(self, manifest: Digest) -> bool:
+        """Delete an image with all its references, and return whether it existed."""
+
+        def remove(connection: sqlite3.Connection) -> bool:
+            found = drop_image(connection, manifest)
+            self.write_index(connection)
+            return found
+
+        return await self._catalog.write(remove)
 
     def _is_put(self, connection: sqlite3.Connection, image: StoredImage) -> bool:
         """Return whether the reference points to this image, with undamaged documents."""

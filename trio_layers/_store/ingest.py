@@ -12,6 +12,7 @@ from .._digest import Digest
 from .._errors import StoreError
 from .._lifetime import clean_up_in_thread, while_open
 from .._manifest import Descriptor
+from .._util import construct, made_by
 from .._workers.arrival_state import ArrivalState
 from ..abc import ReportArrived
 from .commits import Job
@@ -49,7 +50,7 @@ async def open_ingest(
         if await content.claim(descriptor) is None:
             since = parts.commits.failures
             partial = await trio.to_thread.run_sync(resume_partial, path, descriptor, since)
-        ingest = Ingest(content, descriptor, partial, lock)
+        ingest = construct(Ingest, content, descriptor, partial, lock)
         entering.enter_context(parts.lifetime.own(ingest._close))
         stack = entering.pop_all()
     async with stack:
@@ -61,6 +62,7 @@ async def open_ingest(
         await ingest._leave(failed=False)
 
 
+@made_by("DirectoryStore.ingest")
 @final
 class Ingest:
     """A blob on its way into the store: a `~trio_layers.abc.BlobSink` with a commit.
@@ -96,7 +98,7 @@ class Ingest:
         return self._partial is None
 
     @property
-    def growth(self) -> ArrivalState:
+    def _growth(self) -> ArrivalState:
         """The number of bytes on disk, for the worker that unpacks the blob meanwhile."""
         return self._arriving().growth
 

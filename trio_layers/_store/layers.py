@@ -18,6 +18,7 @@ from .._digest import ChainID, DiffID, Digest
 from .._errors import StoreError
 from .._manifest import Descriptor
 from .._rootfs.merged import MergedTree, SurveyCache, TreeStack
+from .._util import construct, made_by
 from ..abc import Layer
 from .content import BlobStream, Content
 from .parts import StoreParts
@@ -29,6 +30,7 @@ __all__ = ["DirectoryLayer", "Layers", "missing_layer_error", "read_tar_size"]
 _STRIDE: Final = 256
 
 
+@made_by("DirectoryStore.get")
 @final
 @attrs.frozen(eq=False)
 class DirectoryLayer:
@@ -230,8 +232,8 @@ class Layers:
         if known is not None and (known.blob, known.tree, known.parent) == (row.blob, tree, parent):
             return known
         stack = TreeStack(tree, None if parent is None else parent._stack)
-        layer = DirectoryLayer(
-            row.diff_id, row.chain_id, parent, row.blob, tree, self._content, stack
+        layer = construct(
+            DirectoryLayer, row.diff_id, row.chain_id, parent, row.blob, tree, self._content, stack
         )
         self._objects[row.chain_id] = layer
         return layer

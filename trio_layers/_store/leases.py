@@ -22,6 +22,7 @@ from .._digest import ChainID, Digest
 from .._errors import StoreBusy, StoreError
 from .._lifetime import Lifetime, while_open
 from .._nursery import open_hidden_nursery
+from .._util import construct, made_by
 
 __all__ = ["Lease", "LeaseCounts", "open_lease", "open_lease_counts"]
 
@@ -270,7 +271,7 @@ def _nothing(connection: sqlite3.Connection) -> None:
 @asynccontextmanager
 async def open_lease(holds: LeaseCounts, lifetime: Lifetime) -> AsyncIterator[Lease]:
     """Open a lease; see `DirectoryStore.lease`."""
-    lease = Lease(holds, lifetime)
+    lease = construct(Lease, holds, lifetime)
     try:
         yield lease
     finally:
@@ -280,6 +281,7 @@ async def open_lease(holds: LeaseCounts, lifetime: Lifetime) -> AsyncIterator[Le
                 await holds.drop_idle_now()
 
 
+@made_by("DirectoryStore.lease")
 @final
 class Lease:
     """Keeps blobs, layers and images in the store. It comes from `DirectoryStore.lease`."""

@@ -43,10 +43,10 @@ class Partial:
 
     def __init__(self, path: Path, *, since: int, fresh: bool = False) -> None:
         """Open or create the file; with ``fresh``, drop its bytes."""
-        self.path = path
-        self.size = 0
-        self.since = since
-        self.growth = ArrivalState()
+        self.path: Path = path
+        self.size: int = 0
+        self.since: int = since
+        self.growth: ArrivalState = ArrivalState()
         self._hash = hashlib.sha256()
         self._torn = False  # the file may have more bytes than `size`
         with disk_errors(path.parent):

@@ -28,6 +28,7 @@ from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
 from .._tree.unpack import Unpacked
+from .._util import construct, made_by
 from .._workers.arrival_state import ArrivalState, Recalled, StartedOver, WorkerLost
 from .._workers.build import Arrival, Past
 from ..abc import Layer, ReportArrived, ReportUnpacked
@@ -101,14 +102,14 @@ class Staging:
         self.content = content
         self.trees = trees
         self.put_layer = put_layer
-        self.limiter = trio.CapacityLimiter(_AT_ONCE)
+        self.limiter: trio.CapacityLimiter = trio.CapacityLimiter(_AT_ONCE)
 
     @asynccontextmanager
     async def open(
         self, descriptor: Descriptor, waiting: ReportArrived | None
     ) -> AsyncIterator[DirectoryStage]:
         """Open a stage; see `DirectoryStore.stage`."""
-        stage = DirectoryStage(self, descriptor)
+        stage = construct(DirectoryStage, self, descriptor)
         lifetime = self.parts.lifetime
         async with AsyncExitStack() as stack:
             async with lifetime.use():
@@ -132,6 +133,7 @@ class Staging:
                 nursery.cancel_scope.cancel()
 
 
+@made_by("DirectoryStore.stage")
 @final
 class DirectoryStage:
     """One layer between its first byte and its registration: a `~trio_layers.abc.Stage`."""
@@ -255,7 +257,7 @@ class DirectoryStage:
                 blob = await staging.content.require(self._descriptor.digest)
                 self._tree = await staging.trees.find(blob)
             else:
-                self._growth = self._sink.growth
+                self._growth = self._sink._growth
             task_status.started()
             try:
                 if self._tree is None:

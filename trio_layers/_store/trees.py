@@ -134,7 +134,7 @@ class Trees:
         self._catalog = parts.catalog
         self._leases = parts.leases
         self._trees = parts.root / "trees" / "sha256"
-        self.threads = trio.CapacityLimiter(THREADS)
+        self.threads: trio.CapacityLimiter = trio.CapacityLimiter(THREADS)
 
     def path(self, id: Digest) -> Path:
         """Return the path of a tree, which need not exist."""

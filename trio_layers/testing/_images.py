@@ -17,10 +17,10 @@ from ._layers import (
     BuiltLayer,
     Compression,
     Directory,
-    Entry,
     File,
     Format,
     HardLink,
+    LayerEntry,
     Opaque,
     Symlink,
     Whiteout,
@@ -226,7 +226,7 @@ def build_artifact(
 
 
 def build_image(
-    layers: Iterable[Iterable[Entry] | bytes | BuiltLayer],
+    layers: Iterable[Iterable[LayerEntry] | bytes | BuiltLayer],
     *,
     compression: Compression = "gzip",
     format: Format = "oci",
@@ -404,7 +404,7 @@ def _incompressible_bytes(seed: str, size: int) -> bytes:
 
 
 def _in_format(
-    layer: Iterable[Entry] | bytes | BuiltLayer, compression: Compression, format: Format
+    layer: Iterable[LayerEntry] | bytes | BuiltLayer, compression: Compression, format: Format
 ) -> BuiltLayer:
     if not isinstance(layer, BuiltLayer):
         return build_layer(layer, compression=compression, format=format)

@@ -21,11 +21,11 @@ __all__ = [
     "BuiltLayer",
     "Compression",
     "Directory",
-    "Entry",
     "Fifo",
     "File",
     "Format",
     "HardLink",
+    "LayerEntry",
     "Opaque",
     "Symlink",
     "Whiteout",
@@ -58,7 +58,7 @@ _MEDIA_TYPES: dict[Format, dict[Compression, str]] = {
 
 
 @attrs.frozen
-class Entry:
+class LayerEntry:
     """The base class of a layer's entries.
 
     Attributes:
@@ -79,21 +79,21 @@ class Entry:
 
 
 @attrs.frozen
-class File(Entry):
+class File(LayerEntry):
     """A regular file with the content ``data``."""
 
     data: bytes = attrs.field(default=b"", repr=lambda data: f"<{len(data)} bytes>")
 
 
 @attrs.frozen
-class Directory(Entry):
+class Directory(LayerEntry):
     """A directory."""
 
     mode: int = attrs.field(default=0o755, kw_only=True)
 
 
 @attrs.frozen
-class Symlink(Entry):
+class Symlink(LayerEntry):
     """A symbolic link; ``target`` is written unchanged."""
 
     target: str
@@ -101,24 +101,24 @@ class Symlink(Entry):
 
 
 @attrs.frozen
-class HardLink(Entry):
+class HardLink(LayerEntry):
     """A second name for the file ``target``, a path relative to the root."""
 
     target: str
 
 
 @attrs.frozen
-class Fifo(Entry):
+class Fifo(LayerEntry):
     """A named pipe."""
 
 
 @attrs.frozen
-class Whiteout(Entry):
+class Whiteout(LayerEntry):
     """Removes ``path`` of the layers below (OCI ``layer.md``, whiteouts)."""
 
 
 @attrs.frozen
-class Opaque(Entry):
+class Opaque(LayerEntry):
     """Removes the lower layers' entries in the directory ``path``.
 
     See "opaque whiteout" in OCI's ``layer.md``. The directory itself needs an entry of its own.
@@ -149,7 +149,10 @@ def layer_media_type(format: Format, compression: Compression) -> str:
 
 
 def build_layer(
-    content: Iterable[Entry] | bytes, *, compression: Compression = "gzip", format: Format = "oci"
+    content: Iterable[LayerEntry] | bytes,
+    *,
+    compression: Compression = "gzip",
+    format: Format = "oci",
 ) -> BuiltLayer:
     """Make a layer in memory.
 
@@ -312,7 +315,7 @@ _TYPES = {
 }
 
 
-def _tar_entry(entry: Entry) -> tuple[tarfile.TarInfo, bytes]:
+def _tar_entry(entry: LayerEntry) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(entry.path)
     info.mode, info.uid, info.gid, info.mtime = entry.mode, entry.uid, entry.gid, entry.mtime
     data = b""

@@ -26,9 +26,14 @@ of a store. It cannot test the effects of a crash or a full disk.
 """
 
 from .._util import export_as_public
-from ._layer_suite import StoreSuite as StoreSuite
-from ._staging_suite import StagingStoreSuite as StagingStoreSuite
+from ._layer_suite import StoreSuite
+from ._staging_suite import StagingStoreSuite
 
 __all__ = ["StagingStoreSuite", "StoreSuite"]
 
 export_as_public(globals(), __name__)
+del export_as_public
+
+
+def __dir__() -> list[str]:
+    return __all__
