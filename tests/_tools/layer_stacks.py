@@ -19,7 +19,7 @@ from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import Entry, Summary, parse_entries
 from trio_layers._rootfs.view import MergedTree
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import Unpacked, fits, unpack
+from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
 from trio_layers._tree.verify import verify
 
 UNLIMITED = Limits()
@@ -81,7 +81,7 @@ def unpack_stack(
         lower = MergedTree(trees)
         target = base / f"{number}-alone"
         alone = unpack_blob(blob, target, limits=limits)
-        if alone.needs_lower or not fits(alone.assumed, lower):
+        if alone.needs_lower or not assumptions_hold(alone.assumed, lower):
             target = base / f"{number}-on-parent"
             again = unpack_blob(blob, target, lower, limits)
             assert again.diff_id == alone.diff_id

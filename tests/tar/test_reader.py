@@ -381,7 +381,8 @@ def test_an_empty_long_name_is_an_error(flag: str) -> None:
 @pytest.mark.parametrize(("header", "record"), [("a/", "b"), ("a", "b/")])
 def test_a_slash_in_one_of_two_names(header: str, record: str) -> None:
     """Without a type it makes a directory: to Python in the header, to Go in the record; and what
-    follows a directory is another header."""
+    follows a directory is another header.
+    """
     with pytest.raises(UnpackError, match="only one of its two names ends with a slash"):
         only({"name": header, "type": "\0", "text": "text", "pax": {"path": record}})
     member = only({"name": "a/", "type": "\0", "pax": {"path": "b/"}})

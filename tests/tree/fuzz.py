@@ -38,7 +38,7 @@ from trio_layers._errors import DecompressionError, StoreFull, UnpackError
 from trio_layers._rootfs.merged import MergedTree
 from trio_layers._tar.limits import Limits
 from trio_layers._tar.reader import Member, TarReader
-from trio_layers._tree.unpack import Unpacked, fits, unpack
+from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
 
 LIMITS = Limits(max_unpacked_bytes=8 << 20, max_entries=200, max_ratio_from=4 << 20)
 """Small enough that the worst of damage costs little, large enough for all that is drawn whole."""
@@ -103,7 +103,7 @@ class World:
         lower = MergedTree(trees)
         try:
             alone = self._unpack(archive.blob, None)
-            if alone.needs_lower or not fits(alone.assumed, lower):
+            if alone.needs_lower or not assumptions_hold(alone.assumed, lower):
                 self._clear()
                 again = self._unpack(archive.blob, lower)
                 assert again.diff_id == alone.diff_id

@@ -143,7 +143,8 @@ def blobs_of(stack: Sequence[Sequence[dict]]) -> list[bytes]:
 
 def in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path]]:
     """Each layer on top of those before it, which is what defines the result. One that cannot
-    be there is left out."""
+    be there is left out.
+    """
     kept: list[bytes] = []
     trees: list[Path] = []
     for number, blob in enumerate(blobs):

@@ -89,7 +89,8 @@ UNLIMITED = [(name, case) for name, case in CASES if "limits" not in case]
 @pytest.mark.parametrize("case", [c for _, c in UNLIMITED], ids=[name for name, _ in UNLIMITED])
 def test_both_ways_and_mounted(case: dict, tmp_path: Path) -> None:
     """What a layer becomes alone is what it becomes on top of its parent, and what overlayfs
-    makes of the trees is what the merged view shows."""
+    makes of the trees is what the merged view shows.
+    """
     outside = tmp_path / "outside"
     plant(outside)
     blobs = [Pieces(partial(maketar.iter_layer, layer, str(outside))) for layer in case["layers"]]

@@ -16,7 +16,8 @@ MOST_MEMORY = 256 * 1024
 
 def test_archives_at_random() -> None:
     """Whole ones are unpacked, and as Python reads them; damaged ones are, or are refused by an
-    error of ours; nothing around the tree is touched, and memory stays bounded."""
+    error of ours; nothing around the tree is touched, and memory stays bounded.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open_world() as world:
         run(world, 500, 20261124)

@@ -14,7 +14,7 @@ from trio_layers._entries import Entry
 from trio_layers._errors import LimitExceeded, StoreError, UnpackError
 from trio_layers._rootfs.view import MergedTree
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import fits, unpack
+from trio_layers._tree.unpack import assumptions_hold, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 
@@ -89,12 +89,13 @@ def test_a_tree_fits_if_its_assumptions_hold(
         entries.append({"name": "a", **below})
     unpack_blob(archive(*entries), tmp_path / "below")
     unpacked = unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "a/b"}), tmp_path / "t")
-    assert fits(unpacked.assumed, MergedTree([tmp_path / "below"])) is expected
+    assert assumptions_hold(unpacked.assumed, MergedTree([tmp_path / "below"])) is expected
 
 
 def test_usr_merge(tmp_path: Path) -> None:
     """A file in ``bin``, which is a link below, comes to be where the link leads, and the
-    directory there stays what it was."""
+    directory there stays what it was.
+    """
     there = merged(DEBIAN, [{"name": "bin/new", "text": "n"}], base=tmp_path)
     assert there[b"bin"].type == "symlink"
     assert there[b"usr/bin/new"].type == "file"
@@ -146,7 +147,8 @@ def test_hard_link_below_what_the_layer_removes(tmp_path: Path) -> None:
 
 def test_whiteout_of_an_implied_directory(tmp_path: Path) -> None:
     """A directory made for a whiteout alone goes when it is removed itself; one that holds a
-    file of the layer stays, and hides the rest."""
+    file of the layer stays, and hides the rest.
+    """
     gone = [{"name": "usr/bin/.wh.old"}, {"name": "usr/.wh.bin"}]
     there = merged(DEBIAN, gone, base=tmp_path)
     assert b"usr/bin" not in there
@@ -259,7 +261,8 @@ GUESSED = [{"name": "d/x"}]
 )  # fmt: skip
 def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[dict]) -> None:
     """An error that would be none where an unlisted directory is a link is not raised without
-    the parent; upon it all is what unpacking in order gives."""
+    the parent; upon it all is what unpacking in order gives.
+    """
     below = archive(
         {"name": "./", "type": "dir"},
         {"name": "e/", "type": "dir"},
@@ -269,7 +272,7 @@ def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[d
     unpack_blob(below, tmp_path / "below")
     lower = MergedTree([tmp_path / "below"])
     alone = unpack_blob(archive(*upper), tmp_path / "alone")
-    assert alone.needs_lower or not fits(alone.assumed, lower)
+    assert alone.needs_lower or not assumptions_hold(alone.assumed, lower)
     unpack_blob(archive(*upper), tmp_path / "upon", lower)
     there = {entry.path for entry in MergedTree([tmp_path / "below", tmp_path / "upon"]).walk()}
     assert not {path for path in there if path.startswith(b"d/")}

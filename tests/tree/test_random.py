@@ -19,7 +19,8 @@ pytestmark = [
 
 def memory() -> Path | None:
     """A file system in memory, where nothing waits for a disk, if it takes user attributes (Linux
-    6.6); ``None`` for the usual one."""
+    6.6); ``None`` for the usual one.
+    """
     try:
         with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             os.setxattr(file.fileno(), "user.probe", b"")

@@ -72,7 +72,8 @@ def target() -> Iterator[Path]:
 
 def test_unprivileged(target: Path) -> None:
     """Owners, modes, devices and attributes are in the list; the files stay within reach and
-    run as nobody else."""
+    run as nobody else.
+    """
     command = [sys.executable, "-c", CHILD, str(target)]
     subprocess.run(command, input=archive(*LAYER), check=True)
     entries = {entry.path: entry for entry in listed(target)[0]}
@@ -104,7 +105,8 @@ def test_unprivileged(target: Path) -> None:
 
 def test_override_stat(target: Path) -> None:
     """Files and directories say what they should be, as podman reads it; a layer says nothing
-    of the kind in our place."""
+    of the kind in our place.
+    """
     command = [sys.executable, "-c", CHILD, str(target)]
     subprocess.run(command, input=archive(*LAYER), check=True)
     found = {entry.path: entry.xattrs.get(OVERRIDE) for entry in on_disk(target / "fs")}

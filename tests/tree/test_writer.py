@@ -186,7 +186,8 @@ def test_the_list_has_the_acl_that_a_mode_leaves(
     tmp_path: Path, acl: str, mode: int, kept: dict[int, int] | None
 ) -> None:
     """The mode comes after the ACL, as in moby and containerd, and the list says what is left,
-    also after a hard link's entry has brought another mode."""
+    also after a hard link's entry has brought another mode.
+    """
     pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": "02000000" + acl.replace(" ", "")}}
     file = {"name": "f", "mode": f"{mode:04o}", "pax": pax}
     link = {"name": "g", "type": "hardlink", "linkname": "f", "mode": "0604"}
@@ -267,7 +268,8 @@ def test_cancelled_anywhere(tmp_path: Path) -> None:
 
 def test_removal_can_be_cancelled(tmp_path: Path) -> None:
     """The check is called for each file that goes with a directory, also where one entry that
-    replaces it takes many away."""
+    replaces it takes many away.
+    """
     calls = 0
 
     def check() -> None:
