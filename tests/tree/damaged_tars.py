@@ -1,4 +1,4 @@
-"""Damage to archives, and to what they are compressed into, at random."""
+"""Random damage to archives and to compressed archives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trio_layers._tar.fields import has_valid_checksum
 
 @attrs.frozen
 class Damage:
-    """One thing that is done to an archive; places are taken modulo its length."""
+    """One change of an archive; places are modulo its length."""
 
     kind: str
     place: int
@@ -62,7 +62,7 @@ BLOB_DAMAGE = st.builds(
 
 
 def headers_of(tar: bytes) -> list[int]:
-    """Where headers seem to be: of entries, and in their content."""
+    """Return the positions of headers, also of apparent ones in content."""
     return [
         place
         for place in range(0, len(tar) - 511, 512)
@@ -71,7 +71,7 @@ def headers_of(tar: bytes) -> list[int]:
 
 
 def damaged(data: bytes, damage: Damage) -> bytes:
-    """What becomes of an archive, or a compressed one."""
+    """Return a damaged archive, plain or compressed."""
     if not data:
         return damage.value
     place = damage.place % len(data)
@@ -80,7 +80,7 @@ def damaged(data: bytes, damage: Damage) -> bytes:
     header = headers[damage.place % len(headers)]
     match damage.kind:
         case "flip":
-            # In a header more often than not.
+            # Most damage is in a header.
             place = header + damage.other % 512 if damage.other % 3 else place
             place = min(place, len(data) - 1)
             return replaced(data, place, bytes([data[place] ^ 1 << damage.other % 8]))
@@ -134,7 +134,7 @@ def replaced(data: bytes, place: int, value: bytes) -> bytes:
 
 
 def mended(data: bytes, header: int) -> bytes:
-    """With the checksum that the header has now."""
+    """Return the header with a new checksum."""
     block = data[header : header + 512]
     if len(block) < 512:
         return data
