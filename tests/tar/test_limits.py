@@ -97,7 +97,7 @@ def test_a_bomb_of_two_gigabytes(form: str, where: str, tmp_path: Path) -> None:
     assert on_disk(tmp_path / "tree") <= limit
 
 
-def test_what_is_declared_is_stopped_before_it_comes(tmp_path: Path) -> None:
+def test_a_declared_size_is_checked_first(tmp_path: Path) -> None:
     """Nothing of a file that is too large is read or written."""
     asked: list[int] = []
 
@@ -143,7 +143,7 @@ def test_ratio(kind: str, tmp_path: Path) -> None:
     unpacked([blob], tmp_path / "default")
 
 
-def test_ratio_of_what_does_not_pack(tmp_path: Path) -> None:
+def test_ratio_of_incompressible_content(tmp_path: Path) -> None:
     """Incompressible content never exceeds the ratio."""
     chance = random.Random(1)
     data = archive({"name": "noise", "text": {"hex": chance.randbytes(2 * MIB).hex()}})

@@ -103,7 +103,7 @@ def test_zeros_in_the_numbers_of_a_sparse_map() -> None:
     "value", ["++1", "+-1", "+", "-", " 1", "1 ", "1_0", "0x1", f"{ZEROS}9223372036854775808"]
 )
 @pytest.mark.parametrize("key", ["uid", "size", "mtime"])
-def test_what_is_no_number_stays_none(key: str, value: str) -> None:
+def test_invalid_numbers(key: str, value: str) -> None:
     """Invalid numbers stay invalid, and numbers that are too large stay out of range."""
     if key == "mtime" and value.endswith("808"):
         # No file system can store such a time. moby replaces it with the epoch.
@@ -264,7 +264,7 @@ FILE = {"name": "file", "text": "text"}
         [long("K", "a"), GLOBAL],
     ],
 )
-def test_extended_headers_stand_before_what_they_extend(before: list[dict]) -> None:
+def test_repeated_extended_headers(before: list[dict]) -> None:
     """Readers disagree on repeated extended headers, and on a global header after one."""
     with pytest.raises(UnpackError, match="an extended header follows another one instead"):
         members(archive(*before, FILE))
@@ -337,7 +337,7 @@ def header_with(area: bytes, *, magic: bytes, end: bytes = b"") -> bytes:
         "gnu-no-ctime",
     ],
 )
-def test_what_stands_before_a_name(block: bytes, name: bytes) -> None:
+def test_name_prefixes(block: bytes, name: bytes) -> None:
     """A header ends with a prefix in ustar, a shorter one in star, times in GNU's."""
     ((member, _),) = members(block)
     assert member.name == name

@@ -127,7 +127,7 @@ def test_hard_link_to_a_file_whose_other_name_is_replaced(tmp_path: Path, kind: 
     assert {there[name].links for name in (b"new", b"usr/bin/old")} == {b"new"}
 
 
-def test_what_was_brought_up_can_be_removed(tmp_path: Path) -> None:
+def test_copied_up_files_can_be_removed(tmp_path: Path) -> None:
     """A whiteout removes a file that was copied up only for a hard link."""
     link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
     for number, removal in enumerate([["usr/bin/.wh.old", "usr/bin/.wh.same"], ["usr/.wh.bin"]]):
@@ -194,7 +194,7 @@ def test_hard_link_by_way_of_what_it_replaces(tmp_path: Path) -> None:
     assert there[b"b"].links == there[b"a/f"].links == b"a/f"
 
 
-def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:
+def test_copied_up_files_keep_their_holes(tmp_path: Path) -> None:
     """A sparse file that is copied up for a hard link stays sparse."""
     sparse = {"format": "pax-1.0", "realsize": 1 << 26, "map": [[1 << 25, 4]]}
     below = archive({"name": "./", "type": "dir"}, {"name": "s", "text": "data", "sparse": sparse})
@@ -207,7 +207,7 @@ def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:
     assert there[b"s"].crc32 == listed(trees[0])[0][1].crc32
 
 
-def test_borrowing_can_be_cancelled(tmp_path: Path) -> None:
+def test_copying_up_can_be_cancelled(tmp_path: Path) -> None:
     """The check is called for each chunk of a file that is copied up."""
     big = {"name": "big", "fill": {"byte": 1, "count": 1 << 22}}
     unpack_blob(archive({"name": "./", "type": "dir"}, big), tmp_path / "below")
@@ -224,7 +224,7 @@ def test_borrowing_can_be_cancelled(tmp_path: Path) -> None:
     assert calls >= 16
 
 
-def test_what_is_below_cannot_be_read(tmp_path: Path) -> None:
+def test_a_lower_file_cannot_be_read(tmp_path: Path) -> None:
     """A damaged lower tree is an error of the store, not of the layer."""
     unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "old"}), tmp_path / "below")
     (tmp_path / "below/fs/old").unlink()
@@ -261,7 +261,7 @@ GUESSED = [{"name": "d/x"}]
     ],
     ids=range(5),
 )  # fmt: skip
-def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[dict]) -> None:
+def test_alone_leaves_decisions_to_the_parent(tmp_path: Path, upper: list[dict]) -> None:
     """A layer that is invalid alone, but not if a parent's link replaces a directory, is no error.
 
     On the parent, the result is that of unpacking in order.
@@ -292,13 +292,13 @@ def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[d
     ],
     ids=range(5),
 )
-def test_alone_refuses_what_no_parent_can_mend(tmp_path: Path, upper: list[dict]) -> None:
+def test_alone_refuses_layers_invalid_on_every_parent(tmp_path: Path, upper: list[dict]) -> None:
     """A layer that is invalid on every parent is an error at once."""
     with pytest.raises(UnpackError):
         unpack_blob(archive(*upper), tmp_path / "t")
 
 
-def test_what_is_borrowed_counts(tmp_path: Path) -> None:
+def test_copied_up_files_count(tmp_path: Path) -> None:
     """Files that are copied up count as output, so small layers cannot multiply them."""
     fill = {"byte": 1, "count": 4000}
     files = [{"name": f"f{number}", "fill": fill} for number in range(3)]
