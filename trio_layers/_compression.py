@@ -25,18 +25,25 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["MAX_MEMBERS", "MAX_WINDOW", "PIECE", "Decompressor", "crc32", "recognise"]
+__all__ = [
+    "DEFAULT_MAX_MEMBERS",
+    "DEFAULT_MAX_WINDOW",
+    "PIECE",
+    "Decompressor",
+    "crc32",
+    "detect_compression",
+]
 
 PIECE: Final = 256 * 1024
 """The most bytes in one piece of output."""
 
 # moby peeks at this many bytes; an error within them means that it could not open the data.
-_BEGINNING: Final = 10
+_HEAD_SIZE: Final = 10
 
-MAX_WINDOW: Final = 128 * 1024 * 1024
+DEFAULT_MAX_WINDOW: Final = 128 * 1024 * 1024
 """Default limit of a codec's window: the earlier output that it keeps in memory, in bytes."""
 
-MAX_MEMBERS: Final = 10_000
+DEFAULT_MAX_MEMBERS: Final = 10_000
 """Default limit of members beyond one for each `_MIN_MEMBER_SIZE` bytes."""
 
 # The least content of a member in formats with one member for each file: a tar header block.
@@ -93,7 +100,7 @@ _CODECS: Final[dict[str, Callable[[int], _Codec]]] = {
 }
 
 
-def recognise(head: bytes) -> str | None:
+def detect_compression(head: bytes) -> str | None:
     """Return the compression of data that begins with ``head``, or ``None`` for none.
 
     ``head`` is at least 10 bytes, or all of the data.
@@ -175,18 +182,20 @@ class Decompressor:
         compression: ``gzip``, ``zstd``, ``bzip2``, ``xz``; ``None`` for none, or not yet known.
     """
 
-    def __init__(self, *, max_window: int = MAX_WINDOW, max_members: int = MAX_MEMBERS) -> None:
+    def __init__(
+        self, *, max_window: int = DEFAULT_MAX_WINDOW, max_members: int = DEFAULT_MAX_MEMBERS
+    ) -> None:
         self.opened = False
         self.compression: str | None = None
         self._max_window = max_window
         self._max_members = max_members
         self._plain = 0
-        self._recognised = False
+        self._detected = False
         self._codec: _Codec | None = None
         self._members = 0
         # The size of the codec's next input. The codec copies input that follows its member,
         # so a small first input keeps a stream of many tiny members linear.
-        self._step = _BEGINNING
+        self._step = _HEAD_SIZE
         self._held = b""
         self._position = 0
 
@@ -217,12 +226,12 @@ class Decompressor:
 
     def _run(self, data: bytes, *, end: bool) -> Iterator[bytes]:
         data, self._held = self._held + data, b""
-        if not self._recognised:
-            if len(data) < _BEGINNING and not end:
+        if not self._detected:
+            if len(data) < _HEAD_SIZE and not end:
                 self._held = data
                 return
-            self.compression = recognise(data)
-            self._recognised = True
+            self.compression = detect_compression(data)
+            self._detected = True
             self.opened = self.compression is None
         if self.compression is None:
             for start in range(0, len(data), PIECE):
@@ -248,7 +257,7 @@ class Decompressor:
                 self._position -= rest
                 self._codec = None
             # For gzip, `_begin` has set it at the end of the first header.
-            self.opened = self.opened or self._position >= _BEGINNING
+            self.opened = self.opened or self._position >= _HEAD_SIZE
 
     def _begin(self, data: bytes, start: int) -> int:
         """Set up the codec for the member at ``start``, after zeros if it is not the first.
@@ -278,7 +287,7 @@ class Decompressor:
                 )
             )
         self._codec = _CODECS[self.compression](self._max_window)
-        self._step = _BEGINNING
+        self._step = _HEAD_SIZE
         return start
 
     def _decode(self, codec: _Codec, part: bytes) -> Iterator[bytes]:

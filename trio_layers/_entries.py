@@ -29,7 +29,7 @@ from typing import Final, Literal, NotRequired, Protocol, Required, TypedDict, c
 
 import attrs
 
-from ._acl import ACCESS_ACL, fit_acl
+from ._acl import ACCESS_ACL, apply_mode_to_acl
 from ._digest import DiffID
 from ._errors import StoreError
 
@@ -40,14 +40,14 @@ __all__ = [
     "ExportReport",
     "Metadata",
     "Summary",
+    "entry_line",
     "file_line",
     "lines_about",
     "lines_of_directories",
     "link_line",
-    "listed_as",
     "opaque_line",
     "parse_entries",
-    "put_line",
+    "path_in_list",
     "removal_line",
     "summary_line",
 ]
@@ -227,7 +227,7 @@ def _metadata(path: bytes, about: Metadata, xattrs: Mapping[str, bytes]) -> str:
     return line
 
 
-def put_line(entry: Entry) -> bytes:
+def entry_line(entry: Entry) -> bytes:
     """Return the line for a path that was created or replaced."""
     line = f'{_metadata(entry.path, entry, entry.xattrs)},"t":"{entry.type}"'
     if entry.size:
@@ -248,7 +248,7 @@ def put_line(entry: Entry) -> bytes:
 def file_line(
     path: bytes, about: Metadata, size: int, crc: int, xattrs: Mapping[str, bytes]
 ) -> bytes:
-    """Return the line for a file, as `put_line` does, but without an `Entry`.
+    """Return the line for a file, as `entry_line` does, but without an `Entry`.
 
     Most lines of a list are about files.
     """
@@ -328,7 +328,7 @@ def _linked(inode: Entry, line: _Line) -> Entry:
     xattrs.update(_xattrs(line))
     mode = inode.mode if inode.type == "symlink" else line.get("m", 0)
     if ACCESS_ACL in xattrs:
-        fit_acl(xattrs, mode)
+        apply_mode_to_acl(xattrs, mode)
     return attrs.evolve(
         inode,
         mode=mode,
@@ -397,7 +397,7 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
 
     Returns ``None`` if one of the paths is a hard link: then these lines are not enough.
     """
-    wanted = {listed_as(path) for path in paths}
+    wanted = {path_in_list(path) for path in paths}
     found: list[bytes] = []
     for line in lines:
         match = _LINES_PATH.match(line)
@@ -410,7 +410,7 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
     return found
 
 
-def listed_as(path: bytes) -> bytes:
+def path_in_list(path: bytes) -> bytes:
     """Return a path as it is written in a list's lines."""
     return _dump(_text(path))[1:-1].encode("ascii")
 
@@ -425,7 +425,7 @@ def lines_of_directories(
 
     Args:
         lines: The list.
-        directories: Paths of directories and whiteouts, as `listed_as` returns them; the list's
+        directories: Paths of directories and whiteouts, as `path_in_list` returns them; the list's
             own are added.
         others: A set of hashes of all other paths: the byte at a path's hash, modulo the array's
             length, becomes 1.

@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeAlias, final
 import attrs
 import trio
 
-from .._compression import recognise
+from .._compression import detect_compression
 from .._digest import Digest, digest_of
 from .._errors import (
     ArchiveError,
@@ -33,7 +33,7 @@ from .._store.directory import DirectoryStore
 from .._store.leases import Lease
 from .._tar.decompressed import DecompressedBlob
 from .._tar.limits import Limits
-from .._tar.reader import Content, Member, TarReader
+from .._tar.reader import ContentPiece, Member, TarReader
 from .documents import (
     DOCKER,
     INDEX,
@@ -137,9 +137,9 @@ class Shelf:
             return None
         with open(path, "rb") as file:
             head = file.read(_HEAD)
-            return Item(digest, os.fstat(file.fileno()).st_size, recognise(head))
+            return Item(digest, os.fstat(file.fileno()).st_size, detect_compression(head))
 
-    def add(self, pieces: Iterable[Content]) -> Item:
+    def add(self, pieces: Iterable[ContentPiece]) -> Item:
         """Take a blob in."""
         head = b""
 
@@ -151,7 +151,7 @@ class Shelf:
                 yield piece
 
         digest, size = self.batch.add(watched())
-        return Item(digest, size, recognise(head))
+        return Item(digest, size, detect_compression(head))
 
     async def keep(self, digest: Digest, data: bytes) -> None:
         """Take in a blob that is in memory."""
@@ -304,7 +304,7 @@ class Archive:
             found = self._items.get(found.target)
         raise ArchiveError(f"{self.name}: the links from {printable_value(path)} lead in a circle")
 
-    def _add(self, member: Member, data: Iterator[Content]) -> None:
+    def _add(self, member: Member, data: Iterator[ContentPiece]) -> None:
         if member.type not in ("file", "symlink", "hardlink"):
             return
         if len(member.name) > MAX_PATH or len(member.linkname) > MAX_PATH:
@@ -323,7 +323,7 @@ class Archive:
         if self._items.setdefault(key, found) != found:
             raise ArchiveError(f"{self.name} has {printable_value(key)} twice")
 
-    def _file(self, key: str, size: int, data: Iterator[Content]) -> Item:
+    def _file(self, key: str, size: int, data: Iterator[ContentPiece]) -> Item:
         claimed = claimed_digest(key)
         if size > MAX_DOCUMENT_SIZE:
             known = None if claimed is None else self._shelf.find(claimed)
@@ -337,7 +337,7 @@ class Archive:
         if beginning not in (b"", b"{", b"[") or self._held + len(data) > MAX_HELD:
             return self._shelf.add([data])
         self._held += len(data)
-        return Item(digest_of(data), len(data), recognise(data[:_HEAD]), data)
+        return Item(digest_of(data), len(data), detect_compression(data[:_HEAD]), data)
 
 
 @final
@@ -406,7 +406,7 @@ def _pieces(file: io.FileIO, size: int) -> Iterator[bytes]:
         yield data
 
 
-def _plain(content: Iterable[Content]) -> Iterator[bytes | memoryview]:
+def _plain(content: Iterable[ContentPiece]) -> Iterator[bytes | memoryview]:
     """The content of a file, with zeros for its holes."""
     for piece in content:
         if not isinstance(piece, int):

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import attrs
 
-from .._compression import MAX_MEMBERS, MAX_WINDOW
+from .._compression import DEFAULT_MAX_MEMBERS, DEFAULT_MAX_WINDOW
 from .._errors import LimitExceeded
 from .._printable import printable_path
 
@@ -65,12 +65,12 @@ class Limits:
     max_ratio: int = attrs.field(default=10_000, validator=_not_negative)
     max_ratio_from: int = attrs.field(default=1 << 34, validator=_not_negative)
     max_entries: int = attrs.field(default=10_000_000, validator=_not_negative)
-    max_members: int = attrs.field(default=MAX_MEMBERS, validator=_not_negative)
+    max_members: int = attrs.field(default=DEFAULT_MAX_MEMBERS, validator=_not_negative)
     max_path: int = attrs.field(default=4095, validator=_not_negative)
     max_depth: int = attrs.field(default=512, validator=_not_negative)
     max_header: int = attrs.field(default=1 << 20, validator=_not_negative)
     max_xattr: int = attrs.field(default=1 << 16, validator=_not_negative)
-    max_window: int = attrs.field(default=MAX_WINDOW, validator=_not_negative)
+    max_window: int = attrs.field(default=DEFAULT_MAX_WINDOW, validator=_not_negative)
 
     def check_path(self, path: bytes) -> None:
         """Check the length and depth of a path relative to the root.

@@ -32,7 +32,7 @@ from .fields import (
 from .limits import Limits
 from .sparse import has_sparse_keys, read_gnu_map, read_pax_map
 
-__all__ = ["BLOCK", "Content", "Member", "MemberType", "PlainSource", "TarReader"]
+__all__ = ["BLOCK", "ContentPiece", "Member", "MemberType", "PlainSource", "TarReader"]
 
 _ZEROS: Final = bytes(BLOCK)
 
@@ -42,7 +42,7 @@ _SMALL_FILE: Final = 8 * 1024
 # Some writers put this number into a size field that is too small for the size.
 _ALL_SEVENS: Final = 0o77777777777
 
-Content = bytes | memoryview | int
+ContentPiece = bytes | memoryview | int
 """A piece of a file's content: bytes, or the number of zeros in a hole."""
 
 MemberType = Literal["file", "hardlink", "symlink", "char", "block", "dir", "fifo"]
@@ -135,7 +135,7 @@ class TarReader:
     def __iter__(self) -> Iterator[Member]:
         return iter(self.next, None)
 
-    def data(self) -> Iterator[Content]:
+    def data(self) -> Iterator[ContentPiece]:
         """Iterate over a file's content: bytes, and for each hole its number of zeros.
 
         Raises:
@@ -147,7 +147,7 @@ class TarReader:
             return self._stream(self.remaining)
         return iter((self._read_exactly(self.remaining),) if self.remaining else ())
 
-    def _parts_and_holes(self, parts: list[int]) -> Iterator[Content]:
+    def _parts_and_holes(self, parts: list[int]) -> Iterator[ContentPiece]:
         position = 0
         for at in range(0, len(parts), 2):
             offset, length = parts[at], parts[at + 1]

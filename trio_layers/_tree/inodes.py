@@ -21,7 +21,7 @@ from .._compression import crc32
 from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .._printable import printable_path
-from .._tar.reader import Content
+from .._tar.reader import ContentPiece
 from .capabilities import OVERRIDE, Capabilities
 from .member_entries import is_linux_xattr
 
@@ -83,7 +83,7 @@ def unpack_error(error: OSError, path: bytes) -> UnpackError | StoreError:
     return StoreError(text)
 
 
-def _is_full(subject: int | str) -> bool:
+def _is_disk_full(subject: int | str) -> bool:
     """Return whether the disk is full, and not only one file's space for attributes."""
     space = os.statvfs(subject)
     # 64 free blocks are more than the largest attribute takes. A file system without a number of
@@ -116,10 +116,10 @@ class InodeWriter:
     def __init__(self, capabilities: Capabilities) -> None:
         self._capabilities = capabilities
         # None if unknown, because some directory passes on its group.
-        self._new_file_owner = capabilities.ids
+        self._new_file_owner = capabilities.new_file_owner
         # With limited capabilities, the mode is changed later anyway, and we cannot set attributes
         # of a file that we may not write to.
-        self._exact_modes = capabilities.modes and not capabilities.limited
+        self._exact_modes = capabilities.exact_modes and not capabilities.limited
         self._limited = capabilities.limited
         self.incomplete = False
         self.foreign_only = False
@@ -142,7 +142,7 @@ class InodeWriter:
         path: bytes,
         metadata: Metadata,
         xattrs: Mapping[str, bytes],
-        data: Iterable[Content],
+        data: Iterable[ContentPiece],
         check_cancelled: Callable[[], None],
     ) -> tuple[int, int]:
         """Write a new file and close it; return its size and the CRC-32 of its content.
@@ -191,7 +191,7 @@ class InodeWriter:
     ) -> None:
         """Set an open directory's metadata, except its times."""
         if not is_new:
-            ours = self._capabilities.overlay
+            ours = self._capabilities.overlay_prefix
             for attribute in list_xattrs(descriptor):
                 if attribute not in xattrs and not (ours and attribute.startswith(ours)):
                     try:
@@ -219,9 +219,9 @@ class InodeWriter:
             self._set_metadata_by_name(parent, name, entry)
             return
         if entry.type == "whiteout":
-            able, kind, device = self._capabilities.whiteouts, stat.S_IFCHR, 0
+            able, kind, device = self._capabilities.can_make_whiteouts, stat.S_IFCHR, 0
         else:
-            able = entry.type == "fifo" or self._capabilities.devices
+            able = entry.type == "fifo" or self._capabilities.can_make_devices
             kind = _FILE_TYPES[entry.type]
             device = os.makedev(*entry.dev) if entry.dev else 0
         if not able:
@@ -237,10 +237,10 @@ class InodeWriter:
 
     def mark_opaque(self, descriptor: int) -> None:
         """Mark an open directory as opaque, so that it hides lower trees' entries."""
-        if self._capabilities.overlay is None:
+        if self._capabilities.overlay_prefix is None:
             self._mark_incomplete()
         else:
-            os.setxattr(descriptor, self._capabilities.overlay + "opaque", b"y")
+            os.setxattr(descriptor, self._capabilities.overlay_prefix + "opaque", b"y")
 
     def set_xattr(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
         """Set an extended attribute of an open file or a handle.
@@ -264,7 +264,7 @@ class InodeWriter:
                 return
             text = f"{printable_path(path)}: cannot set the attribute {attribute[:256]!r}"
             if error.errno in _NO_SPACE:
-                if error.errno == errno.EDQUOT or _is_full(subject):
+                if error.errno == errno.EDQUOT or _is_disk_full(subject):
                     raise StoreFull(
                         f"{text}: {error.strerror}. Free some space and pull again"
                     ) from error
@@ -292,7 +292,7 @@ class InodeWriter:
             now = os.fstat(descriptor)
             if (now.st_uid, now.st_gid) == wanted:
                 return True
-        if self._capabilities.owners:
+        if self._capabilities.can_chown:
             try:
                 os.chown(subject, *wanted)
                 return True
@@ -377,7 +377,7 @@ class InodeWriter:
             if not owned:
                 # A file with the wrong owner must not run as that owner.
                 mode &= 0o1777
-            if not self._capabilities.root:
+            if not self._capabilities.ignores_modes:
                 # Our own files must stay accessible to us and must not run as us.
                 mode = mode & 0o1777 | (0o700 if file_type == stat.S_IFDIR else 0o600)
             os.chmod(subject, mode)
@@ -396,7 +396,7 @@ class InodeWriter:
         )
         if not right:
             self._mark_incomplete()
-        if kind is not None and self._capabilities.override:
+        if kind is not None and self._capabilities.can_set_override:
             self._set_override(
                 subject, None if right else _override_value(metadata, kind), is_new=is_new
             )
@@ -414,7 +414,7 @@ class InodeWriter:
 
     def _read_override_type(self, subject: str) -> str:
         """Return the type that a file stands for, from an attribute that only we write."""
-        if self._capabilities.limited and self._capabilities.override:
+        if self._capabilities.limited and self._capabilities.can_set_override:
             try:
                 return os.getxattr(subject, OVERRIDE).rpartition(b":")[2].decode()
             except OSError:

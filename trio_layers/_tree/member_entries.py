@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .._acl import ACCESS_ACL, fit_acl
+from .._acl import ACCESS_ACL, apply_mode_to_acl
 from .._entries import Entry, EntryType
 from .._errors import UnpackError
 from .._printable import printable_path
@@ -54,7 +54,7 @@ def xattrs_from_member(member: Member) -> Mapping[str, bytes]:
         return member.xattrs
     xattrs = {k: v for k, v in member.xattrs.items() if not k.startswith(_PRIVATE)}
     if ACCESS_ACL in xattrs:
-        fit_acl(xattrs, member.mode)
+        apply_mode_to_acl(xattrs, member.mode)
     return xattrs
 
 

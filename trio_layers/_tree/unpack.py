@@ -100,7 +100,7 @@ def unpack(
         with translate_os_errors(os.fsencode(target)):
             capabilities = probe(root)
             if not no_umask:
-                capabilities = attrs.evolve(capabilities, modes=False)
+                capabilities = attrs.evolve(capabilities, exact_modes=False)
             log = _EntriesFile(target / "entries")
         source = DecompressedBlob(read, limits, check_cancelled, read_ahead=read_ahead)
         with log, contextlib.closing(source):

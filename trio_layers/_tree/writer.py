@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, final
 import attrs
 
 from .._acl import DEFAULT_ACL
-from .._entries import Entry, Metadata, file_line, link_line, opaque_line, put_line
+from .._entries import Entry, Metadata, entry_line, file_line, link_line, opaque_line
 from .._errors import LimitExceeded, StoreError, UnpackError
 from .._printable import printable_path
 from .._tar.limits import Limits
-from .._tar.reader import Content, Member
+from .._tar.reader import ContentPiece, Member
 from .capabilities import Capabilities
 from .directories import join, split
 from .inodes import InodeWriter, translate_os_errors, unpack_error
@@ -118,7 +118,7 @@ class TreeWriter:
                 f"max_entries, {self._max_entries}, allows"
             )
 
-    def add(self, member: Member, data: Iterator[Content]) -> None:
+    def add(self, member: Member, data: Iterator[ContentPiece]) -> None:
         """Write one member; ``data`` is its content, used for files only.
 
         Raises:
@@ -292,7 +292,7 @@ class TreeWriter:
             self._directories.open(path), entry, xattrs, is_new=is_new
         )
         self._tree.times[path] = entry.mtime_ns
-        self._log(put_line(entry))
+        self._log(entry_line(entry))
 
     # Other types.
 
@@ -309,7 +309,7 @@ class TreeWriter:
         path: bytes,
         metadata: Metadata,
         xattrs: Mapping[str, bytes],
-        data: Iterator[Content],
+        data: Iterator[ContentPiece],
     ) -> None:
         size, crc = self._inodes.write_file(
             descriptor, path, metadata, xattrs, data, self._check_cancelled
@@ -328,7 +328,7 @@ class TreeWriter:
         except FileExistsError:
             self._tree.remove(entry.path)
             self._inodes.make_special(self._directories.open(parent), name, entry)
-        self._log(put_line(entry))
+        self._log(entry_line(entry))
 
     def _make_hard_link(self, member: Member, path: bytes) -> None:
         tree = self._tree
@@ -462,7 +462,7 @@ class TreeWriter:
         entry = Entry(path=path, type="whiteout", mode=0)
         self._inodes.make_special(self._directories.open(parent), name, entry)
         tree.whiteouts.add(path)
-        self._log(put_line(entry))
+        self._log(entry_line(entry))
 
     def _make_opaque(self, path: bytes) -> None:
         """Make a directory opaque, so that it shows only this layer's own entries."""
