@@ -39,6 +39,9 @@ __all__ = [
 
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
+# Seconds for which a starting child process may share a lock of this process.
+_FORK: Final = 0.5
+
 
 def file_name(digest: Digest) -> str:
     """What a digest's files are called.
@@ -173,16 +176,26 @@ def try_lock(path: Path, *, make: bool = True) -> int | None:
 def lock_written(descriptor: int, path: Path) -> None:
     """Lock a file for writing until it is closed.
 
+    A child process that starts at this moment shares the lock of an earlier descriptor until it
+    executes its program, so the lock may need some milliseconds to become free.
+
     Raises:
         StoreError: if another process writes the file.
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StoreError(
-            f"{path} is written by another process, and the file of its lock was removed: keep the "
-            "store where no program removes old files, and try again when that process is done"
-        ) from None
+    deadline = time.monotonic() + _FORK
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_FORK / 100)
+        else:
+            return
+    raise StoreError(
+        f"{path} is written by another process, and the file of its lock was removed: keep the "
+        "store where no program removes old files, and try again when that process is done"
+    )
 
 
 def unlock(path: Path, descriptor: int) -> None:
