@@ -59,7 +59,7 @@ FAMILIES: dict[str, tuple[bytes, type[LayersError], str]] = {
     "hard link": (
         tar({"name": "f", "type": "hardlink", "linkname": "none"}),
         UnpackError,
-        "'f': cannot link to 'none': it does not exist",
+        "'f': cannot link to 'none': the target does not exist",
     ),
     "name": (tar({"name": "n" * 256}), UnpackError, "'nnn.*File name too long"),
     "attribute": (

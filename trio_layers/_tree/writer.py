@@ -149,7 +149,7 @@ class TreeWriter:
     def finish(self) -> None:
         """Set the default ACLs and the times of all directories.
 
-        Each change in a directory has changed its time.
+        The times are set last, because each change in a directory changes the directory's time.
         """
         with translate_os_errors(b"."):
             for path, acl in self._tree.default_acls.items():
@@ -335,7 +335,7 @@ class TreeWriter:
         parts = path_components(member.linkname)
         link = f"{printable_path(path)}: cannot link to {printable_path(member.linkname)}"
         if not parts or any(part.startswith(_WHITEOUT) for part in parts):
-            raise UnpackError(f"{link}: it is not a file")
+            raise UnpackError(f"{link}: the target is not a file")
         try:
             self._check_path(b"/".join(parts))
         except LimitExceeded as error:
@@ -346,15 +346,15 @@ class TreeWriter:
         # Without lower trees, a path that is missing here may be a link there that leads elsewhere.
         known = found is not None or tree.lower is not None or tree.is_hidden(target)
         if target == path or (known and target.startswith(path + b"/")):
-            raise tree.path_error(f"{link}: the link replaces it")
+            raise tree.path_error(f"{link}: the link replaces the target")
         if target in tree.whiteouts or (found is None and tree.is_hidden(target)):
-            raise tree.path_error(f"{link}: this layer removes it")
+            raise tree.path_error(f"{link}: this layer removes the target")
         if found is None:
             if tree.lower is None:
                 raise DependsOnParent
             self._copy_up(target, tree.lower, link)
         elif stat.S_ISDIR(found.st_mode):
-            raise tree.path_error(f"{link}: it is a directory")
+            raise tree.path_error(f"{link}: the target is a directory")
         entry = entry_from_member(member, path, "file")
         tree.remove(path)
         self._link_file(target, path)
@@ -382,9 +382,8 @@ class TreeWriter:
         """
         entry = lower.lookup(target)
         if entry is None or entry.type == "dir":
-            raise UnpackError(
-                f"{link}: " + ("it does not exist" if entry is None else "it is a directory")
-            )
+            fault = "does not exist" if entry is None else "is a directory"
+            raise UnpackError(f"{link}: the target {fault}")
         self._copy_up_budget -= entry.size
         if self._copy_up_budget < 0:
             raise LimitExceeded(
