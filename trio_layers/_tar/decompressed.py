@@ -15,7 +15,7 @@ from .read_ahead import ReadAhead
 
 __all__ = ["DecompressedBlob"]
 
-# A larger slice gains nothing; a smaller one keeps cancellation near.
+# A larger slice is not faster, and it delays cancellation.
 _SLICE: Final = 256 * 1024
 
 
