@@ -275,7 +275,7 @@ EMPTY: dict[str, bytes] = {
 
 @pytest.mark.parametrize("kind", EMPTY)
 @pytest.mark.parametrize("where", ["before", "between", "behind"])
-def test_members_of_nothing(kind: str, where: str, tmp_path: Path) -> None:
+def test_many_empty_members(kind: str, where: str, tmp_path: Path) -> None:
     """Megabytes of empty members stop early, because each member needs its own codec."""
     compress = COMPRESS[kind.split()[0]]
     data = archive({"name": "a", "text": "a" * 100})

@@ -26,7 +26,7 @@ def only(*entries: dict) -> Member:
     return member
 
 
-def test_what_tarfile_writes() -> None:
+def test_archives_of_tarfile() -> None:
     """Archives of Python's tarfile, in its three formats, are read correctly."""
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = io.BytesIO()

@@ -63,7 +63,7 @@ def run_case(case: dict, base: Path, privilege: Privilege) -> None:
             raise
     else:
         tree = described(MergedTree(trees))
-        problems = wrong(case, tree, str(outside))
+        problems = unaccepted_differences(case, tree, str(outside))
         assert not problems, problems
         for path in trees:
             check_disk(path, privilege)
@@ -85,7 +85,7 @@ def may_fail(case: dict) -> bool:
     )
 
 
-def wrong(case: dict, tree: dict, outside: str) -> object:
+def unaccepted_differences(case: dict, tree: dict, outside: str) -> object:
     """Return the differences between a result and all accepted ones, if it is none of them."""
     expected = case["expected"]
     if expected["outcome"] == "error":
@@ -183,7 +183,7 @@ def _check_node(there: Entry, entry: Entry, privilege: Privilege) -> None:
         assert override == expected, entry
 
 
-def within_reach(base: Path) -> None:
+def check_readable(base: Path) -> None:
     """Check that the user can read everything."""
     for directory, names, files in os.walk(base, onerror=_raise):
         for name in names + files:

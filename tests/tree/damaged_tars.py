@@ -83,12 +83,14 @@ def damaged(data: bytes, damage: Damage) -> bytes:
             # Most damage is in a header.
             place = header + damage.other % 512 if damage.other % 3 else place
             place = min(place, len(data) - 1)
-            return replaced(data, place, bytes([data[place] ^ 1 << damage.other % 8]))
+            return overwrite(data, place, bytes([data[place] ^ 1 << damage.other % 8]))
         case "flip-mended":
             place = min(header + damage.other % 512, len(data) - 1)
-            return mended(replaced(data, place, bytes([data[place] ^ 1 << place % 8])), header)
+            return update_checksum(
+                overwrite(data, place, bytes([data[place] ^ 1 << place % 8])), header
+            )
         case "byte":
-            return replaced(data, place, damage.value[:1] or b"\0")
+            return overwrite(data, place, damage.value[:1] or b"\0")
         case "cut":
             return data[:place] + data[place + 1 + damage.other % 100 :]
         case "drop":
@@ -97,12 +99,12 @@ def damaged(data: bytes, damage: Damage) -> bytes:
             return data[: block + 512] + data[block:]
         case "swap":
             low, high = sorted((block, other))
-            moved = replaced(data, low, data[high : high + 512])
-            return replaced(moved, high, data[low : low + 512])
+            moved = overwrite(data, low, data[high : high + 512])
+            return overwrite(moved, high, data[low : low + 512])
         case "insert":
             return data[:block] + damage.value + data[block:]
         case "zero":
-            return replaced(data, block, bytes(512))
+            return overwrite(data, block, bytes(512))
         case "truncate":
             return data[:place]
         case "append":
@@ -111,7 +113,7 @@ def damaged(data: bytes, damage: Damage) -> bytes:
             return data + data
         case "field":
             start, length = list(maketar.FIELDS.values())[damage.other % len(maketar.FIELDS)]
-            return mended(replaced(data, header + start, damage.value[:length]), header)
+            return update_checksum(overwrite(data, header + start, damage.value[:length]), header)
         case "records":
             chosen = [
                 RECORDS[(damage.other + 7 * n) % len(RECORDS)] for n in range(damage.other % 4)
@@ -129,14 +131,14 @@ def damaged(data: bytes, damage: Damage) -> bytes:
     raise AssertionError(damage.kind)
 
 
-def replaced(data: bytes, place: int, value: bytes) -> bytes:
+def overwrite(data: bytes, place: int, value: bytes) -> bytes:
     return (data[:place] + value + data[place + len(value) :])[: len(data)]
 
 
-def mended(data: bytes, header: int) -> bytes:
-    """Return the header with a new checksum."""
+def update_checksum(data: bytes, header: int) -> bytes:
+    """Return the archive with a new checksum in one header."""
     block = data[header : header + 512]
     if len(block) < 512:
         return data
     total = sum(block) - sum(block[148:156]) + 8 * 32
-    return replaced(data, header + 148, b"%06o\0 " % total)
+    return overwrite(data, header + 148, b"%06o\0 " % total)

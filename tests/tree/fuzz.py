@@ -169,19 +169,19 @@ def agree_on_members(tar: bytes) -> None:
     for member in reader:
         data = reader.data()
         content = b"".join(bytes(each) if isinstance(each, int) else each for each in data)
-        ours.append(told(member, content))
+        ours.append(member_fields(member, content))
     theirs = []
     # Python refuses an empty archive without an end.
     ended = io.BytesIO(tar + bytes(1024))
     with tarfile.open(None, "r:", ended, encoding="utf-8", errors="surrogateescape") as other:
         for info in other:
             file = other.extractfile(info) if info.isreg() else None
-            theirs.append(python_told(info, file.read() if file else b""))
+            theirs.append(python_member_fields(info, file.read() if file else b""))
     for one, other in itertools.zip_longest(ours, theirs):
         assert one == other
 
 
-def told(member: Member, content: bytes) -> dict[str, object]:
+def member_fields(member: Member, content: bytes) -> dict[str, object]:
     is_device = member.type in ("char", "block")
     is_link = member.type in ("symlink", "hardlink")
     return {
@@ -211,7 +211,7 @@ PYTHON_TYPES = {
 }
 
 
-def python_told(info: tarfile.TarInfo, content: bytes) -> dict[str, object]:
+def python_member_fields(info: tarfile.TarInfo, content: bytes) -> dict[str, object]:
     prefix = "SCHILY.xattr."
     return {
         "name": os.fsencode(info.name).rstrip(b"/"),

@@ -141,7 +141,7 @@ def blobs_of(stack: Sequence[Sequence[dict]]) -> list[bytes]:
     return [archive(*layer) for layer in stack]
 
 
-def in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path]]:
+def unpack_in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path]]:
     """Unpack each layer on top of those before it, which defines the right result.
 
     A layer that is invalid there is left out.
@@ -159,34 +159,34 @@ def in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path
     return kept, trees
 
 
-def timeless(*stacks: Sequence[Path]) -> set[bytes]:
+def implied_directories(*stacks: Sequence[Path]) -> set[bytes]:
     """Return directories that some layer only implies: their times are undefined."""
     return {
         entry.path for trees in stacks for t in trees for entry in listed(t)[0] if entry.implied
     }
 
 
-def told(found: Sequence[Entry], without_times: set[bytes]) -> list[Entry]:
+def clear_times(found: Sequence[Entry], without_times: set[bytes]) -> list[Entry]:
     return [attrs.evolve(e, mtime_ns=0) if e.path in without_times else e for e in found]
 
 
 def check_orders(stack: Sequence[Sequence[dict]], base: Path) -> Counter[str]:
     """Unpack each layer alone if possible; compare with the right result, mounted and listed."""
     counts: Counter[str] = Counter(stacks=1, layers=len(stack))
-    kept, trees = in_order(blobs_of(stack), base)
+    kept, trees = unpack_in_order(blobs_of(stack), base)
     counts["refused"] += len(stack) - len(kept)
     shared = unpack_stack(kept, base)
     counts["twice"] += sum(path.name.endswith("-on-parent") for path in shared)
-    loose = timeless(trees, shared)
-    merged = told(list(MergedTree(trees).walk()), loose)
-    assert told(list(MergedTree(shared).walk()), loose) == merged
+    loose = implied_directories(trees, shared)
+    merged = clear_times(list(MergedTree(trees).walk()), loose)
+    assert clear_times(list(MergedTree(shared).walk()), loose) == merged
     for tree in (*shared, *trees):
         found, summary = listed(tree)
         assert not summary.incomplete
         assert on_disk(tree / "fs") == [attrs.evolve(e, implied=False) for e in found]
     if shared:
         with mounted(shared, base) as root:
-            assert told(on_disk(root), loose) == merged
+            assert clear_times(on_disk(root), loose) == merged
     return counts
 
 
@@ -198,7 +198,7 @@ def check_refused(stack: Sequence[Sequence[dict]], base: Path) -> None:
         refused = False
     except UnpackError:
         refused = True
-    kept, _ = in_order(blobs, base)
+    kept, _ = unpack_in_order(blobs, base)
     assert refused is (len(kept) < len(blobs))
 
 
@@ -212,7 +212,7 @@ async def check_store(
         for number, order in enumerate(orders):
             place = base / f"order-{number}"
             place.mkdir()
-            kept, _ = in_order([blobs[index] for index in order], place)
+            kept, _ = unpack_in_order([blobs[index] for index in order], place)
             parent = None
             for index in order:
                 data = blobs[index]
@@ -228,7 +228,7 @@ async def check_store(
             trees = [tree for tree in trees if is_whole(tree)]
             loose = {e.path for e in MergedTree(trees).walk() if e.type == "dir"}
             found = await rootfs.walk()
-            assert told(found, loose) == told(list(MergedTree(trees).walk()), loose)
+            assert clear_times(found, loose) == clear_times(list(MergedTree(trees).walk()), loose)
     return counts
 
 
@@ -260,7 +260,7 @@ def check_umoci(stack: Sequence[Sequence[dict]], base: Path) -> Counter[str]:
     ours = list(MergedTree(trees).walk())
     theirs = on_disk(base / "bundle" / "rootfs")
     loose = {entry.path for entry in ours if entry.type == "dir"}
-    assert told(theirs, loose) == told(ours, loose)
+    assert clear_times(theirs, loose) == clear_times(ours, loose)
     return Counter({"as umoci": 1})
 
 

@@ -74,7 +74,7 @@ def entries(draw: st.DrawFn, outside: str, *, wild: bool) -> list[dict]:
             files.append(entry["name"])
         elif entry["name"] in files:
             files.remove(entry["name"])
-        found.append(fitting(entry, outside))
+        found.append(in_suitable_format(entry, outside))
     return found
 
 
@@ -147,7 +147,7 @@ def contents(draw: st.DrawFn) -> dict:
     return {"text": "s" * size, "sparse": {"format": form, "realsize": real, "map": parts}}
 
 
-def fitting(entry: dict, outside: str) -> dict:
+def in_suitable_format(entry: dict, outside: str) -> dict:
     """Return the entry in a format that can hold it."""
     form = entry.get("sparse", {}).get("format", "gnu")
     if form != "gnu":

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from tree.case_runner import Privilege, run_case, within_reach
+from tree.case_runner import Privilege, check_readable, run_case
 
 NOBODY = 65534
 FIRST, RANGE = 100_000, 65536
@@ -77,7 +77,7 @@ class Child:
         """What is wrong; an empty text if nothing is.
 
         Raises:
-            Died: if the child dies of it. It is of no further use.
+            Died: If the child dies. It cannot be used again.
         """
         self._send(case)
         return self._receive()
@@ -104,9 +104,9 @@ class Child:
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
             raise self._died()
-        answer = json.loads(line)
-        assert isinstance(answer, str)
-        return answer
+        text = json.loads(line)
+        assert isinstance(text, str)
+        return text
 
     def _died(self) -> Died:
         return Died(f"the child has died; its return code is {self.process.wait()}")
@@ -119,7 +119,7 @@ class Child:
 
 
 @contextmanager
-def running(mode: str) -> Iterator[Child]:
+def start_child(mode: str) -> Iterator[Child]:
     """Start a child in its own directory, which every user can reach.
 
     Raises:
@@ -146,7 +146,7 @@ class Children:
         """Run a case in the mode's child, as `Child.run` does.
 
         Raises:
-            Died: if the child dies of it.
+            Died: If the child dies.
             Refused: If the kernel refuses to make such a child.
         """
         child = self[mode]
@@ -159,7 +159,7 @@ class Children:
     def __getitem__(self, mode: str) -> Child:
         if mode not in self._children:
             try:
-                self._children[mode] = self._stack.enter_context(running(mode))
+                self._children[mode] = self._stack.enter_context(start_child(mode))
             except Refused as refused:
                 self._children[mode] = refused
         child = self._children[mode]
@@ -168,7 +168,7 @@ class Children:
         return child
 
 
-def become(mode: str) -> None:
+def drop_privilege(mode: str) -> None:
     """Give up the privileges that the mode does not have."""
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -180,7 +180,7 @@ def become(mode: str) -> None:
     os.setgroups([])
     if mode == "userns-range":
         call("unshare", _NEW_USER | _NEW_MOUNT)
-        answer("unshared")
+        send_answer("unshared")
         sys.stdin.readline()
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
@@ -196,29 +196,29 @@ def become(mode: str) -> None:
         Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1\n")
 
 
-def answer(text: str) -> None:
+def send_answer(text: str) -> None:
     print(json.dumps(text), flush=True)
 
 
 def main(mode: str, base: Path) -> None:
     try:
-        become(mode)
+        drop_privilege(mode)
     except OSError as error:
-        answer(f"{error.filename or 'unshare'}: {error.strerror}")
+        send_answer(f"{error.filename or 'unshare'}: {error.strerror}")
         return
     os.umask(0o22)
-    answer("ready")
+    send_answer("ready")
     for number, line in enumerate(sys.stdin):
         where = base / str(number)
         where.mkdir()
         try:
             run_case(json.loads(line), where, MODES[mode])
-            within_reach(where)
+            check_readable(where)
             shutil.rmtree(where)
         except Exception:
-            answer(traceback.format_exc())
+            send_answer(traceback.format_exc())
         else:
-            answer("")
+            send_answer("")
 
 
 if __name__ == "__main__":

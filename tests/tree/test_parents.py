@@ -51,7 +51,7 @@ def test_assumptions(tmp_path: Path) -> None:
     assert set(unpacked.assumed) == {b"", b"a", b"a/b", b"d", b"d/"}
 
 
-def test_no_assumption_where_the_layer_hides_what_is_below(tmp_path: Path) -> None:
+def test_no_assumption_below_opaque_directories_and_whiteouts(tmp_path: Path) -> None:
     """Nothing shows through below an opaque directory or in place of a whiteout."""
     blob = archive(
         {"name": "./", "type": "dir"},
@@ -180,7 +180,7 @@ def test_alone_is_not_stricter(tmp_path: Path, upper: list[dict]) -> None:
     assert not (tmp_path / "1-alone/fs/more").exists()
 
 
-def test_hard_link_by_way_of_what_it_replaces(tmp_path: Path) -> None:
+def test_hard_link_through_the_replaced_path(tmp_path: Path) -> None:
     """Alone it is unknown whether the target lies in the replaced path."""
     below = [
         {"name": "./", "type": "dir"},

@@ -16,7 +16,7 @@ import pytest
 from _tools.layer_stacks import listed, on_disk, unpack_blob
 from _tools.plain_tars import archive
 from tree import modes
-from tree.modes import MODES, NOBODY, Children, Died, Refused, running
+from tree.modes import MODES, NOBODY, Children, Died, Refused, start_child
 
 from trio_layers._rootfs.view import MergedTree
 
@@ -163,7 +163,7 @@ def test_roots_of_user_namespaces(mode: str) -> None:
         },
     }
     try:
-        with running(mode) as child:
+        with start_child(mode) as child:
             wrong = child.run(case)
     except Refused as refused:
         pytest.skip(f"kernel: no process of the kind {mode!r}: {refused}")
@@ -172,11 +172,11 @@ def test_roots_of_user_namespaces(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_children_see_what_is_wrong(mode: str) -> None:
+def test_children_report_wrong_results(mode: str) -> None:
     """A child reports a wrong tree and a case that should fail but does not."""
     layers = [{"entries": [{"name": "x"}]}]
     try:
-        with running(mode) as child:
+        with start_child(mode) as child:
             assert child.run({"layers": layers, "expected": {"outcome": "ok"}}) == ""
             for expected in ({"outcome": "error"}, {"outcome": "ok", "tree": {}}):
                 assert "AssertionError" in child.run({"layers": layers, "expected": expected})

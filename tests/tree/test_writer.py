@@ -149,7 +149,10 @@ def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
     [
         ({"name": "./l/f/x"}, "'dd/f': not a directory, but the layer has an entry below it"),
         ({"name": "l/.wh.."}, "'dd/.wh..': the whiteout names nothing that can be removed"),
-        ({"name": "l/y", "type": "hardlink", "linkname": "dd"}, "'dd/y': .*: the target is a directory"),
+        (
+            {"name": "l/y", "type": "hardlink", "linkname": "dd"},
+            "'dd/y': .*: the target is a directory",
+        ),
         ({"name": "l/longer"}, "'dd/longer': .*; the limit max_path is 8"),
     ],
     ids=range(4),

@@ -425,7 +425,7 @@ def _is_v7_directory(header: bytes, name: bytes) -> bool:
     The v7 format has no type for directories.
 
     Raises:
-        UnpackError: if only one of the entry's two names ends with a slash.
+        UnpackError: If only one of the entry's two names ends with a slash.
     """
     is_directory = name.endswith(b"/")
     if is_directory != text_until_nul(header[:100]).endswith(b"/"):
@@ -439,7 +439,7 @@ def _names(
     """Return an entry's name and the target of its link.
 
     Raises:
-        UnpackError: if two headers give different names.
+        UnpackError: If two headers give different names.
     """
     name = text_until_nul(header[:100])
     if header[345]:

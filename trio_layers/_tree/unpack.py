@@ -104,12 +104,12 @@ def unpack(
             log = _EntriesFile(target / "entries")
         source = DecompressedBlob(read, limits, check_cancelled, read_ahead=read_ahead)
         with log, contextlib.closing(source):
-            return _unpack(source, root, capabilities, lower, limits, log.write)
+            return _write_tree(source, root, capabilities, lower, limits, log.write)
     finally:
         os.close(root)
 
 
-def _unpack(
+def _write_tree(
     source: DecompressedBlob,
     root: int,
     capabilities: Capabilities,

@@ -92,7 +92,7 @@ class TreeWriter:
 
     @property
     def assumed(self) -> tuple[bytes, ...]:
-        """What was taken for granted while nothing was known of what is below: see ``holds``."""
+        """Assumptions about an unknown parent, see `assumptions_hold`."""
         return tuple(self._tree.assumed)
 
     @property
@@ -102,14 +102,14 @@ class TreeWriter:
 
     @property
     def incomplete(self) -> bool:
-        """Whether the list has something that the tree does not."""
+        """Whether the tree lacks an inode or metadata from the list."""
         return self._inodes.incomplete
 
     def count(self, path: bytes) -> None:
         """Count an entry, or a directory or name that an entry implies.
 
         Raises:
-            LimitExceeded: if the count exceeds the limit.
+            LimitExceeded: If the count exceeds the limit.
         """
         self._counted += 1
         if self._counted > self._max_entries:
