@@ -112,7 +112,7 @@ def test_group_that_the_body_raised_comes_as_it_is() -> None:
 
 
 def test_error_that_has_no_text() -> None:
-    """trio's own nursery would format the body's error, and fail."""
+    """Trio's own nursery would format the body's error, and fail."""
 
     class Speechless(Exception):
         def __repr__(self) -> str:

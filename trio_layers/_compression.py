@@ -1,8 +1,8 @@
-"""Recognise and undo a layer's compression, whatever its media type says.
+"""Recognises and undoes a layer's compression, independent of its media type.
 
-moby's ``DecompressStream`` (go-archive ``compression/compression.go``) is the model: the magic
-bytes decide, and what is not recognised is a plain tar. Nothing here reads or waits: bytes are
-pushed in and come out, in a task or in a worker thread alike.
+The model is moby's ``DecompressStream`` (go-archive ``compression/compression.go``): the magic
+bytes decide, and data without known magic bytes is a plain tar. The code here does no I/O, so it
+runs in a task as well as in a worker thread: the caller pushes bytes in and gets bytes out.
 """
 
 from __future__ import annotations
@@ -25,34 +25,41 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["MAX_MEMBERS", "MAX_WINDOW", "PIECE", "Decompressor", "crc32", "recognise"]
+__all__ = [
+    "DEFAULT_MAX_MEMBERS",
+    "DEFAULT_MAX_WINDOW",
+    "PIECE",
+    "Decompressor",
+    "crc32",
+    "detect_compression",
+]
 
 PIECE: Final = 256 * 1024
-"""The most bytes that come out at once."""
+"""The most bytes in one piece of output."""
 
-# moby peeks at this many bytes; what fails within them has not been opened.
-_BEGINNING: Final = 10
+# moby peeks at this many bytes; an error within them means that it could not open the data.
+_HEAD_SIZE: Final = 10
 
-MAX_WINDOW: Final = 128 * 1024 * 1024
-"""How many bytes of its output a codec may want to look back on, if nothing else is said."""
+DEFAULT_MAX_WINDOW: Final = 128 * 1024 * 1024
+"""Default limit of a codec's window: the earlier output that it keeps in memory, in bytes."""
 
-MAX_MEMBERS: Final = 10_000
-"""Default limit of members beyond one for each `_CONTENT` bytes."""
+DEFAULT_MAX_MEMBERS: Final = 10_000
+"""Default limit of members beyond one for each `_MIN_MEMBER_SIZE` bytes."""
 
 # The least content of a member in formats with one member for each file: a tar header block.
-_CONTENT: Final = 512
+_MIN_MEMBER_SIZE: Final = 512
 
-# What xz needs besides: its manual's table, "DecMem" less the dictionary, with room to spare.
-_XZ_BESIDES: Final = 16 * 1024 * 1024
+# xz's memory apart from the dictionary ("DecMem" in the table of its manual), with a margin.
+_XZ_OVERHEAD: Final = 16 * 1024 * 1024
 
 # Go's gzip reader, and so every registry client in Go, refuses longer names and comments.
-_GZIP_TEXT: Final = 512
+_MAX_GZIP_TEXT: Final = 512
 
 _ZEROS: Final = re.compile(rb"\0*")
 
 
 class _Codec(Protocol):
-    """What bz2, lzma, zstd and isal have in common: one member, undone piece by piece."""
+    """The interface that bz2, lzma, zstd and isal share: decompresses one member in pieces."""
 
     @property
     def eof(self) -> bool: ...
@@ -63,8 +70,8 @@ class _Codec(Protocol):
     def decompress(self, data: bytes, /, max_length: int = -1) -> bytes: ...
 
 
-# Headers are parsed here: igzip gets a header checksum wrong whose bytes come in two parts,
-# and we want to know where the header ends.
+# Our code parses the headers: igzip computes a wrong header checksum if the checksum's bytes come
+# in two parts, and `Decompressor.opened` depends on the end of the header.
 def _gzip(_: int) -> _Codec:
     return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)
 
@@ -74,7 +81,7 @@ def _bzip2(_: int) -> _Codec:
 
 
 def _zstd(window: int) -> _Codec:
-    # It is told in powers of two, and takes some of them only.
+    # The parameter is the exponent of a power of two, within bounds.
     key = zstd.DecompressionParameter.window_log_max
     low, high = key.bounds()
     options: dict[int, int] = {key: min(max(window.bit_length() - 1, low), high)}
@@ -82,7 +89,7 @@ def _zstd(window: int) -> _Codec:
 
 
 def _xz(window: int) -> _Codec:
-    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=window + _XZ_BESIDES)
+    return lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=window + _XZ_OVERHEAD)
 
 
 _CODECS: Final[dict[str, Callable[[int], _Codec]]] = {
@@ -93,9 +100,10 @@ _CODECS: Final[dict[str, Callable[[int], _Codec]]] = {
 }
 
 
-def recognise(head: bytes) -> str | None:
-    """The compression whose data begin with ``head``, 10 bytes or all there are; ``None`` for
-    none.
+def detect_compression(head: bytes) -> str | None:
+    """Return the compression of data that begins with ``head``, or ``None`` for none.
+
+    ``head`` is at least 10 bytes, or all of the data.
     """
     if head.startswith(b"\x1f\x8b\x08"):
         return "gzip"
@@ -105,15 +113,19 @@ def recognise(head: bytes) -> str | None:
         return "xz"
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         return "zstd"
-    # A zstd stream may start with a frame to be skipped (RFC 8878, 3.1.2).
+    # A zstd stream may start with a skippable frame (RFC 8878, 3.1.2).
     if len(head) >= 8 and 0x50 <= head[0] <= 0x5F and head[1:4] == b"\x2a\x4d\x18":
         return "zstd"
     return None
 
 
-def _gzip_header(data: bytes, start: int) -> int | None:
-    """Where the gzip header ends that begins at ``start`` (RFC 1952, 2.3); ``None`` if it goes
-    on behind what is there. Raises `ValueError` if it is none.
+def _end_of_gzip_header(data: bytes, start: int) -> int | None:
+    """Find the end of the gzip header at ``start`` (RFC 1952, 2.3).
+
+    Returns ``None`` if the header continues after the end of ``data``.
+
+    Raises:
+        ValueError: If the header is invalid.
     """
     if not b"\x1f\x8b\x08".startswith(data[start : start + 3]):
         raise ValueError("invalid gzip header")
@@ -127,23 +139,23 @@ def _gzip_header(data: bytes, start: int) -> int | None:
         end += 2 + int.from_bytes(data[end : end + 2], "little")
     for text in (0x08, 0x10):
         if flags & text:
-            found = data.find(b"\0", end, end + _GZIP_TEXT)
+            found = data.find(b"\0", end, end + _MAX_GZIP_TEXT)
             if found < 0:
-                if len(data) >= end + _GZIP_TEXT:
-                    raise ValueError("a gzip header with a name that is too long")
+                if len(data) >= end + _MAX_GZIP_TEXT:
+                    raise ValueError("a name or comment in the gzip header is too long")
                 return None
             end = found + 1
     if flags & 0x02:
         if len(data) < end + 2:
             return None
         if zlib.crc32(data[start:end]) & 0xFFFF != int.from_bytes(data[end : end + 2], "little"):
-            raise ValueError("a gzip header with a wrong checksum")
+            raise ValueError("the checksum of the gzip header is wrong")
         end += 2
     return end if len(data) >= end else None
 
 
-def _zeros_end(data: bytes, start: int) -> int:
-    """Where zeros that begin at ``start`` end."""
+def _end_of_zeros(data: bytes, start: int) -> int:
+    """Find the end of the zeros at ``start``."""
     match = _ZEROS.match(data, start)
     assert match is not None
     return match.end()
@@ -151,73 +163,75 @@ def _zeros_end(data: bytes, start: int) -> int:
 
 @final
 class Decompressor:
-    """Undoes gzip, zstd, bzip2, xz or nothing, by the first bytes that come.
+    """Decompresses gzip, zstd, bzip2, xz or plain data, which it recognises by the first bytes.
 
     Push compressed bytes through `feed` and end with `finish`; exhaust each iterator before the
-    next call. Memory stays bounded whatever the input expands to, apart from the window that
-    zstd and xz ask for. Several members or frames in a row are one stream, and zeros behind the
-    last are ignored. No bytes at all are valid, and give none. Checksums are checked.
+    next call. Memory stays bounded for every input, apart from the window that zstd and xz ask
+    for. Several members or frames in a row are one stream, and zeros after the last one are
+    ignored. Empty input is valid and gives empty output. Checksums are verified.
 
     Args:
-        max_window: The most bytes of memory for that window; zstd's is a power of two.
+        max_window: The most bytes of memory for the window; zstd's is a power of two.
         max_members: Limit of members, frames or streams beyond one for each 512 plain bytes. Each
             member needs its own codec, which is slow to make.
 
     Attributes:
-        opened: Whether the beginning is behind us: 10 bytes or the end of the input were seen
-            and, for gzip, the whole first header. What fails before is a `DecompressionError`,
-            what fails later an `UnpackError`, as moby tells them apart.
+        opened: Whether the beginning was read: 10 bytes or the end of the input and, for gzip,
+            the whole first header. An earlier failure is a `DecompressionError`, a later one an
+            `UnpackError`, the same distinction as in moby.
         compression: ``gzip``, ``zstd``, ``bzip2``, ``xz``; ``None`` for none, or not yet known.
     """
 
-    def __init__(self, *, max_window: int = MAX_WINDOW, max_members: int = MAX_MEMBERS) -> None:
+    def __init__(
+        self, *, max_window: int = DEFAULT_MAX_WINDOW, max_members: int = DEFAULT_MAX_MEMBERS
+    ) -> None:
         self.opened = False
         self.compression: str | None = None
         self._max_window = max_window
         self._max_members = max_members
         self._plain = 0
-        self._recognised = False
+        self._detected = False
         self._codec: _Codec | None = None
         self._members = 0
-        # How much the next call hands to the codec. What follows a member comes back as a copy,
-        # so a small start keeps a stream of many tiny members linear.
-        self._step = _BEGINNING
+        # The size of the codec's next input. The codec copies input that follows its member,
+        # so a small first input keeps a stream of many tiny members linear.
+        self._step = _HEAD_SIZE
         self._held = b""
         self._position = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The plain bytes that ``data`` completes, in pieces of at most `PIECE` bytes.
+        """Iterate over the plain bytes that ``data`` completes, in pieces of up to `PIECE` bytes.
 
-        ``data`` is kept until the iterator is exhausted: give a large input in slices.
+        ``data`` is kept until the iterator is exhausted, so pass a large input in slices.
 
         Raises:
-            DecompressionError: if the input's beginning is not valid.
-            UnpackError: if it is damaged later.
-            LimitExceeded: if any part needs a window larger than ``max_window``, or the number of
+            DecompressionError: If the input's beginning is invalid.
+            UnpackError: If the input is damaged after its beginning.
+            LimitExceeded: If any part needs a window larger than ``max_window``, or the number of
                 members exceeds ``max_members``.
         """
         return self._run(data, end=False)
 
     def finish(self) -> Iterator[bytes]:
-        """The input has ended: what is left of the plain bytes.
+        """End the input and iterate over the rest of the plain bytes.
 
         Raises:
-            DecompressionError: if the input ends in its beginning.
-            UnpackError: if it ends in the midst of a member.
+            DecompressionError: If the input ends within its beginning.
+            UnpackError: If the input ends within a member.
         """
         yield from self._run(b"", end=True)
         if self._codec is not None or self._held:
-            raise self._error("the data ends too early")
+            raise self._error("the compressed data ends too early")
         self.opened = True
 
     def _run(self, data: bytes, *, end: bool) -> Iterator[bytes]:
         data, self._held = self._held + data, b""
-        if not self._recognised:
-            if len(data) < _BEGINNING and not end:
+        if not self._detected:
+            if len(data) < _HEAD_SIZE and not end:
                 self._held = data
                 return
-            self.compression = recognise(data)
-            self._recognised = True
+            self.compression = detect_compression(data)
+            self._detected = True
             self.opened = self.compression is None
         if self.compression is None:
             for start in range(0, len(data), PIECE):
@@ -242,21 +256,22 @@ class Decompressor:
                 start -= rest
                 self._position -= rest
                 self._codec = None
-            # For gzip, the end of the first header decided.
-            self.opened = self.opened or self._position >= _BEGINNING
+            # For gzip, `_begin` has set it at the end of the first header.
+            self.opened = self.opened or self._position >= _HEAD_SIZE
 
     def _begin(self, data: bytes, start: int) -> int:
-        """Set up the codec for the member that begins at ``start``, behind zeros if it is not
-        the first. Returns where its body begins, or where to go on when more is there.
+        """Set up the codec for the member at ``start``, after zeros if it is not the first.
+
+        Returns the start of the member's body or, if more input is needed, of the unread input.
         """
         if self._members and data[start] == 0:
-            start = _zeros_end(data, start)
+            start = _end_of_zeros(data, start)
             if start == len(data):
                 return start
         assert self.compression is not None
         if self.compression == "gzip":
             try:
-                end = _gzip_header(data, start)
+                end = _end_of_gzip_header(data, start)
             except ValueError as error:
                 raise self._error(str(error)) from None
             if end is None:
@@ -264,11 +279,15 @@ class Decompressor:
             start = end
             self.opened = True
         self._members += 1
-        if self._members > self._max_members + self._plain // _CONTENT:
-            text = f"more members or frames than the limit max_members, {self._max_members}, allows"
-            raise LimitExceeded(self._where(f"{text} beyond one for each {_CONTENT} bytes in them"))
+        if self._members > self._max_members + self._plain // _MIN_MEMBER_SIZE:
+            raise LimitExceeded(
+                self._with_position(
+                    f"more members or frames than the limit max_members, {self._max_members}, "
+                    f"allows beyond one for each {_MIN_MEMBER_SIZE} bytes of content"
+                )
+            )
         self._codec = _CODECS[self.compression](self._max_window)
-        self._step = _BEGINNING
+        self._step = _HEAD_SIZE
         return start
 
     def _decode(self, codec: _Codec, part: bytes) -> Iterator[bytes]:
@@ -277,12 +296,12 @@ class Decompressor:
                 plain = codec.decompress(part, PIECE)
             except MemoryError:
                 raise
-            except Exception as error:  # each library raises a class of its own
+            except Exception as error:  # each library raises its own class
                 text = str(error)
-                # … and none has one for this.
+                # No library has an exception class for a window that is too large.
                 if "memory" in text.lower():
                     text += f"; the limit max_window is {self._max_window}"
-                    raise LimitExceeded(self._where(text)) from error
+                    raise LimitExceeded(self._with_position(text)) from error
                 raise self._error(text) from error
             if plain:
                 self._plain += len(plain)
@@ -292,8 +311,8 @@ class Decompressor:
             part = b""
 
     def _error(self, text: str) -> DecompressionError | UnpackError:
-        where = self._where(text)
+        where = self._with_position(text)
         return UnpackError(where) if self.opened else DecompressionError(where)
 
-    def _where(self, text: str) -> str:
+    def _with_position(self, text: str) -> str:
         return f"{self.compression} data, near byte {self._position}: {text}"

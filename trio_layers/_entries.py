@@ -1,21 +1,21 @@
-"""What a tree holds: the value for one path, and the file ``entries`` that lists them.
+"""The entries of a tree, and the file ``entries`` that lists them.
 
-The list is the truth about a tree; its ``fs`` directory may lack what could not be set without
-privilege. It is ASCII, one JSON object a line, written in the order of unpacking so that the
-writer keeps nothing in memory. A later line on a path wins:
+The list describes the tree completely; the tree's ``fs`` directory may lack metadata that needs
+privilege. The list is ASCII, one JSON object a line, in the order of unpacking, so that the writer
+keeps nothing in memory. A later line on a path wins:
 
-- ``{"p": path, "t": type, ...}``: this is there now, a new inode. ``m`` is its mode, ``s`` its
-  mtime in nanoseconds; left out where they have their default are ``u`` uid, ``g`` gid, ``n``
-  size, ``c`` CRC-32, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64, ``o``
-  opaque, ``i`` implied.
-- ``{"p": path, "k": target, ...}``: this is one more name of the inode that ``target`` names,
-  which takes over the metadata given here.
-- ``{"p": path, "o": true}``: the directory hides what is below it from now on.
-- ``{"p": path, "t": null}``: this is not there any more. Every path removed has such a line.
-- ``{"end": ...}``: the last line. A list without one is not whole.
+- ``{"p": path, "t": type, ...}``: a new inode at this path. ``m`` is its mode, ``s`` its
+  mtime in nanoseconds. The following are left out if they have their default: ``u`` uid, ``g``
+  gid, ``n`` size, ``c`` CRC-32, ``l`` link target, ``d`` device numbers, ``x`` xattrs in base64,
+  ``o`` opaque, ``i`` implied.
+- ``{"p": path, "k": target, ...}``: one more name of the inode at ``target``. The inode takes the
+  metadata of this line.
+- ``{"p": path, "o": true}``: from now on, the directory hides the entries of lower trees.
+- ``{"p": path, "t": null}``: the path was removed. Every removed path has such a line.
+- ``{"end": ...}``: the last line. A list without this line is not complete.
 
-A path or link target is UTF-8 with what is not UTF-8 as surrogate escapes (PEP 383), which makes
-every byte string come back as it was.
+A path or link target is UTF-8. Other bytes become surrogate escapes (PEP 383), so that every byte
+string can be restored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Final, Literal, NotRequired, Protocol, Required, TypedDict, c
 
 import attrs
 
-from ._acl import ACCESS_ACL, fit_acl
+from ._acl import ACCESS_ACL, apply_mode_to_acl
 from ._digest import DiffID
 from ._errors import StoreError
 
@@ -40,20 +40,20 @@ __all__ = [
     "ExportReport",
     "Metadata",
     "Summary",
+    "entry_line",
     "file_line",
     "lines_about",
     "lines_of_directories",
     "link_line",
-    "listed_as",
     "opaque_line",
     "parse_entries",
-    "put_line",
+    "path_in_list",
     "removal_line",
     "summary_line",
 ]
 
 ENTRIES_FORMAT: Final = 1
-"""The version of the format of ``entries`` that is written, and the only one that is read."""
+"""The version of the format of ``entries``; no other version is read."""
 
 EntryType = Literal["file", "dir", "symlink", "fifo", "char", "block", "socket", "whiteout"]
 
@@ -65,22 +65,22 @@ class Entry:
     """One path of a tree.
 
     Attributes:
-        path: Relative to the root, without slashes at its ends; ``b""`` is the root.
-        type: What it is. A ``whiteout`` says that nothing is here, whatever is below.
+        path: Path relative to the root, without slashes at its ends; ``b""`` is the root.
+        type: The entry's type. A ``whiteout`` removes the path of the trees below.
         mode: Permissions with the set-id and sticky bits; 0o777 for symlinks.
-        uid: The owner, as the layer says.
-        gid: The group, as the layer says.
-        mtime_ns: When it was modified, in nanoseconds since 1970; may be negative.
-        size: Of a file, in bytes, holes included.
-        crc32: Of a file's content (as in gzip), to know damage by. What ties the content to the
-            image is the layer's diff ID.
-        linkname: Where a symlink leads, byte for byte.
+        uid: The owner in the layer.
+        gid: The group in the layer.
+        mtime_ns: Modification time in nanoseconds since 1970; may be negative.
+        size: Size of a file in bytes, holes included.
+        crc32: CRC-32 of a file's content (as in gzip), to detect damage. The layer's diff ID, not
+            this sum, ties the content to the image.
+        linkname: Target of a symlink, byte for byte.
         dev: A device's major and minor number.
-        xattrs: Extended attributes, without those that overlayfs keeps for itself.
-        opaque: Of a directory: what trees below have in it does not show.
-        implied: Of a directory: no entry of the layer describes it. Its time is that of the
+        xattrs: Extended attributes, without those that overlayfs reserves for itself.
+        opaque: Whether a directory hides the entries that lower trees have in it.
+        implied: Whether a directory has no entry in the layer. Its time is then that of the
             directory below, if there is one.
-        links: The first, in byte order, of the names a file has in this tree, if it has several.
+        links: The first name, in byte order, of a file with several names in this tree.
     """
 
     path: bytes
@@ -101,16 +101,16 @@ class Entry:
 
 @attrs.frozen(kw_only=True)
 class Summary:
-    """What the last line of a list says.
+    """The last line of a list.
 
     Attributes:
-        diff_id: Of the tar that the tree was unpacked from.
+        diff_id: The digest of the layer's tar.
         size: The tar's length in bytes.
-        entries: How many entries the tar had.
-        assumed: Paths of directories that must be, below, as they were taken to be; a slash at
-            the end of one says that it has to be there. Empty for a tree that was unpacked on
-            top of its parent.
-        needs_lower: The tree is not whole without what is below it.
+        entries: The number of entries in the tar.
+        assumed: Paths of directories that the trees below must have as they were assumed, or not
+            at all. A path with a slash at its end must exist there. Empty for a tree that was
+            unpacked on top of its parent.
+        needs_lower: The tree is not complete without the trees below it.
         incomplete: ``fs`` lacks metadata from the list, because the process had no privilege to
             set it or because Linux has no such attribute.
         foreign_only: Attributes that Linux does not have are the only cause of ``incomplete``.
@@ -127,16 +127,17 @@ class Summary:
 
 @attrs.frozen(kw_only=True)
 class ExportReport:
-    """What was written, and how much of it is not as it should be, for lack of privilege or
-    because the file system has no such thing.
+    """The result of an export: how much was written, and how much of it is incomplete.
+
+    The cause is a lack of privilege or of a feature in the file system.
 
     Attributes:
-        entries: How many paths were written, the root and all names of a file included.
-        owners: How many files kept our owner or group.
-        set_ids: How many of those lost a set-user-ID or set-group-ID bit, which would have let
-            them run as us.
-        devices: How many devices became empty files.
-        xattrs: How many extended attributes could not be set.
+        entries: Number of paths written, including the root and all names of a file.
+        owners: Number of files that kept our owner or group.
+        set_ids: Number of those files that lost a set-user-ID or set-group-ID bit. With the bit,
+            programs would run as us.
+        devices: Number of devices that became empty files.
+        xattrs: Number of extended attributes that could not be set.
     """
 
     entries: int = 0
@@ -147,7 +148,7 @@ class ExportReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all is as it should be."""
+        """Whether nothing is missing."""
         return not (self.owners or self.set_ids or self.devices or self.xattrs)
 
 
@@ -169,7 +170,7 @@ class _Line(TypedDict, total=False):
 
 
 class Metadata(Protocol):
-    """Of an entry, what any type has."""
+    """The metadata that every type of entry has."""
 
     @property
     def mode(self) -> int: ...
@@ -212,7 +213,7 @@ def _quoted(path: bytes) -> str:
 
 
 def _metadata(path: bytes, about: Metadata, xattrs: Mapping[str, bytes]) -> str:
-    """The beginning of a line; put together by hand, since a list has a million of them."""
+    """Return the beginning of a line, without a JSON encoder: a list may have a million lines."""
     line = f'{{"p":{_quoted(path)},"m":{about.mode},"s":{about.mtime_ns}'
     if about.uid:
         line += f',"u":{about.uid}'
@@ -226,8 +227,8 @@ def _metadata(path: bytes, about: Metadata, xattrs: Mapping[str, bytes]) -> str:
     return line
 
 
-def put_line(entry: Entry) -> bytes:
-    """The line for a path that has come, or has been replaced."""
+def entry_line(entry: Entry) -> bytes:
+    """Return the line for a path that was created or replaced."""
     line = f'{_metadata(entry.path, entry, entry.xattrs)},"t":"{entry.type}"'
     if entry.size:
         line += f',"n":{entry.size}'
@@ -247,30 +248,33 @@ def put_line(entry: Entry) -> bytes:
 def file_line(
     path: bytes, about: Metadata, size: int, crc: int, xattrs: Mapping[str, bytes]
 ) -> bytes:
-    """What `put_line` gives for a file, of what most lines are, without an `Entry`."""
+    """Return the line for a file, as `entry_line` does, but without an `Entry`.
+
+    Most lines of a list are about files.
+    """
     length = f',"n":{size}' if size else ""
     line = f'{_metadata(path, about, xattrs)},"t":"file"{length},"c":{crc}}}\n'
     return line.encode("ascii")
 
 
 def link_line(entry: Entry, target: bytes) -> bytes:
-    """The line for one more name of what ``target`` names, with the metadata of ``entry``."""
+    """Return the line for another name of the inode at ``target``, with ``entry``'s metadata."""
     line = f'{_metadata(entry.path, entry, entry.xattrs)},"k":{_quoted(target)}}}\n'
     return line.encode("ascii")
 
 
 def opaque_line(path: bytes) -> bytes:
-    """The line for a directory that has become opaque."""
+    """Return the line for a directory that became opaque."""
     return _line({"p": _text(path), "o": True})
 
 
 def removal_line(path: bytes) -> bytes:
-    """The line for a path that is gone."""
+    """Return the line for a path that was removed."""
     return _line({"p": _text(path), "t": None})
 
 
 def summary_line(summary: Summary) -> bytes:
-    """The last line."""
+    """Return the last line of a list."""
     end: _End = {
         "format": ENTRIES_FORMAT,
         "diff_id": summary.diff_id,
@@ -315,16 +319,16 @@ def _xattrs(line: _Line) -> Mapping[str, bytes]:
 
 
 def _linked(inode: Entry, line: _Line) -> Entry:
-    """``inode`` with the metadata of a hard link's line: its xattrs stay and are added to."""
+    """Return ``inode`` with the metadata of a hard link's line, and the xattrs of both."""
     owner = (line.get("u", 0), line.get("g", 0))
     xattrs = dict(inode.xattrs)
     if owner != (inode.uid, inode.gid):
-        # The kernel drops it with a change of owner, unless the entry brings a new one.
+        # The kernel drops capabilities with a change of owner. The line may have new ones.
         xattrs.pop("security.capability", None)
     xattrs.update(_xattrs(line))
     mode = inode.mode if inode.type == "symlink" else line.get("m", 0)
     if ACCESS_ACL in xattrs:
-        fit_acl(xattrs, mode)
+        apply_mode_to_acl(xattrs, mode)
     return attrs.evolve(
         inode,
         mode=mode,
@@ -336,7 +340,7 @@ def _linked(inode: Entry, line: _Line) -> Entry:
 
 
 class _Merger:
-    """Brings the lines of a list together; inodes that have several names are shared."""
+    """Merges the lines of a list; the names of an inode share one cell."""
 
     def __init__(self) -> None:
         self.inodes: dict[bytes, list[Entry]] = {}
@@ -384,16 +388,16 @@ def _may_link(line: bytes) -> bool:
     try:
         return "k" in cast("dict[str, object]", json.loads(line))
     except ValueError:
-        # Damaged: to be said when the whole list is read.
+        # The line is damaged. `parse_entries` reports this when it reads the whole list.
         return True
 
 
 def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] | None:
-    """Those lines that tell of ``paths``, and the end: to be parsed where nothing else matters.
+    """Return only the lines about ``paths``, and the last line, for `parse_entries`.
 
-    ``None`` if they do not suffice, since one of the paths is a hard link.
+    Returns ``None`` if one of the paths is a hard link: then these lines are not enough.
     """
-    wanted = {listed_as(path) for path in paths}
+    wanted = {path_in_list(path) for path in paths}
     found: list[bytes] = []
     for line in lines:
         match = _LINES_PATH.match(line)
@@ -406,23 +410,25 @@ def lines_about(paths: Iterable[bytes], lines: Iterable[bytes]) -> list[bytes] |
     return found
 
 
-def listed_as(path: bytes) -> bytes:
-    """How the lines of a list spell a path."""
+def path_in_list(path: bytes) -> bytes:
+    """Return a path as it is written in a list's lines."""
     return _dump(_text(path))[1:-1].encode("ascii")
 
 
 def lines_of_directories(
     lines: Iterable[bytes], directories: set[bytes], others: bytearray
 ) -> list[bytes] | None:
-    """Those lines that tell of directories and whiteouts, of what is where one was, and the end.
+    """Return only the lines about paths of directories and whiteouts, and the last line.
 
-    ``None`` if they do not suffice, since one of the paths is a hard link.
+    All later lines about such a path are included. Returns ``None`` if one of the paths is a hard
+    link: then these lines are not enough.
 
     Args:
         lines: The list.
-        directories: Where one is or was, as `listed_as` has it; what the list has is added.
-        others: Where something else may be: one is set at the hashes of such paths, modulo its
-            length.
+        directories: Paths of directories and whiteouts, as `path_in_list` returns them; the list's
+            own are added.
+        others: A set of hashes of all other paths: the byte at a path's hash, modulo the array's
+            length, becomes 1.
     """
     found: list[bytes] = []
     path_of, places = _LINES_PATH.match, len(others)
@@ -433,7 +439,7 @@ def lines_of_directories(
             if b'"t":"dir"' in line or b'"t":"whiteout"' in line:
                 directories.add(path)
             elif path not in directories:
-                # A directory that replaces it later is told in full by its own lines.
+                # If a directory replaces this entry later, its own lines describe it fully.
                 others[hash(path) % places] = 1
                 continue
             if b'"k":' in line and _may_link(line):
@@ -443,17 +449,17 @@ def lines_of_directories(
 
 
 def parse_entries(lines: Iterable[bytes]) -> tuple[list[Entry], Summary]:
-    """Read a list: its final entries, sorted by path (bytes), and its summary.
+    """Parse a list; return its final entries, sorted by path (bytes), and its summary.
 
     Raises:
-        StoreError: if the list is damaged, is not whole, or has a format we do not know.
+        StoreError: If the list is damaged or incomplete, or has an unknown format.
     """
     try:
         return _parse(iter(lines))
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise StoreError(
             f"a tree's list of entries is damaged ({type(error).__name__}: {error}): "
-            "pull its image again, and it comes anew"
+            "pull its image again to replace the tree"
         ) from error
 
 
@@ -464,12 +470,12 @@ def _parse(lines: Iterator[bytes]) -> tuple[list[Entry], Summary]:
         if "end" in line:
             return merger.result(), _summary(cast(_End, line["end"]))
         merger.add(cast(_Line, line))
-    raise ValueError("its end is missing")
+    raise ValueError("the last line is missing")
 
 
 def _summary(end: _End) -> Summary:
     if end["format"] != ENTRIES_FORMAT:
-        raise ValueError(f"its format is {end['format']}, not {ENTRIES_FORMAT}")
+        raise ValueError(f"the format is {end['format']}, not {ENTRIES_FORMAT}")
     return Summary(
         diff_id=cast(DiffID, end["diff_id"]),
         size=end["size"],

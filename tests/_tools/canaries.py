@@ -36,7 +36,8 @@ class Canaries:
 
     def check(self, *things: object) -> None:
         """Nothing was logged, nor do these things show anything: exceptions with all that they
-        are caused by, and others by their repr."""
+        are caused by, and others by their repr.
+        """
         assert self._secrets
         for record in self._caplog.records:
             assert not self.seen(logging.Formatter().format(record)), record.name

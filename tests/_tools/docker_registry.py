@@ -52,7 +52,8 @@ class DockerRegistry:
         creds: str | None = None,
     ) -> str:
         """Copy an OCI layout's image of that tag to ``name`` (``library/demo:1``), as it is, or
-        its manifest rewritten to Docker's schema 2; returns the reference to pull it by."""
+        its manifest rewritten to Docker's schema 2; returns the reference to pull it by.
+        """
         reference = f"{self.host}/{name}"
         command = [require("skopeo"), "copy", "--quiet", "--all"]
         command += ["--format", "v2s2"] if as_docker else ["--preserve-digests"]

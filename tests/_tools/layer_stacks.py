@@ -1,4 +1,4 @@
-"""Layers unpacked onto each other as a store does it, and the result in the words of the cases."""
+"""Unpacks stacks of layers as a store does, and reads the result as a tree of the cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import Entry, Summary, parse_entries
 from trio_layers._rootfs.view import MergedTree
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import Unpacked, fits, unpack
+from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
 from trio_layers._tree.verify import verify
 
 UNLIMITED = Limits()
@@ -35,7 +35,7 @@ OVERLAY = ("trusted.overlay.", "user.overlay.")
 
 
 class Pieces:
-    """A blob that is made while it is read: of some, no more than the beginning ever is."""
+    """Makes a blob while it is read, since some blobs are too large to make in full."""
 
     def __init__(self, make: Callable[[], Iterable[bytes]]) -> None:
         self._make = make
@@ -61,13 +61,13 @@ def unpack_blob(
     *,
     verified: bool = True,
 ) -> Unpacked:
-    """One layer into a fresh directory, with canaries where ``..`` leads from its root."""
+    """Unpack a layer into a new directory, with canaries where ``..`` leads from its root."""
     target.mkdir()
     plant(target / "outside")
     read = blob.reader() if isinstance(blob, Pieces) else io.BytesIO(blob).read
     unpacked = unpack(read, target, lower=lower, limits=limits)
     if verified and not unpacked.needs_lower:
-        # Whatever a layer holds, a check finds its tree as it should be.
+        # A check must find no difference in the tree of any layer.
         verify(target, check_cancelled=lambda: None)
     return unpacked
 
@@ -75,13 +75,13 @@ def unpack_blob(
 def unpack_stack(
     blobs: Sequence[bytes | Pieces], base: Path, limits: Limits = UNLIMITED
 ) -> list[Path]:
-    """Each layer alone first; on top of its parent where that does not do."""
+    """Unpack each layer alone, and on top of its parent only if necessary."""
     trees: list[Path] = []
     for number, blob in enumerate(blobs):
         lower = MergedTree(trees)
         target = base / f"{number}-alone"
         alone = unpack_blob(blob, target, limits=limits)
-        if alone.needs_lower or not fits(alone.assumed, lower):
+        if alone.needs_lower or not assumptions_hold(alone.assumed, lower):
             target = base / f"{number}-on-parent"
             again = unpack_blob(blob, target, lower, limits)
             assert again.diff_id == alone.diff_id
@@ -102,7 +102,7 @@ def plant(outside: Path) -> None:
 
 
 def surroundings(base: Path) -> dict[str, object]:
-    """All that is below ``base`` and in no tree, to the last bit; by path."""
+    """Return everything below ``base`` that is not in a tree, in full detail, by path."""
     found: dict[str, object] = {}
     for directory, names, files in os.walk(base):
         if (Path(directory) / "outside").is_dir() and Path(directory) != base:
@@ -133,7 +133,7 @@ def text(path: bytes) -> str:
 
 
 def described(merged: MergedTree) -> dict[str, dict[str, object]]:
-    """What layers make together, as a tree of the cases (``FORMAT.md``)."""
+    """Return the merged layers as a tree of the cases (``FORMAT.md``)."""
     tree: dict[str, dict[str, object]] = {}
     for entry in merged.walk():
         seconds, rest = divmod(entry.mtime_ns, 10**9)
@@ -162,7 +162,7 @@ def described(merged: MergedTree) -> dict[str, dict[str, object]]:
 
 
 def on_disk(root: Path) -> list[Entry]:
-    """What a directory holds, as the kernel tells it."""
+    """Return a directory's content as the kernel reports it."""
     top = os.fsencode(root)
     entries: list[Entry] = []
     inodes: dict[int, list[int]] = {}
@@ -230,7 +230,7 @@ def diff_id(plain: bytes) -> DiffID:
 
 @contextlib.contextmanager
 def mounted(trees: list[Path], base: Path) -> Iterator[Path]:
-    """The trees as a read-only overlay, which heeds no opaque root: the stack ends at it."""
+    """Mount the trees as a read-only overlay, down to the first tree with an opaque root."""
     stack: list[Path] = []
     for tree in reversed(trees):
         stack.append(tree / "fs")

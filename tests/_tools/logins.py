@@ -54,7 +54,8 @@ class Home:
 
     def add_helper(self, name: str, answers: Mapping[str, str | Sequence[str]]) -> None:
         """A helper that knows these servers' name and secret each; or that does always the same:
-        ``!error`` fails with a text, ``!raw`` prints one."""
+        ``!error`` fails with a text, ``!raw`` prints one.
+        """
         cases = []
         for server, answer in answers.items():
             if server == "!error":

@@ -1,4 +1,4 @@
-"""Archives for tests, and the bytes of one as the tar reader takes them."""
+"""Makes archives for tests, and the source of bytes that the tar reader needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cases.layers import maketar
 
 
 def archive(*entries: dict) -> bytes:
-    """A tar of entries as in the cases (``FORMAT.md``)."""
+    """Return a tar of entries as in the cases (``FORMAT.md``)."""
     return b"".join(maketar.iter_tar({"entries": list(entries)}))
 
 

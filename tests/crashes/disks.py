@@ -98,7 +98,8 @@ def make_ext4(image: Path, *, size: int = SIZE) -> None:
 
 def make_thin_ext4(image: Path, *, size: int) -> None:
     """One that has more space than the file system that its image is on: its own tables and its
-    journal are there, and what files need is asked for when it is written back."""
+    journal are there, and what files need is asked for when it is written back.
+    """
     make_ext4(image, size=size)
     with open(image, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, size)

@@ -29,7 +29,8 @@ MEMORY = Path("/dev/shm")
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A directory in memory, where there is such a thing: thousands of syncs are for nothing
-    where no power is cut."""
+    where no power is cut.
+    """
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="crashes-", dir=place) as path:
         yield Path(os.path.realpath(path))
@@ -128,7 +129,8 @@ class World:
 
     async def certain(self, scenario: Scenario, had: dict[str, list[str]]) -> dict[str, list[str]]:
         """What of all that a catalog had must be there whenever the scenario was broken: what it
-        removes may have gone by a COMMIT of which nobody has heard any more."""
+        removes may have gone by a COMMIT of which nobody has heard any more.
+        """
         if not scenario.removes:
             return had
         if scenario.name not in self._remaining:

@@ -177,7 +177,8 @@ async def test_a_disk_that_breaks_in_the_middle(scenario: Scenario, end: str) ->
 async def test_a_disk_that_loses_what_it_has_taken(asked: bool) -> None:
     """There is space in the file system, and none on its disk: it takes all that is written, and
     fails when it writes it back. The kernel says so once: perhaps to somebody else, who asked for
-    all to be synced a moment before the store did."""
+    all to be synced a moment before the store did.
+    """
     with scratch_directory() as place:
         memory, image = place / "memory", place / "memory" / "disk.img"
         with mounted_tmpfs(memory, "size=24m"):

@@ -1,5 +1,6 @@
 """A pull that is killed, at every step it takes on the disk: nothing committed is lost, what is
-left is no trouble to the next, and no byte that arrived is downloaded again."""
+left is no trouble to the next, and no byte that arrived is downloaded again.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Tests of modules that say ``BOTH_WAYS = True`` run twice: with sources that hand out streams, and
-with such as can be staged. Those that are about streams are marked ``streamed``."""
+with such as can be staged. Those that are about streams are marked ``streamed``.
+"""
 
 from __future__ import annotations
 

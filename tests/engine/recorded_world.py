@@ -65,7 +65,8 @@ class Body(trio.abc.ReceiveStream):
 
 class FirstRead(trio.abc.ReceiveStream):
     """Notes when the first read of Docker's store would have returned: when the 10 bytes were
-    there that are looked at before it is asked, or the end. ``None``: it was not asked."""
+    there that are looked at before it is asked, or the end. ``None``: it was not asked.
+    """
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream

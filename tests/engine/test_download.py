@@ -39,7 +39,8 @@ SEEDS = pytest.mark.parametrize("seed", range(10))
 @SEEDS
 def test_failing_bottom_layer_with_another_queued(seed: int) -> None:
     """At limit 2 the third layer's download is never called: the pull lets go of it before the
-    failing layer's slot is given back."""
+    failing layer's slot is given back.
+    """
 
     async def main() -> None:
         sources = [
@@ -140,7 +141,8 @@ def test_joined_child_whose_parent_another_pull_started_and_gives_up(seed: int) 
 @SEEDS
 def test_joined_child_while_its_finished_parent_is_downloaded_afresh(seed: int) -> None:
     """The parent has left the table; the child is still there to be joined, and stays when
-    the pull that started it gives up."""
+    the pull that started it gives up.
+    """
 
     async def main() -> None:
         store = MemoryStore()
@@ -170,7 +172,8 @@ def test_joined_child_while_its_finished_parent_is_downloaded_afresh(seed: int) 
 @SEEDS
 def test_layer_above_one_that_is_there_by_now_is_shared(seed: int) -> None:
     """The first pull found the bottom layer missing, the second finds it in the store: what is
-    above it is on its way, and is not downloaded again."""
+    above it is on its way, and is not downloaded again.
+    """
 
     async def main() -> None:
         first, second = ([FakeSource(key, after(9), known=True) for key in "abc"] for _ in "12")

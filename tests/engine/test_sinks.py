@@ -123,7 +123,8 @@ def test_result_does_not_wait_for_a_layer_below_that_is_not_needed(
     seed: int, watched: bool
 ) -> None:
     """A layer that was joined stands on another pull's; our own below it goes on, for others
-    or since it is slow to stop."""
+    or since it is slow to stop.
+    """
 
     async def deaf(progress) -> None:
         progress("Downloading", 1, 2)

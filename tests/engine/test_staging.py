@@ -153,7 +153,8 @@ def ends(made: dict) -> tuple[float, float]:
 
 def test_unpacking_overlaps_with_the_download() -> None:
     """Six pieces, half a second each, and two seconds more: of the former only the last is left
-    when all has arrived."""
+    when all has arrived.
+    """
     layer = {"seconds": 8, "body": {"chunk": 10, "chunk_seconds": 0.5}}
     assert ends(scenario(layer)) == (8 + 6 * 0.5 + 2, 8 + 2 * 0.5 + 2)
 
@@ -455,7 +456,8 @@ TEXT = b"".join(b"%d " % number for number in range(5000))
 
 def test_damage_is_no_failure_before_the_verification() -> None:
     """What is damaged may be not the blob: then its download fails, as it does unstaged, and
-    another one brings it."""
+    another one brings it.
+    """
     data = gzip.compress(TEXT)
     error = VerificationError("verification failed", digest="sha256:1")
     source = ScriptedSource(
@@ -701,7 +703,6 @@ def test_cancelled_in_a_method_of_the_stage(
     name: str, deaf: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In each wait the stage is left, and what is returned all the same is given back."""
-
     source = FakeSource("a")
     store = Store(stuck(name, shield=deaf))
     if name == "restart":
@@ -789,7 +790,8 @@ def test_download_deaf_to_it_is_not_committed(caplog: pytest.LogCaptureFixture) 
 
 def test_no_more_stages_are_unfinished_than_there_are_slots() -> None:
     """A layer that waits for its slot has no stage; one that waits for its parent has one that
-    has nothing left to do."""
+    has nothing left to do.
+    """
     open_now: set[MemoryStage] = set()
     most = [0, 0]
 

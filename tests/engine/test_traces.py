@@ -1,5 +1,6 @@
 """The engine against what Docker's was recorded doing: `tests/cases/engine`, and more from the
-directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says how to compare."""
+directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says how to compare.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ IN_BOTH_WAYS = pytest.mark.parametrize("staged", [False, True], ids=["streamed",
 @pytest.mark.parametrize("path", FILES, ids=[f"{i}-{p.stem}" for i, p in enumerate(FILES)])
 def test_trace(path: Path, staged: bool) -> None:
     """A recorded scenario, replayed under many orders of scheduling, ends as recorded; with
-    layers that are unpacked while they arrive it ends likewise, and no later."""
+    layers that are unpacked while they arrive it ends likewise, and no later.
+    """
     trace = json.loads(path.read_text())
     if trace["scenario"]["manager"].get("max_attempts") == 0:
         # Docker's engine tries once; for ours nothing is left to compare.
@@ -240,7 +242,8 @@ def registrations(log: dict) -> list:
 
 def same_words(ours: list, theirs: list, must_wait: bool | None) -> bool:
     """Whether ``ours`` has the words of ``theirs`` in their order, without some of those that may
-    be left out: what comes earlier may come together."""
+    be left out: what comes earlier may come together.
+    """
 
     def optional(index: int) -> bool:
         # Not only what may come together, but also what is the same word again.

@@ -1,5 +1,6 @@
 """docker-registry behind a login, with logins that skopeo and podman wrote: nothing is ours but
-the token server, whose tokens docker-registry verifies."""
+the token server, whose tokens docker-registry verifies.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ async def test_expired_credentials_of_a_helper(
     basic: Guarded, home: Home, canaries: Canaries
 ) -> None:
     """It is asked once more when the registry refuses what it gave; and not again and again if
-    it has nothing else."""
+    it has nothing else.
+    """
     home.docker_config.write_text(json.dumps({"credsStore": "desk"}))
     expired = {basic.registry.host: [USER, "canary-expired"]}
     canaries.add(f"{USER}:canary-expired")
@@ -180,7 +182,8 @@ async def test_tokens_for_an_identity_token(
     tokens: Guarded, server: TokenServer, home: Home, canaries: Canaries
 ) -> None:
     """It is exchanged by POST, and what comes back is exchanged next time: also by the
-    repository that used the same one at the same time."""
+    repository that used the same one at the same time.
+    """
     server.refresh_tokens["canary-refresh"] = USER
     canaries.add("canary-refresh")
     home.docker_config.write_text(json.dumps({"credHelpers": {tokens.registry.host: "gcr"}}))
@@ -241,7 +244,8 @@ async def test_wrong_passwords(
 
 async def test_tokens_that_are_not_taken_any_more(layout: Path, tmp_path: Path) -> None:
     """The registry trusts another key from now on, so that the token it took before is refused
-    in the middle of its time: there is a new one, of which the pull does not notice anything."""
+    in the middle of its time: there is a new one, of which the pull does not notice anything.
+    """
     credentials = Credentials(USER, PASSWORD)
     with run_token_server(**{USER: PASSWORD}) as server:
         async with open_registry_client(credentials=credentials) as client:

@@ -73,7 +73,8 @@ class AskToWait(Fault):
 
 class Internet:
     """A registry that wants tokens and asks to wait, and a storage elsewhere, which does, too, and
-    which it redirects to for blobs."""
+    which it redirects to for blobs.
+    """
 
     def __init__(self) -> None:
         self.registry = Registry("registry.example", auth=TokenAuth())
@@ -157,7 +158,8 @@ async def pull_at(store: DirectoryStore, internet: Internet, at: int, met: set[s
 
 async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
     """No answer is open, no slot, layer or lease is held, nothing is visible but whole blobs, and
-    the next pull gives the image."""
+    the next pull gives the image.
+    """
     met: set[str] = set()
     more = True
 
@@ -196,7 +198,8 @@ async def fetch_all(client: RegistryClient, name: str, sinks: list[MemorySink]) 
 
 async def test_the_registry_alone(autojump_clock: MockClock) -> None:
     """Documents, and then all layers at once, at each moment there is. What has come of them is
-    right, and the same client brings the rest."""
+    right, and the same client brings the rest.
+    """
     met: set[str] = set()
     for at in itertools.count(1):
         internet = Internet()
@@ -224,7 +227,8 @@ async def test_the_registry_alone(autojump_clock: MockClock) -> None:
 
 async def test_a_token_that_others_wait_for(autojump_clock: MockClock) -> None:
     """Whoever asks for it may be cancelled, at each moment there is: one of the others asks then,
-    and all of them get what they want."""
+    and all of them get what they want.
+    """
     asked: set[int] = set()
     for at in itertools.count(1):
         registry = Registry("registry.example", auth=TokenAuth())

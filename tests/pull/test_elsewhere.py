@@ -104,7 +104,8 @@ async def test_a_foreign_layer(
 ) -> None:
     """It comes from the second of its URLs, since the first is gone, without credentials, and in
     two pieces. The registry, to which skopeo did not push it, does not have it. It is in the
-    store like any other, and in what is exported."""
+    store like any other, and in what is exported.
+    """
     canaries = Canaries(caplog, f"{USER}:{PASSWORD}")
     layer = built.layers[0]
     assert isinstance(layer.content, bytes)

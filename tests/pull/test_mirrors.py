@@ -1,5 +1,6 @@
 """Whole pulls by way of ``hosts.toml``: mirrors of several kinds, and certificates, with
-docker-registry as cache and as registry, over real sockets."""
+docker-registry as cache and as registry, over real sockets.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +126,8 @@ def big(built: BuiltImage) -> bytes:
 
 async def test_a_pull_through_cache(built: BuiltImage, layout: Path, tmp_path: Path) -> None:
     """It is filled by the first pull, and serves the second alone; the registry itself is not
-    asked by us at all. Requests are counted on both sides."""
+    asked by us at all. Requests are counted on both sides.
+    """
     with ExitStack() as stack:
 
         def run(name: str, more: str = "") -> DockerRegistry:
@@ -165,7 +167,8 @@ async def test_logins_of_a_mirror_and_of_the_registry(
     built: BuiltImage, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both want one, and each another one: docker's file has them by their own names. Without that
-    for the mirror it gets none, and all comes from the registry, with its own."""
+    for the mirror it gets none, and all comes from the registry, with its own.
+    """
     home = Home(tmp_path / "home", monkeypatch)
     with ExitStack() as stack:
 
@@ -270,7 +273,8 @@ async def test_who_stops_answering_in_a_pull(
     who: str, for_ever: bool, built: BuiltImage, tmp_path: Path
 ) -> None:
     """Each attempt ends when nothing has come for the stall limit. If it was once, another one
-    ends well; if it is for ever, the pull ends with one error that names the host."""
+    ends well; if it is for ever, the pull ends with one error that names the host.
+    """
     async with open_registry(auth=TokenAuth()) as upstream, open_registry() as mirror:
         world = World(upstream, (mirror,), tmp_path)
         for registry in (upstream, mirror):
@@ -357,7 +361,8 @@ async def test_certificates(
     configure: Callable[[Secured, Path], None], secured: Secured, built: BuiltImage, tmp_path: Path
 ) -> None:
     """A registry with a certificate of a private authority, which may ask for ours. Its domain is
-    in the name of the directory, the colon written as an underscore."""
+    in the name of the directory, the colon written as an underscore.
+    """
     host = secured.registry.host
     place = tmp_path / "certs.d" / f"{host.replace(':', '_')}_"
     place.mkdir(parents=True)
@@ -411,7 +416,8 @@ async def test_a_certificate_that_nobody_vouches_for(
     skip: bool, world: World, built: BuiltImage
 ) -> None:
     """A mirror has no say unless the file allows it, and the next is asked: what is not verified
-    by its certificate is by its digest."""
+    by its certificate is by its digest.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
     async with open_registry(ssl_context=context) as mirror:
@@ -429,7 +435,8 @@ async def test_our_certificate_is_for_one_host(
     authority: trustme.CA, world: World, built: BuiltImage
 ) -> None:
     """A mirror that knows us by it redirects to somebody else who would like to: that fails, and
-    the blob comes from the registry itself."""
+    the blob comes from the registry itself.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.configure_trust(context)

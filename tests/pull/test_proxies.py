@@ -1,5 +1,6 @@
 """Proxies and certificates as users of httpx expect them: by the environment, or by a client of
-their own. The registries have names, which only a resolver of ours knows, and real sockets."""
+their own. The registries have names, which only a resolver of ours knows, and real sockets.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ class World:
 
     def check(self, *things: object) -> None:
         """Who is told what: the registry nothing of the proxy, the proxy nothing that is for the
-        registry, as far as it is not in its hands anyway; and nobody else anything."""
+        registry, as far as it is not in its hands anyway; and nobody else anything.
+        """
         self.canaries.check(*things)
         assert not any("proxy-authorization" in each.headers for each in self.registry.requests)
         assert not any(self.canaries.seen(head.partition("\r\n")[0]) for head in self.proxy.heads)
@@ -147,7 +149,8 @@ async def test_a_proxy_by_the_environment(
     variable: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All goes through tunnels, and certificates are those of SSL_CERT_FILE. The password of the
-    proxy, which its URL has, is for the proxy alone, which sees nothing of what is in them."""
+    proxy, which its URL has, is for the proxy alone, which sees nothing of what is in them.
+    """
     monkeypatch.setenv(variable, world.proxy.url)
     monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
     await world.pull()
@@ -200,7 +203,8 @@ async def test_a_proxy_that_wants_another_login(
     world: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names it, without the password that it was given. The registry is not told
-    anything."""
+    anything.
+    """
     scheme = request.node.callspec.params["world"]
     world.canaries.add("someone:canary-wr0ng")
     monkeypatch.setenv("ALL_PROXY", f"http://someone:canary-wr0ng@{world.proxy.host}")
@@ -250,7 +254,8 @@ async def test_a_client_with_a_proxy_of_its_own(
     world: World, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is used as it is, proxy and certificates and all, and stays open. That of the
-    environment is not asked."""
+    environment is not asked.
+    """
     context = ssl.create_default_context()
     authority.configure_trust(context)
     async with run_proxy() as other:
@@ -281,7 +286,8 @@ async def test_certificates_of_hosts_toml(
     given: bool, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has them is asked by another client, which goes through the proxy of the environment,
-    too; also where a client was given, whose proxy it cannot know."""
+    too; also where a client was given, whose proxy it cannot know.
+    """
     place = world.directory / "certs.d" / world.host
     place.mkdir(parents=True)
     (place / "hosts.toml").write_text(f'server = "https://{world.host}"\nca = "{world.ca}"\n')

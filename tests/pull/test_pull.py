@@ -114,7 +114,8 @@ async def test_pulling_again_downloads_nothing(tmp_path: Path) -> None:
 
 async def test_pulling_again_is_one_request_that_is_not_counted(tmp_path: Path) -> None:
     """HEAD, which Docker Hub does not take for a pull; GET if the tag has moved, or where HEAD
-    is not answered."""
+    is not answered.
+    """
     newer = build_image([[File("new", b"er")]])
 
     def asked() -> list[str]:
@@ -182,7 +183,8 @@ async def test_index_by_platform(tmp_path: Path) -> None:
 
 async def test_policy(tmp_path: Path) -> None:
     """A missing image is pulled; one that is there is the same image, without a registry, until
-    the newest is asked for."""
+    the newest is asked for.
+    """
     old, new = (build_image([[File("version", text)]]) for text in (b"old", b"new"))
     async with open_registry() as registry:
         reference = registry.add(old, "library/demo:latest")

@@ -131,7 +131,8 @@ async def pull(store: Path, name: str, image: RealImage) -> Pulled:
 
 def nodes(entries: Iterable[Entry]) -> dict[str, Node]:
     """What `describe` would say of a directory with these entries, but for the files' content,
-    which has only its checksum there."""
+    which has only its checksum there.
+    """
     groups: dict[bytes, list[str]] = {}
     for entry in entries:
         if entry.links is not None:
@@ -154,7 +155,8 @@ def nodes(entries: Iterable[Entry]) -> dict[str, Node]:
 
 def compare(ours: Pulled, theirs: Mapping[str, Node], **root: object) -> None:
     """All is the same. ``root``: what each tool decides for itself about the root, which no layer
-    of these images lists."""
+    of these images lists.
+    """
     mounted = dict(ours.mounted)
     assert mounted["."].mode == 0o755
     mounted["."] = attrs.evolve(mounted["."], mtime_ns=theirs["."].mtime_ns, **root)
@@ -163,7 +165,8 @@ def compare(ours: Pulled, theirs: Mapping[str, Node], **root: object) -> None:
 
 def test_they_are_what_they_should_be(ours: Pulled) -> None:
     """The images hold what makes them worth comparing, and none needs a layer unpacked twice:
-    tools of today list the directories that lead to what they change."""
+    tools of today list the directories that lead to what they change.
+    """
     assert ours.again == 0
     found = ours.mounted
     if ours.name == "debian":

@@ -1,5 +1,6 @@
 """Pulls that want the same layers in different order, on one store: nobody waits for ever, nothing
-is downloaded twice, and who is left over goes on from the other's bytes."""
+is downloaded twice, and who is left over goes on from the other's bytes.
+"""
 
 from __future__ import annotations
 

@@ -196,7 +196,8 @@ async def test_a_token_that_is_revoked() -> None:
 
 async def test_one_refresh_for_all() -> None:
     """Those who need a token wait for the one that fetches it; if that one is cancelled, the
-    next one fetches it."""
+    next one fetches it.
+    """
     server = TokenRegistry()
     release = trio.Event()
 
@@ -233,7 +234,8 @@ async def test_one_refresh_for_all() -> None:
 
 async def test_one_failure_for_all() -> None:
     """Nor is a token server in trouble asked once more by each; each gets an error of its own,
-    and those who come later ask again."""
+    and those who come later ask again.
+    """
     server = TokenRegistry()
     release = trio.Event()
 
@@ -619,7 +621,7 @@ def form_of(request: httpx.Request) -> dict[str, str]:
 
 
 async def test_an_identity_token() -> None:
-    """distribution's ``spec/auth/oauth.md``: a form, with the scopes in one field."""
+    """Distribution's ``spec/auth/oauth.md``: a form, with the scopes in one field."""
     server = OAuthRegistry("r+0&x=é")
     server.challenge += ',scope="repository:team/app:pull other:x:y"'
     await fetch_once(server.network, Credentials("user", identity_token="r+0&x=é"))
@@ -638,7 +640,8 @@ async def test_an_identity_token() -> None:
 
 async def test_refresh_tokens_that_are_good_once(autojump_clock: MockClock) -> None:
     """The one that came last is used, by all repositories; also by one that still had the one
-    before, which another has used up meanwhile."""
+    before, which another has used up meanwhile.
+    """
     server = OAuthRegistry()
     proceed = trio.Event()
 
@@ -782,7 +785,8 @@ async def test_a_token_server_that_refuses_what_a_helper_gave(autojump_clock: Mo
 
 async def test_a_registry_token() -> None:
     """It is sent as it is, to the registry alone, and no token is got; another one may be had
-    when it expires."""
+    when it expires.
+    """
     server = TokenRegistry()
     server.good = {"first"}
     source = Asked(Credentials(registry_token="first"), Credentials(registry_token="second"))

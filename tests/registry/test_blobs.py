@@ -40,7 +40,8 @@ def whole(*chunks: bytes, **headers: str) -> Network:
 
 async def test_progress() -> None:
     """Bytes of the blob after each chunk, those that were there before among them; then the
-    words."""
+    words.
+    """
     report = Report()
 
     def rest(request: httpx.Request) -> httpx.Response:
@@ -203,7 +204,7 @@ async def test_a_body_that_ends_early() -> None:
 
 
 async def test_a_stall() -> None:
-    """httpx is told how long to wait for a byte, and what it raises then is retryable."""
+    """Httpx is told how long to wait for a byte, and what it raises then is retryable."""
     body = Body([CONTENT[:500]], httpx.ReadTimeout(""))
     network = Network(**{HOST: lambda request: httpx.Response(200, stream=body)})
     sink = MemorySink()

@@ -2,7 +2,8 @@
 the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold.
 
 What ``found_*.json`` has was found by comparing many made inputs with what the sources of those
-implementations make of them: what was answered otherwise here, and some of its neighbours."""
+implementations make of them: what was answered otherwise here, and some of its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +141,8 @@ def members_of(platform: Platform) -> Case:
 @pytest.mark.parametrize("case", cases("manifests"))
 def test_manifest(case: Case) -> None:
     """A manifest with its config is accepted or refused as the specification has it, and where
-    that is silent as containerd does."""
+    that is silent as containerd does.
+    """
     verdict = case["expected"].get("spec", {}).get("verdict")
     containerd = case["expected"]["containerd"]
     if verdict is None:
@@ -182,7 +184,8 @@ def read_image(case: Case) -> Manifest | Index:
 @pytest.mark.parametrize("case", cases("challenges"))
 def test_challenges(case: Case) -> None:
     """Challenges of the schemes that registries use are read as RFC 9110 has them, and what is
-    malformed as containerd does."""
+    malformed as containerd does.
+    """
     expected = case["expected"].get("rfc9110", case["expected"]["challenges"])
     got = [
         {"scheme": challenge.scheme, "parameters": dict(challenge.parameters)}
@@ -373,7 +376,8 @@ class RangeServer:
 @pytest.mark.parametrize("case", cases("hosts_toml"))
 def test_hosts(case: Case, tmp_path: Path) -> None:
     """Who is asked, in which order and how, is as containerd has it; but a file that it rejects
-    and ignores is an error here, which names it."""
+    and ignores is an error here, which names it.
+    """
     for name, text in case["files"].items():
         path = tmp_path / name
         if text is None:

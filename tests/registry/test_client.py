@@ -336,7 +336,8 @@ async def test_a_domain_that_is_no_host(domain: str) -> None:
 )
 async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> None:
     """An error names who was asked, for what, and what the registry said; one that another
-    attempt would end with again is caused by `DoNotRetry`."""
+    attempt would end with again is caused by `DoNotRetry`.
+    """
     error = {"errors": [{"code": "SOME_CODE", "message": "some\x1b[31m message"}]}
     network = Network(**{HOST: lambda request: httpx.Response(status, json=error)})
     async with (
@@ -450,7 +451,8 @@ async def test_plain_http_only_where_it_is_allowed() -> None:
 
 async def test_contradictory_options() -> None:
     """Whether a given client checks certificates is its own affair; nobody needs no
-    connections."""
+    connections.
+    """
     with pytest.raises(ValueError, match="max_connections is 0"):
         async with open_registry_client(max_connections=0):
             pass  # pragma: no cover
@@ -472,7 +474,8 @@ async def test_the_password_of_a_proxy_whose_url_is_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str
 ) -> None:
     """A slash in it ends the host, for a parser, which takes what is before for the port, and says
-    so. It is not shown."""
+    so. It is not shown.
+    """
     canaries = Canaries(caplog, "someone:canary-pr0xy")
     monkeypatch.setenv("HTTPS_PROXY", url)
     async with open_registry_client() as client:

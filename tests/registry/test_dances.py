@@ -1,5 +1,6 @@
 """A registry that says 401 whatever it is told: each request ends after a few of them, with the
-registry's word."""
+registry's word.
+"""
 
 from __future__ import annotations
 

@@ -181,7 +181,8 @@ async def test_urls_that_are_none(url: str) -> None:
 )
 async def test_plain_http(url: str, reference: str, plain_http: bool, asked: bool) -> None:
     """Where it is allowed; to this machine also for the images of a registry on it, but for no
-    others: their authors could ask what listens here."""
+    others: their authors could ask what listens here.
+    """
     other = httpx.URL(url)
     network = Network(
         **{
@@ -218,7 +219,8 @@ async def test_redirects_of_a_url(reference: str) -> None:
 
 async def test_what_a_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Credentials of the registry, also if it is asked there; what the URL has itself; and the
-    header fields that are configured for the registry."""
+    header fields that are configured for the registry.
+    """
     canaries = Canaries(caplog, f"user:{PASSWORD}", "other:canary-0ther")
     place = tmp_path / "registry.example"
     place.mkdir()

@@ -108,7 +108,8 @@ def breaking_after(count: int, data: bytes = CONTENT) -> Handler:
 
 async def test_mirrors_come_first_and_are_told_for_whom(network: Network, tmp_path: Path) -> None:
     """All of an image comes from the first mirror, which is asked with ``ns``; the registry
-    itself never is."""
+    itself never is.
+    """
     async with opened(network, tmp_path, TWO) as client:
         image = await client.resolve_image(APP, platform=AMD64)
         assert (await fetch(client)).data == CONTENT
@@ -233,7 +234,8 @@ async def test_who_has_a_rest_is_better_than_nobody(network: Network, tmp_path: 
 
 async def test_all_fail(network: Network, tmp_path: Path) -> None:
     """The last one's error is raised, with what the others said; another attempt may do better,
-    as one of them was not reached."""
+    as one of them was not reached.
+    """
     del network.hosts[M1]
     network.hosts |= {M2: answering(403), UPSTREAM: answering(404)}
     async with opened(network, tmp_path, TWO) as client:
@@ -392,7 +394,8 @@ async def test_logins_of_docker(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``config.json`` has one for a mirror and one for the registry, by their own names. Each gets
-    its own, by which the mirror lets us in and has nothing; the other mirror gets none."""
+    its own, by which the mirror lets us in and has nothing; the other mirror gets none.
+    """
     home = Home(tmp_path / "home", monkeypatch)
     mirror, us = Credentials("mirror", "pw"), Credentials("us", "pw")
     pairs = {"m2.example:5000": "mirror:pw", "registry.example": "us:pw"}
@@ -414,7 +417,8 @@ async def test_logins_of_docker(
 
 async def test_a_source_is_asked_as_the_mirror_has_it(network: Network, tmp_path: Path) -> None:
     """By its name, and by the repository's path there. What it refuses is renewed by the same
-    name, and nobody else hears of it."""
+    name, and nobody else hears of it.
+    """
     stale, fresh, us = (Credentials(name, "pw") for name in ("stale", "fresh", "us"))
     asked: list[tuple[str, Credentials | None]] = []
 
@@ -443,7 +447,8 @@ async def test_a_source_is_asked_as_the_mirror_has_it(network: Network, tmp_path
 
 async def test_an_identity_token_of_a_mirror(network: Network, tmp_path: Path) -> None:
     """Is posted to the server that the mirror names, without the mirror's header
-    fields; what comes of it goes to the mirror."""
+    fields; what comes of it goes to the mirror.
+    """
     forms: list[bytes] = []
 
     async def token_server(request: httpx.Request) -> httpx.Response:
@@ -487,7 +492,8 @@ async def test_a_helper_that_fails_is_an_error(
 
 async def test_tokens_are_for_one_host(network: Network, tmp_path: Path) -> None:
     """A mirror that names the registry's token server gets a token of its own from there, not
-    the one that our credentials have brought."""
+    the one that our credentials have brought.
+    """
     tokens = iter(("for-mirror", "for-registry"))
 
     def token_server(request: httpx.Request) -> httpx.Response:
@@ -537,7 +543,8 @@ async def test_a_token_server_without_tls(network: Network, tmp_path: Path) -> N
 
 async def test_a_registry_on_this_machine_that_no_file_names(tmp_path: Path) -> None:
     """It is asked without TLS, as it would be without a directory, and leads to no more of that
-    elsewhere."""
+    elsewhere.
+    """
     async with open_registry() as registry, open_registry_client(hosts_dir=tmp_path) as client:
         (tmp_path / registry.host).mkdir()
         reference = parse_reference(registry.add(build_image([[]]), "team/app:1"))

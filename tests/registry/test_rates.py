@@ -1,5 +1,6 @@
 """A registry that is slow on purpose is given up, in a time that can be told beforehand; one that
-is merely slow is not."""
+is merely slow is not.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ Steps = Iterable[tuple[float, int]]
 
 class Paced(httpx.AsyncByteStream):
     """The blob in steps: so many seconds, then so many bytes. It begins where it is asked to, and
-    keeps to no timeout, as if other bytes, which make no chunk, came all the while."""
+    keeps to no timeout, as if other bytes, which make no chunk, came all the while.
+    """
 
     def __init__(self, steps: Steps, start: int = 0) -> None:
         self.steps = steps
@@ -280,7 +282,8 @@ async def test_bytes_that_lead_nowhere(
     beginning: bytes, seconds: float, said: str, autojump_clock: MockClock
 ) -> None:
     """A header byte by byte, or what chunks are framed with. Each byte comes within httpx's
-    limit, and there is no end of them."""
+    limit, and there is no end of them.
+    """
     transport = httpx.AsyncHTTPTransport(trust_env=False)
     transport._pool._network_backend = Backend(beginning)
     began = trio.current_time()
@@ -303,7 +306,8 @@ async def test_an_answer_that_never_begins(
     stall_limit: float, seconds: float, autojump_clock: MockClock
 ) -> None:
     """It is twice as long as one may take to connect and to begin, each of which has its limit;
-    to connect no longer than a server may be silent."""
+    to connect no longer than a server may be silent.
+    """
     network = Network(**{HOST: never})
     began = trio.current_time()
     async with (

@@ -1,5 +1,6 @@
 """Secrets, by each way that they come and with all that goes wrong there: they are seen by the
-server that they are for, and neither by another one, nor in a log, an error or a repr."""
+server that they are for, and neither by another one, nor in a log, an error or a repr.
+"""
 
 from __future__ import annotations
 
@@ -628,7 +629,8 @@ async def test_real_connections(broken: bool, canaries: Canaries) -> None:
 
 async def test_what_is_repeated_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     """In a realm, in a list of tags, and in the frame of a chunk, of which httpcore logs what it
-    cannot read."""
+    cannot read.
+    """
     caplog.set_level(logging.DEBUG)
     canary = USER.basic()
     assert canary is not None

@@ -172,7 +172,8 @@ async def test_endless_redirects() -> None:
 )
 async def test_redirects_that_are_not_followed(location: str) -> None:
     """Not from HTTPS to plain HTTP, unless that is allowed, nor to what is no HTTP at all. The
-    error is a line that can be read."""
+    error is a line that can be read.
+    """
     network = Network(**{HOST: lambda request: redirect(location)})
     with pytest.raises(RegistryError, match=r"^registry\.example (redirects|could)") as caught:
         await fetch(network)
@@ -276,7 +277,8 @@ def _content(request: httpx.Request) -> httpx.Response:
 
 async def test_slots() -> None:
     """No more requests than connections are under way; a body holds its slot until it is
-    closed, and a waiting request can be cancelled."""
+    closed, and a waiting request can be cancelled.
+    """
     release = trio.Event()
 
     async def slow(request: httpx.Request) -> httpx.Response:
@@ -464,7 +466,8 @@ async def tunnel(stream: trio.SocketStream) -> None:
 @pytest.mark.parametrize("proxied", [False, True])
 async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
     """Wherever that happens, in a handshake too: the only connection there may be is there for the
-    next request, and nothing is left open. httpcore alone loses it."""
+    next request, and nothing is left open. httpcore alone loses it.
+    """
     theirs, ours = contexts()
     server = StormyServer(theirs, random.Random(1))
     proxy = None
@@ -498,7 +501,8 @@ async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
 
 async def test_a_storm_of_cancellations() -> None:
     """Of two thousand requests most are cancelled, at any moment there is. They take no connection
-    from those that come later. httpcore alone hangs, whether we queue for it or not."""
+    from those that come later. httpcore alone hangs, whether we queue for it or not.
+    """
     rng = random.Random(2)
     theirs, ours = contexts()
     server = StormyServer(theirs, rng)
@@ -551,7 +555,8 @@ async def test_a_storm_of_cancellations() -> None:
 
 async def test_a_body_left_half_way() -> None:
     """Leaving a body before its end drops the connection, and no generator is left behind for
-    the garbage collector to complain of."""
+    the garbage collector to complain of.
+    """
 
     class FullSink(MemorySink):
         async def write(self, data: bytes) -> None:

@@ -479,5 +479,5 @@ def test_attributes_that_linux_does_not_have(tmp_path: Path) -> None:
     assert found[b"d/f"] == {**wanted, "user.a": b"a"}
     verify(tmp_path / "t", check_cancelled=lambda: None)
     os.chmod(tmp_path / "t/fs/d/f", 0o4755)
-    with pytest.raises(StoreError, match="has another mode"):
+    with pytest.raises(StoreError, match="has a different mode"):
         verify(tmp_path / "t", check_cancelled=lambda: None)

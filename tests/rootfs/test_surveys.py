@@ -11,9 +11,9 @@ from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import (
     Entry,
     Summary,
+    entry_line,
     link_line,
     opaque_line,
-    put_line,
     removal_line,
     summary_line,
 )
@@ -62,7 +62,7 @@ def write_list(tree: Path, chance: random.Random) -> None:
             crc32=0 if kind == "file" else None,
             implied=kind == "dir" and chance.random() < 0.3,
         )
-        lines.append(put_line(entry))
+        lines.append(entry_line(entry))
 
     put(b"", "dir")
     for _ in range(chance.randrange(12)):

@@ -20,10 +20,10 @@ from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import (
     Entry,
     Summary,
+    entry_line,
     link_line,
     opaque_line,
     parse_entries,
-    put_line,
     removal_line,
     summary_line,
 )
@@ -369,7 +369,7 @@ def test_entries_round_trip() -> None:
         Entry(path=b"d", type="block", mode=0o600, dev=(8, 1), mtime_ns=-1),
         Entry(path=b"f", type="file", size=3, crc32=171, uid=1, gid=2, xattrs={"user.x": b"\0"}),
     ]
-    lines = [put_line(entry) for entry in entries] + [summary_line(SUMMARY)]
+    lines = [entry_line(entry) for entry in entries] + [summary_line(SUMMARY)]
     assert all(line.isascii() and line.count(b"\n") == 1 for line in lines)
     found, summary = parse_entries(lines)
     assert found == sorted(entries, key=lambda entry: entry.path)
@@ -381,13 +381,13 @@ def test_later_lines_win() -> None:
     file = Entry(path=b"a", type="file", crc32=1, xattrs={"security.capability": b"c"})
     directory = Entry(path=b"d", type="dir", mode=0o700)
     lines = [
-        put_line(file),
+        entry_line(file),
         link_line(Entry(path=b"b", type="file", mode=0o600, uid=5), b"a"),
-        put_line(Entry(path=b"x", type="file")),
+        entry_line(Entry(path=b"x", type="file")),
         removal_line(b"x"),
-        put_line(directory),
+        entry_line(directory),
         opaque_line(b"d"),
-        put_line(Entry(path=b"d", type="dir", mode=0o755)),
+        entry_line(Entry(path=b"d", type="dir", mode=0o755)),
         summary_line(SUMMARY),
     ]
     found, _ = parse_entries(lines)
@@ -405,7 +405,7 @@ def test_later_lines_win() -> None:
     "lines",
     [
         [],
-        [put_line(Entry(path=b"a", type="file"))],
+        [entry_line(Entry(path=b"a", type="file"))],
         [b"{\n"],
         [removal_line(b"a"), summary_line(SUMMARY)],
         [opaque_line(b"a"), summary_line(SUMMARY)],
@@ -421,10 +421,10 @@ def test_damaged_list(lines: list[bytes]) -> None:
 @pytest.mark.parametrize(
     "lines",
     [
-        [put_line(Entry(path=b"a/b", type="file"))],
-        [put_line(Entry(path=b"", type="dir")), put_line(Entry(path=b"a/b", type="file"))],
+        [entry_line(Entry(path=b"a/b", type="file"))],
+        [entry_line(Entry(path=b"", type="dir")), entry_line(Entry(path=b"a/b", type="file"))],
         [b'{"p":5,"t":"dir"}\n'],
-        [put_line(Entry(path=b"", type="dir")), b'{"p":"a","k":"b\n'],
+        [entry_line(Entry(path=b"", type="dir")), b'{"p":"a","k":"b\n'],
     ],
     ids=["no-root", "no-parent", "no-path", "cut-off"],
 )

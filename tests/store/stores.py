@@ -24,7 +24,7 @@ from trio_layers._rootfs.merged import MergedTree
 from trio_layers._store import trees
 from trio_layers._store.directory import DirectoryStore, open_with_builder
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import Unpacked, fits, unpack
+from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
 from trio_layers._workers import build
 from trio_layers._workers.threads import Threads
 
@@ -83,7 +83,8 @@ def chain_of(*blobs: Blob) -> Digest:
 
 class Stream(trio.abc.ReceiveStream):
     """Bytes in small pieces. At ``stop_at`` it raises ``error``, or sets ``stopped`` and waits
-    for ``go_on``."""
+    for ``go_on``.
+    """
 
     def __init__(
         self, data: bytes, *, stop_at: int | None = None, error: Exception | None = None
@@ -116,7 +117,8 @@ class Stream(trio.abc.ReceiveStream):
 
 class TarUnpacker:
     """Unpacks with `tarfile`. A layer with a file ``needs-lower`` is not whole without its
-    parents; one with ``assumes`` makes an assumption that holds if `assumption` does."""
+    parents; one with ``assumes`` makes an assumption that holds if `assumption` does.
+    """
 
     def __init__(self) -> None:
         self.assumption = True
@@ -193,7 +195,7 @@ class Watched:
         return unpack(reading, target, **options)  # type: ignore[arg-type]
 
     def fits(self, assumed: tuple[bytes, ...], lower: MergedTree) -> bool:
-        return fits(assumed, lower)
+        return assumptions_hold(assumed, lower)
 
 
 @asynccontextmanager
@@ -219,7 +221,7 @@ _UNPACKERS: list[TarUnpacker | Watched] = []
 def _replace_unpacker() -> None:
     newest = _UNPACKERS[-1] if _UNPACKERS else None
     build.unpack = newest.unpack if newest else unpack
-    trees.fits = newest.fits if newest else fits
+    trees.assumptions_hold = newest.fits if newest else assumptions_hold
 
 
 def open_with_threads(path: Path) -> AbstractAsyncContextManager[DirectoryStore]:

@@ -137,11 +137,20 @@ def change_list(old: bytes, new: bytes) -> Damage:
 
 
 TREES: dict[str, tuple[Damage, str]] = {
-    "content": (lambda w: flip(w.top / "fs/opt/new"), "'opt/new' has another content"),
-    "size": (lambda w: touched(w.top / "fs/opt/new", cut), "'opt/new' has another size"),
-    "time": (lambda w: os.utime(w.top / "fs/opt/new", (5, 5)), "'opt/new' has been modified"),
-    "mode": (lambda w: (w.base / "fs/etc/passwd").chmod(0o4755), "'etc/again' has another mode"),
-    "owner": (lambda w: os.chown(w.base / "fs/pipe", 1, 1), "'pipe' belongs to somebody else"),
+    "content": (lambda w: flip(w.top / "fs/opt/new"), "'opt/new' has different content"),
+    "size": (lambda w: touched(w.top / "fs/opt/new", cut), "'opt/new' has a different size"),
+    "time": (
+        lambda w: os.utime(w.top / "fs/opt/new", (5, 5)),
+        "'opt/new' has a different modification time",
+    ),
+    "mode": (
+        lambda w: (w.base / "fs/etc/passwd").chmod(0o4755),
+        "'etc/again' has a different mode",
+    ),
+    "owner": (
+        lambda w: os.chown(w.base / "fs/pipe", 1, 1),
+        "'pipe' has a different owner or group",
+    ),
     "missing": (
         lambda w: keeping_times(Path.unlink, w.top / "fs/etc/more"),
         "'etc/more' no such file",
@@ -152,19 +161,19 @@ TREES: dict[str, tuple[Damage, str]] = {
     ),
     "directory": (
         lambda w: keeping_times(lambda p: (p.unlink(), p.mkdir()), w.top / "fs/opt/new"),
-        "'opt/new' is no file",
+        "'opt/new' is not a file",
     ),
     "link": (
         lambda w: keeping_times(lambda p: touched(p, replace_link), w.base / "fs/etc/link"),
-        "'etc/link' leads elsewhere",
+        "'etc/link' has a different target",
     ),
     "hard link": (
         lambda w: keeping_times(split_link, w.base / "fs/etc/again"),
-        "'etc/again' has more or fewer names",
+        "'etc/again' has more or fewer hard links",
     ),
     "attribute": (
         lambda w: os.setxattr(w.base / "fs/etc/shadow", "user.note", b"y"),
-        "'etc/shadow' has another value of 'user.note'",
+        "'etc/shadow' has a different value of 'user.note'",
     ),
     "no attribute": (
         lambda w: os.removexattr(w.base / "fs/etc/shadow", "user.note"),
@@ -176,23 +185,23 @@ TREES: dict[str, tuple[Damage, str]] = {
             "security.capability",
             bytes.fromhex("0100000200040000000000000000000000000000"),
         ),
-        "'opt/new' has an attribute 'security.capability'",
+        "'opt/new' has the unexpected attribute 'security.capability'",
     ),
     "not opaque": (
         lambda w: os.removexattr(w.top / "fs/opt", "trusted.overlay.opaque"),
-        "'opt' hides more or less",
+        "'opt' is opaque only in the list",
     ),
     "opaque": (
         lambda w: os.setxattr(w.base / "fs/etc", "trusted.overlay.opaque", b"y"),
-        "'etc' hides more or less",
+        "'etc' is opaque only on the disk",
     ),
     "whiteout": (
         lambda w: keeping_times(lambda p: (p.unlink(), p.touch()), w.top / "fs/etc/shadow"),
-        "'etc/shadow' is no whiteout",
+        "'etc/shadow' is not a whiteout",
     ),
     "list": (change_list(b'{"end"', b'{"ond"'), "list of entries is damaged"),
     "list of others": (change_list(b'"entries":', b'"entries":1'), "differs from its row"),
-    "listed mode": (change_list(b'"m":', b'"m":1'), "has another mode"),
+    "listed mode": (change_list(b'"m":', b'"m":1'), "has a different mode"),
     "no list": (lambda w: (w.top / "entries").unlink(), "cannot be read"),
     "no files": (lambda w: shutil.rmtree(w.top / "fs"), "cannot be read"),
     "all of it": (lambda w: shutil.rmtree(w.base), "cannot be read"),

@@ -1,4 +1,4 @@
-"""The decompressor: what it recognises, what it refuses and when, and how little it holds."""
+"""The decompressor: formats, errors and their time, and bounded memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = random.Random(1).randbytes(3000) + bytes(700_000) + random.Random(2).ran
 
 
 def gzip_header(*, extra: bytes = b"", name: bytes = b"", comment: bytes = b"") -> bytes:
-    """A header with all that may be in one, its checksum too."""
+    """Return a header with all optional fields, including a checksum."""
     flags = 2 | (4 if extra else 0) | (8 if name else 0) | (16 if comment else 0)
     header = b"\x1f\x8b\x08" + bytes([flags]) + bytes(5) + b"\x03"
     if extra:
@@ -72,7 +72,7 @@ def decompress(data: bytes, step: int = 1 << 16) -> bytes:
 @pytest.mark.parametrize("step", [1, 7, 1000, 1 << 30])
 @pytest.mark.parametrize("name", STREAMS)
 def test_plain_bytes(name: str, step: int) -> None:
-    """Every format gives its content, however the input is cut."""
+    """Every format is decompressed, however the input is split."""
     data = STREAMS[name]
     if step == 1 and len(data) > 100_000:
         data, step = data[:100_000], 3
@@ -82,19 +82,19 @@ def test_plain_bytes(name: str, step: int) -> None:
 
 
 def test_no_bytes_are_valid() -> None:
-    """A layer of no bytes gives none (moby takes such layers)."""
+    """An empty layer is decompressed to nothing (moby accepts such layers)."""
     assert decompress(b"") == b""
 
 
 @pytest.mark.parametrize("text", [b"a", b"short", b"\x1f\x8b", b"\x28\xb5", b"P*M\x18abc"])
 def test_short_input_is_plain(text: bytes) -> None:
-    """What is shorter than any magic number is no compressed stream."""
+    """Input that is shorter than any magic number is plain data."""
     assert decompress(text) == text
 
 
 @pytest.mark.parametrize("name", sorted(STREAMS.keys() - {"none"}))
 def test_truncated(name: str) -> None:
-    """An input that stops early is an error, one of its beginning within the first 10 bytes."""
+    """Truncated input is an error; within 10 bytes, it is an error of the beginning."""
     data = STREAMS[name].rstrip(b"\0")
     start = len(SKIPPABLE) if name == "zstd-skippable-first" else 0
     header = len(FULL) if name == "gzip-full-header" else 10
@@ -114,14 +114,14 @@ def test_truncated(name: str) -> None:
     ids=["long-name", "endless-comment", "checksum"],
 )
 def test_bad_gzip_header(header: bytes) -> None:
-    """The whole header of gzip counts as the beginning."""
+    """The beginning of gzip data is its whole header."""
     with pytest.raises(DecompressionError, match="header"):
         decompress(header + GZIP[10:])
 
 
 @pytest.mark.parametrize("position", [-8, -5, -4, -1])
 def test_gzip_trailer_is_checked(position: int) -> None:
-    """Checksum and length of gzip are compared, also of a member that is not the last."""
+    """The checksum and length of each gzip member are verified, not only of the last."""
     damaged = bytearray(GZIP)
     damaged[position] ^= 0x10
     for data in (bytes(damaged), bytes(damaged) + GZIP):
@@ -131,13 +131,13 @@ def test_gzip_trailer_is_checked(position: int) -> None:
 
 @pytest.mark.parametrize("name", ["gzip", "bzip2", "xz", "zstd"])
 def test_garbage_behind(name: str) -> None:
-    """What follows the last member is another member or zeros, or the blob is damaged."""
+    """Data after a member must be another member or zeros."""
     with pytest.raises(UnpackError):
         decompress(STREAMS[name] + b"garbage, and enough of it to be looked at")
 
 
 def test_opened() -> None:
-    """The beginning is over with ten bytes, for gzip with its header."""
+    """The beginning ends after ten bytes, for gzip after the header."""
     plain, packed = Decompressor(), Decompressor()
     for start in range(9):
         assert list(plain.feed(b"p")) == []
@@ -153,7 +153,7 @@ def test_opened() -> None:
 
 @pytest.mark.parametrize("name", ["gzip", "zstd"])
 def test_bomb_in_constant_memory(name: str) -> None:
-    """A small input that expands a thousandfold comes out in small pieces."""
+    """A small input that expands a thousandfold is returned in small pieces."""
     zeros = bytes(64 << 20)
     bomb = gzip.compress(zeros) if name == "gzip" else zstd.compress(zeros)
     del zeros
@@ -166,7 +166,7 @@ def test_bomb_in_constant_memory(name: str) -> None:
 
 
 def test_no_memory_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a codec raises where the machine has none comes out as it is."""
+    """A codec's error about lack of memory is raised as it is."""
 
     class Codec:
         def decompress(self, data: bytes, max_length: int = -1) -> bytes:
@@ -178,13 +178,13 @@ def test_no_memory_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_zeros_between_tiny_members() -> None:
-    """Thousands of them in one piece, with all a header can have."""
+    """One input may contain thousands of headers with all optional fields."""
     data = (FULL + gzip.compress(b"x", mtime=0)[10:] + bytes(3)) * 5000
     assert b"".join(Decompressor().feed(data)) == b"x" * 5000
 
 
 def test_many_tiny_members_are_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a member leaves unused comes back as a copy, so it is not handed much at first."""
+    """A codec copies its unused input, so it gets only a small piece at first."""
     handed: list[int] = []
 
     class Counting:

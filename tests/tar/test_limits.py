@@ -36,11 +36,11 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zstd": zstd.compress,
 }
-"""Each makes members, frames or streams that may follow one another."""
+"""Functions that compress to members, frames or streams, which may be concatenated."""
 
 
 def unpacked(pieces: Iterable[bytes], path: Path, **limits: int) -> Unpacked:
-    """What comes of a blob in pieces."""
+    """Unpack a blob that arrives in pieces."""
     held = bytearray()
     rest = iter(pieces)
 
@@ -55,12 +55,12 @@ def unpacked(pieces: Iterable[bytes], path: Path, **limits: int) -> Unpacked:
         return data
 
     path.mkdir()
-    # Upon nothing, so that nothing is left open.
+    # On an empty parent, so that nothing depends on an unknown one.
     return unpack(read, path, lower=MergedTree([]), limits=Limits(**limits))
 
 
 def header_of(size: int, name: str = "zeros") -> bytes:
-    """The header of a file with so much content, which is still to come."""
+    """Return the header of a file of this size, without the content."""
     entry = {"name": name, "format": "gnu", "size": size}
     return b"".join(maketar.iter_entry(entry))
 
@@ -72,7 +72,7 @@ def on_disk(path: Path) -> int:
 @pytest.mark.parametrize("form", COMPRESS)
 @pytest.mark.parametrize("where", ["one file", "many files", "behind the end"])
 def test_a_bomb_of_two_gigabytes(form: str, where: str, tmp_path: Path) -> None:
-    """It is stopped at the limit, whatever packs it and wherever its zeros are."""
+    """A bomb stops at the limit in every format and with its zeros at any place."""
     compress = COMPRESS[form]
     zeros = compress(bytes(16 * MIB))
     if where == "one file":
@@ -92,13 +92,13 @@ def test_a_bomb_of_two_gigabytes(form: str, where: str, tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # What comes in pieces of 16 MiB here is held twice, at most; xz looks back on 8.
+    # The pieces of 16 MiB are in memory twice, at most; xz has a window of 8 MiB.
     assert peak < {"none": 68, "xz": 14}.get(form, 4) * MIB
     assert on_disk(tmp_path / "tree") <= limit
 
 
-def test_what_is_declared_is_stopped_before_it_comes(tmp_path: Path) -> None:
-    """Of a file that is too large, nothing is read or written."""
+def test_a_declared_size_is_checked_first(tmp_path: Path) -> None:
+    """Nothing of a file that is too large is read or written."""
     asked: list[int] = []
 
     def pieces() -> Iterable[bytes]:
@@ -118,7 +118,7 @@ def sparse(size: int, name: str = "sparse") -> dict:
 
 
 def test_holes_count(tmp_path: Path) -> None:
-    """As unpacked bytes, together with the tar."""
+    """Holes count as unpacked bytes, together with the tar."""
     data = archive(sparse(MIB), sparse(MIB, "other"))
     holes = 2 * (MIB - 1)
     unpacked([data], tmp_path / "fits", max_unpacked_bytes=len(data) + holes)
@@ -128,7 +128,7 @@ def test_holes_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["zeros", "holes", "behind the end"])
 def test_ratio(kind: str, tmp_path: Path) -> None:
-    """So much of so little is too much, but not if there is little of it."""
+    """A high ratio is an error, except for little data."""
     entry = {"name": "zeros", "fill": {"byte": 0, "count": 8 * MIB}}
     data = {
         "zeros": archive(entry),
@@ -136,31 +136,31 @@ def test_ratio(kind: str, tmp_path: Path) -> None:
         "behind the end": archive({"name": "a"}) + bytes(8 * MIB),
     }[kind]
     blob = gzip.compress(data)
-    with pytest.raises(LimitExceeded, match=r"of \d+: more than the limit max_ratio, 100"):
+    with pytest.raises(LimitExceeded, match=r"from \d+: more than the limit max_ratio, 100"):
         unpacked([blob], tmp_path / "exceeds", max_ratio=100, max_ratio_from=MIB)
     unpacked([blob], tmp_path / "raised", max_ratio=80_000, max_ratio_from=MIB)
     unpacked([blob], tmp_path / "allowed", max_ratio=100, max_ratio_from=9 * MIB)
     unpacked([blob], tmp_path / "default")
 
 
-def test_ratio_of_what_does_not_pack(tmp_path: Path) -> None:
-    """Content that takes its room in the blob is never too much of it."""
+def test_ratio_of_incompressible_content(tmp_path: Path) -> None:
+    """Incompressible content never exceeds the ratio."""
     chance = random.Random(1)
     data = archive({"name": "noise", "text": {"hex": chance.randbytes(2 * MIB).hex()}})
     unpacked([gzip.compress(data)], tmp_path / "tree", max_ratio=2, max_ratio_from=0)
 
 
 def test_a_blob_without_entries(tmp_path: Path) -> None:
-    """An error does not make one up."""
+    """An error about a blob without entries names no entry."""
     blob = gzip.compress(bytes(MIB))
-    with pytest.raises(LimitExceeded, match=r"^more bytes, unpacked"):
+    with pytest.raises(LimitExceeded, match=r"^more unpacked bytes than"):
         unpacked([blob], tmp_path / "bytes", max_unpacked_bytes=MIB - 1)
-    with pytest.raises(LimitExceeded, match=r"^\d+ bytes, unpacked, of \d+"):
+    with pytest.raises(LimitExceeded, match=r"^\d+ bytes unpacked from \d+"):
         unpacked([blob], tmp_path / "ratio", max_ratio=1, max_ratio_from=0)
 
 
 def test_entries(tmp_path: Path) -> None:
-    """The one that is too many is named."""
+    """The error names the first entry beyond the limit."""
     data = archive({"name": "a"}, {"name": "b"})
     assert unpacked([data], tmp_path / "fits", max_entries=2).entries == 2
     with pytest.raises(LimitExceeded, match=r"'b': .*max_entries, 1"):
@@ -168,17 +168,19 @@ def test_entries(tmp_path: Path) -> None:
 
 
 def test_paths(tmp_path: Path) -> None:
-    """As long, and as deep, as the limit; of the root nothing is asked."""
+    """Paths may be as long and as deep as the limits; the root is always allowed."""
     data = archive({"name": "./", "type": "dir"}, {"name": "a/b/c"})
     unpacked([data], tmp_path / "fits", max_path=5, max_depth=3)
     with pytest.raises(LimitExceeded, match="5 bytes; the limit max_path is 4"):
         unpacked([data], tmp_path / "long", max_path=4)
-    with pytest.raises(LimitExceeded, match=r"'a/b/c': a path of 3 components; .*max_depth is 2"):
+    with pytest.raises(
+        LimitExceeded, match=r"'a/b/c': the path has 3 components; .*max_depth is 2"
+    ):
         unpacked([data], tmp_path / "deep", max_depth=2)
 
 
 def test_depth_by_links(tmp_path: Path) -> None:
-    """It is that of where a path leads."""
+    """The depth is that of the path after its links are resolved."""
     link = {"name": "l", "type": "symlink", "linkname": "a/b/c"}
     data = archive(link, {"name": "l/d"})
     unpacked([data], tmp_path / "fits", max_depth=4)
@@ -187,7 +189,7 @@ def test_depth_by_links(tmp_path: Path) -> None:
 
 
 def test_depth_by_default(tmp_path: Path) -> None:
-    """512 directories within one another, and nothing in the last."""
+    """By default, 512 nested directories are allowed, the last one empty."""
     entries = [{"name": "/".join("d" * n), "type": "dir"} for n in range(1, 514)]
     assert unpacked([archive(*entries[:-1])], tmp_path / "fits").entries == 512
     with pytest.raises(LimitExceeded, match="max_depth is 512"):
@@ -196,10 +198,10 @@ def test_depth_by_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["zstd", "xz"])
 def test_window(form: str, tmp_path: Path) -> None:
-    """What a codec wants to keep in memory, it has to say; and then it may be too much."""
+    """A codec states the size of its window first, and a large one is refused."""
     data = archive({"name": "a"}) + bytes(MIB)
     if form == "zstd":
-        # All its levels' windows are as large as the content, which is not known here.
+        # zstd's levels all use the content's size as window, but that is not known here.
         packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 25})
         blob = packer.compress(data) + packer.flush()
     else:
@@ -273,7 +275,7 @@ EMPTY: dict[str, bytes] = {
 
 @pytest.mark.parametrize("kind", EMPTY)
 @pytest.mark.parametrize("where", ["before", "between", "behind"])
-def test_members_of_nothing(kind: str, where: str, tmp_path: Path) -> None:
+def test_many_empty_members(kind: str, where: str, tmp_path: Path) -> None:
     """Megabytes of empty members stop early, because each member needs its own codec."""
     compress = COMPRESS[kind.split()[0]]
     data = archive({"name": "a", "text": "a" * 100})

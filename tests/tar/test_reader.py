@@ -1,4 +1,4 @@
-"""The tar reader: what Go's reader reads, and what must be refused."""
+"""The tar reader: formats that Go's reader reads, and archives that are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trio_layers._tar.reader import Limits, Member, TarReader
 
 
 def members(data: bytes, limits: Limits | None = None) -> list[tuple[Member, bytes]]:
-    """All members, each with its content, holes filled."""
+    """Return all members, each with its content, where holes are zeros."""
     reader = TarReader(Plain(data), limits or Limits())
     return [
         (m, b"".join(bytes(p) if isinstance(p, int) else p for p in reader.data())) for m in reader
@@ -26,8 +26,8 @@ def only(*entries: dict) -> Member:
     return member
 
 
-def test_what_tarfile_writes() -> None:
-    """An archive of Python's tarfile, in its three formats, is read as it was meant."""
+def test_archives_of_tarfile() -> None:
+    """Archives of Python's tarfile, in its three formats, are read correctly."""
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
@@ -46,7 +46,7 @@ def test_what_tarfile_writes() -> None:
 
 
 def test_pax_overrides_the_header() -> None:
-    """Records replace the header's fields; empty ones leave them, the last of several counts."""
+    """Records override the header; empty ones do not, and the last of several wins."""
     member = only(
         {
             "name": "short",
@@ -70,7 +70,7 @@ def test_pax_overrides_the_header() -> None:
     ],
 )
 def test_times(text: str, nanoseconds: int) -> None:
-    """Fractions, times before 1970, and those that no file system holds (as moby has them)."""
+    """Fractions, times before 1970, and times that no file system holds, as in moby."""
     assert only({"name": "a", "pax": {"mtime": text}}).mtime_ns == nanoseconds
 
 
@@ -78,7 +78,7 @@ ZEROS = "0" * 30
 
 
 def test_zeros_and_a_plus_before_a_number() -> None:
-    """The value ignores them in all numeric records, as in Go."""
+    """Leading zeros and a plus sign do not change a number in a record, as in Go."""
     for before in (ZEROS, "+", "+" + ZEROS):
         pax = {"uid": before + "1000", "gid": before + "7", "mtime": before + "15.5"}
         member = only({"name": "a", "text": "abc", "pax": {**pax, "size": before + "3"}})
@@ -103,7 +103,7 @@ def test_zeros_in_the_numbers_of_a_sparse_map() -> None:
     "value", ["++1", "+-1", "+", "-", " 1", "1 ", "1_0", "0x1", f"{ZEROS}9223372036854775808"]
 )
 @pytest.mark.parametrize("key", ["uid", "size", "mtime"])
-def test_what_is_no_number_stays_none(key: str, value: str) -> None:
+def test_invalid_numbers(key: str, value: str) -> None:
     """Invalid numbers stay invalid, and numbers that are too large stay out of range."""
     if key == "mtime" and value.endswith("808"):
         # No file system can store such a time. moby replaces it with the epoch.
@@ -114,13 +114,13 @@ def test_what_is_no_number_stays_none(key: str, value: str) -> None:
 
 
 def test_base_256() -> None:
-    """GNU's way of writing numbers, negative ones too."""
+    """GNU's base-256 numbers are read, including negative ones."""
     member = only({"name": "a", "format": "gnu", "uid": 2**31, "mtime": -5})
     assert (member.uid, member.mtime_ns) == (2**31, -5 * 10**9)
 
 
 def test_xattrs_may_be_binary_and_empty() -> None:
-    """Values of attributes are bytes, and may be none at all."""
+    """Attribute values are bytes and may be empty."""
     raw = maketar.pax_record(b"SCHILY.xattr.user.a", b"\0\n=\xff")
     raw += maketar.pax_record(b"SCHILY.xattr.user.b", b"")
     member = only({"name": "a", "pax_raw": {"hex": raw.hex()}})
@@ -130,7 +130,7 @@ def test_xattrs_may_be_binary_and_empty() -> None:
 @pytest.mark.parametrize("form", ["gnu", "pax-1.0", "pax-0.1"])
 @pytest.mark.parametrize("segments", [1, 5, 60])
 def test_sparse(form: str, segments: int) -> None:
-    """Sparse files are as long as they were, with zeros in their holes."""
+    """Sparse files have their full size, with zeros in their holes."""
     layout = [[n * 4096, 7] for n in range(segments)]
     real = segments * 4096 + 100
     sparse = {"format": form, "realsize": real, "map": layout}
@@ -145,7 +145,7 @@ def test_sparse(form: str, segments: int) -> None:
 
 
 def test_sparse_0_0() -> None:
-    """The oldest of PAX's sparse formats has a pair of records for each segment."""
+    """The oldest PAX sparse format has a pair of records for each segment."""
     pairs = [["GNU.sparse.offset", "10"], ["GNU.sparse.numbytes", "2"]]
     records = [["GNU.sparse.size", "20"], ["GNU.sparse.numblocks", "1"], *pairs]
     ((_, content),) = members(archive({"name": "s", "text": "ab", "pax": records}))
@@ -158,7 +158,7 @@ def test_sparse_0_0() -> None:
     ids=str,
 )
 def test_sparse_map_must_fit(layout: list[list[int]]) -> None:
-    """Segments are in order, apart, within the file, and make up the data."""
+    """Segments must be in order, disjoint and within the file, and make up the data."""
     sparse = {"format": "pax-0.1", "realsize": 100, "map": layout}
     with pytest.raises(UnpackError, match="sparse map"):
         members(archive({"name": "s", "text": "ab", "sparse": sparse}))
@@ -170,7 +170,7 @@ def test_sparse_map_must_fit(layout: list[list[int]]) -> None:
         {"size": "2d31"},
         {"size": "38"},
         {"size": "315f30"},
-        # Go reads what is behind a NUL, Python does not.
+        # Go reads the digits after a NUL, Python does not.
         {"size": "0030303030303030303134"},
         {"uid": "ffffffffffffffff"},
         {"uid": "80000000ffffffff"},
@@ -180,7 +180,7 @@ def test_sparse_map_must_fit(layout: list[list[int]]) -> None:
     ids=str,
 )
 def test_bad_numbers(fields: dict[str, str]) -> None:
-    """A number is octal digits or base-256, in its range, or the entry is refused by its name."""
+    """A number must be octal or base-256 and in range; the error names the entry."""
     with pytest.raises(UnpackError, match="broken-entry"):
         members(archive({"name": "broken-entry", "fields": fields}))
 
@@ -190,21 +190,21 @@ def test_bad_numbers(fields: dict[str, str]) -> None:
     ["11 path=abc\n", "12 path=abcd", "0 a=b\n", "x", "5 =b\n", "6 abc\n", "-1 a=b\n", "99 a=b\n"],
 )
 def test_bad_records(raw: str) -> None:
-    """An extended header whose records do not add up is damaged."""
+    """An extended header whose record lengths do not add up is damaged."""
     with pytest.raises(UnpackError, match="extended header"):
         members(archive({"name": "a", "pax_raw": raw}))
 
 
 @pytest.mark.parametrize("kept", [100, 512 + 3, 700])
 def test_truncated(kept: int) -> None:
-    """An archive that stops in a header or in data is damaged."""
+    """An archive that ends within a header or data is damaged."""
     data = archive({"name": "a", "text": "x" * 600})[:kept]
     with pytest.raises(UnpackError, match="ends"):
         members(data)
 
 
 def test_end() -> None:
-    """Two blocks of zeros, one, none: all are seen. Data behind one block is an error."""
+    """An archive may end with two zero blocks, one or none, but no data after one block."""
     whole = archive({"name": "a", "text": "x"})
     bare = whole[:1024]
     for data in (whole, bare + bytes(512), bare, whole + b"garbage"):
@@ -214,7 +214,7 @@ def test_end() -> None:
 
 
 def test_limits() -> None:
-    """Headers and attributes have their limits, and the error names them."""
+    """Headers and attributes have limits, and the error names the limit."""
     long = {"name": "a", "pax": {"comment": "c" * 5000}}
     assert len(members(archive(long))) == 1
     with pytest.raises(LimitExceeded, match="max_header"):
@@ -226,7 +226,7 @@ def test_limits() -> None:
 
 
 def test_unread_content_is_passed_over() -> None:
-    """The next member is found whether or not the content was taken, and after a part of it."""
+    """The next member is found whether all, part or none of the content was read."""
     data = archive({"name": "a", "text": "x" * 3000}, {"name": "b", "text": "y" * 10})
     reader = TarReader(Plain(data), Limits())
     names = []
@@ -238,7 +238,7 @@ def test_unread_content_is_passed_over() -> None:
 
 
 def extension(flag: str, body: bytes) -> dict:
-    """An extended header by itself, of no entry yet."""
+    """Return an extended header without the entry that it extends."""
     return {"raw": maketar.meta(flag.encode(), b"extension", body, "pax").hex()}
 
 
@@ -264,26 +264,26 @@ FILE = {"name": "file", "text": "text"}
         [long("K", "a"), GLOBAL],
     ],
 )
-def test_extended_headers_stand_before_what_they_extend(before: list[dict]) -> None:
-    """Of two, or of one with a global header behind it, readers make different things."""
-    with pytest.raises(UnpackError, match="an extended header where"):
+def test_repeated_extended_headers(before: list[dict]) -> None:
+    """Readers disagree on repeated extended headers, and on a global header after one."""
+    with pytest.raises(UnpackError, match="an extended header follows another one instead"):
         members(archive(*before, FILE))
 
 
 def test_extended_headers_may_be_mixed() -> None:
-    """GNU's and PAX's for one entry, in any order, if they agree; global ones before them."""
+    """One entry may have GNU and PAX headers that agree, in any order after global ones."""
     for entries in ([PAX, long("K", "to-pax")], [long("L", "by-pax"), PAX, long("K", "to-pax")]):
         member = only(GLOBAL, *entries, {"name": "short", "type": "symlink", "linkname": "l"})
         assert (member.name, member.linkname) == (b"by-pax", b"to-pax")
-    with pytest.raises(UnpackError, match="named 'by-pax', too"):
+    with pytest.raises(UnpackError, match="another header names it 'by-pax'"):
         members(archive(PAX, long("L", "other"), FILE))
-    with pytest.raises(UnpackError, match="a link to 'other' and 'to-pax'"):
+    with pytest.raises(UnpackError, match="two link targets, 'other' and 'to-pax'"):
         members(archive(PAX, long("K", "other"), FILE))
 
 
 @pytest.mark.parametrize("header", [0, 4, 0o77777777777])
 def test_the_size_in_a_record_counts(header: int) -> None:
-    """It overrides a header that has none, the same, or as much as fits."""
+    """A record's size overrides a header with zero, the same size or the largest number."""
     field = (b"%011o\0" % header).hex()
     entry = FILE | {"pax": {"size": "4"}, "fields": {"size": field}}
     (first, content), (second, _) = members(archive(entry, {"name": "second"}))
@@ -292,14 +292,16 @@ def test_the_size_in_a_record_counts(header: int) -> None:
 
 @pytest.mark.parametrize(("header", "record"), [(4, 0), (4, 3), (512, 4), (4, 1024)])
 def test_two_sizes_are_an_error(header: int, record: int) -> None:
-    """One reader would take for an entry what is data to another (CVE-2025-62518)."""
+    """Two different sizes make one reader take data for entries (CVE-2025-62518)."""
     fields = {"size": (b"%011o\0" % header).hex()}
-    with pytest.raises(UnpackError, match=f"'file': .* its size is {header}, and {record} in a"):
+    with pytest.raises(
+        UnpackError, match=f"'file': .* its size is {header} in the header, but {record} in a"
+    ):
         members(archive(FILE | {"pax": {"size": str(record)}, "fields": fields}))
 
 
 def header_with(area: bytes, *, magic: bytes, end: bytes = b"") -> bytes:
-    """The header of an empty file ``name`` with ``area`` where ustar has the prefix."""
+    """Return the header of an empty file with ``area`` in place of ustar's prefix."""
     fields = {"name": b"name", "mode": b"0000644\0", "typeflag": b"0", "magic": magic}
     block = bytearray(maketar.header(fields | {"prefix": area[:155]}))
     block[508 : 508 + len(end)] = end
@@ -312,12 +314,12 @@ def header_with(area: bytes, *, magic: bytes, end: bytes = b"") -> bytes:
     [
         (header_with(b"p" * 155, magic=b"ustar\x0000"), b"p" * 155 + b"/name"),
         (header_with(b"", magic=b"ustar\x0000"), b"name"),
-        # star: 131 bytes, then times.
+        # star has a prefix of 131 bytes, then times.
         (
             header_with(b"p" * 131 + b"00000000001 " * 2, magic=b"ustar\x0000", end=b"tar\0"),
             b"p" * 131 + b"/name",
         ),
-        # GNU: times, but not where Go before 1.8 wrote them.
+        # GNU has times here, but Go before 1.8 wrote prefixes.
         (header_with(b"14371573000\0" * 2, magic=b"ustar  \0"), b"name"),
         (header_with(b"\x80" + bytes(11), magic=b"ustar  \0"), b"name"),
         (header_with(b"usr/share/doc", magic=b"ustar  \0"), b"usr/share/doc/name"),
@@ -335,59 +337,62 @@ def header_with(area: bytes, *, magic: bytes, end: bytes = b"") -> bytes:
         "gnu-no-ctime",
     ],
 )
-def test_what_stands_before_a_name(block: bytes, name: bytes) -> None:
-    """The end of a header is a prefix in ustar, a shorter one in star, and times in GNU's."""
+def test_name_prefixes(block: bytes, name: bytes) -> None:
+    """A header ends with a prefix in ustar, a shorter one in star, times in GNU's."""
     ((member, _),) = members(block)
     assert member.name == name
 
 
 @pytest.mark.parametrize("magic", [bytes(8), b"ustar 00"])
 def test_a_prefix_in_no_known_format(magic: bytes) -> None:
-    """Python heeds it whatever the format is, Go does not."""
+    """Python uses a prefix in every format, Go does not."""
     assert members(header_with(b"", magic=magic))[0][0].name == b"name"
-    with pytest.raises(UnpackError, match=r"'name': .* a prefix"):
+    with pytest.raises(UnpackError, match=r"'name': .* a name prefix"):
         members(header_with(b"usr", magic=magic))
 
 
 def test_an_empty_record_takes_back_the_one_before() -> None:
-    """As POSIX has it: then the header's field counts."""
+    """An empty record leaves the header's field, as in POSIX."""
     assert only({"name": "a", "pax": [["path", "b"], ["path", ""]]}).name == b"a"
 
 
 @pytest.mark.parametrize("key", [" path", "\tpath"])
 def test_blanks_before_a_key(key: str) -> None:
-    """GNU tar passes over them; to Go, and to Python, they are part of the key."""
+    """GNU tar skips blanks before a key; for Go and Python they are part of it."""
     with pytest.raises(UnpackError, match="blank before"):
         only({"name": "a", "pax": [[key, "b"]]})
 
 
 @pytest.mark.parametrize("key", ["size", "GNU.sparse.size"])
 def test_sizes_for_all_are_an_error(key: str) -> None:
-    """Python and GNU tar take a global size for that of each entry, Go does not."""
+    """Python and GNU tar apply a global size to each entry, Go does not."""
     body = maketar.pax_record(key.encode(), b"512")
-    with pytest.raises(UnpackError, match="a size in a global header"):
+    with pytest.raises(UnpackError, match="a global header sets a size"):
         members(archive(extension("g", body), FILE))
 
 
 @pytest.mark.parametrize("flag", "LK")
 def test_an_empty_long_name_is_an_error(flag: str) -> None:
-    """Go reads the header's own, Python and GNU tar the empty one."""
-    with pytest.raises(UnpackError, match="long name that is empty"):
+    """Go uses the header's own name, Python and GNU tar the empty one."""
+    with pytest.raises(UnpackError, match="its long name is empty"):
         members(archive(long(flag, ""), FILE))
 
 
 @pytest.mark.parametrize(("header", "record"), [("a/", "b"), ("a", "b/")])
 def test_a_slash_in_one_of_two_names(header: str, record: str) -> None:
-    """Without a type it makes a directory: to Python in the header, to Go in the record; and what
-    follows a directory is another header."""
-    with pytest.raises(UnpackError, match="a directory by one of its names"):
+    """An entry without a type may end with a slash in both of its names or in none.
+
+    Such a slash makes a directory, for Python in the header, for Go in the record. No data
+    follows a directory, so readers look for the next header at different places.
+    """
+    with pytest.raises(UnpackError, match="only one of its two names ends with a slash"):
         only({"name": header, "type": "\0", "text": "text", "pax": {"path": record}})
     member = only({"name": "a/", "type": "\0", "pax": {"path": "b/"}})
     assert (member.name, member.type) == (b"b/", "dir")
 
 
 def test_nuls_in_records() -> None:
-    """A NUL would end a name early; other values are anybody's."""
+    """A NUL would end a name early; values of other keys may contain one."""
     assert only({"name": "a", "pax": {"comment": {"hex": "00"}}}).name == b"a"
     for key in ("path", "linkpath", "uname", "GNU.sparse.name"):
         with pytest.raises(UnpackError, match="NUL"):
@@ -418,13 +423,13 @@ PAIRS = [["GNU.sparse.offset", "0"], ["GNU.sparse.numbytes", "4"]]
     ],
 )
 def test_a_sparse_file_is_described_once_and_in_full(records: list[list[str]]) -> None:
-    """Records that leave something open, or say two things, are an error."""
+    """Incomplete or contradictory records are an error."""
     with pytest.raises(UnpackError, match="sparse"):
         only(FILE | {"pax": records}, {"name": "x"})
 
 
 def test_explicit_versions_of_sparse_files() -> None:
-    """Formats 0.0 and 0.1 may say what they are."""
+    """Formats 0.0 and 0.1 may state their version."""
     records = [["GNU.sparse.size", "6"], ["GNU.sparse.numblocks", "1"], *PAIRS]
     for minor in "01":
         version = [["GNU.sparse.major", "0"], ["GNU.sparse.minor", minor]]
@@ -433,20 +438,20 @@ def test_explicit_versions_of_sparse_files() -> None:
 
 
 def test_only_files_are_sparse() -> None:
-    """A name that only some readers take from such records is none for a directory."""
-    with pytest.raises(UnpackError, match="no plain file"):
+    """Only some readers use a name from sparse records, so a directory cannot have one."""
+    with pytest.raises(UnpackError, match="not a regular file"):
         only({"name": "a", "type": "dir", "pax": {"GNU.sparse.name": "b"}})
     hole = {"GNU.sparse.size": "9", "GNU.sparse.numblocks": "0"}
-    with pytest.raises(UnpackError, match="no plain file"):
+    with pytest.raises(UnpackError, match="not a regular file"):
         only({"name": "a/", "type": "\0", "pax": hole})
-    with pytest.raises(UnpackError, match="by its type and by its records"):
+    with pytest.raises(UnpackError, match="a GNU sparse map and PAX records of another"):
         only({"name": "a", "type": "S", "pax": hole})
     with pytest.raises(UnpackError, match="not in GNU's format"):
         only({"name": "a", "type": "S"})
 
 
 class Counting(Plain):
-    """Counts how much is asked for."""
+    """Counts the requested bytes."""
 
     asked = 0
 
@@ -457,7 +462,7 @@ class Counting(Plain):
 
 @pytest.mark.parametrize("form", ["gnu", "pax-1.0", "pax-0.1"])
 def test_many_tiny_segments_are_linear(form: str) -> None:
-    """What is read for a map is its length, once."""
+    """The map is read once."""
     count = 20_000
     sparse = {"format": form, "realsize": 2 * count, "map": [[2 * n, 1] for n in range(count)]}
     data = archive({"name": "s", "text": "s" * count, "sparse": sparse})
@@ -469,7 +474,7 @@ def test_many_tiny_segments_are_linear(form: str) -> None:
 
 
 def test_a_sparse_map_has_a_limit() -> None:
-    """The one for headers, in each format."""
+    """The limit for headers holds for a sparse map in each format."""
     for form in ("gnu", "pax-1.0", "pax-0.1"):
         sparse = {"format": form, "realsize": 2000, "map": [[2 * n, 1] for n in range(1000)]}
         data = archive({"name": "s", "text": "s" * 1000, "sparse": sparse})
@@ -479,13 +484,16 @@ def test_a_sparse_map_has_a_limit() -> None:
 
 
 def test_errors_name_the_entry() -> None:
-    """The one that is damaged, or the one before where there is no name to be had."""
+    """An error names the damaged entry, or the one before if there is no name."""
     data = archive({"name": "first", "text": "x"}, {"name": "second", "text": "x" * 600})
     for damage, text in (
         (data[:1600], "'second': .* its data ends 536 bytes early"),
-        (data[:1100], "in a header after the entry 'first'"),
-        (data[:100], "in a header at its beginning"),
-        (data[:1024] + bytes(512) + data[1024:], "a single block of zeros after the entry 'first'"),
+        (data[:1100], "^'first': .* within a header after this entry"),
+        (data[:100], "^damaged .* within a header at its beginning"),
+        (
+            data[:1024] + bytes(512) + data[1024:],
+            "^'first': .* a single block of zeros, not two, after this entry",
+        ),
     ):
         with pytest.raises(UnpackError, match=text):
             members(damage)

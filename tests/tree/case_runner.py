@@ -1,6 +1,6 @@
-"""How a case is run and judged, in this process or in a child with less privilege.
+"""Runs and judges a case, in this process or in a child with less privilege.
 
-`tests/cases/layers/FORMAT.md` says what is in one.
+`tests/cases/layers/FORMAT.md` describes the cases.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ OVERRIDE = "user.containers.override_stat"
 
 @attrs.frozen
 class Privilege:
-    """What a process may do.
+    """The privilege of a process.
 
     Attributes:
-        known: How many IDs, from 0 on, it can give files to; 0 for a plain user.
-        root: It is root, at least of a user namespace.
+        known: Number of IDs, from 0 on, that it can give files to; 0 for a plain user.
+        root: Whether it is root, at least of a user namespace.
     """
 
     known: int
@@ -51,7 +51,7 @@ ROOT = Privilege(known=2**32, root=True)
 
 
 def run_case(case: dict, base: Path, privilege: Privilege) -> None:
-    """A stack of layers gives the recorded tree or an error, and touches nothing else."""
+    """Run a case: the result is the recorded tree or an error, and nothing else changes."""
     outside = base / "outside"
     plant(outside)
     before = surroundings(base)
@@ -63,7 +63,7 @@ def run_case(case: dict, base: Path, privilege: Privilege) -> None:
             raise
     else:
         tree = described(MergedTree(trees))
-        problems = wrong(case, tree, str(outside))
+        problems = unaccepted_differences(case, tree, str(outside))
         assert not problems, problems
         for path in trees:
             check_disk(path, privilege)
@@ -85,8 +85,8 @@ def may_fail(case: dict) -> bool:
     )
 
 
-def wrong(case: dict, tree: dict, outside: str) -> object:
-    """How a result differs from all that are accepted; nothing if it is one of them."""
+def unaccepted_differences(case: dict, tree: dict, outside: str) -> object:
+    """Return the differences between a result and all accepted ones, if it is none of them."""
     expected = case["expected"]
     if expected["outcome"] == "error":
         if "also_tree" in case:
@@ -133,7 +133,7 @@ def differences(expected: dict, tree: dict, outside: str) -> dict:
 
 
 def check_disk(tree: Path, privilege: Privilege) -> None:
-    """What could be set is on the disk as it is listed, and no more than that."""
+    """Check that the disk has the listed metadata as far as possible, and no other."""
     entries, summary = listed(tree)
     entries = [attrs.evolve(entry, implied=False) for entry in entries]
     disk = on_disk(tree / "fs")
@@ -183,8 +183,8 @@ def _check_node(there: Entry, entry: Entry, privilege: Privilege) -> None:
         assert override == expected, entry
 
 
-def within_reach(base: Path) -> None:
-    """The user can look into everything."""
+def check_readable(base: Path) -> None:
+    """Check that the user can read everything."""
     for directory, names, files in os.walk(base, onerror=_raise):
         for name in names + files:
             path = os.path.join(directory, name)

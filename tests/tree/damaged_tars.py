@@ -1,4 +1,4 @@
-"""Damage to archives, and to what they are compressed into, at random."""
+"""Random damage to archives and to compressed archives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trio_layers._tar.fields import has_valid_checksum
 
 @attrs.frozen
 class Damage:
-    """One thing that is done to an archive; places are taken modulo its length."""
+    """One change of an archive; places are modulo its length."""
 
     kind: str
     place: int
@@ -62,7 +62,7 @@ BLOB_DAMAGE = st.builds(
 
 
 def headers_of(tar: bytes) -> list[int]:
-    """Where headers seem to be: of entries, and in their content."""
+    """Return the positions of headers, also of apparent ones in content."""
     return [
         place
         for place in range(0, len(tar) - 511, 512)
@@ -71,7 +71,7 @@ def headers_of(tar: bytes) -> list[int]:
 
 
 def damaged(data: bytes, damage: Damage) -> bytes:
-    """What becomes of an archive, or a compressed one."""
+    """Return a damaged archive, plain or compressed."""
     if not data:
         return damage.value
     place = damage.place % len(data)
@@ -80,15 +80,17 @@ def damaged(data: bytes, damage: Damage) -> bytes:
     header = headers[damage.place % len(headers)]
     match damage.kind:
         case "flip":
-            # In a header more often than not.
+            # Most damage is in a header.
             place = header + damage.other % 512 if damage.other % 3 else place
             place = min(place, len(data) - 1)
-            return replaced(data, place, bytes([data[place] ^ 1 << damage.other % 8]))
+            return overwrite(data, place, bytes([data[place] ^ 1 << damage.other % 8]))
         case "flip-mended":
             place = min(header + damage.other % 512, len(data) - 1)
-            return mended(replaced(data, place, bytes([data[place] ^ 1 << place % 8])), header)
+            return update_checksum(
+                overwrite(data, place, bytes([data[place] ^ 1 << place % 8])), header
+            )
         case "byte":
-            return replaced(data, place, damage.value[:1] or b"\0")
+            return overwrite(data, place, damage.value[:1] or b"\0")
         case "cut":
             return data[:place] + data[place + 1 + damage.other % 100 :]
         case "drop":
@@ -97,12 +99,12 @@ def damaged(data: bytes, damage: Damage) -> bytes:
             return data[: block + 512] + data[block:]
         case "swap":
             low, high = sorted((block, other))
-            moved = replaced(data, low, data[high : high + 512])
-            return replaced(moved, high, data[low : low + 512])
+            moved = overwrite(data, low, data[high : high + 512])
+            return overwrite(moved, high, data[low : low + 512])
         case "insert":
             return data[:block] + damage.value + data[block:]
         case "zero":
-            return replaced(data, block, bytes(512))
+            return overwrite(data, block, bytes(512))
         case "truncate":
             return data[:place]
         case "append":
@@ -111,7 +113,7 @@ def damaged(data: bytes, damage: Damage) -> bytes:
             return data + data
         case "field":
             start, length = list(maketar.FIELDS.values())[damage.other % len(maketar.FIELDS)]
-            return mended(replaced(data, header + start, damage.value[:length]), header)
+            return update_checksum(overwrite(data, header + start, damage.value[:length]), header)
         case "records":
             chosen = [
                 RECORDS[(damage.other + 7 * n) % len(RECORDS)] for n in range(damage.other % 4)
@@ -129,14 +131,14 @@ def damaged(data: bytes, damage: Damage) -> bytes:
     raise AssertionError(damage.kind)
 
 
-def replaced(data: bytes, place: int, value: bytes) -> bytes:
+def overwrite(data: bytes, place: int, value: bytes) -> bytes:
     return (data[:place] + value + data[place + len(value) :])[: len(data)]
 
 
-def mended(data: bytes, header: int) -> bytes:
-    """With the checksum that the header has now."""
+def update_checksum(data: bytes, header: int) -> bytes:
+    """Return the archive with a new checksum in one header."""
     block = data[header : header + 512]
     if len(block) < 512:
         return data
     total = sum(block) - sum(block[148:156]) + 8 * 32
-    return replaced(data, header + 148, b"%06o\0 " % total)
+    return overwrite(data, header + 148, b"%06o\0 " % total)

@@ -1,7 +1,7 @@
-"""Archives at random, unpacked, and what must hold whatever they are.
+"""Unpacks random archives and checks properties that hold for all of them.
 
 `test_fuzz.py` runs a few; ``python -m tree.fuzz --minutes 60``, from ``tests/`` and as root,
-runs many and counts what came of them. A finding becomes a case in ``cases/layers/found.json``.
+runs many and counts the results. A finding becomes a case in ``cases/layers/found.json``.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from trio_layers._errors import DecompressionError, StoreFull, UnpackError
 from trio_layers._rootfs.merged import MergedTree
 from trio_layers._tar.limits import Limits
 from trio_layers._tar.reader import Member, TarReader
-from trio_layers._tree.unpack import Unpacked, fits, unpack
+from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
 
 LIMITS = Limits(max_unpacked_bytes=8 << 20, max_entries=200, max_ratio_from=4 << 20)
-"""Small enough that the worst of damage costs little, large enough for all that is drawn whole."""
+"""Limits that stop damaged archives early and allow all undamaged ones."""
 
 BATCH = 300
-"""How many examples of the long run share a seed."""
+"""Number of examples of the long run that share a seed."""
 
 MOST_CHECKS = 100_000
-"""How often the unpacker may ask whether it is cancelled. More: it does not end."""
+"""The most checks for cancellation; after more, the unpacker does not end."""
 
 
 class World:
-    """A directory with canaries around the place where trees are made, for many examples."""
+    """A directory for many examples, with canaries around the place of the trees."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -81,12 +81,12 @@ class World:
         return found
 
     def check(self, stack: list[Archive]) -> None:
-        """Unpack the layers onto each other as a store does, and see that all is well."""
+        """Unpack the layers as a store does, and check the result."""
         trees: list[Path] = []
         whole = True
         try:
             for archive in stack:
-                # What is whole may still not fit on what is not.
+                # An undamaged layer may still be invalid on a damaged one.
                 whole = whole and archive.whole
                 if archive.whole:
                     agree_on_members(archive.tar)
@@ -103,14 +103,14 @@ class World:
         lower = MergedTree(trees)
         try:
             alone = self._unpack(archive.blob, None)
-            if alone.needs_lower or not fits(alone.assumed, lower):
+            if alone.needs_lower or not assumptions_hold(alone.assumed, lower):
                 self._clear()
                 again = self._unpack(archive.blob, lower)
                 assert again.diff_id == alone.diff_id
                 assert not again.needs_lower
                 assert not again.assumed
         except (UnpackError, DecompressionError, StoreFull) as error:
-            # An inode of some file systems does not hold all attributes that are asked for.
+            # On some file systems an inode cannot hold all of the entry's attributes.
             if whole or ("attribute" not in str(error) and isinstance(error, StoreFull)):
                 raise
             self.outcomes[rule_of(error)] += 1
@@ -151,37 +151,37 @@ class World:
 
 
 def clamped(entry: Entry) -> Entry:
-    """With a time that ext4 can hold, and with nothing that it cannot tell."""
+    """Return an entry with the nearest time that ext4 can hold."""
     low, high = -(2**31) * 10**9, (2**34 - 2**31) * 10**9 - 1
     return attrs.evolve(entry, mtime_ns=min(max(entry.mtime_ns, low), high))
 
 
 def rule_of(error: Exception) -> str:
-    """An error's kind and rule, without names and numbers."""
+    """Return an error's kind and rule, without names and numbers."""
     text = re.sub(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|-?\d+", "_", str(error))
     return f"{type(error).__name__}: {text[:100]}"
 
 
 def agree_on_members(tar: bytes) -> None:
-    """What our reader and Python's make of an archive, where that is whole."""
+    """Compare our reader with Python's on an undamaged archive."""
     ours = []
     reader = TarReader(Plain(tar), LIMITS)
     for member in reader:
         data = reader.data()
         content = b"".join(bytes(each) if isinstance(each, int) else each for each in data)
-        ours.append(told(member, content))
+        ours.append(member_fields(member, content))
     theirs = []
-    # Python finds an archive without an end damaged if it is empty.
+    # Python refuses an empty archive without an end.
     ended = io.BytesIO(tar + bytes(1024))
     with tarfile.open(None, "r:", ended, encoding="utf-8", errors="surrogateescape") as other:
         for info in other:
             file = other.extractfile(info) if info.isreg() else None
-            theirs.append(python_told(info, file.read() if file else b""))
+            theirs.append(python_member_fields(info, file.read() if file else b""))
     for one, other in itertools.zip_longest(ours, theirs):
         assert one == other
 
 
-def told(member: Member, content: bytes) -> dict[str, object]:
+def member_fields(member: Member, content: bytes) -> dict[str, object]:
     is_device = member.type in ("char", "block")
     is_link = member.type in ("symlink", "hardlink")
     return {
@@ -211,7 +211,7 @@ PYTHON_TYPES = {
 }
 
 
-def python_told(info: tarfile.TarInfo, content: bytes) -> dict[str, object]:
+def python_member_fields(info: tarfile.TarInfo, content: bytes) -> dict[str, object]:
     prefix = "SCHILY.xattr."
     return {
         "name": os.fsencode(info.name).rstrip(b"/"),
@@ -238,7 +238,7 @@ def stacks(world: World) -> st.SearchStrategy[list[Archive]]:
 
 
 def run(world: World, examples: int, number: int) -> None:
-    """So many stacks of layers; what fails is made small and raised."""
+    """Run a number of stacks of layers; shrink and raise a failure."""
     quiet = list(HealthCheck)
 
     @seed(number)
@@ -286,7 +286,7 @@ def main() -> int:
     findings: Counter[str] = Counter()
     with open_world(arguments.directory) as world:
         while time.monotonic() < end:
-            # What takes this long hangs.
+            # An example that takes this long hangs.
             faulthandler.dump_traceback_later(900, exit=True)
             try:
                 run(world, BATCH, arguments.seed + batches)

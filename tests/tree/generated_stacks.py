@@ -1,4 +1,4 @@
-"""Stacks of layers at random, and what must be so whatever is in them.
+"""Random stacks of layers, and properties that hold for all of them.
 
 `test_random.py` runs a few. To run many and count the results, call
 ``python -m tree.generated_stacks --minutes 60`` from ``tests/`` as root. A finding becomes a
@@ -30,7 +30,7 @@ from trio_layers._errors import UnpackError
 from trio_layers._rootfs.view import MergedTree
 from trio_layers.testing import build_image
 
-# Few, so that paths meet.
+# Few names, so that paths collide.
 PATHS = st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map("/".join)
 UP = st.sampled_from(["", "", "/", "../", "../../", "a/../", "nowhere/"])
 TARGETS = st.tuples(UP, PATHS).map("".join)
@@ -42,7 +42,7 @@ OPAQUE = ".wh..wh..opq"
 
 @st.composite
 def any_entry(draw: st.DrawFn) -> dict:
-    """An entry of any kind, anywhere."""
+    """Draw an entry of any kind, at any path."""
     kind = draw(st.sampled_from(["file"] * 4 + ["dir"] * 4 + OTHERS))
     name = draw(PATHS)
     above, _, last = name.rpartition("/")
@@ -73,7 +73,7 @@ DIRECTORY_MODES = st.sampled_from(["0755", "0755", "0711", "2755", "0000"])
 
 LAYERS = st.lists(any_entry(), min_size=1, max_size=8)
 
-# As distributions have it: what is put below a link comes to be elsewhere.
+# As in distributions: an entry below a link ends up elsewhere.
 MERGED_USR: list[dict] = [
     {"name": "./", "type": "dir"},
     {"name": "a/", "type": "dir", "mode": "0711", "mtime": 5},
@@ -84,7 +84,7 @@ MERGED_USR: list[dict] = [
     {"name": "c", "type": "symlink", "linkname": "/a"},
 ]
 
-# One file, and one link, of several names: what becomes of one matters to the others.
+# A file and a link with several names, because a change of one name affects the others.
 LINKED: list[dict] = [
     {"name": "./", "type": "dir"},
     {"name": "a/", "type": "dir", "mtime": 5},
@@ -111,14 +111,14 @@ def is_mark(entry: dict) -> bool:
 
 
 def for_umoci(layer: Sequence[dict], below: MergedTree) -> list[dict]:
-    """A layer without what umoci 0.4.7 takes otherwise than the specification has it.
+    """Draw a layer without the constructs in which umoci 0.4.7 deviates from the specification.
 
-    Whiteouts are in directories that are there, since it does not make others for them. They
-    come first, since it lets them remove what this layer put there before. A path comes once,
-    since what an entry leaves of an earlier one differs. The root is not listed, since it passes
-    over it. All but directories have the same metadata, since it does not apply that of a hard
-    link's entry. Directories have no xattrs, since those of an earlier layer stay, and pass on no
-    group, since it lets directories that are only implied inherit that.
+    Whiteouts are in existing directories, since umoci does not make directories for them. They
+    come first, since umoci lets them remove earlier entries of the same layer. A path comes once,
+    since umoci keeps other parts of an earlier entry. The root is not listed, since umoci skips
+    it. All entries except directories have the same metadata, since umoci does not apply that of
+    a hard link's entry. Directories have no xattrs, since umoci keeps those of an earlier layer.
+    They pass on no group, since umoci lets implied directories inherit it.
     """
     taken: dict[str, dict] = {}
     for entry in layer:
@@ -141,9 +141,11 @@ def blobs_of(stack: Sequence[Sequence[dict]]) -> list[bytes]:
     return [archive(*layer) for layer in stack]
 
 
-def in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path]]:
-    """Each layer on top of those before it, which is what defines the result. One that cannot
-    be there is left out."""
+def unpack_in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path]]:
+    """Unpack each layer on top of those before it, which defines the right result.
+
+    A layer that is invalid there is left out.
+    """
     kept: list[bytes] = []
     trees: list[Path] = []
     for number, blob in enumerate(blobs):
@@ -157,60 +159,60 @@ def in_order(blobs: Sequence[bytes], base: Path) -> tuple[list[bytes], list[Path
     return kept, trees
 
 
-def timeless(*stacks: Sequence[Path]) -> set[bytes]:
-    """Directories that some layer only implies: their times are nobody's."""
+def implied_directories(*stacks: Sequence[Path]) -> set[bytes]:
+    """Return directories that some layer only implies: their times are undefined."""
     return {
         entry.path for trees in stacks for t in trees for entry in listed(t)[0] if entry.implied
     }
 
 
-def told(found: Sequence[Entry], without_times: set[bytes]) -> list[Entry]:
+def clear_times(found: Sequence[Entry], without_times: set[bytes]) -> list[Entry]:
     return [attrs.evolve(e, mtime_ns=0) if e.path in without_times else e for e in found]
 
 
 def check_orders(stack: Sequence[Sequence[dict]], base: Path) -> Counter[str]:
-    """Each layer alone, then upon its parent where it must be: as in order, mounted, listed."""
+    """Unpack each layer alone if possible; compare with the right result, mounted and listed."""
     counts: Counter[str] = Counter(stacks=1, layers=len(stack))
-    kept, trees = in_order(blobs_of(stack), base)
+    kept, trees = unpack_in_order(blobs_of(stack), base)
     counts["refused"] += len(stack) - len(kept)
     shared = unpack_stack(kept, base)
     counts["twice"] += sum(path.name.endswith("-on-parent") for path in shared)
-    loose = timeless(trees, shared)
-    merged = told(list(MergedTree(trees).walk()), loose)
-    assert told(list(MergedTree(shared).walk()), loose) == merged
+    loose = implied_directories(trees, shared)
+    merged = clear_times(list(MergedTree(trees).walk()), loose)
+    assert clear_times(list(MergedTree(shared).walk()), loose) == merged
     for tree in (*shared, *trees):
         found, summary = listed(tree)
         assert not summary.incomplete
         assert on_disk(tree / "fs") == [attrs.evolve(e, implied=False) for e in found]
     if shared:
         with mounted(shared, base) as root:
-            assert told(on_disk(root), loose) == merged
+            assert clear_times(on_disk(root), loose) == merged
     return counts
 
 
 def check_refused(stack: Sequence[Sequence[dict]], base: Path) -> None:
-    """What is refused upon its parent is refused when it has come alone first."""
+    """Check that unpacking alone first refuses a stack exactly if unpacking in order does."""
     blobs = blobs_of(stack)
     try:
         unpack_stack(blobs, base)
         refused = False
     except UnpackError:
         refused = True
-    kept, _ = in_order(blobs, base)
+    kept, _ = unpack_in_order(blobs, base)
     assert refused is (len(kept) < len(blobs))
 
 
 async def check_store(
     stack: Sequence[Sequence[dict]], orders: Sequence[Sequence[int]], base: Path
 ) -> Counter[str]:
-    """One store has the same layers upon different parents, whichever came first."""
+    """Check layers on different parents in one store, in each order."""
     counts: Counter[str] = Counter(stores=1)
     blobs = blobs_of(stack)
     async with open_with_threads(base / "store") as store:
         for number, order in enumerate(orders):
             place = base / f"order-{number}"
             place.mkdir()
-            kept, _ = in_order([blobs[index] for index in order], place)
+            kept, _ = unpack_in_order([blobs[index] for index in order], place)
             parent = None
             for index in order:
                 data = blobs[index]
@@ -226,7 +228,7 @@ async def check_store(
             trees = [tree for tree in trees if is_whole(tree)]
             loose = {e.path for e in MergedTree(trees).walk() if e.type == "dir"}
             found = await rootfs.walk()
-            assert told(found, loose) == told(list(MergedTree(trees).walk()), loose)
+            assert clear_times(found, loose) == clear_times(list(MergedTree(trees).walk()), loose)
     return counts
 
 
@@ -235,7 +237,7 @@ def is_whole(tree: Path) -> bool:
 
 
 def check_umoci(stack: Sequence[Sequence[dict]], base: Path) -> Counter[str]:
-    """As ``umoci unpack`` has it, where that keeps to the specification."""
+    """Compare with ``umoci unpack`` for layers where umoci follows the specification."""
     kept: list[bytes] = []
     trees: list[Path] = []
     for number, layer in enumerate(stack):
@@ -258,7 +260,7 @@ def check_umoci(stack: Sequence[Sequence[dict]], base: Path) -> Counter[str]:
     ours = list(MergedTree(trees).walk())
     theirs = on_disk(base / "bundle" / "rootfs")
     loose = {entry.path for entry in ours if entry.type == "dir"}
-    assert told(theirs, loose) == told(ours, loose)
+    assert clear_times(theirs, loose) == clear_times(ours, loose)
     return Counter({"as umoci": 1})
 
 
@@ -266,7 +268,7 @@ ORDERS = st.lists(st.permutations(range(4)), min_size=2, max_size=2)
 
 
 def search(minutes: float, base: Path, start: int) -> None:
-    """Run on until the time is over or something is found."""
+    """Run until the time is over or a failure is found."""
     counts: Counter[str] = Counter()
     end = time.monotonic() + 60 * minutes
     number = start
@@ -293,7 +295,7 @@ def search(minutes: float, base: Path, start: int) -> None:
 def examine_all(
     stack: list[list[dict]], orders: Sequence[Sequence[int]], base: Path | None = None
 ) -> Counter[str]:
-    """All that must be so of one stack."""
+    """Check all properties of one stack."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(dir=base) as name:
         for check in ("orders", "refused", "store", "umoci"):

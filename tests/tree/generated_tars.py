@@ -1,4 +1,4 @@
-"""Archives at random, whole and not: strategies for hypothesis."""
+"""Random archives, damaged and undamaged: strategies for hypothesis."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# Names of directories and of all else do not meet, so that an archive of them can be unpacked.
+# Directories and other entries have different names, so that an archive can be unpacked.
 DIRECTORIES = ["a", "b", "a/b", "a/b/c", "c" * 120, "é", "a/" + "d" * 90]
 LEAVES = [
     *("x", "y", "z", "name with space", "ü" * 20, "n" * 101, "l" * 200, "%C3"),
@@ -41,12 +41,12 @@ XATTRS = ["user.a", "user.b", "trusted.c", "security.capability", "user.overlay.
 
 @attrs.frozen
 class Archive:
-    """A layer that was drawn.
+    """A random layer.
 
     Attributes:
-        blob: Its bytes.
-        tar: Its tar, before it was damaged.
-        whole: Nothing in it is damaged, and all of it can be unpacked.
+        blob: The layer's bytes.
+        tar: The layer's tar, before it was damaged.
+        whole: Whether the layer is undamaged and can be unpacked.
     """
 
     blob: bytes = attrs.field(repr=lambda blob: f"<{len(blob)} bytes>")
@@ -54,16 +54,16 @@ class Archive:
     whole: bool
 
     def _repr_pretty_(self, printer: object, cycle: bool) -> None:
-        # Hypothesis would show all the bytes; its notes say how they were made.
+        # Hypothesis would show all bytes; the notes say how they were made.
         printer.text(repr(self))
 
 
-# What is whole.
+# Undamaged archives.
 
 
 @st.composite
 def entries(draw: st.DrawFn, outside: str, *, wild: bool) -> list[dict]:
-    """Entries as in the cases (``FORMAT.md``); unless ``wild``, such as can be unpacked."""
+    """Draw entries as in the cases (``FORMAT.md``); unless ``wild``, they can be unpacked."""
     found: list[dict] = []
     files: list[str] = []
     for _ in range(draw(st.integers(0, 8))):
@@ -74,7 +74,7 @@ def entries(draw: st.DrawFn, outside: str, *, wild: bool) -> list[dict]:
             files.append(entry["name"])
         elif entry["name"] in files:
             files.remove(entry["name"])
-        found.append(fitting(entry, outside))
+        found.append(in_suitable_format(entry, outside))
     return found
 
 
@@ -135,7 +135,7 @@ def contents(draw: st.DrawFn) -> dict:
         return entry
     form = draw(st.sampled_from(["gnu", "pax-1.0", "pax-0.1"]))
     position, left = draw(st.sampled_from([0, 0, 512, 70_000])), size
-    # As GNU tar has it for a file that is one hole.
+    # GNU tar writes this for a file that is one hole.
     parts = [] if size else [[position, 0]]
     while left:
         length = min(left, draw(st.sampled_from([1, 40, 512, 3000])))
@@ -143,17 +143,17 @@ def contents(draw: st.DrawFn) -> dict:
         position += length + draw(st.sampled_from([0, 1, 512, 4096]))
         left -= length
     real = position + draw(st.sampled_from([0, 1, 100_000]))
-    # The builder wants sparse content as text.
+    # The builder needs sparse content as text.
     return {"text": "s" * size, "sparse": {"format": form, "realsize": real, "map": parts}}
 
 
-def fitting(entry: dict, outside: str) -> dict:
-    """The entry in a format that can hold it."""
+def in_suitable_format(entry: dict, outside: str) -> dict:
+    """Return the entry in a format that can hold it."""
     form = entry.get("sparse", {}).get("format", "gnu")
     if form != "gnu":
         entry = entry | {"format": "pax"}
         if not entry["name"].isascii() or len(entry["name"]) > 80:
-            # It would have two records of its name, of which Python heeds the other.
+            # The entry would have two records of its name, and Python would use the other one.
             entry = {key: value for key, value in entry.items() if key != "sparse"}
     for form in (entry["format"], "pax", "gnu"):
         changed = entry | {"format": form}
@@ -195,7 +195,7 @@ COMPRESSIONS = [
 
 @st.composite
 def archives(draw: st.DrawFn, outside: str) -> Archive:
-    """A layer, whole or not."""
+    """Draw a layer, damaged or not."""
     how = draw(st.sampled_from(["whole", "whole", "wild", "damaged", "damaged", "blob"]))
     wild = how != "whole" and draw(st.booleans())
     layer: dict = {

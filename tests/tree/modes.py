@@ -1,4 +1,4 @@
-"""Cases in child processes with less privilege: a plain user, and roots of user namespaces.
+"""Runs cases in children with less privilege: a plain user, and roots of user namespaces.
 
 One child for each way runs all cases it is sent, a line of JSON each. It has imported all it
 needs before it gives up root: the interpreter may be in a directory that only root reads.
@@ -19,14 +19,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from tree.case_runner import Privilege, run_case, within_reach
+from tree.case_runner import Privilege, check_readable, run_case
 
 NOBODY = 65534
 FIRST, RANGE = 100_000, 65536
 
 MODES = {
     "unprivileged": Privilege(known=0, root=False),
-    # Of one ID, its own, as a plain user can make it; and of a range, as newuidmap does.
+    # A namespace with one ID, as a plain user can make it, and one with a range, as newuidmap does.
     "userns": Privilege(known=1, root=True),
     "userns-range": Privilege(known=RANGE, root=True),
 }
@@ -36,15 +36,15 @@ _SET_DUMPABLE = 4
 
 
 class Refused(Exception):
-    """The kernel does not let us make such a process."""
+    """The kernel refuses to make such a process."""
 
 
 class Died(Exception):
-    """The child is no more, and has not said what is wrong with its case."""
+    """The child has ended without a result for its case."""
 
 
 class Child:
-    """A process with less privilege, and a directory of its own."""
+    """A process with less privilege and its own directory."""
 
     def __init__(self, mode: str, base: Path) -> None:
         self.process = subprocess.Popen(
@@ -77,7 +77,7 @@ class Child:
         """What is wrong; an empty text if nothing is.
 
         Raises:
-            Died: if the child dies of it. It is of no further use.
+            Died: If the child dies. It cannot be used again.
         """
         self._send(case)
         return self._receive()
@@ -85,7 +85,7 @@ class Child:
     def close(self) -> None:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
-            # Of one that has died there may be something left to write.
+            # The buffer of a dead child's pipe may not be empty.
             self.process.stdin.close()
         self.process.wait()
         assert self.process.stdout is not None
@@ -104,9 +104,9 @@ class Child:
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
             raise self._died()
-        answer = json.loads(line)
-        assert isinstance(answer, str)
-        return answer
+        text = json.loads(line)
+        assert isinstance(text, str)
+        return text
 
     def _died(self) -> Died:
         return Died(f"the child has died; its return code is {self.process.wait()}")
@@ -119,11 +119,11 @@ class Child:
 
 
 @contextmanager
-def running(mode: str) -> Iterator[Child]:
-    """A child, in a directory that everyone can reach and that is its own.
+def start_child(mode: str) -> Iterator[Child]:
+    """Start a child in its own directory, which every user can reach.
 
     Raises:
-        Refused: if the kernel has no such thing.
+        Refused: If the kernel refuses to make such a child.
     """
     base = Path(tempfile.mkdtemp(prefix="trio-layers-"))
     owner = FIRST if mode == "userns-range" else NOBODY
@@ -136,18 +136,18 @@ def running(mode: str) -> Iterator[Child]:
 
 
 class Children:
-    """A child for each mode, started when a case first asks for it, and again after one died."""
+    """One child for each mode, started for the first case and again after a child died."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._children: dict[str, Child | Refused] = {}
 
     def run(self, mode: str, case: dict) -> str:
-        """As `Child.run`.
+        """Run a case in the mode's child, as `Child.run` does.
 
         Raises:
-            Died: if the child dies of it.
-            Refused: if the kernel has no such child.
+            Died: If the child dies.
+            Refused: If the kernel refuses to make such a child.
         """
         child = self[mode]
         try:
@@ -159,7 +159,7 @@ class Children:
     def __getitem__(self, mode: str) -> Child:
         if mode not in self._children:
             try:
-                self._children[mode] = self._stack.enter_context(running(mode))
+                self._children[mode] = self._stack.enter_context(start_child(mode))
             except Refused as refused:
                 self._children[mode] = refused
         child = self._children[mode]
@@ -168,8 +168,8 @@ class Children:
         return child
 
 
-def become(mode: str) -> None:
-    """Give up what the mode does not have."""
+def drop_privilege(mode: str) -> None:
+    """Give up the privileges that the mode does not have."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(name: str, *args: int) -> None:
@@ -180,7 +180,7 @@ def become(mode: str) -> None:
     os.setgroups([])
     if mode == "userns-range":
         call("unshare", _NEW_USER | _NEW_MOUNT)
-        answer("unshared")
+        send_answer("unshared")
         sys.stdin.readline()
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
@@ -188,7 +188,7 @@ def become(mode: str) -> None:
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     if mode == "userns":
-        # What became somebody else may not write its own /proc, unless it may be traced.
+        # A process that changed its user may not write its own /proc unless it is dumpable.
         call("prctl", _SET_DUMPABLE, 1, 0, 0, 0)
         call("unshare", _NEW_USER | _NEW_MOUNT)
         Path("/proc/self/setgroups").write_text("deny")
@@ -196,29 +196,29 @@ def become(mode: str) -> None:
         Path("/proc/self/gid_map").write_text(f"0 {NOBODY} 1\n")
 
 
-def answer(text: str) -> None:
+def send_answer(text: str) -> None:
     print(json.dumps(text), flush=True)
 
 
 def main(mode: str, base: Path) -> None:
     try:
-        become(mode)
+        drop_privilege(mode)
     except OSError as error:
-        answer(f"{error.filename or 'unshare'}: {error.strerror}")
+        send_answer(f"{error.filename or 'unshare'}: {error.strerror}")
         return
     os.umask(0o22)
-    answer("ready")
+    send_answer("ready")
     for number, line in enumerate(sys.stdin):
         where = base / str(number)
         where.mkdir()
         try:
             run_case(json.loads(line), where, MODES[mode])
-            within_reach(where)
+            check_readable(where)
             shutil.rmtree(where)
         except Exception:
-            answer(traceback.format_exc())
+            send_answer(traceback.format_exc())
         else:
-            answer("")
+            send_answer("")
 
 
 if __name__ == "__main__":

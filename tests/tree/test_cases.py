@@ -1,6 +1,6 @@
-"""Layers against what moby, containerd and umoci were recorded making of them.
+"""Compares unpacked layers with the recorded results of moby, containerd and umoci.
 
-`tests/cases/layers/FORMAT.md` says what is in a case; more come from the directory that
+`tests/cases/layers/FORMAT.md` describes the cases; more come from the directory that
 ``TRIO_LAYERS_CASES`` names. Each layer is unpacked alone, and on top of its parent where that is
 called for, so that both ways are used; as root, and by children that are not (`tree.modes`).
 """
@@ -74,7 +74,7 @@ def test_case(mode: str, case: dict, tmp_path: Path, children: Children) -> None
 
 
 def test_every_case_is_an_item(request: pytest.FixtureRequest) -> None:
-    """Not fewer cases are run than there are, in each mode."""
+    """All cases run in each mode."""
     items = [item for item in request.session.items if item.name.startswith("test_case[")]
     selected = request.config.getoption("keyword") or any(
         "::" in arg for arg in request.config.args
@@ -88,8 +88,10 @@ UNLIMITED = [(name, case) for name, case in CASES if "limits" not in case]
 
 @pytest.mark.parametrize("case", [c for _, c in UNLIMITED], ids=[name for name, _ in UNLIMITED])
 def test_both_ways_and_mounted(case: dict, tmp_path: Path) -> None:
-    """What a layer becomes alone is what it becomes on top of its parent, and what overlayfs
-    makes of the trees is what the merged view shows."""
+    """A layer gives the same result alone and on top of its parent.
+
+    overlayfs and the merged view show the same.
+    """
     outside = tmp_path / "outside"
     plant(outside)
     blobs = [Pieces(partial(maketar.iter_layer, layer, str(outside))) for layer in case["layers"]]
@@ -106,7 +108,7 @@ def test_both_ways_and_mounted(case: dict, tmp_path: Path) -> None:
     except (_errors.UnpackError, _errors.DecompressionError):
         assert not shared
         return
-    # Below an opaque directory, one that no entry describes has no time of its own.
+    # Below an opaque directory, a directory without an entry has no defined time.
     timeless = {
         entry.path
         for tree in shared

@@ -1,4 +1,4 @@
-"""What depth, and removals without end, cost: no more than what they hold, once."""
+"""Deep paths and repeated removals cost no more than one visit of each entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices ne
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> Callable[[], int]:
-    """How often these functions of `os` have been called."""
+    """Count the calls of these functions of `os`."""
     calls = 0
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -34,12 +34,12 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> Callable[[], in
 
 
 def test_depth_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files deep down, in a few directories by turns, take one opened file each and no way down."""
+    """A deep file takes one open call, also if a few directories alternate."""
     deep = "/".join(["d"] * 300)
     files = [{"name": f"{branch}/{deep}/{number}"} for number in range(200) for branch in "abc"]
     opened = count_calls(monkeypatch, "open")
     unpack_blob(archive(*files), tmp_path / "t", verified=False)
-    # Each directory is looked for, opened when it is made, and again for its times.
+    # Each directory is looked up, opened when it is made, and opened for its times.
     assert opened() < len(files) + 4 * 3 * 300
 
 
@@ -53,7 +53,7 @@ def test_depth_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ids=range(3),
 )
 def test_long_paths_are_refused_as_they_stand(tmp_path: Path, entry: dict) -> None:
-    """None is looked up first, which would take the square of its length."""
+    """No component is looked up first: the cost would be the square of the path's length."""
     with pytest.raises(LimitExceeded, match=rf"^'{entry['name'][:50]}.*max_path"):
         unpack_blob(archive({"name": "d"}, entry), tmp_path / "t", verified=False)
 
@@ -72,7 +72,7 @@ def test_long_paths_are_refused_as_they_stand(tmp_path: Path, entry: dict) -> No
 def test_removals_are_linear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removals: list[str]
 ) -> None:
-    """However often a directory is removed or hidden, what it holds is looked at once."""
+    """However often a directory is removed or hidden, each child is visited once."""
     files = [{"name": f"d/{number}"} for number in range(300)]
     files += [{"name": f"{'d/' * depth}.wh.x"} for depth in range(2, 101)]
     looked = count_calls(monkeypatch, "scandir", "listdir")

@@ -1,4 +1,4 @@
-"""A layer and what is below it: what it assumes alone, and what it becomes on its parent."""
+"""A layer's assumptions if it is unpacked alone, and its result on its parent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trio_layers._entries import Entry
 from trio_layers._errors import LimitExceeded, StoreError, UnpackError
 from trio_layers._rootfs.view import MergedTree
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import fits, unpack
+from trio_layers._tree.unpack import assumptions_hold, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 
@@ -40,19 +40,19 @@ def merged(*layers: list[dict], base: Path) -> dict[bytes, Entry]:
 
 
 def test_listed_directories_assume_nothing(tmp_path: Path) -> None:
-    """A layer that describes each directory fits on any parent."""
+    """A layer with entries for all directories is valid on any parent."""
     assert unpack_blob(archive(*DEBIAN), tmp_path / "t").assumed == ()
 
 
 def test_assumptions(tmp_path: Path) -> None:
-    """Directories without an entry are assumed, and whiteouts need something below."""
+    """Directories without an entry are assumptions, and whiteouts need a lower directory."""
     blob = archive({"name": "a/b/c"}, {"name": "d/.wh.e"}, {"name": "f/", "type": "dir"})
     unpacked = unpack_blob(blob, tmp_path / "t")
     assert set(unpacked.assumed) == {b"", b"a", b"a/b", b"d", b"d/"}
 
 
-def test_no_assumption_where_the_layer_hides_what_is_below(tmp_path: Path) -> None:
-    """Below an opaque directory, or in the place of a whiteout, nothing shows through."""
+def test_no_assumption_below_opaque_directories_and_whiteouts(tmp_path: Path) -> None:
+    """Nothing shows through below an opaque directory or in place of a whiteout."""
     blob = archive(
         {"name": "./", "type": "dir"},
         {"name": "o/", "type": "dir"},
@@ -83,18 +83,20 @@ def test_no_assumption_where_the_layer_hides_what_is_below(tmp_path: Path) -> No
 def test_a_tree_fits_if_its_assumptions_hold(
     tmp_path: Path, below: dict | None, expected: bool
 ) -> None:
-    """An assumed directory is absent below, or one with the metadata it was made with."""
+    """The parent must lack an assumed directory or have it with the same metadata."""
     entries = [{"name": "./", "type": "dir"}]
     if below is not None:
         entries.append({"name": "a", **below})
     unpack_blob(archive(*entries), tmp_path / "below")
     unpacked = unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "a/b"}), tmp_path / "t")
-    assert fits(unpacked.assumed, MergedTree([tmp_path / "below"])) is expected
+    assert assumptions_hold(unpacked.assumed, MergedTree([tmp_path / "below"])) is expected
 
 
 def test_usr_merge(tmp_path: Path) -> None:
-    """A file in ``bin``, which is a link below, comes to be where the link leads, and the
-    directory there stays what it was."""
+    """A file in ``bin``, a link in the parent, is written to the link's target.
+
+    The target directory keeps its metadata.
+    """
     there = merged(DEBIAN, [{"name": "bin/new", "text": "n"}], base=tmp_path)
     assert there[b"bin"].type == "symlink"
     assert there[b"usr/bin/new"].type == "file"
@@ -103,7 +105,7 @@ def test_usr_merge(tmp_path: Path) -> None:
 
 
 def test_hard_link_to_a_file_below(tmp_path: Path) -> None:
-    """The file is brought up with all its names, content and metadata, and stays one file."""
+    """The file is copied up with all its names, content and metadata, as one file."""
     link = {"name": "new", "type": "hardlink", "linkname": "bin/old", "mode": "0700", "uid": 1}
     trees = unpack_stack([archive(*DEBIAN), archive(link)], tmp_path)
     there = {entry.path: entry for entry in MergedTree(trees).walk()}
@@ -117,7 +119,7 @@ def test_hard_link_to_a_file_below(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dir", "file", "symlink"])
 def test_hard_link_to_a_file_whose_other_name_is_replaced(tmp_path: Path, kind: str) -> None:
-    """Of the names of a file below, those come up with it that this layer has not replaced."""
+    """A lower file is copied up with those of its names that this layer has not replaced."""
     mine = {"name": "usr/bin/same", "type": kind, "linkname": "x" if kind == "symlink" else ""}
     link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
     there = merged(DEBIAN, [mine, link], base=tmp_path)
@@ -125,8 +127,8 @@ def test_hard_link_to_a_file_whose_other_name_is_replaced(tmp_path: Path, kind: 
     assert {there[name].links for name in (b"new", b"usr/bin/old")} == {b"new"}
 
 
-def test_what_was_brought_up_can_be_removed(tmp_path: Path) -> None:
-    """A file that is there only for a hard link is still one of below to a whiteout."""
+def test_copied_up_files_can_be_removed(tmp_path: Path) -> None:
+    """A whiteout removes a file that was copied up only for a hard link."""
     link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
     for number, removal in enumerate([["usr/bin/.wh.old", "usr/bin/.wh.same"], ["usr/.wh.bin"]]):
         base = tmp_path / str(number)
@@ -138,15 +140,17 @@ def test_what_was_brought_up_can_be_removed(tmp_path: Path) -> None:
 
 
 def test_hard_link_below_what_the_layer_removes(tmp_path: Path) -> None:
-    """A target whose directory has gone in the same layer is not there any more."""
+    """A link's target is missing if the same layer has removed its directory."""
     link = {"name": "new", "type": "hardlink", "linkname": "usr/bin/old"}
     with pytest.raises(UnpackError, match="removes"):
         merged(DEBIAN, [{"name": ".wh.usr"}, link], base=tmp_path)
 
 
 def test_whiteout_of_an_implied_directory(tmp_path: Path) -> None:
-    """A directory made for a whiteout alone goes when it is removed itself; one that holds a
-    file of the layer stays, and hides the rest."""
+    """A whiteout removes a directory that was made only for another whiteout.
+
+    A directory with a file of the layer stays and hides the lower entries.
+    """
     gone = [{"name": "usr/bin/.wh.old"}, {"name": "usr/.wh.bin"}]
     there = merged(DEBIAN, gone, base=tmp_path)
     assert b"usr/bin" not in there
@@ -159,25 +163,25 @@ def test_whiteout_of_an_implied_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "upper",
     [
-        # What follows a link that is not there yet, …
+        # A link to a hard link whose own target is missing here, …
         [
             {"name": "h/", "type": "dir"},
             {"name": "h", "type": "hardlink", "linkname": "usr/bin/old"},
             {"name": "more", "type": "hardlink", "linkname": "h"},
         ],
-        # … and one to what is a directory only as long as nothing is below.
+        # … and a link to a path that is a directory only without a parent.
         [{"name": "bin/new"}, {"name": "more", "type": "hardlink", "linkname": "bin"}],
     ],
 )
 def test_alone_is_not_stricter(tmp_path: Path, upper: list[dict]) -> None:
-    """A layer that fits on its parent is not refused for what it looks like without."""
+    """A layer that is valid on its parent is not refused if it looks invalid without it."""
     there = merged(DEBIAN, upper, base=tmp_path)
     assert there[b"more"].links in (b"h", b"bin")
     assert not (tmp_path / "1-alone/fs/more").exists()
 
 
-def test_hard_link_by_way_of_what_it_replaces(tmp_path: Path) -> None:
-    """Alone it cannot be told that the way does not end in what is replaced."""
+def test_hard_link_through_the_replaced_path(tmp_path: Path) -> None:
+    """Alone it is unknown whether the target lies in the replaced path."""
     below = [
         {"name": "./", "type": "dir"},
         {"name": "a/", "type": "dir"},
@@ -190,8 +194,8 @@ def test_hard_link_by_way_of_what_it_replaces(tmp_path: Path) -> None:
     assert there[b"b"].links == there[b"a/f"].links == b"a/f"
 
 
-def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:
-    """A file brought up for a hard link takes no more space than it did below."""
+def test_copied_up_files_keep_their_holes(tmp_path: Path) -> None:
+    """A sparse file that is copied up for a hard link stays sparse."""
     sparse = {"format": "pax-1.0", "realsize": 1 << 26, "map": [[1 << 25, 4]]}
     below = archive({"name": "./", "type": "dir"}, {"name": "s", "text": "data", "sparse": sparse})
     link = archive({"name": "new", "type": "hardlink", "linkname": "s"})
@@ -203,8 +207,8 @@ def test_borrowed_files_keep_their_holes(tmp_path: Path) -> None:
     assert there[b"s"].crc32 == listed(trees[0])[0][1].crc32
 
 
-def test_borrowing_can_be_cancelled(tmp_path: Path) -> None:
-    """The check is called for each chunk of a file that is brought up."""
+def test_copying_up_can_be_cancelled(tmp_path: Path) -> None:
+    """The check is called for each chunk of a file that is copied up."""
     big = {"name": "big", "fill": {"byte": 1, "count": 1 << 22}}
     unpack_blob(archive({"name": "./", "type": "dir"}, big), tmp_path / "below")
     calls = 0
@@ -220,8 +224,8 @@ def test_borrowing_can_be_cancelled(tmp_path: Path) -> None:
     assert calls >= 16
 
 
-def test_what_is_below_cannot_be_read(tmp_path: Path) -> None:
-    """A damaged tree below is an error of the store, not of the layer."""
+def test_a_lower_file_cannot_be_read(tmp_path: Path) -> None:
+    """A damaged lower tree is an error of the store, not of the layer."""
     unpack_blob(archive({"name": "./", "type": "dir"}, {"name": "old"}), tmp_path / "below")
     (tmp_path / "below/fs/old").unlink()
     link = archive({"name": "new", "type": "hardlink", "linkname": "old"})
@@ -233,33 +237,35 @@ def test_what_is_below_cannot_be_read(tmp_path: Path) -> None:
 GUESSED = [{"name": "d/x"}]
 
 
-"""A layer in which ``d`` is not listed: below, it may be a link."""
+"""A layer without an entry for ``d``, which may be a link in the parent."""
 
 
 @pytest.mark.parametrize(
     "upper",
     [
-        # Alone, d/x is a file when something follows below it; upon the link it is not.
+        # Alone, d/x is a file with an entry below it; on the parent it is e/x, a directory by then.
         [*GUESSED, {"name": "e/x/", "type": "dir"}, {"name": "d/x/y"}],
-        # A link leads through what may be a link.
+        # A link leads through a path that may be a link.
         [{"name": "l", "type": "symlink", "linkname": "d/../x"}, {"name": "l/y"}],
-        # … by which the way out is another one.
+        # … so that ``..`` leads elsewhere.
         [
             {"name": "l", "type": "symlink", "linkname": "d/.."},
             {"name": "h", "text": "h"},
             {"name": "e2", "type": "hardlink", "linkname": "l/h"},
         ],
-        # A hard link to what the layer has elsewhere.
+        # A hard link to a file that the layer has at another path.
         [*GUESSED, {"name": "e/y"}, {"name": "z", "type": "hardlink", "linkname": "d/y"}],
-        # A hard link to what the layer seems to replace by it.
+        # A hard link to a path that is a directory alone, but a file on the parent.
         [*GUESSED, {"name": "d/x/", "type": "dir"}, {"name": "e/x", "text": "e"},
          {"name": "f", "type": "hardlink", "linkname": "d/x"}],
     ],
     ids=range(5),
 )  # fmt: skip
-def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[dict]) -> None:
-    """An error that would be none where an unlisted directory is a link is not raised without
-    the parent; upon it all is what unpacking in order gives."""
+def test_alone_leaves_decisions_to_the_parent(tmp_path: Path, upper: list[dict]) -> None:
+    """A layer that is invalid alone, but not if a parent's link replaces a directory, is no error.
+
+    On the parent, the result is that of unpacking in order.
+    """
     below = archive(
         {"name": "./", "type": "dir"},
         {"name": "e/", "type": "dir"},
@@ -269,7 +275,7 @@ def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[d
     unpack_blob(below, tmp_path / "below")
     lower = MergedTree([tmp_path / "below"])
     alone = unpack_blob(archive(*upper), tmp_path / "alone")
-    assert alone.needs_lower or not fits(alone.assumed, lower)
+    assert alone.needs_lower or not assumptions_hold(alone.assumed, lower)
     unpack_blob(archive(*upper), tmp_path / "upon", lower)
     there = {entry.path for entry in MergedTree([tmp_path / "below", tmp_path / "upon"]).walk()}
     assert not {path for path in there if path.startswith(b"d/")}
@@ -286,14 +292,14 @@ def test_alone_leaves_open_what_the_parent_decides(tmp_path: Path, upper: list[d
     ],
     ids=range(5),
 )
-def test_alone_refuses_what_no_parent_can_mend(tmp_path: Path, upper: list[dict]) -> None:
-    """What is wrong with any parent is an error at once."""
+def test_alone_refuses_layers_invalid_on_every_parent(tmp_path: Path, upper: list[dict]) -> None:
+    """A layer that is invalid on every parent is an error at once."""
     with pytest.raises(UnpackError):
         unpack_blob(archive(*upper), tmp_path / "t")
 
 
-def test_what_is_borrowed_counts(tmp_path: Path) -> None:
-    """Files brought up for hard links are output like others: small layers cannot multiply it."""
+def test_copied_up_files_count(tmp_path: Path) -> None:
+    """Files that are copied up count as output, so small layers cannot multiply them."""
     fill = {"byte": 1, "count": 4000}
     files = [{"name": f"f{number}", "fill": fill} for number in range(3)]
     unpack_blob(archive({"name": "./", "type": "dir"}, *files), tmp_path / "below")

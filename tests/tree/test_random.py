@@ -1,4 +1,4 @@
-"""Random stacks of layers: whichever way they come, the result is that of unpacking in order."""
+"""Random stacks of layers give the same result however they are unpacked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ pytestmark = [
 
 
 def memory() -> Path | None:
-    """A file system in memory, where nothing waits for a disk, if it takes user attributes (Linux
-    6.6); ``None`` for the usual one."""
+    """Return a directory in memory, which is faster, or ``None`` for the usual one.
+
+    A tmpfs needs Linux 6.6 for user attributes.
+    """
     try:
         with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             os.setxattr(file.fileno(), "user.probe", b"")
@@ -37,6 +39,6 @@ def memory() -> Path | None:
 )
 @given(stack=STACKS, orders=ORDERS)
 def test_agreement(stack: list[list[dict]], orders: list[list[int]]) -> None:
-    """Alone first or upon the parent, in one store upon several, mounted, as umoci has it."""
+    """Alone or on the parent, on several parents, mounted, and compared with umoci."""
     require("umoci")
     examine_all(stack, orders, memory())

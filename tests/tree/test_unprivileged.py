@@ -1,4 +1,4 @@
-"""Unpacking without privilege: the list has the truth, the disk what is possible."""
+"""Unpacking without privilege: the list is complete, the disk as far as possible."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from _tools.layer_stacks import listed, on_disk, unpack_blob
 from _tools.plain_tars import archive
 from tree import modes
-from tree.modes import MODES, NOBODY, Children, Died, Refused, running
+from tree.modes import MODES, NOBODY, Children, Died, Refused, start_child
 
 from trio_layers._rootfs.view import MergedTree
 
-# Privilege is dropped when all is imported: the interpreter may be in a directory of root's own.
+# Imports come before privilege is dropped: only root may be able to read the interpreter.
 CHILD = """
 import io, os, sys
 from pathlib import Path
@@ -71,8 +71,10 @@ def target() -> Iterator[Path]:
 
 
 def test_unprivileged(target: Path) -> None:
-    """Owners, modes, devices and attributes are in the list; the files stay within reach and
-    run as nobody else."""
+    """The list has owners, modes, devices and attributes.
+
+    The files stay accessible to us and run as no other user.
+    """
     command = [sys.executable, "-c", CHILD, str(target)]
     subprocess.run(command, input=archive(*LAYER), check=True)
     entries = {entry.path: entry for entry in listed(target)[0]}
@@ -103,8 +105,10 @@ def test_unprivileged(target: Path) -> None:
 
 
 def test_override_stat(target: Path) -> None:
-    """Files and directories say what they should be, as podman reads it; a layer says nothing
-    of the kind in our place."""
+    """Files and directories have their true metadata in podman's attribute.
+
+    A layer cannot set this attribute.
+    """
     command = [sys.executable, "-c", CHILD, str(target)]
     subprocess.run(command, input=archive(*LAYER), check=True)
     found = {entry.path: entry.xattrs.get(OVERRIDE) for entry in on_disk(target / "fs")}
@@ -127,7 +131,7 @@ def test_override_stat(target: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["userns", "userns-range"])
 def test_roots_of_user_namespaces(mode: str) -> None:
-    """IDs that the namespace has are set, and set-id bits with them; others are in the list."""
+    """IDs of the namespace are set, with set-id bits; other IDs are only in the list."""
     expected: dict[str, object] = {
         "type": "file",
         "uid": 0,
@@ -159,20 +163,20 @@ def test_roots_of_user_namespaces(mode: str) -> None:
         },
     }
     try:
-        with running(mode) as child:
+        with start_child(mode) as child:
             wrong = child.run(case)
     except Refused as refused:
         pytest.skip(f"kernel: no process of the kind {mode!r}: {refused}")
-    # What is on the disk was looked at there, from inside (`layers.running.check_disk`).
+    # The child has checked the disk from inside (`tree.case_runner.check_disk`).
     assert not wrong, wrong
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_children_see_what_is_wrong(mode: str) -> None:
-    """A child that is asked for another tree, or whose case must fail and does not, says so."""
+def test_children_report_wrong_results(mode: str) -> None:
+    """A child reports a wrong tree and a case that should fail but does not."""
     layers = [{"entries": [{"name": "x"}]}]
     try:
-        with running(mode) as child:
+        with start_child(mode) as child:
             assert child.run({"layers": layers, "expected": {"outcome": "ok"}}) == ""
             for expected in ({"outcome": "error"}, {"outcome": "ok", "tree": {}}):
                 assert "AssertionError" in child.run({"layers": layers, "expected": expected})
@@ -181,7 +185,7 @@ def test_children_see_what_is_wrong(mode: str) -> None:
 
 
 def test_a_child_that_dies() -> None:
-    """It fails the case that it had, and the next one has another child."""
+    """If a child dies, its case fails, and the next case gets a new child."""
     case = {"layers": [{"entries": [{"name": "x"}]}], "expected": {"outcome": "ok"}}
     with ExitStack() as stack:
         children = Children(stack)
@@ -194,8 +198,8 @@ def test_a_child_that_dies() -> None:
 
 
 def test_a_child_that_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused once and for all, and nothing of it is left."""
-    # Beyond the last ID that there is.
+    """A refused mode stays refused, and nothing of it is left."""
+    # The range ends after the last possible ID.
     monkeypatch.setattr(modes, "FIRST", 2**32 - 1)
     before = len(os.listdir("/proc/self/fd"))
     with ExitStack() as stack:
@@ -207,7 +211,7 @@ def test_a_child_that_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_set_group_id_that_is_not_kept(tmp_path: Path) -> None:
-    """Root without CAP_FSETID gives it to no file of a strange group, and is not told so."""
+    """Without CAP_FSETID, the kernel silently drops the bit on a foreign group's file."""
     program = "import io, os, pathlib, sys; from trio_layers._tree.unpack import unpack; "
     program += "os.setgroups([]); data = sys.stdin.buffer.read(); "
     program += "print(unpack(io.BytesIO(data).read, pathlib.Path(sys.argv[1])).incomplete)"
@@ -223,7 +227,7 @@ def test_set_group_id_that_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_user_attributes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where a file system takes none of ours, the list alone has what could not be set."""
+    """On a file system without user attributes, only the list has the missing metadata."""
     really: Callable[..., None] = os.setxattr
 
     def none(subject: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""One layer to one tree: what is put on the disk, and what is said when it cannot be."""
+"""Unpacking one layer to one tree: the result on the disk, and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices ne
 
 
 def test_unpacked(tmp_path: Path) -> None:
-    """The result has the diff ID and size of the whole tar, what follows its end included."""
+    """The result has the diff ID and size of the tar, including bytes after its end."""
     blob = archive({"name": "./", "type": "dir"}, {"name": "a", "text": "x"}) + b"trailing" * 100
     unpacked = unpack_blob(blob, tmp_path / "t")
     assert unpacked.diff_id == diff_id(blob)
@@ -32,7 +32,7 @@ def test_unpacked(tmp_path: Path) -> None:
 
 
 def test_default_acl_is_not_inherited(tmp_path: Path) -> None:
-    """What is unpacked into a directory with a default ACL has the attributes of its own entry."""
+    """Entries in a directory with a default ACL have only their own attributes."""
     acl = "02000000" + "01000600ffffffff" + "02000700e8030000" + "04000500ffffffff"
     acl += "10000700ffffffff" + "20000500ffffffff"
     pax = {"SCHILY.xattr.system.posix_acl_default": {"hex": acl}}
@@ -44,7 +44,7 @@ def test_default_acl_is_not_inherited(tmp_path: Path) -> None:
 
 
 def test_replaced_within_a_layer(tmp_path: Path) -> None:
-    """The last entry of a path counts; what was below an earlier one is gone, from below too."""
+    """The last entry of a path wins and also hides the lower trees' entries below it."""
     upper = [
         {"name": "usr", "type": "symlink", "linkname": "elsewhere"},
         {"name": "usr/", "type": "dir", "mode": "0700"},
@@ -55,7 +55,7 @@ def test_replaced_within_a_layer(tmp_path: Path) -> None:
 
 
 def test_a_directory_replaced_between_its_files(tmp_path: Path) -> None:
-    """No descriptor of a directory is kept past its replacement by a link."""
+    """A directory's descriptor is closed when a link replaces the directory."""
     (tmp_path / "outside").mkdir()
     there = merged(
         [
@@ -72,7 +72,7 @@ def test_a_directory_replaced_between_its_files(tmp_path: Path) -> None:
 
 
 def test_overlay_attributes_are_not_taken(tmp_path: Path) -> None:
-    """A layer cannot speak to overlayfs: its private attributes are dropped."""
+    """A layer cannot set overlayfs' private attributes."""
     pax = {"SCHILY.xattr.trusted.overlay.redirect": "/etc", "SCHILY.xattr.user.overlay.opaque": "y"}
     unpack_blob(archive({"name": "d/", "type": "dir", "pax": pax}), tmp_path / "t")
     assert os.listxattr(tmp_path / "t/fs/d") == []
@@ -80,7 +80,7 @@ def test_overlay_attributes_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_attributes_in_another_locale(tmp_path: Path) -> None:
-    """Names of attributes are the layer's bytes, whatever the locale's encoding is."""
+    """Attribute names are the layer's bytes in every locale."""
     pax = {"SCHILY.xattr.user.\u20ac": "1"}
     program = "import io, pathlib, sys; from trio_layers._tree.unpack import unpack; "
     program += "unpack(io.BytesIO(sys.stdin.buffer.read()).read, pathlib.Path(sys.argv[1]))"
@@ -94,14 +94,14 @@ def test_attributes_in_another_locale(tmp_path: Path) -> None:
 
 
 def test_null_device_of_a_layer_is_a_whiteout(tmp_path: Path) -> None:
-    """Character device 0/0 means the same wherever it comes from, and the list says so."""
+    """A character device 0/0 is a whiteout, also in the list."""
     there = merged(DEBIAN, [{"name": "usr/bin/old", "type": "char"}], base=tmp_path)
     assert b"usr/bin/old" not in there
     assert there[b"usr/bin/same"].links is None
 
 
 def test_whiteouts_are_overlayfs_own(tmp_path: Path) -> None:
-    """Whiteouts are devices 0/0, opaque directories have overlayfs' attribute."""
+    """Whiteouts become devices 0/0, opaque directories get overlayfs' attribute."""
     unpack_blob(archive({"name": ".wh.a"}, {"name": "b/.wh..wh..opq"}), tmp_path / "t")
     now = (tmp_path / "t/fs/a").lstat()
     assert stat.S_ISCHR(now.st_mode)
@@ -119,7 +119,7 @@ def test_holes_stay_holes(tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path) -> None:
-    """Each limit is named when it is passed; holes count as what they stand for."""
+    """The error names the exceeded limit; holes count as their zeros."""
     sparse = {"format": "pax-1.0", "realsize": 1 << 50, "map": [[0, 1]]}
     for number, (blob, limits, name) in enumerate(
         [
@@ -138,7 +138,7 @@ def test_limits(tmp_path: Path) -> None:
     ["../a", "a/../../b", "/..", ".wh.", "d/.wh...", ".wh.d/x", ".wh.d/.wh..wh..opq", "d/.wh.."],
 )
 def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
-    """Names that lead out, and whiteouts that name nothing, are errors."""
+    """Names that lead out and whiteouts without a name are errors."""
     with pytest.raises(UnpackError):
         unpack_blob(archive({"name": name}), tmp_path / "t")
     assert os.listdir(tmp_path) == ["t"]
@@ -147,15 +147,18 @@ def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "rule"),
     [
-        ({"name": "./l/f/x"}, "'dd/f': not a directory, but entries below it follow"),
-        ({"name": "l/.wh.."}, "a whiteout in 'dd' names nothing that can be removed"),
-        ({"name": "l/y", "type": "hardlink", "linkname": "dd"}, "'dd/y': .*, which is a directory"),
+        ({"name": "./l/f/x"}, "'dd/f': not a directory, but the layer has an entry below it"),
+        ({"name": "l/.wh.."}, "'dd/.wh..': the whiteout names nothing that can be removed"),
+        (
+            {"name": "l/y", "type": "hardlink", "linkname": "dd"},
+            "'dd/y': .*: the target is a directory",
+        ),
         ({"name": "l/longer"}, "'dd/longer': .*; the limit max_path is 8"),
     ],
     ids=range(4),
 )
 def test_errors_name_the_entry(tmp_path: Path, entry: dict, rule: str) -> None:
-    """As the layer has it, also where that leads elsewhere by a link."""
+    """An error has the entry's name in the layer, also if a link leads elsewhere."""
     before = [{"name": "dd/", "type": "dir"}, {"name": "dd/f"}]
     before.append({"name": "l", "type": "symlink", "linkname": "dd"})
     name = entry["name"].removeprefix("./")
@@ -164,7 +167,7 @@ def test_errors_name_the_entry(tmp_path: Path, entry: dict, rule: str) -> None:
 
 
 def test_an_acl_does_not_change_the_mode(tmp_path: Path) -> None:
-    """The entry's mode is the one on the disk, as moby and containerd have it."""
+    """The entry's mode is the mode on the disk, as in moby and containerd."""
     acl = "02000000" + "01000700ffffffff" + "02000700e8030000" + "04000700ffffffff"
     acl += "10000700ffffffff" + "20000700ffffffff"
     pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": acl}}
@@ -175,18 +178,20 @@ def test_an_acl_does_not_change_the_mode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("acl", "mode", "kept"),
     [
-        # Owner, a user, group, mask, others: three of them are the mode's.
+        # Owner, a user, group, mask, others: three of them come from the mode.
         ("0100070000000000 02000700e8030000 0400070000000000 1000070000000000 2000070000000000",
          0o640, {0: 6, 1: 7, 2: 7, 3: 4, 4: 0}),
-        # One that says no more than a mode is none to the kernel.
+        # The kernel drops an ACL that says no more than the mode.
         ("01000700ffffffff 04000700ffffffff 20000700ffffffff", 0o640, None),
     ],
 )  # fmt: skip
 def test_the_list_has_the_acl_that_a_mode_leaves(
     tmp_path: Path, acl: str, mode: int, kept: dict[int, int] | None
 ) -> None:
-    """The mode comes after the ACL, as in moby and containerd, and the list says what is left,
-    also after a hard link's entry has brought another mode."""
+    """The mode is set after the ACL, as in moby and containerd, and the list has the result.
+
+    The same holds after a hard link's entry with another mode.
+    """
     pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": "02000000" + acl.replace(" ", "")}}
     file = {"name": "f", "mode": f"{mode:04o}", "pax": pax}
     link = {"name": "g", "type": "hardlink", "linkname": "f", "mode": "0604"}
@@ -204,16 +209,18 @@ def test_the_list_has_the_acl_that_a_mode_leaves(
 
 
 def test_an_acl_that_is_not_valid(tmp_path: Path) -> None:
-    """The kernel refuses it, and so do we."""
+    """The kernel refuses an invalid ACL, so it is an error."""
     pax = {"SCHILY.xattr.system.posix_acl_access": {"hex": "0200000001"}}
-    with pytest.raises(UnpackError, match=r"posix_acl_access' of 'f'"):
+    with pytest.raises(
+        UnpackError, match=r"^'f': cannot set the attribute 'system.posix_acl_access'"
+    ):
         unpack_blob(archive({"name": "f", "pax": pax}), tmp_path / "t")
 
 
 def test_more_attributes_than_the_file_system_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says whether it is the disk that is full, or what one file may have of it."""
+    """The error tells a full disk from too many attributes of one file."""
     pax = {"SCHILY.xattr.user.big": "x"}
 
     def refuse(subject: object, attribute: object, value: bytes) -> None:
@@ -221,20 +228,24 @@ def test_more_attributes_than_the_file_system_takes(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "setxattr", refuse)
-    with pytest.raises(UnpackError, match=r"'user\.big' of 'f': .* more than the file system"):
+    with pytest.raises(
+        UnpackError, match=r"^'f': cannot set the attribute 'user\.big': .* than the file system"
+    ):
         unpack_blob(archive({"name": "f", "pax": pax}), tmp_path / "t")
     full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 50, 50, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda subject: full)
-    with pytest.raises(StoreFull, match=r"'user\.big' of 'f': No space.*pull again"):
+    with pytest.raises(
+        StoreFull, match=r"^'f': cannot set the attribute 'user\.big': No space.*pull again"
+    ):
         unpack_blob(archive({"name": "f", "pax": pax}), tmp_path / "u")
 
 
 class Stop(BaseException):
-    """As trio.Cancelled is: no Exception."""
+    """Like trio.Cancelled, not an `Exception`."""
 
 
 def test_cancelled_anywhere(tmp_path: Path) -> None:
-    """What the check raises comes out as it is, wherever it is raised, and leaves no descriptor."""
+    """The check's exception is raised as it is, and no descriptor stays open."""
     blob = archive(*DEBIAN, {"name": "big", "fill": {"byte": 1, "count": 1 << 20}})
     before = len(os.listdir("/proc/self/fd"))
     calls = 0
@@ -260,8 +271,10 @@ def test_cancelled_anywhere(tmp_path: Path) -> None:
 
 
 def test_removal_can_be_cancelled(tmp_path: Path) -> None:
-    """The check is called for each file that goes with a directory, also where one entry that
-    replaces it takes many away."""
+    """The check is called for each file that is removed with its directory.
+
+    One entry that replaces a directory may remove many files.
+    """
     calls = 0
 
     def check() -> None:
@@ -282,7 +295,7 @@ def make(path: Path) -> Path:
 
 
 def test_checked_without_output(tmp_path: Path) -> None:
-    """The check is called while input gives nothing: here, a frame of zstd to be skipped."""
+    """The check is called while input gives no output: here, a skippable zstd frame."""
     blob = bytes.fromhex("502a4d18") + (1 << 22).to_bytes(4, "little") + bytes(1 << 22)
     calls = 0
 
@@ -298,7 +311,7 @@ def test_checked_without_output(tmp_path: Path) -> None:
 def test_list_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None
 ) -> None:
-    """A full disk is named when the list meets it, and hides no error that came first."""
+    """The list's writer reports a full disk, but never hides an earlier error."""
 
     class Full(io.FileIO):
         def write(self, data: object) -> int:
@@ -320,7 +333,7 @@ def test_list_that_cannot_be_written(
 
 
 def test_errors_of_the_source_come_out(tmp_path: Path) -> None:
-    """Not even an OSError is taken for one of the disk."""
+    """Not even an OSError of the check is taken for one of the disk."""
     pieces = [archive({"name": "a", "fill": {"byte": 1, "count": 4096}})[:1024]]
     error = OSError(28, "not the disk's")
 
@@ -335,7 +348,7 @@ def test_errors_of_the_source_come_out(tmp_path: Path) -> None:
 
 
 def test_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that cannot take it is a store's error, which names the path."""
+    """An error of the disk is a store's error, which names the path."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(30, "Read-only file system")

@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeAlias, final
 import attrs
 import trio
 
-from .._compression import recognise
+from .._compression import detect_compression
 from .._digest import Digest, digest_of
 from .._errors import (
     ArchiveError,
@@ -33,7 +33,7 @@ from .._store.directory import DirectoryStore
 from .._store.leases import Lease
 from .._tar.decompressed import DecompressedBlob
 from .._tar.limits import Limits
-from .._tar.reader import Content, Member, TarReader
+from .._tar.reader import ContentPiece, Member, TarReader
 from .documents import (
     DOCKER,
     INDEX,
@@ -144,9 +144,9 @@ class BlobImporter:
             return None
         with open(path, "rb") as file:
             head = file.read(_HEAD)
-            return SourceFile(digest, os.fstat(file.fileno()).st_size, recognise(head))
+            return SourceFile(digest, os.fstat(file.fileno()).st_size, detect_compression(head))
 
-    def add(self, pieces: Iterable[Content]) -> SourceFile:
+    def add(self, pieces: Iterable[ContentPiece]) -> SourceFile:
         """Add a blob to the batch."""
         head = b""
 
@@ -158,7 +158,7 @@ class BlobImporter:
                 yield piece
 
         digest, size = self.batch.add(watched())
-        return SourceFile(digest, size, recognise(head))
+        return SourceFile(digest, size, detect_compression(head))
 
     async def add_document(self, digest: Digest, data: bytes) -> None:
         """Add a blob that is in memory, unless the store has it."""
@@ -312,7 +312,7 @@ class Archive:
             found = self._items.get(found.target)
         raise ArchiveError(f"{self.name}: the links from {printable_value(path)} form a loop")
 
-    def _add(self, member: Member, data: Iterator[Content]) -> None:
+    def _add(self, member: Member, data: Iterator[ContentPiece]) -> None:
         if member.type not in ("file", "symlink", "hardlink"):
             return
         if len(member.name) > MAX_PATH or len(member.linkname) > MAX_PATH:
@@ -331,7 +331,7 @@ class Archive:
         if self._items.setdefault(key, found) != found:
             raise ArchiveError(f"{self.name} has {printable_value(key)} twice")
 
-    def _read_file(self, key: str, size: int, data: Iterator[Content]) -> SourceFile:
+    def _read_file(self, key: str, size: int, data: Iterator[ContentPiece]) -> SourceFile:
         claimed = claimed_digest(key)
         if size > MAX_DOCUMENT_SIZE:
             known = None if claimed is None else self._blobs.find(claimed)
@@ -345,7 +345,7 @@ class Archive:
         if beginning not in (b"", b"{", b"[") or self._held + len(data) > MAX_HELD:
             return self._blobs.add([data])
         self._held += len(data)
-        return SourceFile(digest_of(data), len(data), recognise(data[:_HEAD]), data)
+        return SourceFile(digest_of(data), len(data), detect_compression(data[:_HEAD]), data)
 
 
 @final
@@ -415,7 +415,7 @@ def _pieces(file: io.FileIO, size: int) -> Iterator[bytes]:
         yield data
 
 
-def _fill_holes(content: Iterable[Content]) -> Iterator[bytes | memoryview]:
+def _fill_holes(content: Iterable[ContentPiece]) -> Iterator[bytes | memoryview]:
     """Replace the holes in a file's content by zeros."""
     for piece in content:
         if not isinstance(piece, int):

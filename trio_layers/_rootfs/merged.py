@@ -18,7 +18,7 @@ from typing import BinaryIO, Final, final
 import attrs
 
 from .._damage import damaged, note_damage
-from .._entries import Entry, lines_about, lines_of_directories, listed_as, parse_entries
+from .._entries import Entry, lines_about, lines_of_directories, parse_entries, path_in_list
 from .._errors import StoreError
 
 __all__ = ["MergedTree", "SurveyCache", "TreeStack", "path_error"]
@@ -455,7 +455,7 @@ class _KnownDirectories:
         """Return the entries at paths; ``None`` if one may not be a directory."""
         found: dict[bytes, Entry | None] = {}
         for path in paths:
-            if self._maybe_others[hash(listed_as(path)) % _HASH_SLOTS]:
+            if self._maybe_others[hash(path_in_list(path)) % _HASH_SLOTS]:
                 return None
             node = self._entries.find(path)
             found[path] = None if node is None else node.entry

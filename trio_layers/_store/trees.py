@@ -36,7 +36,7 @@ from .._errors import DecompressionError, UnpackError, VerificationError, text_o
 from .._files import disk_errors, file_name
 from .._manifest import Descriptor
 from .._rootfs.merged import MergedTree
-from .._tree.unpack import Unpacked, fits
+from .._tree.unpack import Unpacked, assumptions_hold
 from .._workers.build import BlobReader, blob_descriptor, build
 from .._workers.threads import THREADS
 from .content import Content
@@ -331,7 +331,7 @@ class Trees:
 
         def check() -> bool:
             with disk_errors(self._trees):
-                return fits(tree.assumed, base.lower)
+                return assumptions_hold(tree.assumed, base.lower)
 
         return await trio.to_thread.run_sync(check)
 

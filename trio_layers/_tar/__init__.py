@@ -1,1 +1,1 @@
-"""Reads the members of a layer's tar from its compressed bytes. Touches no file."""
+"""Reads members from a layer's compressed tar, and writes headers. Opens no files."""

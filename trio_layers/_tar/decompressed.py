@@ -1,4 +1,4 @@
-"""Decompresses a layer's blob, counts its bytes and hashes them."""
+"""Decompresses a blob, counts its bytes and hashes them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .read_ahead import ReadAhead
 
 __all__ = ["DecompressedBlob"]
 
-# A larger slice gains nothing; a smaller one keeps cancellation near.
+# A larger slice is not faster, and it delays cancellation.
 _SLICE: Final = 256 * 1024
 
 
 @final
 class DecompressedBlob:
-    """The plain bytes of a blob: read, inflated, counted and hashed as they are asked for.
+    """Reads, decompresses, counts and hashes a blob's bytes as the caller asks for them.
 
     Attributes:
-        entry: The name of the entry that is at work, for messages.
-        size: How many bytes were given, all that were read ahead included.
+        check_cancelled: Called at each piece; what it raises comes out as it is.
+        entry_name: The name of the current entry, for messages; empty before the first entry.
+        size: The number of decompressed bytes handed out or buffered so far.
     """
 
     def __init__(
@@ -46,23 +47,27 @@ class DecompressedBlob:
         self._hash = hashlib.sha256()
         self._read_ahead = ReadAhead(self._decompress()) if read_ahead else None
         self._pieces = self._checked_pieces(iter(self._read_ahead or self._decompress()))
-        # What has come and was not asked for yet, and where it goes on.
+        # The current piece, and the position in it up to which the caller has read.
         self._buffer = b""
         self._view = memoryview(self._buffer)
         self._position = 0
 
     @property
     def diff_id(self) -> DiffID:
-        """The digest of all that was read so far."""
+        """The digest of the decompressed bytes so far."""
         return DiffID(Digest(f"sha256:{self._hash.hexdigest()}"))
 
     def require_room(self, size: int, holes: int) -> None:
-        """Raise unless so many bytes more, and holes besides, are within the limits.
+        """Check that a file's data and holes stay within the limits, before they are read.
 
-        What there is of the blob for bytes that are still to come nobody knows; holes are here.
+        The ratio is checked only for the holes. The number of compressed bytes of data that is
+        still to come is not known.
+
+        Raises:
+            LimitExceeded: If the data or the holes exceed a limit.
         """
         if not holes and self._position + size <= len(self._buffer):
-            # It has been counted.
+            # All of the data is in the buffer and was counted.
             return
         self._holes += holes
         end = self.size - len(self._buffer) + self._position + size
@@ -70,7 +75,7 @@ class DecompressedBlob:
         self._check_ratio(self.size + self._holes)
 
     def read(self, size: int) -> bytes:
-        """``size`` plain bytes, fewer only at the end."""
+        """Return ``size`` decompressed bytes, fewer only at the end."""
         start = self._position
         end = start + size
         if end <= len(self._buffer):
@@ -79,7 +84,7 @@ class DecompressedBlob:
         return b"".join(self.pieces(size))
 
     def pieces(self, size: int) -> Iterator[memoryview]:
-        """``size`` plain bytes as they come, fewer only at the end."""
+        """Iterate over ``size`` decompressed bytes, fewer only at the end."""
         while size > 0:
             start = self._position
             if start >= len(self._buffer):
@@ -93,7 +98,7 @@ class DecompressedBlob:
             yield piece
 
     def drain(self) -> None:
-        """Read on to the end: a diff ID covers what follows the archive, too."""
+        """Read the rest: a diff ID also covers the bytes after the archive's end."""
         self._set_buffer(b"")
         for _ in self._pieces:
             pass
@@ -102,17 +107,17 @@ class DecompressedBlob:
         self._buffer, self._view, self._position = piece, memoryview(piece), 0
 
     def close(self) -> None:
-        """Wait until nobody reads any more."""
+        """Wait until the thread that reads ahead has ended."""
         if self._read_ahead is not None:
             self._read_ahead.close()
 
     def _decompress(self) -> Iterator[tuple[bytes, int]]:
-        """Pieces, and how many bytes of the blob they and those before them took."""
+        """Iterate over pieces, each with the number of compressed bytes read so far."""
         limits = self._limits
         decompressor = Decompressor(max_window=limits.max_window, max_members=limits.max_members)
         compressed_size = 0
         while data := self._read(_SLICE):
-            # Not all input gives output.
+            # Some input gives no output, so the check for each piece is not enough.
             self.check_cancelled()
             compressed_size += len(data)
             for piece in decompressor.feed(data):
@@ -129,7 +134,7 @@ class DecompressedBlob:
             except UnpackError as error:
                 if not self.entry_name:
                     raise
-                # Tell which entry was read; something has been inflated ahead.
+                # The damage may lie after the current entry, because data is decompressed ahead.
                 raise type(error)(
                     f"{printable_path(self.entry_name)}, or soon after it: {error}"
                 ) from error
@@ -145,8 +150,8 @@ class DecompressedBlob:
     def _check_size(self, size: int) -> None:
         if size > self._limits.max_unpacked_bytes:
             raise LimitExceeded(
-                f"{self._entry_prefix()}more bytes, unpacked, than the limit max_unpacked_bytes, "
-                f"{self._limits.max_unpacked_bytes}, allows"
+                f"{self._entry_prefix()}more unpacked bytes than the limit max_unpacked_bytes, "
+                f"{self._limits.max_unpacked_bytes}"
             )
 
     def _check_ratio(self, size: int) -> None:
@@ -155,8 +160,8 @@ class DecompressedBlob:
             and size > self._limits.max_ratio * self._compressed_size
         ):
             raise LimitExceeded(
-                f"{self._entry_prefix()}{size} bytes, unpacked, of {self._compressed_size}: more than "
-                f"the limit max_ratio, {self._limits.max_ratio}, allows"
+                f"{self._entry_prefix()}{size} bytes unpacked from {self._compressed_size}: "
+                f"more than the limit max_ratio, {self._limits.max_ratio}"
             )
 
     def _entry_prefix(self) -> str:

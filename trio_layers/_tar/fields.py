@@ -1,6 +1,6 @@
-"""What the headers of a tar archive are made of: numbers, times, records of PAX.
+"""Parses the fields of tar headers: numbers, times and PAX records.
 
-What is accepted is what Go's ``archive/tar`` accepts (``strconv.go``), in what is sound.
+The accepted syntax is that of Go's ``archive/tar`` (``strconv.go``), where that is sound.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 BLOCK: Final = 512
-"""The unit of all that is in an archive, in bytes."""
+"""The block size of a tar archive in bytes."""
 
 MAX_INT64: Final = 2**63 - 1
 """The largest size, offset or time."""
 
 PAX_XATTR: Final = b"SCHILY.xattr."
-"""What the key of a record begins with that holds an extended attribute (from star)."""
+"""The prefix of the key of a PAX record that holds an extended attribute (from star)."""
 
 # The syntax of Go's strconv.ParseInt, also for the seconds of a time: leading zeros and a plus sign
 # are allowed.
@@ -47,18 +47,18 @@ _SPARSE_PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 
 
 def damaged_entry(name: bytes, text: str) -> UnpackError:
-    """The error for an entry that does not keep the format's rules; ``text`` says which."""
+    """Return the error for an entry that breaks a rule of the format; ``text`` names the rule."""
     return UnpackError(f"{printable_path(name)}: damaged tar archive: {text}")
 
 
 def text_until_nul(field: bytes) -> bytes:
-    """A field of text."""
+    """Return the text of a field, which ends at the first NUL."""
     end = field.find(b"\0")
     return field if end < 0 else field[:end]
 
 
 def parse_number(field: bytes, name: bytes, field_name: str) -> int:
-    """A numeric field: octal, or base-256 as GNU tar has it for what does not fit."""
+    """Parse a numeric field: octal, or GNU tar's base-256 for larger numbers."""
     value = parse_octal(field)
     if value is not None:
         return value
@@ -67,23 +67,23 @@ def parse_number(field: bytes, name: bytes, field_name: str) -> int:
     text = field.rstrip(b"\0 ").lstrip(b" ")
     if not text:
         return 0
-    # A NUL before the digits ends the number for some readers, for others it does not.
+    # A NUL before the digits ends the number for some readers, but not for others.
     text = text_until_nul(text).rstrip(b" ")
     if text.isdigit() and not text.strip(b"01234567"):
         return int(text, 8)
     raise damaged_entry(name, f"its {field_name} is not a number: {field!r}")
 
 
-# Most entries of an archive share these three with others.
+# Most entries of an archive share these three values with other entries.
 @lru_cache(maxsize=256)
 def parse_mode_and_owner(field: bytes) -> tuple[int, int, int] | None:
-    """Mode, owner and group, if they are plain octal numbers; ``None`` for all others."""
+    """Parse mode, owner and group; return ``None`` unless all are plain octal numbers."""
     mode, uid, gid = parse_octal(field[:8]), parse_octal(field[8:16]), parse_octal(field[16:])
     return None if mode is None or uid is None or gid is None else (mode & 0o7777, uid, gid)
 
 
 def parse_octal(field: bytes) -> int | None:
-    """The number in a field that has nothing before it; ``None`` for all others."""
+    """Parse an octal number at the start of a field; return ``None`` for other fields."""
     text = field.rstrip(b"\0 ")
     if text.isdigit():
         try:
@@ -106,24 +106,27 @@ def _parse_base_256(field: bytes, name: bytes, field_name: str) -> int:
 
 
 def has_valid_checksum(header: bytes) -> bool:
-    """Whether a header is one: its bytes, those of the checksum taken as blanks, add up to it."""
+    """Return whether a header's checksum is right.
+
+    The checksum is the sum of the header's bytes, with blanks in the checksum's own field.
+    """
     field = header[148:156]
     wanted = parse_octal(field.lstrip(b"\0 "))
     if wanted is None:
         return False
     wanted -= 8 * ord(" ")
     if header.isascii():
-        # The lower half of an Adler-32 is one more than the sum, modulo more than this can be.
+        # The lower half of an Adler-32 is the sum plus one, modulo 65521. This sum is smaller.
         return (adler32(header) - adler32(field)) & 0xFFFF == wanted
     if sum(header) - sum(field) == wanted:
         return True
-    # Some old writers took the bytes as signed.
+    # Some old writers summed the bytes as signed numbers.
     blank = memoryview(header[:148] + header[156:]).cast("b")
     return sum(blank) == wanted
 
 
 def parse_decimal(value: bytes, name: bytes, field_name: str) -> int:
-    """A number in a record."""
+    """Parse a number in a PAX record."""
     match = _DECIMAL_SYNTAX.match(value)
     if match is not None:
         result = int(match[2])
@@ -133,7 +136,7 @@ def parse_decimal(value: bytes, name: bytes, field_name: str) -> int:
 
 
 def parse_pax_time(value: bytes, name: bytes) -> int:
-    """A time in a record, in nanoseconds; what is finer is cut off."""
+    """Parse a time in a PAX record as nanoseconds; further digits are cut off."""
     match = _TIME_SYNTAX.match(value)
     if match is None:
         raise damaged_entry(name, f"its mtime is not a time: {value[:64]!r}")
@@ -145,11 +148,11 @@ def parse_pax_time(value: bytes, name: bytes) -> int:
 
 
 def parse_pax_records(body: bytes, name: bytes) -> dict[bytes, bytes]:
-    """The records of an extended header: ``length key=value`` and a newline, repeated.
+    """Parse the records of an extended header: lines of ``length key=value``.
 
-    Of several with one key the last counts. One without a value takes back those before it, as
-    POSIX has it; but an extended attribute may be empty. The pairs of GNU's sparse format 0.0
-    become a map as in 0.1.
+    The last of several records with the same key wins. A record without a value removes earlier
+    records with its key (POSIX), except that an extended attribute may be empty. The pairs of
+    GNU's sparse format 0.0 become a map as in format 0.1.
     """
     found: dict[bytes, bytes] = {}
     pairs: list[bytes] = []
@@ -158,20 +161,22 @@ def parse_pax_records(body: bytes, name: bytes) -> dict[bytes, bytes]:
         space = body.find(b" ", position, position + 20)
         digits = body[position:space] if space > 0 else b""
         end = position + int(digits) if digits.isdigit() else 0
-        # The shortest record is `5 k=\n` with its length counted in.
+        # The shortest record is `5 k=\n`; its length counts the length field, too.
         if end < space + 3 or end > length or body[end - 1] != 0x0A:
             raise damaged_entry(name, "a record of its extended header has a wrong length")
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
         if not key or not equals:
             raise damaged_entry(name, "a record of its extended header has no key")
         if key[0] in b" \t":
-            # GNU tar passes over it, and takes the record for one that others do not know.
-            raise damaged_entry(name, f"a blank before the key {key[:64]!r} in its extended header")
+            # GNU tar skips the blank, so it reads another key than other readers do.
+            raise damaged_entry(
+                name, f"its extended header has a blank before the key {key[:64]!r}"
+            )
         if b"\0" in key or (key in _TEXT_KEYS and b"\0" in value):
-            raise damaged_entry(name, f"a NUL in the record {key[:64]!r} of its extended header")
+            raise damaged_entry(name, f"its extended header has a NUL in the record {key[:64]!r}")
         if key in _SPARSE_PAIR:
             if key != _SPARSE_PAIR[len(pairs) % 2] or b"," in value:
-                raise damaged_entry(name, "its sparse map is not one of pairs")
+                raise damaged_entry(name, "its sparse map is not a list of offset and length pairs")
             pairs.append(value)
         found[key] = value
         position = end

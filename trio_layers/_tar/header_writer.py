@@ -1,8 +1,8 @@
-"""Writing the headers of a tar: the opposite of `tar`, which reads them.
+"""Writes the headers of tar members.
 
-Python's ``tarfile`` would do, but for what is not UTF-8: it marks that ``hdrcharset=BINARY``,
-which nobody else does, while Go and GNU tar write the bytes as they are; and it knows times no
-better than a float does.
+Python's ``tarfile`` does not fit. It marks names that are not UTF-8 by ``hdrcharset=BINARY``,
+which no other program does (Go and GNU tar write the bytes as they are), and it stores times as
+floats.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _FLAGS_BY_TYPE: Final[dict[MemberType, bytes]] = {
     "fifo": b"6",
 }
 
-# The largest numbers that ustar's fields hold: eight and twelve octal digits, a NUL among them.
+# The largest numbers in ustar's fields of eight and twelve bytes, the last of which is a NUL.
 _MAX_7_DIGITS: Final = 0o7777777
 _MAX_11_DIGITS: Final = 0o77777777777
 
 
 def header(member: Member) -> bytes:
-    """A ustar header, with a PAX header before it for what ustar cannot hold (POSIX.1-2001,
-    ``pax`` interchange format).
+    """Return a member's ustar header, after a PAX header for values that do not fit.
+
+    See POSIX.1-2001, ``pax`` interchange format.
     """
     records = {
         b"SCHILY.xattr." + _xattr_bytes(key): member.xattrs[key] for key in sorted(member.xattrs)
@@ -60,7 +61,7 @@ def header(member: Member) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """What follows ``size`` bytes of content, up to the next block."""
+    """Return the zeros between ``size`` bytes of content and the next block."""
     return bytes(-size % BLOCK)
 
 
@@ -104,14 +105,14 @@ def _number_or_record(
 
 
 def _pax_decimal(nanoseconds: int) -> bytes:
-    """Seconds, with as many digits of a fraction as it takes."""
+    """Format nanoseconds as seconds, without zeros at the end of the fraction."""
     seconds, fraction = divmod(abs(nanoseconds), 10**9)
     sign = b"-" if nanoseconds < 0 else b""
     return b"%b%d.%b" % (sign, seconds, (b"%09d" % fraction).rstrip(b"0"))
 
 
 def _pax_record(keyword: bytes, value: bytes) -> bytes:
-    """``LENGTH KEYWORD=VALUE``, the length being that of the whole record, itself included."""
+    """Format a record as ``LENGTH KEYWORD=VALUE``, where the length counts its own digits."""
     rest = len(keyword) + len(value) + 3
     length = rest + len(str(rest))
     if len(str(length)) > len(str(rest)):

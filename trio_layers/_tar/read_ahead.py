@@ -1,4 +1,4 @@
-"""Work done ahead, in another thread, so that one large layer keeps two cores busy."""
+"""Runs an iterator ahead in its own thread, so that one large layer uses two cores."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ __all__ = ["ReadAhead"]
 
 _T = TypeVar("_T")
 
-# How many items there may be that nobody has taken.
+# The most items that wait for the consumer.
 _MAX_QUEUED: Final = 8
 
 
 @final
 class ReadAhead(Generic[_T]):
-    """Iterates over ``items`` in a thread of its own, and gives what comes of it in this one: the
-    items, then what the iteration raises, if it does. To be closed, which waits for the thread.
+    """Iterates over ``items`` in its own thread and yields them in the caller's.
+
+    An exception of the iteration is raised to the caller after the items. The caller must call
+    `close`, which waits for the thread.
     """
 
     def __init__(self, items: Iterator[_T]) -> None:
@@ -43,7 +45,7 @@ class ReadAhead(Generic[_T]):
             yield result[0]
 
     def close(self) -> None:
-        """End the iteration, at its next item, and wait for that."""
+        """End the iteration at its next item, and wait for the thread."""
         self._closed = True
         self._free_places.release()
         self._thread.join()
@@ -56,6 +58,6 @@ class ReadAhead(Generic[_T]):
                 self._free_places.acquire()
                 if self._closed:
                     break
-        except BaseException as error:  # goes to who takes the items
+        except BaseException as error:  # __iter__ raises it to the consumer
             end = error
         self._results.put(end)

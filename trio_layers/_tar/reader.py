@@ -1,9 +1,9 @@
-"""A strict, streaming reader for the tar archives that layers are.
+"""A strict, streaming reader for the tar archives of layers.
 
-It reads what Go's ``archive/tar`` reads, since that is what writes and reads most layers: ustar,
-PAX (POSIX.1-2001, ``pax`` interchange format), star, GNU names, numbers and sparse files, v7.
-What two readers might understand differently is an error rather than a guess; but where layers
-have it, it is what Go makes of it.
+It reads the formats of Go's ``archive/tar``, which writes and reads most layers: ustar, PAX
+(POSIX.1-2001, ``pax`` interchange format), star, GNU names, numbers and sparse files, v7.
+An archive that two readers might understand differently is an error. Only if real layers have
+such a construct, the reader understands it as Go does.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from .fields import (
 from .limits import Limits
 from .sparse import has_sparse_keys, read_gnu_map, read_pax_map
 
-__all__ = ["BLOCK", "Content", "Member", "MemberType", "PlainSource", "TarReader"]
+__all__ = ["BLOCK", "ContentPiece", "Member", "MemberType", "PlainSource", "TarReader"]
 
 _ZEROS: Final = bytes(BLOCK)
 
-# Content up to this size is handed over whole: to copy it costs less than to take it in pieces.
+# Content up to this size comes in one piece: a copy costs less than an iteration over pieces.
 _SMALL_FILE: Final = 8 * 1024
 
-# What a size field has that is too small for the size, in the archives of some writers.
+# Some writers put this number into a size field that is too small for the size.
 _ALL_SEVENS: Final = 0o77777777777
 
-Content = bytes | memoryview | int
-"""Of a file: bytes, or how many zeros a hole stands for."""
+ContentPiece = bytes | memoryview | int
+"""A piece of a file's content: bytes, or the number of zeros in a hole."""
 
 MemberType = Literal["file", "hardlink", "symlink", "char", "block", "dir", "fifo"]
 
-# Of these, only files are followed by data, whatever their size field says (as in Go).
+# Data follows only files. For other types, the size field is ignored (as in Go).
 _TYPES_BY_FLAG: Final[dict[int, MemberType]] = {
     ord("0"): "file",
     0: "file",
@@ -67,20 +67,20 @@ _NO_DEVICE: Final = (0, 0)
 _FILE_FLAG: Final = ord("0")
 
 
-# Not frozen, since that makes each one cost three times as much. Nobody changes them.
+# Not frozen, since a frozen object takes three times as long to make. No code changes members.
 @attrs.define
 class Member:
     """One entry of an archive, with all its headers applied.
 
     Attributes:
-        name: As it stands there.
-        type: What it is.
+        name: The name as it is in the archive.
+        type: The entry's type.
         mode: Permissions with the set-id and sticky bits.
         uid: The owner.
         gid: The group.
-        mtime_ns: In nanoseconds since 1970.
-        size: Of a file's content in bytes, holes included.
-        linkname: Where a symlink leads, or which path a hard link is one more name of.
+        mtime_ns: Modification time in nanoseconds since 1970.
+        size: Size of a file's content in bytes, holes included.
+        linkname: The target of a symlink or hard link.
         dev: A device's major and minor number.
         xattrs: Extended attributes.
     """
@@ -101,25 +101,25 @@ class PlainSource(Protocol):
     """The bytes of an archive, decompressed."""
 
     def read(self, size: int) -> bytes:
-        """``size`` bytes, fewer only at the end."""
+        """Return ``size`` bytes, fewer only at the end."""
         ...
 
     def pieces(self, size: int) -> Iterator[bytes | memoryview]:
-        """``size`` bytes in convenient pieces, fewer only at the end."""
+        """Iterate over ``size`` bytes in pieces of any size, fewer bytes only at the end."""
         ...
 
 
 @final
 class TarReader:
-    """Iterates over the members of an archive; `data` gives the content of the present one.
+    """Iterates over the members of an archive; `data` returns the current member's content.
 
-    The archive ends at two blocks of zeros, or where the bytes end between two members: both are
-    seen in layers that everyone accepts. What follows is not looked at.
+    The archive ends at two blocks of zeros, or where the bytes end between two members. Layers
+    with either end are common, and all tools accept them. Bytes after the end are not read.
 
     Attributes:
-        holes: How many bytes of the present member are in no archive: the zeros of its holes.
-        left: How many bytes of the present member's data are still to come.
-        name: The name of the present member, for messages.
+        holes: The number of zeros in the current member's holes, which are not in the archive.
+        remaining: The number of unread bytes of the current member's data.
+        name: The name of the current member, for messages.
     """
 
     def __init__(self, source: PlainSource, limits: Limits) -> None:
@@ -135,11 +135,11 @@ class TarReader:
     def __iter__(self) -> Iterator[Member]:
         return iter(self.next, None)
 
-    def data(self) -> Iterator[Content]:
-        """The content of a file: bytes, and for each hole how many zeros it stands for.
+    def data(self) -> Iterator[ContentPiece]:
+        """Iterate over a file's content: bytes, and for each hole its number of zeros.
 
         Raises:
-            UnpackError: if the archive ends before the content does.
+            UnpackError: If the archive ends before the content does.
         """
         if self._sparse_parts is not None:
             return self._parts_and_holes(self._sparse_parts)
@@ -147,7 +147,7 @@ class TarReader:
             return self._stream(self.remaining)
         return iter((self._read_exactly(self.remaining),) if self.remaining else ())
 
-    def _parts_and_holes(self, parts: list[int]) -> Iterator[Content]:
+    def _parts_and_holes(self, parts: list[int]) -> Iterator[ContentPiece]:
         position = 0
         for at in range(0, len(parts), 2):
             offset, length = parts[at], parts[at + 1]
@@ -162,7 +162,7 @@ class TarReader:
             yield self._size - position
 
     def _read_exactly(self, size: int) -> bytes:
-        """The next bytes of the present member's data."""
+        """Read ``size`` bytes of the current member's data."""
         data = self._source.read(min(size, self.remaining))
         self.remaining -= len(data)
         if len(data) < size:
@@ -178,11 +178,11 @@ class TarReader:
             raise damaged_entry(self.name, f"its data ends {size} bytes early")
 
     def next(self) -> Member | None:
-        """The next member; ``None`` at the end.
+        """Return the next member, or ``None`` at the end.
 
         Raises:
-            UnpackError: if the archive is damaged.
-            LimitExceeded: if a header is too long.
+            UnpackError: If the archive is damaged.
+            LimitExceeded: If a header is too long.
         """
         if self.remaining:
             for _ in self._stream(self.remaining):
@@ -190,7 +190,7 @@ class TarReader:
         header = self._next_header()
         if header is None:
             return None
-        # Most members are files that a single header tells all about.
+        # Most members are files with a single header.
         if header[156] == _FILE_FLAG and not header[345] and not header[157]:
             known = parse_mode_and_owner(header[100:124])
             size = parse_octal(header[124:136])
@@ -213,6 +213,7 @@ class TarReader:
         return self._read_extended(header)
 
     def _read_extended(self, first: bytes) -> Member | None:
+        """Read a member whose first header is ``first``, with all headers that extend it."""
         pax: Mapping[bytes, bytes] | None = None
         longname = longlink = b""
         header: bytes | None = first
@@ -224,12 +225,12 @@ class TarReader:
             name = text_until_nul(header[:100])
             if flag not in b"xgLK":
                 raise UnpackError(
-                    f"{printable_path(name)}: an entry of the unknown type {chr(flag)!r}"
+                    f"{printable_path(name)}: the entry has the unknown type {chr(flag)!r}"
                 )
             body = self._extension_body(header, name)
             if flag in b"LK" and not text_until_nul(body):
-                raise damaged_entry(name, "a long name that is empty")
-            # One that comes twice, some readers replace and others add to.
+                raise damaged_entry(name, "its long name is empty")
+            # If a header comes twice, some readers replace the first, others add to it.
             if flag == ord("x") and pax is None:
                 pax = parse_pax_records(body, name)
             elif flag == ord("L") and not longname:
@@ -240,11 +241,11 @@ class TarReader:
                 # Global records are read and not applied, as moby and containerd do it.
                 found = parse_pax_records(body, name)
                 if b"size" in found or has_sparse_keys(found):
-                    # Who does apply it looks for the next header elsewhere.
-                    raise damaged_entry(name, "a size in a global header")
+                    # A reader that applies the size looks for the next header elsewhere.
+                    raise damaged_entry(name, "a global header sets a size")
             else:
                 raise damaged_entry(
-                    name, "an extended header where the entry should be that it extends"
+                    name, "an extended header follows another one instead of the entry"
                 )
             header = self._next_header()
         return None
@@ -252,40 +253,40 @@ class TarReader:
     def _next_header(self) -> bytes | None:
         header = self._source.read(self._padding + BLOCK)
         if self._padding:
-            # At the very end it may be missing (Go reads such archives, too).
+            # The padding may be missing at the archive's end (Go reads such archives, too).
             header = header[self._padding :]
             self._padding = 0
         if len(header) < BLOCK:
             if header:
-                raise self._archive_error("it ends in a header")
+                raise self._archive_error("the archive ends within a header")
             return None
         if header == _ZEROS:
             if self._source.read(BLOCK).strip(b"\0"):
-                raise self._archive_error("a single block of zeros")
+                raise self._archive_error("there is a single block of zeros, not two,")
             return None
         if not has_valid_checksum(header):
             raise damaged_entry(text_until_nul(header[:100]), "the checksum of its header is wrong")
         return header
 
     def _archive_error(self, text: str) -> UnpackError:
-        where = (
-            f" after the entry {printable_path(self.name)}" if self.name else " at its beginning"
-        )
-        return UnpackError(f"damaged tar archive: {text}{where}")
+        """Return the error for damage between two entries; ``text`` describes it."""
+        if self.name:
+            return damaged_entry(self.name, f"{text} after this entry")
+        return UnpackError(f"damaged tar archive: {text} at its beginning")
 
     def _extension_body(self, header: bytes, name: bytes) -> bytes:
-        """The body of a header that extends the next."""
+        """Read the body of a header that extends the next one."""
         size = parse_number(header[124:136], name, "size")
         if size < 0:
             raise damaged_entry(name, "its size is negative")
         if size > self._limits.max_header:
             raise LimitExceeded(
-                f"{printable_path(name)}: an extended header of {size} bytes; the limit max_header is "
-                f"{self._limits.max_header}"
+                f"{printable_path(name)}: its extended header has {size} bytes; "
+                f"the limit max_header is {self._limits.max_header}"
             )
         body = self._source.read(size)
         if len(body) < size:
-            raise damaged_entry(name, "an extended header ends early")
+            raise damaged_entry(name, "its extended header ends early")
         self._source.read(-size % BLOCK)
         return body
 
@@ -319,10 +320,10 @@ class TarReader:
         )
 
     def _find_data(self, header: bytes, kind: MemberType, pax: Mapping[bytes, bytes]) -> None:
-        """Set the size of the present member's content and where its parts are."""
+        """Set the size of the current member's content and the places of its parts."""
         sparse = header[156] == ord("S") or (bool(pax) and has_sparse_keys(pax))
         if sparse and kind != "file":
-            raise damaged_entry(self.name, "a sparse file that is no plain file")
+            raise damaged_entry(self.name, "it has a sparse map, but is not a regular file")
         size = self._stored_size(header[124:136], pax.get(b"size"))
         if kind != "file":
             size = 0
@@ -334,11 +335,11 @@ class TarReader:
             self._read_sparse_map(header, pax)
 
     def _stored_size(self, field: bytes, given: bytes | None) -> int:
-        """How many bytes of data are in the archive.
+        """Return the number of bytes of data in the archive.
 
-        A record overrides the header (POSIX), which then has a zero, what fits, or the same. With
-        anything else a reader that does not know the record takes data for entries, or entries
-        for data: CVE-2025-62518.
+        A PAX record overrides the header's size (POSIX). The header then has a zero, the largest
+        number that fits, or the same size. With any other size, a reader that ignores the record
+        takes data for entries, or entries for data: CVE-2025-62518.
         """
         size = parse_number(field, self.name, "size")
         if given is not None:
@@ -346,7 +347,9 @@ class TarReader:
                 size = parse_decimal(given, self.name, "size")
             elif size != parse_decimal(given, self.name, "size"):
                 text = given[:64].decode()
-                raise damaged_entry(self.name, f"its size is {size}, and {text} in a record")
+                raise damaged_entry(
+                    self.name, f"its size is {size} in the header, but {text} in a PAX record"
+                )
         if size < 0:
             raise damaged_entry(self.name, "its size is negative")
         return size
@@ -371,13 +374,13 @@ class TarReader:
             value = parse_number(field, self.name, "mtime") * 10**9
         else:
             value = parse_pax_time(given, self.name)
-        # moby's rule for what no file system can hold.
+        # A time that no file system can hold becomes 0, as in moby.
         return value if -MAX_INT64 <= value <= MAX_INT64 else 0
 
     def _device(self, header: bytes) -> tuple[int, int]:
         major = parse_number(header[329:337], self.name, "device number")
         minor = parse_number(header[337:345], self.name, "device number")
-        # The kernel has 12 and 20 bits for them; cut off, the number would be another device's.
+        # The kernel has 12 and 20 bits for them. A truncated number would be another device's.
         if not (0 <= major < 2**12 and 0 <= minor < 2**20):
             raise damaged_entry(self.name, f"its device number {major}:{minor} is out of range")
         return major, minor
@@ -390,8 +393,8 @@ class TarReader:
             attribute = key[len(PAX_XATTR) :].decode("utf-8", "surrogateescape")
             if len(value) > self._limits.max_xattr:
                 raise LimitExceeded(
-                    f"{printable_path(self.name)}: the attribute {attribute[:64]!r} of {len(value)} "
-                    f"bytes; the limit max_xattr is {self._limits.max_xattr}"
+                    f"{printable_path(self.name)}: its attribute {attribute[:64]!r} has "
+                    f"{len(value)} bytes; the limit max_xattr is {self._limits.max_xattr}"
                 )
             xattrs[attribute] = value
         return xattrs or _NO_XATTRS
@@ -403,14 +406,14 @@ class TarReader:
         else:
             parts, size = read_gnu_map(header, name, self._source.read, longest)
         if len(parts) % 2:
-            raise damaged_entry(name, "its sparse map is not one of pairs")
+            raise damaged_entry(name, "its sparse map is not a list of offset and length pairs")
         position = 0
         for at in range(0, len(parts), 2):
             if parts[at] < position or parts[at + 1] < 0:
-                raise damaged_entry(name, "its sparse map is not in order")
+                raise damaged_entry(name, "the parts in its sparse map overlap or are not in order")
             position = parts[at] + parts[at + 1]
         if position > size or sum(parts[1::2]) != self.remaining:
-            raise damaged_entry(name, "its sparse map does not fit its size")
+            raise damaged_entry(name, "its sparse map does not match its size")
         self._sparse_parts = parts
         self._size = size
         self.holes = size - self.remaining
@@ -422,11 +425,11 @@ def _is_v7_directory(header: bytes, name: bytes) -> bool:
     The v7 format has no type for directories.
 
     Raises:
-        UnpackError: if only one of the entry's two names ends with a slash.
+        UnpackError: If only one of the entry's two names ends with a slash.
     """
     is_directory = name.endswith(b"/")
     if is_directory != text_until_nul(header[:100]).endswith(b"/"):
-        raise damaged_entry(name, "a directory by one of its names, and not by the other")
+        raise damaged_entry(name, "only one of its two names ends with a slash")
     return is_directory
 
 
@@ -436,7 +439,7 @@ def _names(
     """Return an entry's name and the target of its link.
 
     Raises:
-        UnpackError: if two headers give different names.
+        UnpackError: If two headers give different names.
     """
     name = text_until_nul(header[:100])
     if header[345]:
@@ -447,40 +450,42 @@ def _names(
         linkname = pax.get(b"linkpath", linkname)
         if has_sparse_keys(pax):
             if header[156] == ord("S"):
-                raise damaged_entry(name, "a sparse file by its type and by its records")
+                raise damaged_entry(name, "it has a GNU sparse map and PAX records of another")
             name = pax.get(b"GNU.sparse.name", name)
     if longname:
         if pax.get(b"path", longname) != longname or b"GNU.sparse.name" in pax:
-            raise damaged_entry(longname, f"an entry that is named {printable_path(name)}, too")
+            raise damaged_entry(longname, f"another header names it {printable_path(name)}")
         name = longname
     if longlink:
         if pax.get(b"linkpath", longlink) != longlink:
             raise damaged_entry(
-                name, f"a link to {printable_path(longlink)} and {printable_path(linkname)}"
+                name,
+                "its headers give two link targets, "
+                f"{printable_path(longlink)} and {printable_path(linkname)}",
             )
         linkname = longlink
     return name, linkname
 
 
 def _join_prefix(header: bytes, name: bytes) -> bytes:
-    """The name of an entry whose header has more than a name where ustar has the rest of it."""
+    """Return the name of an entry whose header is not empty where ustar has a name's prefix."""
     if header[257:263] == b"ustar\0":
-        # star has times behind a shorter prefix.
+        # star has a shorter prefix and then times.
         end = 476 if header[508:512] == b"tar\0" else 500
         return text_until_nul(header[345:end]) + b"/" + name
     if header[257:265] == b"ustar  \0":
-        # GNU has times there. But Go before 1.8 wrote prefixes in such headers, and so did docker.
+        # GNU has times there. But Go before 1.8, and so docker, wrote prefixes in GNU headers.
         prefix = text_until_nul(header[345:500])
         if prefix.isascii() and not (
             _is_time_field(header[345:357]) and _is_time_field(header[357:369])
         ):
             return prefix + b"/" + name
         return name
-    raise damaged_entry(name, "a prefix of its name, but in no known format")
+    raise damaged_entry(name, "its header has a name prefix, but no known format")
 
 
 def _is_time_field(field: bytes) -> bool:
-    """Whether it is one, or nothing, for Go."""
+    """Return whether Go takes a field for a time or for an empty one."""
     try:
         if field[0]:
             parse_number(field, b"", "time")

@@ -1,7 +1,7 @@
-"""Directories of a tree by descriptor: how every path below its root is reached.
+"""Opens the directories of a tree, one path component at a time, without following links.
 
-One component at a time, without following links. A path here is a real one: relative to the
-root, no dots, no links in it, ``b""`` for the root.
+All access to a tree goes through these descriptors. Paths are real paths: relative to the root,
+without dots and links; ``b""`` is the root.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ __all__ = ["Directories", "join", "split"]
 
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_OPEN: Final = 128
-# Of the directories on the way to one: what is next is often near, and few are pushed out.
-_MAX_OPENED_AHEAD: Final = 16
+# The number of a directory's last ancestors that the cache keeps, too: the next path is often near
+# them, and few other directories leave the cache.
+_KEPT_ANCESTORS: Final = 16
 
 
 def join(parent: bytes, name: bytes) -> bytes:
-    """The path of ``name`` in ``parent``."""
+    """Return the path of ``name`` in ``parent``."""
     return parent + b"/" + name if parent else name
 
 
 def split(path: bytes) -> tuple[bytes, bytes]:
-    """A path's parent and its name there."""
+    """Split a path into its parent and its name there."""
     parent, _, name = path.rpartition(b"/")
     return parent, name
 
 
 @final
 class Directories:
-    """A cache of open directories, the most recently used ones.
+    """A cache of the most recently used open directories.
 
-    A descriptor it returns is good for the next call, too, not for longer: then it may be closed.
-    The cache has to be told of each directory that is replaced or removed (`forget`).
+    A returned descriptor stays open during the next call of `open`; a later call may close it.
+    Call `forget` for each directory that is replaced or removed.
     """
 
     def __init__(self, root: int) -> None:
@@ -42,11 +43,11 @@ class Directories:
         self._open: OrderedDict[bytes, int] = OrderedDict()
 
     def open(self, path: bytes) -> int:
-        """The descriptor of a directory.
+        """Return the descriptor of a directory.
 
         Raises:
-            FileNotFoundError: if it, or one on the way, is not there.
-            NotADirectoryError: if it, or one on the way, is something else, also a link.
+            FileNotFoundError: If the directory or one of its ancestors does not exist.
+            NotADirectoryError: If one of them is not a directory; a link is none.
         """
         if not path:
             return self._root
@@ -70,7 +71,7 @@ class Directories:
                     os.close(passed)
                     passed = None
                 end += len(name) + (1 if end else 0)
-                if left < _MAX_OPENED_AHEAD:
+                if left < _KEPT_ANCESTORS:
                     self._keep(path[:end], here)
                 else:
                     passed = here
@@ -80,13 +81,13 @@ class Directories:
         return here
 
     def forget(self, path: bytes) -> None:
-        """Close ``path`` and all below it."""
+        """Close ``path`` and all directories below it."""
         below = path + b"/"
         for known in [k for k in self._open if k == path or k.startswith(below)]:
             os.close(self._open.pop(known))
 
     def close(self) -> None:
-        """Close all but the root."""
+        """Close all directories except the root."""
         while self._open:
             os.close(self._open.popitem()[1])
 

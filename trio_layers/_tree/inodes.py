@@ -1,9 +1,10 @@
-"""How one entry gets on the disk, with its metadata, as far as privilege goes.
+"""Makes files, directories, links and devices on the disk and sets their metadata.
 
-Whatever cannot be set is left, and noted in `Nodes.incomplete`: the list of entries has it. Of a
-file or directory, the attribute ``user.containers.override_stat`` has it as well where one can be
-set: podman and fuse-overlayfs read that (containers/storage ``pkg/idtools``, ``Stat``). Every
-entry has something of its name on the disk, an empty file where nothing better can be made.
+Metadata that needs more privilege is not set. `InodeWriter.incomplete` notes this, and the list of
+entries has the full metadata. The attribute ``user.containers.override_stat`` of a file or
+directory has it, too, if the attribute can be set: podman and fuse-overlayfs read it
+(containers/storage ``pkg/idtools``, ``Stat``). Every entry gets an inode of its name; without the
+privilege to make a device, it is an empty file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .._compression import crc32
 from .._entries import Entry, Metadata
 from .._errors import StoreError, StoreFull, StoreReadOnly, UnpackError
 from .._printable import printable_path
-from .._tar.reader import Content
+from .._tar.reader import ContentPiece
 from .capabilities import OVERRIDE, Capabilities
 from .member_entries import is_linux_xattr
 
@@ -29,11 +30,11 @@ __all__ = ["InodeWriter", "list_xattrs", "translate_os_errors", "unpack_error"]
 _ZEROS: Final = bytes(1 << 18)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_TYPES: Final = {"char": stat.S_IFCHR, "block": stat.S_IFBLK, "fifo": stat.S_IFIFO}
-# None: a node of its own type, which takes no attribute of ours.
+# None is for an inode of its true type that cannot have a ``user.`` attribute.
 _REAL_TYPES: Final = ("file", "dir", None)
 _CAPABILITY: Final = "security.capability"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-# What a layer can ask for and no file system has, as against what this disk lacks.
+# Errors that a layer causes on every file system. All others are the fault of this disk.
 _LAYER_FAULTS: Final = frozenset(
     {
         errno.EFBIG,
@@ -50,7 +51,7 @@ _ACLS: Final = (ACCESS_ACL, DEFAULT_ACL)
 
 @final
 class translate_os_errors:
-    """Turn an `OSError` of the block into an error of ours that names ``path``."""
+    """Context manager that turns an `OSError` into an error of this package about ``path``."""
 
     __slots__ = ("_path",)
 
@@ -71,33 +72,33 @@ class translate_os_errors:
 
 
 def unpack_error(error: OSError, path: bytes) -> UnpackError | StoreError:
-    """What an error of the disk means to whoever unpacks ``path``."""
-    text = f"{printable_path(path)}: {error.strerror}"
+    """Return the package's error for an error of the disk while ``path`` is unpacked."""
+    text = f"{printable_path(path)}: cannot unpack: {error.strerror}"
     if error.errno in _NO_SPACE:
-        return StoreFull(f"unpacking {text}. Free some space and pull again")
+        return StoreFull(f"{text}. Free some space and pull again")
     if error.errno == errno.EROFS:
-        return StoreReadOnly(f"unpacking {text}")
+        return StoreReadOnly(text)
     if error.errno in _LAYER_FAULTS:
-        return UnpackError(f"cannot unpack {text}")
-    return StoreError(f"unpacking {text}")
+        return UnpackError(text)
+    return StoreError(text)
 
 
-def _is_full(subject: int | str) -> bool:
-    """Whether it is the disk that has no space left, and not what one file may have of it."""
+def _is_disk_full(subject: int | str) -> bool:
+    """Return whether the disk is full, and not only one file's space for attributes."""
     space = os.statvfs(subject)
-    # More than the largest attribute takes; no number of blocks: no limit. In a tmpfs attributes
-    # take of what there is for inodes.
+    # 64 free blocks are more than the largest attribute takes. A file system without a number of
+    # blocks has no limit. In a tmpfs, attributes take space from that for inodes.
     return (space.f_blocks > 0 and space.f_bavail < 64) or (
         space.f_files > 0 and space.f_favail < 64
     )
 
 
 def list_xattrs(subject: int | str) -> list[str]:
-    """The names of its extended attributes."""
+    """Return the names of an inode's extended attributes."""
     try:
         return os.listxattr(subject)
     except OSError as error:
-        # FUSE has it so where there are none at all.
+        # A FUSE file system without any attributes raises this.
         if error.errno != errno.ENOTSUP:
             raise
         return []
@@ -105,29 +106,31 @@ def list_xattrs(subject: int | str) -> list[str]:
 
 @final
 class InodeWriter:
-    """Makes files, directories, links and nodes, each by its name in an open directory.
+    """Makes inodes in open directories and sets their metadata.
 
     Attributes:
-        incomplete: Whether something could not be made or set as it should be.
+        incomplete: Whether some inode or metadata could not be made or set.
         foreign_only: Whether attributes that Linux does not have are the only cause.
     """
 
     def __init__(self, capabilities: Capabilities) -> None:
         self._capabilities = capabilities
-        # Whom a new node belongs to; not known where a directory passes on its group.
-        self._new_file_owner = capabilities.ids
-        # To be limited takes a change of mode anyway, and a file of ours that we may not write to
-        # takes no attributes.
-        self._exact_modes = capabilities.modes and not capabilities.limited
+        # None if unknown, because some directory passes on its group.
+        self._new_file_owner = capabilities.new_file_owner
+        # With limited capabilities, the mode is changed later anyway, and we cannot set attributes
+        # of a file that we may not write to.
+        self._exact_modes = capabilities.exact_modes and not capabilities.limited
         self._limited = capabilities.limited
         self.incomplete = False
         self.foreign_only = False
 
     def create(self, parent: int, name: bytes, mode: int) -> int:
-        """A descriptor of a new, empty file, for `write_file`, which is to have ``mode``.
+        """Create an empty file for `write_file` and return its descriptor.
+
+        ``mode`` is the mode that `write_file` will set.
 
         Raises:
-            FileExistsError: if something of that name is there.
+            FileExistsError: If the name exists.
         """
         if not self._exact_modes or mode > 0o777:
             mode = 0o600
@@ -139,18 +142,18 @@ class InodeWriter:
         path: bytes,
         metadata: Metadata,
         xattrs: Mapping[str, bytes],
-        data: Iterable[Content],
+        data: Iterable[ContentPiece],
         check_cancelled: Callable[[], None],
     ) -> tuple[int, int]:
-        """Write a new file, and close it; returns its size and the CRC-32 of its content.
+        """Write a new file and close it; return its size and the CRC-32 of its content.
 
-        What ``data`` raises comes out as it is.
+        Exceptions of ``data`` are not translated.
         """
         try:
             crc = size = 0
             for piece in data:
                 if isinstance(piece, int):
-                    # A hole: skipped on the disk, hashed as the zeros it stands for.
+                    # A hole is skipped on the disk, but its zeros count for the CRC-32.
                     size += piece
                     for start in range(0, piece, len(_ZEROS)):
                         crc = crc32(_ZEROS[: piece - start], crc)
@@ -175,7 +178,7 @@ class InodeWriter:
                     )
                 elif not self._exact_modes or metadata.mode > 0o777:
                     os.chmod(descriptor, metadata.mode)
-                # The most frequent ones need no more.
+                # Most files need only this.
                 os.utime(descriptor, ns=(metadata.mtime_ns, metadata.mtime_ns))
             except OSError as error:
                 raise unpack_error(error, path) from error
@@ -186,9 +189,9 @@ class InodeWriter:
     def set_directory_metadata(
         self, descriptor: int, entry: Entry, xattrs: Mapping[str, bytes], *, is_new: bool
     ) -> None:
-        """Give an open directory its metadata, its times apart. ``fresh``: it has none yet."""
+        """Set an open directory's metadata, except its times."""
         if not is_new:
-            ours = self._capabilities.overlay
+            ours = self._capabilities.overlay_prefix
             for attribute in list_xattrs(descriptor):
                 if attribute not in xattrs and not (ours and attribute.startswith(ours)):
                     try:
@@ -203,22 +206,22 @@ class InodeWriter:
         """Make a symlink, fifo, device or whiteout.
 
         Raises:
-            FileExistsError: if something of that name is there.
+            FileExistsError: If the name exists.
         """
         if entry.type == "symlink":
             assert entry.linkname is not None
             os.symlink(entry.linkname, name, dir_fd=parent)
             if not entry.xattrs and self._new_file_owner == (entry.uid, entry.gid):
-                # The most frequent ones need no more.
+                # Most symlinks need only this.
                 times = (entry.mtime_ns, entry.mtime_ns)
                 os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
                 return
             self._set_metadata_by_name(parent, name, entry)
             return
         if entry.type == "whiteout":
-            able, kind, device = self._capabilities.whiteouts, stat.S_IFCHR, 0
+            able, kind, device = self._capabilities.can_make_whiteouts, stat.S_IFCHR, 0
         else:
-            able = entry.type == "fifo" or self._capabilities.devices
+            able = entry.type == "fifo" or self._capabilities.can_make_devices
             kind = _FILE_TYPES[entry.type]
             device = os.makedev(*entry.dev) if entry.dev else 0
         if not able:
@@ -229,15 +232,15 @@ class InodeWriter:
             self._set_metadata_by_name(parent, name, entry, is_real_type=able)
 
     def set_link_metadata(self, parent: int, name: bytes, entry: Entry) -> None:
-        """Give what is there the metadata of one more name of it."""
+        """Set the metadata of an inode that has got another name."""
         self._set_metadata_by_name(parent, name, entry, is_new=False)
 
     def mark_opaque(self, descriptor: int) -> None:
-        """Mark an open directory as one that hides what is below it."""
-        if self._capabilities.overlay is None:
+        """Mark an open directory as opaque, so that it hides lower trees' entries."""
+        if self._capabilities.overlay_prefix is None:
             self._mark_incomplete()
         else:
-            os.setxattr(descriptor, self._capabilities.overlay + "opaque", b"y")
+            os.setxattr(descriptor, self._capabilities.overlay_prefix + "opaque", b"y")
 
     def set_xattr(self, subject: int | str, attribute: str, value: bytes, path: bytes) -> None:
         """Set an extended attribute of an open file or a handle.
@@ -252,35 +255,35 @@ class InodeWriter:
             # As bytes: the locale's encoding is not the layer's.
             os.setxattr(subject, attribute.encode("utf-8", "surrogateescape"), value)
         except OSError as error:
-            # An ACL may name IDs that a user namespace does not have.
+            # An ACL may name IDs that do not exist in the user namespace.
             unmapped = (
                 error.errno == errno.EINVAL and attribute in _ACLS and self._capabilities.limited
             )
             if unmapped or error.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP):
                 self._mark_incomplete()
                 return
-            what = f"the attribute {attribute[:256]!r} of {printable_path(path)}"
+            text = f"{printable_path(path)}: cannot set the attribute {attribute[:256]!r}"
             if error.errno in _NO_SPACE:
-                if error.errno == errno.EDQUOT or _is_full(subject):
+                if error.errno == errno.EDQUOT or _is_disk_full(subject):
                     raise StoreFull(
-                        f"cannot set {what}: {error.strerror}. Free some space and pull again"
+                        f"{text}: {error.strerror}. Free some space and pull again"
                     ) from error
                 raise UnpackError(
-                    f"cannot set {what}: all attributes of the file together are more than the "
-                    "file system takes. Others may take them, such as XFS or Btrfs"
+                    f"{text}: the file has more attributes than the file system can store. Put the "
+                    "store on a file system that can, such as XFS or Btrfs"
                 ) from error
             if error.errno in (errno.EIO, errno.EROFS):
                 raise unpack_error(error, path) from error
-            raise UnpackError(f"cannot set {what}: {error.strerror}") from error
+            raise UnpackError(f"{text}: {error.strerror}") from error
 
     def _mark_incomplete(self) -> None:
-        """Note that the tree lacks a node or metadata."""
+        """Note that the tree lacks an inode or metadata."""
         self.incomplete, self.foreign_only = True, False
 
     def _set_owner(
         self, descriptor: int, subject: int | str, metadata: Metadata, *, is_new: bool
     ) -> bool:
-        """Give it to whom the entry says; whether it is theirs now."""
+        """Set the owner and group; return whether the inode has them now."""
         wanted = (metadata.uid, metadata.gid)
         if is_new and self._new_file_owner is not None:
             if self._new_file_owner == wanted:
@@ -289,16 +292,16 @@ class InodeWriter:
             now = os.fstat(descriptor)
             if (now.st_uid, now.st_gid) == wanted:
                 return True
-        if self._capabilities.owners:
+        if self._capabilities.can_chown:
             try:
                 os.chown(subject, *wanted)
                 return True
             except OSError as error:
-                # An ID that the user namespace does not have.
+                # EINVAL: the user namespace does not have the ID.
                 if error.errno != errno.EINVAL:
                     raise
         if not is_new:
-            # As a change of owner does it.
+            # A change of owner would drop the capabilities.
             try:
                 os.removexattr(subject, _CAPABILITY)
             except OSError:
@@ -314,9 +317,9 @@ class InodeWriter:
         is_real_type: bool = True,
         is_new: bool = True,
     ) -> None:
-        """Describe what is there without opening or following it."""
+        """Set the metadata of an inode by its name, without opening or following it."""
         descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        # Reaches what a descriptor opened as a mere path stands for.
+        # Calls that refuse an O_PATH descriptor accept this path.
         handle = f"/proc/self/fd/{descriptor}"
         try:
             file_type = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -345,43 +348,45 @@ class InodeWriter:
         *,
         is_new: bool,
     ) -> None:
-        """Owner, xattrs, mode, in this order: a change of owner drops set-id bits and
-        capabilities, an ACL changes the mode.
+        """Set the owner, xattrs and mode of an inode, in this order.
+
+        The order matters: a change of owner drops set-id bits and capabilities, and an ACL changes
+        the mode.
 
         Args:
-            descriptor: Of what is described.
-            subject: The same for calls that change it: that or a handle.
-            path: For errors.
-            about: What is to be set.
-            there: The type that is on the disk, as in a ``st_mode``.
-            xattrs: To be set, besides.
-            kind: The true type, in the words of ``user.containers.override_stat``; ``None``
-                where there can be no such attribute.
-            fresh: Whether it has just been made.
+            descriptor: A descriptor of the inode, possibly ``O_PATH``.
+            subject: The inode for calls that change it: a descriptor or a path in ``/proc``.
+            path: The entry's path, for errors.
+            metadata: The metadata to set.
+            file_type: The inode's type on the disk, as in ``st_mode``.
+            xattrs: The extended attributes to set.
+            kind: The entry's type as ``user.containers.override_stat`` spells it; ``None`` if
+                the inode cannot have this attribute.
+            is_new: Whether the inode was just made.
         """
         mode = metadata.mode
         owned = self._set_owner(descriptor, subject, metadata, is_new=is_new)
         limited = self._capabilities.limited
         for attribute, value in xattrs.items():
             if limited and attribute == OVERRIDE:
-                # A layer must not speak in our place.
+                # Only we may write this attribute, not a layer.
                 self._mark_incomplete()
                 continue
             self.set_xattr(subject, attribute, value, path)
         if file_type != stat.S_IFLNK:
             if not owned:
-                # What is not theirs must not run as whose it is.
+                # A file with the wrong owner must not run as that owner.
                 mode &= 0o1777
-            if not self._capabilities.root:
-                # What is ours must stay in our reach, and must not run as us.
+            if not self._capabilities.ignores_modes:
+                # Our own files must stay accessible to us and must not run as us.
                 mode = mode & 0o1777 | (0o700 if file_type == stat.S_IFDIR else 0o600)
             os.chmod(subject, mode)
             if mode & stat.S_ISGID:
                 if file_type == stat.S_IFDIR:
-                    # What is made in it gets its group.
+                    # New files in this directory get its group.
                     self._new_file_owner = None
                 if not os.fstat(descriptor).st_mode & stat.S_ISGID:
-                    # Dropped without an error: with a strange group it takes CAP_FSETID.
+                    # The kernel drops the bit silently: a foreign group needs CAP_FSETID.
                     mode &= ~stat.S_ISGID
                     self._mark_incomplete()
         if not limited:
@@ -391,7 +396,7 @@ class InodeWriter:
         )
         if not right:
             self._mark_incomplete()
-        if kind is not None and self._capabilities.override:
+        if kind is not None and self._capabilities.can_set_override:
             self._set_override(
                 subject, None if right else _override_value(metadata, kind), is_new=is_new
             )
@@ -403,12 +408,13 @@ class InodeWriter:
             elif not is_new:
                 os.removexattr(subject, OVERRIDE)
         except OSError:
-            # There may be no room for it, or none to be removed; the list has all of it.
+            # The file system may lack space, or there is no attribute to remove. The list of
+            # entries has the metadata anyway.
             pass
 
     def _read_override_type(self, subject: str) -> str:
-        """What a file stands for, by an attribute that can only be our own."""
-        if self._capabilities.limited and self._capabilities.override:
+        """Return the type that a file stands for, from an attribute that only we write."""
+        if self._capabilities.limited and self._capabilities.can_set_override:
             try:
                 return os.getxattr(subject, OVERRIDE).rpartition(b":")[2].decode()
             except OSError:

@@ -1,11 +1,11 @@
-"""What a member of an archive says, in the words of a tree: parts of paths, entries."""
+"""Turns members of an archive into entries of a tree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-from .._acl import ACCESS_ACL, fit_acl
+from .._acl import ACCESS_ACL, apply_mode_to_acl
 from .._entries import Entry, EntryType
 from .._errors import UnpackError
 from .._printable import printable_path
@@ -14,22 +14,26 @@ from .._tar.reader import Member
 __all__ = ["entry_from_member", "is_linux_xattr", "path_components", "xattrs_from_member"]
 
 _NAMESPACES: Final = frozenset({"user", "trusted", "security", "system"})
-# overlayfs reads these from its layers; a layer must not speak to it.
+# overlayfs obeys these attributes in its layers, so an image's layer must not set them.
 _PRIVATE: Final = ("trusted.overlay.", "user.overlay.")
 
 
 def path_components(name: bytes) -> list[bytes]:
-    """The components of an entry's name, taken as relative to the root."""
+    """Split a member's name into its components, relative to the root.
+
+    Raises:
+        UnpackError: If the name leads out of the root or contains a NUL.
+    """
     parts: list[bytes] = []
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
-                raise UnpackError(f"the path {printable_path(name)} leads out of the root")
+                raise UnpackError(f"{printable_path(name)}: the path leads out of the root")
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
     if b"\0" in name:
-        raise UnpackError(f"the path {printable_path(name)} holds a NUL")
+        raise UnpackError(f"{printable_path(name)}: the path contains a NUL")
     return parts
 
 
@@ -45,16 +49,17 @@ def is_linux_xattr(attribute: str) -> bool:
 
 
 def xattrs_from_member(member: Member) -> Mapping[str, bytes]:
-    """The attributes that are set and listed."""
+    """Return the attributes of a member that belong in a tree's list of entries."""
     if not member.xattrs:
         return member.xattrs
     xattrs = {k: v for k, v in member.xattrs.items() if not k.startswith(_PRIVATE)}
     if ACCESS_ACL in xattrs:
-        fit_acl(xattrs, member.mode)
+        apply_mode_to_acl(xattrs, member.mode)
     return xattrs
 
 
 def entry_from_member(member: Member, path: bytes, kind: EntryType) -> Entry:
+    """Return the entry for a member at the real path ``path``."""
     return Entry(
         path=path,
         type=kind,

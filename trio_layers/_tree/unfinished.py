@@ -1,7 +1,7 @@
-"""What a tree in the making holds, and what of the layers below shows through it.
+"""The tree that is being unpacked, and the entries of lower layers that show through it.
 
-So that the result is what unpacking the layers in order gives, all that depends on what is below
-is either looked up there (`LowerTree`) or noted as assumed.
+The result must be the same as if all layers were unpacked in order. So each decision that depends
+on the lower layers is either looked up there (`LowerTree`) or noted as an assumption.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ if TYPE_CHECKING:
 
 __all__ = ["DependsOnParent", "UnfinishedTree", "implied_directory"]
 
-# As many links as Linux follows for one path (path_resolution(7)).
+# Linux follows this many links in one path (path_resolution(7)).
 _MAX_LINKS: Final = 40
 
 
 def implied_directory(path: bytes) -> Entry:
-    """What a directory is made as that no entry describes."""
+    """Return the metadata for a directory without an entry."""
     return Entry(path=path, type="dir", mode=0o755)
 
 
 class DependsOnParent(Exception):
-    """What would be an error of the layer may be none on its parent, where its paths may lead
-    elsewhere. The parent is not known.
+    """The layer cannot be unpacked without its parent, which is not known.
+
+    On its parent the layer may be valid, because its paths may lead elsewhere there.
     """
 
 
 @final
 class UnfinishedTree:
-    """A tree on the disk, with what is known of it, and how things in it are found and removed.
+    """A tree on the disk that is being unpacked: finds and removes the things in it.
 
-    Paths are real ones (see `Directories`), unless it says otherwise.
+    Paths are real paths (see `Directories`), unless a docstring says otherwise.
 
     Attributes:
-        directories: All that are in the tree, opened when needed.
-        lower: What is below; ``None`` if that is not known.
-        times: All directories, with the time each is given in the end.
-        default_acls: Of those that have one; it is set in the end, since what is made in a
-            directory inherits it.
-        implied: Directories that no entry describes.
-        opaque: Directories that hide what is below.
-        whiteouts: Paths that are not there, whatever is below.
-        borrowed: Files brought from below for a hard link.
-        assumed: What was taken for granted where ``lower`` is not known: see ``holds``.
+        directories: The tree's directories, opened when needed.
+        lower: The merged trees of the lower layers; ``None`` if they are not known.
+        times: All directories of the tree, with the time to set on each at the end.
+        default_acls: Default ACLs of directories. They are set at the end, since new files
+            inherit their directory's default ACL.
+        implied: Directories without an entry.
+        opaque: Directories that hide lower trees' entries.
+        whiteouts: Paths with a whiteout, which hides the lower trees' entry.
+        copied_up: Files copied from the lower trees for a hard link.
+        assumed: Assumptions about the lower trees if ``lower`` is ``None``; see `Summary`.
         guessed: Whether a path may lead elsewhere, or nowhere, with another ``lower``.
     """
 
@@ -81,10 +82,10 @@ class UnfinishedTree:
         self._log = log
         self._check_cancelled = check_cancelled
 
-    # What is there.
+    # Lookups.
 
     def stat(self, path: bytes) -> os.stat_result | None:
-        """What the tree has there; ``None`` for nothing."""
+        """Return the status of a path in this tree, or ``None`` if the tree lacks the path."""
         parent, name = split(path)
         if parent not in self.times:
             return None
@@ -94,13 +95,16 @@ class UnfinishedTree:
             return None
 
     def lookup_below(self, path: bytes) -> Entry | None:
-        """What shows through from below, were it not for ``path`` itself being in the tree."""
+        """Return the lower entry at ``path`` unless a whiteout or an opaque directory hides it.
+
+        An entry of this tree at ``path`` itself does not matter.
+        """
         if self.lower is None or path in self.whiteouts or self.is_hidden(path):
             return None
         return self.lower.lookup(path)
 
     def is_hidden(self, path: bytes) -> bool:
-        """Whether something on the way to ``path`` hides what is below."""
+        """Return whether an ancestor of ``path`` is opaque or has a whiteout."""
         if not (self.opaque or self.whiteouts):
             return False
         while path:
@@ -110,7 +114,7 @@ class UnfinishedTree:
         return False
 
     def shows_through(self, path: bytes) -> bool:
-        """Whether what is below at ``path`` is not covered by this layer."""
+        """Return whether the lower entry at ``path`` is visible through this tree."""
         if self.is_hidden(path) or self.stat(path) is not None:
             return False
         while path := split(path)[0]:
@@ -119,8 +123,10 @@ class UnfinishedTree:
         return True
 
     def assume_directory(self, path: bytes) -> bool:
-        """A directory is made that no entry describes, where something may or may not be below:
-        whether that had to be assumed.
+        """Note the assumption behind a directory that is made without an entry.
+
+        Without ``lower``, the assumption is that the lower trees have the same directory or nothing
+        at ``path``. Returns whether this assumption was necessary.
         """
         if self.lower is not None:
             return False
@@ -130,22 +136,26 @@ class UnfinishedTree:
         return True
 
     def path_error(self, text: str) -> UnpackError | DependsOnParent:
-        """The error for what cannot be, paths being as they are."""
+        """Return the error for an impossible path.
+
+        If the path was guessed without the parent, the error is `DependsOnParent`.
+        """
         return DependsOnParent() if self.guessed else UnpackError(text)
 
-    # Where an entry goes.
+    # Resolution of paths.
 
     def resolve(self, parts: Sequence[bytes]) -> bytes:
-        """Where the parts of a path, none of them a dot, lead.
+        """Return the real path for the components of a path, none of which is a dot.
 
-        Links are resolved as a process in the container has it: inside the root, where ``..``
-        above it is the root itself. What is not there is taken as the directory it will be.
+        Links are resolved as for a process in the container: inside the root, where ``..`` of the
+        root is the root itself. A component that does not exist counts as a directory, because
+        it will be made as one.
 
         Raises:
-            UnpackError: if something on the way is no directory, or there are too many links.
-            DependsOnParent: the same, or if that depends on what is below.
+            UnpackError: If a component is not a directory, or there are too many links.
+            DependsOnParent: If this error, or the path, depends on the lower trees.
         """
-        # What is a directory already, no link leads away from.
+        # The longest ancestor that is a directory of this tree contains no links.
         here, known = b"/".join(parts), len(parts)
         while here not in self.times:
             here, known = split(here)[0], known - 1
@@ -167,14 +177,21 @@ class UnfinishedTree:
                 continue
             links += 1
             if links > _MAX_LINKS:
-                raise self.path_error(f"{printable_path(path)}: too many symbolic links on the way")
+                raise self.path_error(
+                    f"{printable_path(path)}: more than {_MAX_LINKS} symbolic links in one path"
+                )
             if target.startswith(b"/"):
                 here = b""
             todo.extend(reversed(target.split(b"/")))
         return here
 
     def check_resolved_path(self, path: bytes) -> None:
-        """Raise unless a path that links led to is within the limits."""
+        """Check that a path after its links were resolved is within the limits.
+
+        Raises:
+            LimitExceeded: If the path is too long or too deep.
+            DependsOnParent: If it is so only by a guess about the lower trees.
+        """
         try:
             self.check_path(path)
         except LimitExceeded:
@@ -183,7 +200,11 @@ class UnfinishedTree:
             raise
 
     def _require_known_directory(self, path: bytes) -> None:
-        """A link leads through ``path`` and out of it again: where to, depends on what it is."""
+        """Check that the ``..`` of ``path`` in a link's target does not depend on lower trees.
+
+        Raises:
+            DependsOnParent: If ``path`` may be a link in a lower tree, which is not known.
+        """
         if (
             self.lower is None
             and path
@@ -194,7 +215,7 @@ class UnfinishedTree:
             raise DependsOnParent
 
     def _read_link(self, path: bytes) -> bytes | None:
-        """The target of a link; ``None`` where there is a directory or nothing."""
+        """Return a link's target, or ``None`` if a directory or nothing is at ``path``."""
         if path in self.times or path in self.whiteouts:
             return None
         found = self.stat(path)
@@ -209,13 +230,13 @@ class UnfinishedTree:
             if entry.type == "symlink":
                 return entry.linkname
         raise self.path_error(
-            f"{printable_path(path)}: not a directory, but entries below it follow"
+            f"{printable_path(path)}: not a directory, but the layer has an entry below it"
         )
 
-    # What is taken away.
+    # Removal.
 
     def remove(self, path: bytes) -> None:
-        """Remove what the tree has at ``path``, if anything."""
+        """Remove ``path`` and everything below it from the tree, if it exists."""
         if path in self.times:
             self._remove_tree(path)
             return
@@ -227,10 +248,13 @@ class UnfinishedTree:
         self._forget(path)
 
     def prune(self, path: bytes) -> None:
-        """Remove what is in the tree below ``path`` only because of what was below the tree."""
+        """Remove entries below ``path`` that exist only because of the lower trees.
+
+        These are whiteouts, copied-up files and empty implied directories.
+        """
         if self.is_hidden(path) or not (self.whiteouts or self.copied_up or len(self.implied) > 1):
             return
-        # Those that are opaque already have been through this: each is walked but once.
+        # An opaque directory was pruned when it became opaque, so it is not walked again.
         for directory, others in self._walk(path, self.opaque):
             descriptor = self.directories.open(directory)
             for name in others:
@@ -242,7 +266,7 @@ class UnfinishedTree:
                 self.remove_if_implied(directory)
 
     def remove_if_implied(self, path: bytes) -> bool:
-        """Remove a directory that no entry describes and that has nothing in it."""
+        """Remove a directory if it has no entry and is empty; return whether it was removed."""
         if path not in self.implied or os.listdir(self.directories.open(path)):
             return False
         self._remove_directory(path)
@@ -273,8 +297,10 @@ class UnfinishedTree:
     def _walk(
         self, path: bytes, avoid: AbstractSet[bytes] = frozenset()
     ) -> Iterator[tuple[bytes, list[bytes]]]:
-        """The directories from ``path`` down, deepest first, each with what else is in it;
-        those of ``avoid`` as if they were empty.
+        """Iterate over ``path`` and the directories below it, deepest first.
+
+        Each directory comes with the names of its other children. A directory in ``avoid`` counts
+        as empty.
         """
         found: list[tuple[bytes, list[bytes]]] = []
         todo = [path]

@@ -1,4 +1,4 @@
-"""From a layer's blob to a tree, in one blocking function for a worker."""
+"""Unpacks a layer's blob to a tree, in one blocking function for a worker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .writer import TreeWriter
 if TYPE_CHECKING:
     from ..abc import LowerTree
 
-__all__ = ["Unpacked", "fits", "unpack"]
+__all__ = ["Unpacked", "assumptions_hold", "unpack"]
 
 
 @attrs.frozen(kw_only=True)
@@ -34,12 +34,12 @@ class Unpacked:
     """A layer that was unpacked.
 
     Attributes:
-        diff_id: The digest of its tar.
-        size: The tar's length in bytes, all that follows its end included.
-        entries: How many entries the tar had.
-        assumed: What must be so below for the tree to fit (see `fits`). Empty if the layer was
+        diff_id: The digest of the layer's tar.
+        size: The tar's length in bytes, including all bytes after its end.
+        entries: The number of entries in the tar.
+        assumed: Assumptions about the parent (see `assumptions_hold`). Empty if the layer was
             unpacked on top of its parent.
-        needs_lower: The tree is not whole: the layer must be unpacked on top of its parent.
+        needs_lower: The tree is not complete: the layer must be unpacked on top of its parent.
         incomplete: The tree lacks metadata from the list of entries, because the process had no
             privilege to set it or because Linux has no such attribute.
         foreign_only: Attributes that Linux does not have are the only cause of ``incomplete``.
@@ -68,29 +68,30 @@ def unpack(
     read_ahead: bool = False,
     no_umask: bool = False,
 ) -> Unpacked:
-    """Unpack a layer; blocks, so it is for a worker.
+    """Unpack a layer. The function blocks, so call it in a worker.
 
     Args:
-        read: Gives at most as many bytes of the blob as it is asked for, ``b""`` at its end.
-            It may wait. What it raises comes out as it is.
-        target: An existing, empty directory of ours alone; ``fs`` and ``entries`` are made in it.
-            After an error they are left as they are, and are worth nothing.
-        lower: What is below the layer. Without it the tree depends on the blob alone, and fits
-            wherever `fits` says so; with it, it is for this parent only.
-        limits: How much the layer may hold.
+        read: Returns at most as many bytes of the blob as requested, and ``b""`` at its end.
+            It may block. What it raises comes out as it is.
+        target: An existing, empty directory that no other process uses. The function makes ``fs``
+            and ``entries`` in it. After an error they remain, but must not be used.
+        lower: The merged trees below the layer. Without them the tree depends only on the blob,
+            and is valid on each parent for which `assumptions_hold`. With them, the tree is valid
+            only on this parent.
+        limits: Limits on the layer's size.
         check_cancelled: Called at each chunk and entry; what it raises comes out as it is.
-        read_ahead: Whether to read, inflate and hash in a thread of its own, ahead of writing: good for
-            one large layer, where there is a core for it. Whatever it ends with, this returns
-            when ``read`` does.
-        no_umask: Whether this process has none, and nobody in it who would set one: then files
-            are made with their modes.
+        read_ahead: Whether a separate thread reads, decompresses and hashes ahead of writing.
+            This makes one large layer faster if a core is free for it. In every case, the
+            function returns only after ``read`` has.
+        no_umask: Whether this process has no umask and no code in it sets one. Then new files get
+            their modes at once.
 
     Raises:
-        DecompressionError: if the beginning of the blob is no valid compressed data.
-        UnpackError: if the layer is damaged or holds something that must not be unpacked. The
+        DecompressionError: If the beginning of the blob is not valid compressed data.
+        UnpackError: If the layer is damaged or contains an entry that must not be unpacked. The
             message names the entry.
-        LimitExceeded: if it holds more than ``limits``.
-        StoreError: if the file system cannot take it.
+        LimitExceeded: If the layer exceeds ``limits``.
+        StoreError: If the file system cannot store the tree.
     """
     with translate_os_errors(os.fsencode(target)):
         os.mkdir(target / "fs", 0o755)
@@ -99,16 +100,16 @@ def unpack(
         with translate_os_errors(os.fsencode(target)):
             capabilities = probe(root)
             if not no_umask:
-                capabilities = attrs.evolve(capabilities, modes=False)
+                capabilities = attrs.evolve(capabilities, exact_modes=False)
             log = _EntriesFile(target / "entries")
         source = DecompressedBlob(read, limits, check_cancelled, read_ahead=read_ahead)
         with log, contextlib.closing(source):
-            return _unpack(source, root, capabilities, lower, limits, log.write)
+            return _write_tree(source, root, capabilities, lower, limits, log.write)
     finally:
         os.close(root)
 
 
-def _unpack(
+def _write_tree(
     source: DecompressedBlob,
     root: int,
     capabilities: Capabilities,
@@ -152,15 +153,15 @@ def _unpack(
     return unpacked
 
 
-def fits(assumed: Iterable[bytes], lower: LowerTree) -> bool:
-    """Whether a tree that was unpacked without its parent fits on this one.
+def assumptions_hold(assumed: Iterable[bytes], lower: LowerTree) -> bool:
+    """Return whether a tree that was unpacked without its parent is valid on a parent.
 
     Args:
-        assumed: What must be so. A path stands for a directory that had to be made without an
-            entry: below it is not there, or is a directory with the metadata it was made with.
-            A path with a slash at its end stands for one that has whiteouts in it: below it is a
-            directory.
-        lower: The parent, with all that is below it.
+        assumed: The assumptions. A path stands for a directory that was made without an entry: the
+            parent must have no such path, or a directory with the same metadata. A path with a
+            slash at its end stands for a directory with whiteouts in it: it must be a directory of
+            the parent.
+        lower: The parent, merged with all trees below it.
     """
     assumed = tuple(assumed)
     there = lower.survey(path.removesuffix(b"/") for path in assumed)
@@ -187,12 +188,14 @@ def _differs_from_implied(below: Entry) -> bool:
 
 @final
 class _EntriesFile:
-    """The file ``entries``. After an error it is closed as it is: to write what is still held
-    could fail, too, and would stand in the place of that error.
+    """The file ``entries`` during writing.
+
+    After an error, the buffered lines are dropped: to write them could fail, too, and the second
+    error would hide the first.
     """
 
     def __init__(self, path: Path) -> None:
-        # Whatever the umask is.
+        # The mode of the file must not depend on the umask.
         self._raw = io.FileIO(path, "xb", opener=lambda path, flags: os.open(path, flags, 0o600))
         self._file = io.BufferedWriter(self._raw, PIECE)
 

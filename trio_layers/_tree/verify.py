@@ -1,4 +1,4 @@
-"""Whether a tree on the disk still is what its list of entries says."""
+"""Compares a tree on the disk with its list of entries."""
 
 from __future__ import annotations
 
@@ -34,22 +34,26 @@ _TYPES: Final = {
     "whiteout": stat.S_IFCHR,
 }
 _OVERLAY_PREFIXES: Final = ("trusted.overlay.", "user.overlay.")
-# The others of "security." are for the machine to set: SELinux labels, hashes of IMA.
+# The machine sets the other attributes of "security.": SELinux labels, hashes of IMA.
 _CHECKED_XATTRS: Final = ("user.", "trusted.", "security.capability", ACCESS_ACL, DEFAULT_ACL)
 
-# Times that any file system takes as they are; ext4 may have 32 bits for the seconds.
+# Times that every file system stores exactly; ext4 may have 32 bits for the seconds.
 _SAFE_SECONDS: Final = range(-(2**31), 2**31)
 
 
 def verify(target: Path, *, check_cancelled: Callable[[], None]) -> Summary:
     """Compare a tree with its list: names, types, owners, modes, times, attributes, contents.
 
-    Where the list says that something could not be set for lack of privilege, owners, modes,
-    device nodes and attributes may differ. Blocks; nothing must change in the tree meanwhile.
+    If the list says that metadata is missing for lack of privilege, then owners, modes, device
+    nodes and attributes may differ. The function blocks; the tree must not change meanwhile.
+
+    Args:
+        target: The directory with ``fs`` and ``entries``.
+        check_cancelled: Called at each entry and chunk; what it raises comes out as it is.
 
     Raises:
-        StoreError: if there is a difference, which the message names; the first, if several. Also
-            if the list or the tree cannot be read.
+        StoreError: If there is a difference, or the list or the tree cannot be read. The message
+            names the first difference.
     """
     try:
         with open(target / "entries", "rb") as file:
@@ -109,7 +113,7 @@ class _Comparison:
             if more:
                 raise _difference(join(entry.path, min(more)), "is not in the list")
         elif found.st_nlink != self._names.get(entry.links or b"", 1):
-            raise _difference(entry.path, "has more or fewer names than in the list")
+            raise _difference(entry.path, "has more or fewer hard links than in the list")
         if entry.links is not None and (
             self._inodes.setdefault(entry.links, found.st_ino) != found.st_ino
         ):
@@ -119,7 +123,7 @@ class _Comparison:
         self._compare_metadata(entry, found)
         if entry.type == "symlink":
             if os.readlink(name, dir_fd=directory) != entry.linkname:
-                raise _difference(entry.path, "leads elsewhere")
+                raise _difference(entry.path, "has a different target")
             return
         if entry.type == "file" and entry.links in (None, entry.path):
             self._compare_content(entry, found, directory, name)
@@ -129,28 +133,28 @@ class _Comparison:
         kind = stat.S_IFMT(found.st_mode)
         empty = kind == stat.S_IFREG and found.st_size == 0
         if self._limited and empty and entry.type in ("char", "block", "whiteout"):
-            return  # which stands for a device
+            return  # the empty file stands for a device
         if kind != _TYPES.get(entry.type):
-            raise _difference(entry.path, f"is no {entry.type}")
+            raise _difference(entry.path, f"is not a {entry.type}")
         device = (0, 0) if entry.type == "whiteout" else entry.dev
         if device and (os.major(found.st_rdev), os.minor(found.st_rdev)) != device:
-            raise _difference(entry.path, "is another device")
+            raise _difference(entry.path, "is a different device")
 
     def _compare_metadata(self, entry: Entry, found: os.stat_result) -> None:
         if entry.mtime_ns // 10**9 in _SAFE_SECONDS and found.st_mtime_ns != entry.mtime_ns:
-            raise _difference(entry.path, "has been modified")
+            raise _difference(entry.path, "has a different modification time")
         if self._limited:
             return
         if (found.st_uid, found.st_gid) != (entry.uid, entry.gid):
-            raise _difference(entry.path, "belongs to somebody else")
+            raise _difference(entry.path, "has a different owner or group")
         if entry.type != "symlink" and stat.S_IMODE(found.st_mode) != entry.mode:
-            raise _difference(entry.path, "has another mode")
+            raise _difference(entry.path, "has a different mode")
 
     def _compare_content(
         self, entry: Entry, found: os.stat_result, directory: int, name: bytes
     ) -> None:
         if found.st_size != entry.size:
-            raise _difference(entry.path, "has another size")
+            raise _difference(entry.path, "has a different size")
         crc = 0
         file = os.open(name, _FILE_FLAGS, dir_fd=directory)
         try:
@@ -160,7 +164,7 @@ class _Comparison:
         finally:
             os.close(file)
         if entry.crc32 is not None and crc != entry.crc32:
-            raise _difference(entry.path, "has another content")
+            raise _difference(entry.path, "has different content")
 
     def _compare_xattrs(self, entry: Entry, directory: int, name: bytes) -> None:
         descriptor = os.open(name or b".", _HANDLE_FLAGS, dir_fd=directory)
@@ -174,10 +178,11 @@ class _Comparison:
                     if not self._limited:
                         raise _difference(entry.path, f"lacks the attribute {attribute!r}")
                 elif os.getxattr(handle, attribute) != value:
-                    raise _difference(entry.path, f"has another value of {attribute!r}")
+                    raise _difference(entry.path, f"has a different value of {attribute!r}")
             opaque = any(prefix + "opaque" in there for prefix in _OVERLAY_PREFIXES)
             if opaque != entry.opaque and not self._limited:
-                raise _difference(entry.path, "hides more or less than in the list")
+                where = "on the disk" if opaque else "in the list"
+                raise _difference(entry.path, f"is opaque only {where}")
             for attribute in there:
                 if (
                     attribute.startswith(_CHECKED_XATTRS)
@@ -185,7 +190,7 @@ class _Comparison:
                     and attribute != OVERRIDE
                     and not attribute.startswith(_OVERLAY_PREFIXES)
                 ):
-                    raise _difference(entry.path, f"has an attribute {attribute!r}")
+                    raise _difference(entry.path, f"has the unexpected attribute {attribute!r}")
         finally:
             os.close(descriptor)
 

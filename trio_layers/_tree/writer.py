@@ -1,7 +1,7 @@
-"""A layer's entries become a tree that overlayfs can take as it is.
+"""Writes a layer's entries as a tree that overlayfs can use directly.
 
-The tree holds what the layer changes: OCI whiteouts (image specification, ``layer.md``) become
-overlayfs' own, a directory that the layer does not list is made where one is needed.
+The tree contains only the layer's changes. OCI whiteouts (image specification, ``layer.md``)
+become overlayfs' whiteouts. Missing parent directories are made.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, final
 import attrs
 
 from .._acl import DEFAULT_ACL
-from .._entries import Entry, Metadata, file_line, link_line, opaque_line, put_line
+from .._entries import Entry, Metadata, entry_line, file_line, link_line, opaque_line
 from .._errors import LimitExceeded, StoreError, UnpackError
 from .._printable import printable_path
 from .._tar.limits import Limits
-from .._tar.reader import Content, Member
+from .._tar.reader import ContentPiece, Member
 from .capabilities import Capabilities
 from .directories import join, split
 from .inodes import InodeWriter, translate_os_errors, unpack_error
@@ -41,23 +41,27 @@ _COPY_CHUNK: Final = 1 << 18
 
 
 def _on_lower_file(path: bytes, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call what opens or reads a file from below: it is no fault of the layer if it fails."""
+    """Call a function that opens or reads a file of a lower tree.
+
+    Raises:
+        StoreError: If the call fails, which is not the fault of this layer.
+    """
     try:
         return call(*args, **kwargs)
     except OSError as error:
         raise StoreError(
-            f"{printable_path(path)}: cannot be read from the layers below ({error.strerror}): check the "
-            "store, with repair, and pull again"
+            f"{printable_path(path)} cannot be read from the layers below ({error.strerror}). "
+            "Check the store with repair and pull again"
         ) from error
 
 
 @final
 class TreeWriter:
-    """Writes one layer's members below a directory, and lists them as it goes.
+    """Writes one layer's members below a directory, and lists them at the same time.
 
     Attributes:
-        needs_lower: What the layer becomes depends on what is below, which was not given: the
-            tree is not whole.
+        needs_lower: The tree is not complete, because its content depends on lower trees, which
+            are not known.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class TreeWriter:
 
     @property
     def assumed(self) -> tuple[bytes, ...]:
-        """What was taken for granted while nothing was known of what is below: see ``holds``."""
+        """Assumptions about an unknown parent, see `assumptions_hold`."""
         return tuple(self._tree.assumed)
 
     @property
@@ -98,38 +102,38 @@ class TreeWriter:
 
     @property
     def incomplete(self) -> bool:
-        """Whether the list has something that the tree does not."""
+        """Whether the tree lacks an inode or metadata from the list."""
         return self._inodes.incomplete
 
     def count(self, path: bytes) -> None:
         """Count an entry, or a directory or name that an entry implies.
 
         Raises:
-            LimitExceeded: if the count exceeds the limit.
+            LimitExceeded: If the count exceeds the limit.
         """
         self._counted += 1
         if self._counted > self._max_entries:
             raise LimitExceeded(
-                f"{printable_path(path)}: more entries, with the directories that they imply, than the "
-                f"limit max_entries, {self._max_entries}, allows"
+                f"{printable_path(path)}: more entries and implied directories than the limit "
+                f"max_entries, {self._max_entries}, allows"
             )
 
-    def add(self, member: Member, data: Iterator[Content]) -> None:
-        """Take one member; ``data`` is its content, taken for files only.
+    def add(self, member: Member, data: Iterator[ContentPiece]) -> None:
+        """Write one member; ``data`` is its content, used for files only.
 
         Raises:
-            UnpackError: if it cannot be unpacked.
-            StoreError: if the file system cannot take it.
+            UnpackError: If the member cannot be unpacked.
+            StoreError: If the file system cannot store it.
         """
         if self.needs_lower:
-            # The tree is worth nothing, and what follows may look wrong in it that is not.
+            # The tree is not used, and in it a valid entry may look invalid.
             return
         try:
             file = self._write_member(member)
         except OSError as error:
             raise unpack_error(error, member.name) from error
         except UnpackError as error:
-            # Of an entry below a link, or of a link, the error may name another path only.
+            # If links are involved, the error may name only another path.
             name = printable_path(member.name.removeprefix(b"./").rstrip(b"/"))
             if name in str(error) or printable_path(member.name) in str(error):
                 raise
@@ -143,7 +147,10 @@ class TreeWriter:
             )
 
     def finish(self) -> None:
-        """Set the directories' times, which every change in them has moved, and default ACLs."""
+        """Set the default ACLs and the times of all directories.
+
+        The times are set last, because each change in a directory changes the directory's time.
+        """
         with translate_os_errors(b"."):
             for path, acl in self._tree.default_acls.items():
                 self._check_cancelled()
@@ -162,15 +169,16 @@ class TreeWriter:
         self._directories.close()
 
     def _write_member(self, member: Member) -> tuple[int, bytes] | None:
-        """Put a member where it belongs; of a file, which is new and empty then, returns a
-        descriptor and the path.
+        """Write a member, except a file's content.
+
+        Returns the descriptor and path of a new, empty file; ``None`` for other members.
         """
         name = member.name
         if name.startswith(b"./"):
             name = name[2:]
         parent, _, last = name.rpartition(b"/")
         if parent not in self._tree.times or last in (b"", b".", b"..") or _WHITEOUT in name:
-            # Not simply a name in a directory that is known.
+            # The parent is not a directory of this tree yet, or the name needs normalising.
             parts = path_components(name)
             self._check_path(b"/".join(parts))
             if _WHITEOUT in name and self._is_aufs_metadata(parts):
@@ -198,36 +206,43 @@ class TreeWriter:
         return None
 
     def _is_aufs_metadata(self, parts: list[bytes]) -> bool:
-        """Whether it is one of the names under which aufs keeps its books; moby passes over
-        them, too, but for the mark of an opaque directory, which is obeyed.
+        """Return whether a name is one of aufs' own names for its bookkeeping.
+
+        Such entries are ignored, as in moby, except the mark of an opaque directory, which makes
+        its directory opaque.
+
+        Raises:
+            UnpackError: If a whiteout is the parent of another entry.
         """
         above, last = parts[:-1], b"".join(parts[-1:])
         if any(part.startswith(_AUFS_PREFIX) for part in above):
             return True
         if any(part.startswith(_WHITEOUT) for part in above):
-            raise UnpackError(f"{printable_path(b'/'.join(parts))}: a whiteout is no directory")
+            raise UnpackError(
+                f"{printable_path(b'/'.join(parts))}: a whiteout cannot contain other entries"
+            )
         if last == _OPAQUE:
             self._make_opaque(self._ensure_parent(above))
         return last.startswith(_AUFS_PREFIX)
 
     def _set_root(self, member: Member) -> None:
         if member.type != "dir":
-            raise UnpackError(f"{printable_path(member.name)}: the root can only be a directory")
+            raise UnpackError(f"{printable_path(member.name)}: the root must be a directory")
         self._set_directory_metadata(entry_from_member(member, b"", "dir"), is_new=False)
-        # The root is a directory whatever is below, unlike others listed late.
+        # Unlike other directories, the root is a directory on any parent, so nothing is assumed.
         self._tree.implied.discard(b"")
         self._tree.assumed.pop(b"", None)
 
     # Directories.
 
     def _ensure_parent(self, parts: list[bytes]) -> bytes:
-        """The real path of an entry's parent, which is made if it is not there."""
+        """Return the real path of an entry's parent, after making missing directories."""
         path = self._tree.resolve(parts)
         self._ensure_directory(path)
         return path
 
     def _ensure_directory(self, path: bytes) -> None:
-        """Make ``path`` a directory, and those on the way to it."""
+        """Make the directory ``path`` and its ancestors, unless they exist."""
         missing: list[bytes] = []
         while path not in self._tree.times:
             missing.append(path)
@@ -244,7 +259,7 @@ class TreeWriter:
             self._tree.implied.add(path)
 
     def _assumed_directory(self, path: bytes) -> Entry:
-        """A directory that no entry describes, where something may or may not be below."""
+        """Return the entry for a directory without one, and note the assumption if necessary."""
         entry = implied_directory(path)
         return attrs.evolve(entry, implied=True) if self._tree.assume_directory(path) else entry
 
@@ -263,11 +278,11 @@ class TreeWriter:
             replaces = True
         self._set_directory_metadata(entry, is_new=True)
         if replaces:
-            # Something else stood here, in this layer: nothing shows through any more.
+            # This layer had another entry here, which hides the lower directory for good.
             self._make_opaque(path)
 
     def _set_directory_metadata(self, entry: Entry, *, is_new: bool) -> None:
-        """Give a directory that is there its metadata."""
+        """Set an existing directory's metadata and list it."""
         path, xattrs = entry.path, entry.xattrs
         self._tree.default_acls.pop(path, None)
         if DEFAULT_ACL in xattrs:
@@ -277,9 +292,9 @@ class TreeWriter:
             self._directories.open(path), entry, xattrs, is_new=is_new
         )
         self._tree.times[path] = entry.mtime_ns
-        self._log(put_line(entry))
+        self._log(entry_line(entry))
 
-    # All else.
+    # Other types.
 
     def _create_file(self, parent: bytes, name: bytes, path: bytes, mode: int) -> int:
         try:
@@ -294,7 +309,7 @@ class TreeWriter:
         path: bytes,
         metadata: Metadata,
         xattrs: Mapping[str, bytes],
-        data: Iterator[Content],
+        data: Iterator[ContentPiece],
     ) -> None:
         size, crc = self._inodes.write_file(
             descriptor, path, metadata, xattrs, data, self._check_cancelled
@@ -303,7 +318,7 @@ class TreeWriter:
 
     def _make_special(self, entry: Entry) -> None:
         if entry.type == "char" and entry.dev == (0, 0):
-            # On an overlay, this device is a whiteout, wherever it comes from.
+            # overlayfs takes every such device for a whiteout.
             self._tree.remove(entry.path)
             self._write_whiteout(entry.path)
             return
@@ -313,33 +328,33 @@ class TreeWriter:
         except FileExistsError:
             self._tree.remove(entry.path)
             self._inodes.make_special(self._directories.open(parent), name, entry)
-        self._log(put_line(entry))
+        self._log(entry_line(entry))
 
     def _make_hard_link(self, member: Member, path: bytes) -> None:
         tree = self._tree
         parts = path_components(member.linkname)
-        wanted = f"{printable_path(path)}: a hard link to {printable_path(member.linkname)}, "
+        link = f"{printable_path(path)}: cannot link to {printable_path(member.linkname)}"
         if not parts or any(part.startswith(_WHITEOUT) for part in parts):
-            raise UnpackError(wanted + "which is no file")
+            raise UnpackError(f"{link}: the target is not a file")
         try:
             self._check_path(b"/".join(parts))
         except LimitExceeded as error:
-            raise LimitExceeded(f"{wanted}{error}") from None
+            raise LimitExceeded(f"{link}: {error}") from None
         target = join(tree.resolve(parts[:-1]), parts[-1])
         tree.check_resolved_path(target)
         found = tree.stat(target)
-        # What is not here may be a link below, and the way lead elsewhere.
+        # Without lower trees, a path that is missing here may be a link there that leads elsewhere.
         known = found is not None or tree.lower is not None or tree.is_hidden(target)
         if target == path or (known and target.startswith(path + b"/")):
-            raise tree.path_error(wanted + "which it replaces")
+            raise tree.path_error(f"{link}: the link replaces the target")
         if target in tree.whiteouts or (found is None and tree.is_hidden(target)):
-            raise tree.path_error(wanted + "which this layer removes")
+            raise tree.path_error(f"{link}: this layer removes the target")
         if found is None:
             if tree.lower is None:
                 raise DependsOnParent
-            self._copy_up(target, tree.lower, wanted)
+            self._copy_up(target, tree.lower, link)
         elif stat.S_ISDIR(found.st_mode):
-            raise tree.path_error(wanted + "which is a directory")
+            raise tree.path_error(f"{link}: the target is a directory")
         entry = entry_from_member(member, path, "file")
         tree.remove(path)
         self._link_file(target, path)
@@ -348,21 +363,32 @@ class TreeWriter:
         self._log(link_line(entry, target))
 
     def _link_file(self, target: bytes, path: bytes) -> None:
-        """Make ``path`` one more name of what is at ``target``."""
+        """Make ``path`` another name of the inode at ``target``."""
         (source, old), (parent, new) = split(target), split(path)
         directory, into = self._directories.open(source), self._directories.open(parent)
         os.link(old, new, src_dir_fd=directory, dst_dir_fd=into, follow_symlinks=False)
 
-    def _copy_up(self, target: bytes, lower: LowerTree, wanted: str) -> None:
-        """Bring a file from below, with all the names it has there, so that they stay one."""
+    def _copy_up(self, target: bytes, lower: LowerTree, link: str) -> None:
+        """Copy a file from the lower trees, with all its names, so that they stay one file.
+
+        Args:
+            target: The file's path.
+            lower: The lower trees.
+            link: The beginning of an error message about the hard link that needs the file.
+
+        Raises:
+            UnpackError: If there is no such file.
+            LimitExceeded: If the layer needs more bytes from lower trees than a limit allows.
+        """
         entry = lower.lookup(target)
         if entry is None or entry.type == "dir":
-            raise UnpackError(wanted + ("which is not there" if entry is None else "a directory"))
+            fault = "does not exist" if entry is None else "is a directory"
+            raise UnpackError(f"{link}: the target {fault}")
         self._copy_up_budget -= entry.size
         if self._copy_up_budget < 0:
             raise LimitExceeded(
-                wanted + "which is one of more bytes from the layers below than the limit "
-                "max_unpacked_bytes allows"
+                f"{link}: the layer's hard links need more bytes from the layers below than the "
+                "limit max_unpacked_bytes allows"
             )
         parent, name = split(target)
         self._ensure_directory(parent)
@@ -388,20 +414,25 @@ class TreeWriter:
             self._tree.copied_up.add(other)
 
     def _read_lower_content(self, path: bytes, source: int) -> Iterator[bytes | int]:
-        """What an open file from below holds; what is all zeros is made a hole again."""
+        """Iterate over a lower file's content; a piece of zeros becomes a hole again."""
         while piece := _on_lower_file(path, os.read, source, _COPY_CHUNK):
             self._check_cancelled()
             yield len(piece) if piece == bytes(len(piece)) else piece
 
-    # What is taken away.
+    # Removal.
 
     def _apply_whiteout(self, parent: bytes, name: bytes) -> None:
-        """A whiteout: ``name`` is not there any more, unless this layer has it itself."""
+        """Apply a whiteout: remove ``name`` of the lower trees, but not of this layer.
+
+        Raises:
+            UnpackError: If the whiteout names a dot or nothing.
+        """
         tree = self._tree
         path = join(parent, name)
         if name in (b"", b".", b".."):
             raise UnpackError(
-                f"a whiteout in {printable_path(parent)} names nothing that can be removed"
+                f"{printable_path(join(parent, _WHITEOUT + name))}: the whiteout names nothing "
+                "that can be removed"
             )
         if path in tree.whiteouts or path in tree.opaque:
             return
@@ -416,8 +447,10 @@ class TreeWriter:
             self._write_whiteout(path)
 
     def _write_whiteout(self, path: bytes) -> None:
-        """Cover what is at ``path`` below, if there may be something: overlayfs shows the name
-        of a whiteout in a directory that it does not merge with another.
+        """Write a whiteout at ``path`` if the lower trees may have an entry there.
+
+        A needless whiteout could become visible: overlayfs shows the names of whiteouts in a
+        directory that it does not merge with another.
         """
         tree = self._tree
         if tree.is_hidden(path) or (tree.lower is not None and tree.lookup_below(path) is None):
@@ -428,10 +461,10 @@ class TreeWriter:
         entry = Entry(path=path, type="whiteout", mode=0)
         self._inodes.make_special(self._directories.open(parent), name, entry)
         tree.whiteouts.add(path)
-        self._log(put_line(entry))
+        self._log(entry_line(entry))
 
     def _make_opaque(self, path: bytes) -> None:
-        """Make a directory opaque: of what is in it, only what is this layer's own stays."""
+        """Make a directory opaque, so that it shows only this layer's own entries."""
         if path in self._tree.opaque:
             return
         self._tree.prune(path)
