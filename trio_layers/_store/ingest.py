@@ -193,7 +193,7 @@ class Ingest:
             await trio.to_thread.run_sync(self._finish, self._partial)
             self.arriving.set()
 
-    async def commit_with(self, job: Job, *, since: int) -> None:
+    async def _commit_with(self, job: Job, *, since: int) -> None:
         """Run a job that makes the blob and its tree visible; see `Commits.commit`.
 
         If the store already has the blob, the job makes the tree visible only.

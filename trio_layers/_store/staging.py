@@ -301,7 +301,7 @@ class DirectoryStage:
                 if not unpacked.needs_lower:
                     self._tree = stored_tree(unpacked, unpacked.diff_id)
                 job = partial(self._place, target=target, unpacked=unpacked)
-                await self._sink.commit_with(job, since=since)
+                await self._sink._commit_with(job, since=since)
                 return
 
     def _note_position(self, position: int) -> None:
