@@ -1,7 +1,7 @@
 """A pytest plugin for runs in which everything is there: a skipped test fails the run.
 
 Loaded by ``-p _no_skips``, with this directory on ``PYTHONPATH``. Skips whose reason begins with
-``kernel:`` are let through: no package changes what the kernel can do.
+``kernel:`` are let through: no package adds a feature to the kernel.
 """
 
 from __future__ import annotations

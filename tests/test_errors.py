@@ -1,4 +1,4 @@
-"""Errors go from a process to another, and to each who waits, with all they say."""
+"""Errors reach other processes, and each waiting task, with all their details."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example runs, as users run it, and says what it promises."""
+"""Every example runs as users run it, and prints the promised result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each room imports only what lies below it, and no file is part of a circle.
+"""Each room imports only rooms below it, and no file is part of a circle.
 
     _cli ─► _commands ─► _display, _logins, _pull, _archives ─► _registry │ _engine │ _store
     _store ─► _workers ─► _rootfs ─► _tree ─► _tar ─► base ─► values
@@ -167,7 +167,7 @@ def imported(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[str]:
 
 
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
-    """What is wrong with a module of the package, by its name without ``trio_layers.``."""
+    """Return the violations of a module, named without ``trio_layers.``."""
     here = place_of(module)
     if here not in LEVELS:
         return [f"{module}: has no place in LEVELS"]

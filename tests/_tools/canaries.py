@@ -56,7 +56,7 @@ class Canaries:
 
     def check_objects(self) -> None:
         """None of the library's objects that there are has a repr that shows anything."""
-        gc.collect()  # what earlier tests have left
+        gc.collect()  # objects of earlier tests
         there = [each for each in gc.get_objects() if _is_ours(type(each))]
         assert there
         for each in there:
@@ -110,7 +110,7 @@ def _is_ours(kind: type) -> bool:
 
 
 def _all_of(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it was caused by or raised together with, shown or not."""
+    """Yield an exception with its causes and contexts, shown in tracebacks or not."""
     waiting, done = [error], set[int]()
     while waiting:
         each = waiting.pop()

@@ -1,4 +1,4 @@
-"""Debian's containerd as a child process, and ctr: what its overlay mounts of images show."""
+"""Debian's containerd as a child process, and ctr, to read its overlay mounts of images."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class DockerRegistry:
     log: Path
 
     def requests(self) -> list[str]:
-        """What was asked of one that does not keep quiet: ``GET /v2/… HTTP/1.1`` and the status."""
+        """Return the requests in its log, as ``GET /v2/… HTTP/1.1`` and the status."""
         found = REQUEST.findall(self.log.read_text())
         return [f"{request} {status}" for request, status in found]
 

@@ -1,8 +1,8 @@
 """Cancellation at exact moments: where the scheduler begins or ends a step of a task.
 
-Cancelled at the end of a step, a task is cancelled in what it has just begun to wait for. Cancelled
-at the beginning of one, it has got what it waited for, and hears of the cancellation at its next
-checkpoint. What is right for the one may be wrong for the other.
+A cancellation at the end of a step ends the wait that the task has just begun. A cancellation at
+the beginning of a step comes after the wait, and the task gets it at its next checkpoint. Code that
+is right for one of the two may be wrong for the other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Countdown:
     """To the moment of a cancellation.
 
     Attributes:
-        scope: What is cancelled then.
-        left: How many moments are left; it has come if that is 0 or less.
+        scope: The scope to cancel then.
+        left: Number of moments before it; 0 or less once it has come.
         frames: The functions that the task was in at that moment, the innermost first; none if
             it had just ended.
     """
@@ -73,9 +73,9 @@ def moments(
     """Cancel the scope at a moment that comes in the block, if it comes.
 
     Args:
-        scope: What to cancel.
-        at: The how manieth moment it is, counted from 1; or `NEVER`.
-        of: Whose moments count; ``None``: those of the task that is here.
+        scope: The scope to cancel.
+        at: The number of the moment, counted from 1; or `NEVER`.
+        of: The task whose moments count; ``None``: the calling task.
         below: Whether the moments of the tasks in its nurseries, and in theirs, count too.
     """
     countdown = Countdown(scope, at)

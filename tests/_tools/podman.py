@@ -1,4 +1,4 @@
-"""podman, with a storage of its own: what its overlay mounts of images show."""
+"""podman with a storage of its own, to read its overlay mounts of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from _tools.docker_registry import require
 
 @attrs.frozen
 class Podman:
-    """podman on a storage directory, and on a short one for what lives no longer than it runs."""
+    """Run podman on a storage directory, with a short path for its run-time files."""
 
     directory: Path
     short: Path

@@ -21,8 +21,8 @@ class Proxy:
 
     Attributes:
         host: Host and port.
-        login: ``name:password`` without which nothing goes through; ``None``: nobody is asked.
-        heads: The requests that it got, as they came, without what went through tunnels.
+        login: The required ``name:password``; ``None``: none is required.
+        heads: The requests that it got, as they came, without those inside tunnels.
     """
 
     host: str

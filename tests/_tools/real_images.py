@@ -17,7 +17,7 @@ MANY_FILES: Final = "adwaita-icon-theme"
 """A package of some six thousand small files."""
 
 STEPS: Final = [
-    # Each is a layer, and is run by a shell in the root of the image. What is usual in images …
+    # Each is a layer, and is run by a shell in the root of the image. Steps that are usual in images …
     "chroot . dpkg --force-depends --purge tzdata && rm -rf usr/share/doc usr/share/man",
     "mkdir -p srv/app && cp -a etc srv/app/ && ln -s app/etc srv/current && rm -r srv/app/etc/apt",
     "chown -R 1000:1000 srv/app && chmod -R go-rwx srv/app/etc && setcap cap_net_raw+ep bin/tar",
@@ -28,7 +28,7 @@ STEPS: Final = [
     "mv usr/share/perl5 opt/perl5 && ln -s ../../opt/perl5 usr/share/perl5",
     "rm -r srv/app/etc && mkdir -m 2711 srv/app/etc && echo new > srv/app/etc/new",
     "rm usr/share/perl5 && mkdir usr/share/perl5 && mv opt/perl5/Debconf usr/share/perl5/",
-    # … what becomes something else, …
+    # … files that become other types, …
     "rm -r media && echo file > media && rm etc/issue && mkdir etc/issue && touch etc/issue/in",
     "rm media && mkfifo media && rm -r etc/issue && ln -s /nowhere etc/issue && mknod dev/x b 8 1",
     # … and names, times and attributes that are seldom seen.
@@ -66,7 +66,7 @@ class Buildah:
 
     @contextmanager
     def layer(self, base: str, name: str) -> Iterator[Path]:
-        """What is done in the directory, during the block, makes image ``name`` of ``base``."""
+        """Make the image ``name`` from ``base`` with the changes in the directory during the block."""
         container = self.run("from", "--pull-never", base)
         yield Path(self.run("mount", container))
         self.run("umount", container)

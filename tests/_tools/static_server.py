@@ -23,9 +23,9 @@ class StaticServer:
 
     Attributes:
         url: Scheme, host and port.
-        root: What it serves.
-        cut: After how many bytes the connection is closed, by the end of the path; once each.
-        requests: All that it was asked.
+        root: The served directory.
+        cut: Number of bytes after which the connection is closed, once, by the end of the path.
+        requests: All requests.
     """
 
     url: str

@@ -73,16 +73,17 @@ def _encode(data: str | bytes) -> str:
 
 @attrs.define
 class TokenServer:
-    """A running server, which may be told other things meanwhile.
+    """A running server, whose attributes may change meanwhile.
 
     Attributes:
         realm: Its URL.
         signer: Signs the tokens.
-        passwords: By user.
-        refresh_tokens: The user of each, that may be used once; the answer has the next one.
-        post_status: What POST is answered with instead.
-        requests: Method and how the user was known, of each.
-        given: All tokens, and refresh tokens, that were given.
+        passwords: The passwords by user.
+        refresh_tokens: The user of each refresh token. Each is valid once, and replaced by the
+            next.
+        post_status: The status of all POST requests; ``None`` for the usual one.
+        requests: The method of each request, and the way in which its user was recognised.
+        given: All tokens and refresh tokens that were issued.
     """
 
     realm: str
@@ -94,7 +95,7 @@ class TokenServer:
     given: list[str] = attrs.field(factory=list)
 
     def config(self, certificate: Path) -> str:
-        """What makes docker-registry send its users here."""
+        """Return the settings with which docker-registry sends its users here."""
         self.signer.write_certificate(certificate)
         return (
             f"auth: {{token: {{realm: {self.realm}, service: {SERVICE}, issuer: {ISSUER}, "

@@ -1,4 +1,4 @@
-"""What a recorded scenario is played with: sources and a store that write down what happens."""
+"""Sources and a store that play a recorded scenario, and write down the events."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class Store:
         diff_id = diff_id_of(content)
         chain = extend_chain(parent.chain_id if parent else None, diff_id)
         if chain not in self.layers:
-            # Its chain ID still tells what it was registered on, as with the mock of moby's tests.
+            # Its chain ID still shows its parent, as with the mock of moby's tests.
             parent = None if drop_parent else parent
             self.layers[chain] = StoredLayer(self._world, diff_id, chain, parent, content)
             if parent is not None:
@@ -249,7 +249,7 @@ class Store:
         return layer
 
     def work_on(self, diff_id: str) -> dict:
-        """What registering a layer takes besides reading it."""
+        """The time that a registration takes besides the reading."""
         return self._work.get(diff_id, self._work.get("*", {}))
 
     async def put(self, content: bytes, parent: str | None) -> StoredLayer:
@@ -295,7 +295,7 @@ class Store:
 
 
 class StagingStore(Store):
-    """A store that unpacks what arrives, at the pace at which the scenario has it read.
+    """A store that unpacks arriving bytes at the scenario's pace of reading.
 
     It keeps nothing of a blob that has not become a layer, as the sources of a trace bring all of
     it again.
@@ -322,7 +322,7 @@ class StagingStore(Store):
 
 @attrs.define(eq=False)
 class Run:
-    """One worker, and what it works on."""
+    """One worker and its work."""
 
     data: bytes = b""
     complete: bool = False
@@ -403,7 +403,7 @@ class Stage:
 
 
 class Arriving(trio.abc.ReceiveStream):
-    """What `Body` is for what arrives: read in the same pieces, at the same pace."""
+    """The counterpart of `Body` for arriving bytes: the same pieces at the same pace."""
 
     def __init__(self, stage: Stage, run: Run) -> None:
         self._stage, self._run = stage, run
@@ -437,7 +437,7 @@ class Arriving(trio.abc.ReceiveStream):
 
 
 class World:
-    """Plays one scenario, and knows afterwards what happened when."""
+    """Plays one scenario, and records its events with their times."""
 
     def __init__(self, scenario: dict, *, staged: bool = False) -> None:
         self.scenario = scenario
@@ -472,7 +472,7 @@ class World:
             assert self.open_stages == 0
             released = list(self.store.log["release"])
             nursery.cancel_scope.cancel()
-        # Without what the end of the test released.
+        # Without the layers that the end of the test released.
         self.store.log["release"] = released
         await trio.testing.wait_all_tasks_blocked()
 

@@ -1,4 +1,4 @@
-"""Where a cancellation can meet the engine, and what is left then."""
+"""Cancellations at each place in the engine, and the state that they leave."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def test_at_every_step(seed: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("path", sorted(CASES.glob("*.json")), ids=lambda path: path.stem)
 def test_manager_cancelled_at_every_second_step_of_a_trace(path: Path) -> None:
-    """Whatever runs: it stops, sources are closed once, and nothing else comes out."""
+    """Everything stops, sources are closed once, and no other error comes out."""
     scenario = json.loads(path.read_text())["scenario"]
     step, complete = -1, False
     while not complete and step < 400:
@@ -380,7 +380,7 @@ def test_manager_cancelled_at_every_second_step_of_a_trace(path: Path) -> None:
 
 
 def test_manager_left_while_a_pull_waits() -> None:
-    """Leaving it cancels what runs; the pull gets ManagerClosed, of its own."""
+    """Leaving the manager cancels transfers; each pull gets a ManagerClosed of its own."""
     errors: list[ManagerClosed] = []
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What the recorded traces do not show: sharing, order, errors, limits."""
+"""Sharing, order, errors and limits beyond the recorded traces."""
 
 from __future__ import annotations
 
@@ -171,8 +171,9 @@ def test_joined_child_while_its_finished_parent_is_downloaded_afresh(seed: int) 
 
 @SEEDS
 def test_layer_above_one_that_is_there_by_now_is_shared(seed: int) -> None:
-    """The first pull found the bottom layer missing, the second finds it in the store: what is
-    above it is on its way, and is not downloaded again.
+    """The second pull finds the bottom layer in the store, and shares the layers above it.
+
+    The first pull found the bottom layer missing. The layers above are not downloaded again.
     """
 
     async def main() -> None:
@@ -201,7 +202,7 @@ def test_layer_above_one_that_is_there_by_now_is_shared(seed: int) -> None:
 
 @SEEDS
 def test_queued_layer_whose_parent_has_failed_is_not_downloaded(seed: int) -> None:
-    """Its pull has the parent in its store, and shares what another pull puts on its own."""
+    """A pull with the parent in the store shares a layer that another pull puts on it."""
 
     async def main() -> None:
         store = MemoryStore()

@@ -1,4 +1,4 @@
-"""Scenarios nobody thought of: what must hold in each, whatever happens in it."""
+"""Random scenarios, and the properties that hold in each of them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def scenario(rng: random.Random) -> dict:
 @IN_BOTH_WAYS
 @pytest.mark.parametrize("seed", range(300))
 def test_invariants(seed: int, staged: bool) -> None:
-    """Sources and streams are closed once; the store holds in the end what it held at first."""
+    """Sources and streams are closed once; the store ends with its first contents."""
     made = scenario(random.Random(seed))
     world = World(made, staged=staged)
     run(world.play, seed)
@@ -96,7 +96,7 @@ def test_invariants(seed: int, staged: bool) -> None:
             assert len(result["diff_ids"]) == len(pull["initial_rootfs"] + pull["layers"])
             above = result["diff_ids"][len(pull["initial_rootfs"]) :]
             for diff_id, name in zip(above, pull["layers"], strict=True):
-                # Whoever has the same key may have started its download.
+                # Another source with the same key may have started its download.
                 assert diff_id in {
                     diff_id_of(layer["content"].encode())
                     for layer in made["layers"].values()

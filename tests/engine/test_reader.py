@@ -1,4 +1,4 @@
-"""What `LayerReader` reports, and when: moby's ``pkg/progress/progressreader.go``."""
+"""The reports of `LayerReader`, as in moby's ``pkg/progress/progressreader.go``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress: who sees what, and what a bad sink can do to whom."""
+"""Progress: the events that each sink gets, and the harm that a bad sink can do."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_result_does_not_wait_for_a_layer_below_that_is_not_needed(
 
 @SEEDS
 def test_slow_sink_gets_the_newest_and_the_last(seed: int) -> None:
-    """What came meanwhile is skipped; nothing comes twice; the end arrives."""
+    """A slow sink skips older states, gets none twice, and gets the last one."""
     seen: list[Progress] = []
 
     async def sink(progress: Progress) -> None:
@@ -304,7 +304,7 @@ def test_progress_after_the_end_is_ignored() -> None:
 
 @SEEDS
 def test_id_is_each_watchers_own(seed: int) -> None:
-    """One who joins sees its own source's ID."""
+    """A pull that joins a transfer sees its own source's ID."""
     seen: dict[str, set[str]] = {"first": set(), "second": set()}
 
     async def main() -> None:

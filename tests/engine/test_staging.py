@@ -1,4 +1,4 @@
-"""Layers that are unpacked while they arrive: what the recorded traces do not show."""
+"""Layers that are unpacked while they arrive, beyond the recorded traces."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Store(MemoryStore):
 
 
 def failing_at(seconds: float, error: Exception, *, key: str | None = None) -> Store:
-    """A store whose worker fails for certain, at some time, whatever comes."""
+    """A store whose worker fails at some time with any bytes."""
 
     def change(stage: MemoryStage) -> None:
         async def wait_failed() -> Exception:
@@ -98,7 +98,7 @@ def failed_at(store: MemoryStore, sources: list, error: type[Exception], text: s
 def pulled(
     store: MemoryStore, *sources: ScriptedSource | FakeSource, cancel_at: float | None = None
 ) -> list[tuple[float, str, int, int]]:
-    """What is reported of one pull, all layers together."""
+    """The reports of one pull, all layers together."""
     events: list[tuple[float, str, int, int]] = []
 
     async def sink(event: Progress) -> None:
@@ -117,7 +117,7 @@ def pulled(
     return events
 
 
-# What it is for.
+# The purpose of stages.
 
 
 def scenario(*layers: dict, concurrency: int = 3) -> dict:
@@ -262,7 +262,7 @@ def test_who_waits_for_another_process_shows_its_progress() -> None:
         (2, "Downloading", 8, 10),
         (3, "Downloading", 10, 10),
     ]
-    # What comes at the same time need not all be seen.
+    # Events at the same time may be skipped.
     rest = [action for _, action, _, _ in events[4:]]
     assert set(rest) <= {"Download complete", "Extracting", "Pull complete"}
     assert rest[-1] == "Pull complete"
@@ -294,7 +294,7 @@ def test_who_waits_has_waited_for_its_slot_before() -> None:
     assert not store.layers
 
 
-# What is there already.
+# Blobs and layers in the store.
 
 
 def test_resumed_where_a_cancelled_pull_ended() -> None:
@@ -362,7 +362,7 @@ def test_bytes_of_two_attempts_are_never_mixed(seed: int) -> None:
     assert source.calls == 2
 
 
-# What the worker finds.
+# Errors of the worker.
 
 CERTAIN = [
     (StoreFull("no space left: free some"), "failed to register layer: no space left: free some"),
@@ -376,7 +376,7 @@ CERTAIN = [
 
 @pytest.mark.parametrize(("error", "text"), CERTAIN, ids=[type(e).__name__ for e, _ in CERTAIN])
 def test_failure_that_is_certain_ends_the_download(error: Exception, text: str) -> None:
-    """At once, for good, and what arrived stays."""
+    """The stage fails at once and for good, and the received bytes stay."""
     source = ScriptedSource(b"0123456789", attempts=[Attempt(seconds=10, pieces=10)])
     store = failing_at(3.5, error)
     assert failed_at(store, [source], RegistrationError, text) == 3.5
@@ -455,8 +455,9 @@ TEXT = b"".join(b"%d " % number for number in range(5000))
 
 
 def test_damage_is_no_failure_before_the_verification() -> None:
-    """What is damaged may be not the blob: then its download fails, as it does unstaged, and
-    another one brings it.
+    """Damaged bytes may not be the blob: the download fails, and another one brings it.
+
+    The same happens without staging.
     """
     data = gzip.compress(TEXT)
     error = VerificationError("verification failed", digest="sha256:1")
@@ -532,7 +533,7 @@ def test_memory_stage_tells_of_damage_once_the_blob_is_complete() -> None:
     run(main)
 
 
-# What else fails.
+# Other failures.
 
 
 def test_error_of_the_source_is_retried_as_ever() -> None:
@@ -678,7 +679,7 @@ def stuck(name: str, *, shield: bool = False) -> Callable[[MemoryStage], None]:
 def cancelled_outcomes(
     store: MemoryStore, sources: list[FakeSource], caplog: pytest.LogCaptureFixture, until: float
 ) -> list[str]:
-    """What becomes of the transfers of a pull that is cancelled at second 5."""
+    """Return the outcomes of the transfers of a pull that is cancelled at second 5."""
     caplog.set_level(logging.DEBUG, "trio_layers.engine")
 
     async def main() -> None:
@@ -702,7 +703,7 @@ def cancelled_outcomes(
 def test_cancelled_in_a_method_of_the_stage(
     name: str, deaf: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In each wait the stage is left, and what is returned all the same is given back."""
+    """A cancellation in each wait leaves the stage, and gives back a returned layer."""
     source = FakeSource("a")
     store = Store(stuck(name, shield=deaf))
     if name == "restart":

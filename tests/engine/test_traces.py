@@ -1,5 +1,7 @@
-"""The engine against what Docker's was recorded doing: `tests/cases/engine`, and more from the
-directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says how to compare.
+"""The engine against recorded traces of Docker's engine.
+
+The traces are those of `tests/cases/engine`, and those in the directory that
+``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says how to compare.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def test_every_file_is_an_item(request: pytest.FixtureRequest) -> None:
     assert selected or len(items) >= 2 * len(trace_files())
 
 
-# What is compared.
+# The comparisons.
 
 
 def differences(world: World, expected: dict, recorded_close: dict) -> list[str]:
@@ -241,12 +243,13 @@ def registrations(log: dict) -> list:
 
 
 def same_words(ours: list, theirs: list, must_wait: bool | None) -> bool:
-    """Whether ``ours`` has the words of ``theirs`` in their order, without some of those that may
-    be left out: what comes earlier may come together.
+    """Return whether ``ours`` has the words of ``theirs`` in their order.
+
+    Some words may be left out, since earlier events may come together.
     """
 
     def optional(index: int) -> bool:
-        # Not only what may come together, but also what is the same word again.
+        # Repeated words, and not only words that may come together.
         again = index > 0 and theirs[index - 1][1] == theirs[index][1]
         return (
             again
@@ -398,7 +401,7 @@ def test_order_of_registrations_that_are_repeated() -> None:
     assert out_of_order([[1, "b", "a"], [1, "a", ""]], theirs) != []
 
 
-# What holds in every scenario.
+# Properties of every scenario.
 
 DOWNLOAD = re.compile(r"Waiting|Downloading|Verifying Checksum|Download complete|Retrying in .*")
 

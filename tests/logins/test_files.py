@@ -1,4 +1,4 @@
-"""What login files hold, and which of it counts: more than the recorded cases show."""
+"""The contents of login files, and their precedence, beyond the recorded cases."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def file(*keys: str, **members: object) -> LoginFile:
     ],
 )
 def test_a_file_that_is_wrong(text: str) -> None:
-    """It is said what is wrong, but nothing of what is there."""
+    """The error names the mistake, and quotes nothing of the file."""
     with pytest.raises(ValueError, match=r" is no") as caught:
         parse_login_file(text.encode())
     assert SECRET not in repr(caught.value)

@@ -1,4 +1,4 @@
-"""Where logins are looked for, how often, and what may go wrong with files and helpers."""
+"""The lookup of logins: its places, its number, and errors of files and helpers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_a_wrong_variable(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Docker goes on to its file; a file that is wrong is an error, whatever else there is."""
+    """Docker goes on to its file; a wrong file is an error in any case."""
     write(home.docker_config, "docker")
     monkeypatch.setenv(
         "DOCKER_AUTH_CONFIG", '{"auths": {"r.example": {"password": "canary-5ecret"}}}'
@@ -129,7 +129,7 @@ async def test_files_that_cannot_be_read(
 
 
 async def test_a_file_is_read_once(home: Home) -> None:
-    """And once more for what is refused, which may have expired."""
+    """Refused credentials, which may have expired, are looked up once more."""
     write(home.docker_config, "first")
     logins = LoginFiles()
     first = await logins(R)
@@ -152,7 +152,7 @@ async def test_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
 
 
 async def test_a_helper_is_asked_once(home: Home) -> None:
-    """By any number of repositories at a time; and once more for what is refused."""
+    """Many repositories share one lookup; refused credentials get another one."""
     store(home)
     home.add_helper("desk", {"r.example": ["user", "one"]})
     logins = LoginFiles()
@@ -212,7 +212,7 @@ async def test_a_registry_token_beside_a_helper(home: Home) -> None:
     ],
 )
 async def test_helpers_that_fail(home: Home, canaries: Canaries, script: str, problem: str) -> None:
-    """Whatever a helper writes, a secret is not shown; nor is the file used in its place."""
+    """No output of a helper shows a secret, and the file does not replace the helper."""
     home.docker_config.write_text(
         json.dumps({"credsStore": "desk", "auths": {"r.example": {"password": "canary-5ecret"}}})
     )
@@ -224,7 +224,7 @@ async def test_helpers_that_fail(home: Home, canaries: Canaries, script: str, pr
 
 
 async def test_one_failure_for_all(home: Home) -> None:
-    """A helper that fails is not run again by all who waited for it."""
+    """A failed helper does not run again for each waiting task."""
     store(home)
     home.add_helper("desk", {"!error": "the vault is locked"})
     logins = LoginFiles()

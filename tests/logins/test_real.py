@@ -111,7 +111,7 @@ def log_in(program: str, guarded: Guarded, file: Path) -> None:
 async def test_a_login_of_another_program(
     program: str, basic: Guarded, home: Home, canaries: Canaries, tmp_path: Path
 ) -> None:
-    """What it wrote is found where it writes it."""
+    """The written login is found in its usual place."""
     log_in(program, basic, home.auth[0])
     logins = LoginFiles()
     await pull(basic, tmp_path / "store", logins)
@@ -132,8 +132,9 @@ async def test_a_credential_helper(
 async def test_expired_credentials_of_a_helper(
     basic: Guarded, home: Home, canaries: Canaries
 ) -> None:
-    """It is asked once more when the registry refuses what it gave; and not again and again if
-    it has nothing else.
+    """The helper is asked once more for refused credentials, but not again and again.
+
+    It is not asked again if it gives the same credentials.
     """
     home.docker_config.write_text(json.dumps({"credsStore": "desk"}))
     expired = {basic.registry.host: [USER, "canary-expired"]}
@@ -181,8 +182,9 @@ async def test_tokens_for_a_password(
 async def test_tokens_for_an_identity_token(
     tokens: Guarded, server: TokenServer, home: Home, canaries: Canaries
 ) -> None:
-    """It is exchanged by POST, and what comes back is exchanged next time: also by the
-    repository that used the same one at the same time.
+    """A refresh token is exchanged by POST, and the new one is used the next time.
+
+    The new one is also used by a repository that used the same old one at the same time.
     """
     server.refresh_tokens["canary-refresh"] = USER
     canaries.add("canary-refresh")

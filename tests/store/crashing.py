@@ -21,7 +21,7 @@ def ready() -> None:
 
 
 def stop(path: Path) -> None:
-    """Stands in for what would come after a rename."""
+    """Stand in for the step after a rename."""
     ready()
     time.sleep(1000)
 
@@ -59,6 +59,6 @@ async def main(path: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
-    # A shell ignores it for what it runs in the background, and children inherit that.
+    # A shell ignores SIGINT for background jobs, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     trio.run(main, Path(sys.argv[1]), sys.argv[2])

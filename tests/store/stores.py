@@ -1,4 +1,4 @@
-"""What the store's tests share: layers, streams, and an unpacker that is small and obedient."""
+"""Shared tools of the store's tests: layers, streams, and a simple unpacker."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tar_of(**files: bytes | str) -> bytes:
 
 @attrs.frozen
 class Blob:
-    """A layer as it is downloaded, and what it is called."""
+    """A layer as it is downloaded, and its names."""
 
     data: bytes
     descriptor: Descriptor
@@ -230,7 +230,7 @@ def open_with_threads(path: Path) -> AbstractAsyncContextManager[DirectoryStore]
 
 
 async def ingest(store: DirectoryStore, data: bytes) -> Descriptor:
-    """Take a blob in, from what is there to its end."""
+    """Ingest a blob, from the bytes already received to its end."""
     descriptor = describe(data)
     async with store.ingest(descriptor) as sink:
         if not sink.committed:
@@ -282,7 +282,7 @@ def _as_json(descriptor: Descriptor) -> dict[str, object]:
 
 
 def snapshot(path: Path) -> dict[str, bytes | None]:
-    """All files below a directory, with what is in them."""
+    """Return all files below a directory, with their contents."""
     return {
         os.fspath(found.relative_to(path)): found.read_bytes() if found.is_file() else None
         for found in sorted(path.rglob("*"))
@@ -299,7 +299,7 @@ def visible(path: Path) -> list[str]:
 
 
 def arriving(path: Path) -> list[str]:
-    """What is in ``ingest/``."""
+    """Return the names in ``ingest/``."""
     return sorted(os.listdir(path / "ingest"))
 
 

@@ -75,7 +75,7 @@ async def test_they_are_held_before_they_are_visible(
 
 
 async def test_the_same_twice(tmp_path: Path) -> None:
-    """In the batch, and in the store; what is there stays."""
+    """A blob may come twice, in the batch and in the store; the stored one stays."""
     async with opened(tmp_path) as store:
         await ingest(store, ONE)
         path = await store.blob(digest_of(ONE))
@@ -120,12 +120,12 @@ async def test_a_commit_that_fails_shows_none(
                 await batch.commit(digests, lease=lease)
         assert visible(tmp_path) == []
         monkeypatch.undo()
-        # It is not what it was for others.
+        # Its state differs from that in the other store.
         await ingest(store, ONE)
 
 
 async def test_another_brings_it_meanwhile(tmp_path: Path) -> None:
-    """Whoever is first."""
+    """Two commits of one blob both succeed, in any order."""
     async with opened(tmp_path) as store:
         async with store.lease() as lease, store.batch() as batch:
             one = await add(batch, ONE)

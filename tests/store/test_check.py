@@ -1,4 +1,4 @@
-"""A check finds what is damaged, whatever it is; a repair drops it, and a pull brings it back."""
+"""A check finds any damage; a repair drops the damaged item, and a pull brings it back."""
 
 from __future__ import annotations
 

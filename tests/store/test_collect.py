@@ -1,4 +1,4 @@
-"""What nobody needs goes; all else stays, whoever needs it and however."""
+"""A collection deletes unneeded items; anything in any kind of use stays."""
 
 from __future__ import annotations
 

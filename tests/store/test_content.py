@@ -369,7 +369,7 @@ async def test_documents_are_put_whole(tmp_path: Path) -> None:
 async def test_a_document_that_is_there_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pull of what is there syncs none of its documents; a wrong one is refused all the same."""
+    """A pull of a stored image syncs no document; a wrong document is refused all the same."""
     async with opened(tmp_path) as store:
         await store.put_blob(DESCRIPTOR, DATA)
         synced: list[Path] = []

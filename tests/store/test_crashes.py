@@ -1,4 +1,4 @@
-"""A process killed in the middle: what was visible stays, the rest is resumed or swept."""
+"""After a kill, visible items stay, and the rest is resumed or swept."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ async def test_a_blob_that_does_not_fit(small_disk: Path) -> None:
         assert await store.read_blob(describe(SMALL).digest) == SMALL
         assert await store.blob(descriptor.digest) is None
         async with store.ingest(descriptor) as sink:
-            # In whole batches: what was cut off in the middle is not counted.
+            # Whole batches only: a batch that was cut off is not counted.
             assert sink.offset < len(NOISE)
             assert sink.digest == describe(NOISE[: sink.offset]).digest
             await sink.restart()
@@ -77,7 +77,7 @@ async def test_a_layer_that_does_not_fit(small_disk: Path) -> None:
         await ingest(store, SMALL)
         with pytest.raises(StoreFull, match=str(path)):
             await store.register(Stream(blob.data), None, blob.descriptor)
-    # What was unpacked of it is removed by and by, and before the store is left.
+    # The unpacked part is removed in the background, before the store is left.
     async with opened(path) as store:
         assert await store.get(blob.diff_id) is None
         assert await store.read_blob(describe(SMALL).digest) == SMALL

@@ -1,4 +1,4 @@
-"""Opening: what a store is made of, and what is refused and left alone."""
+"""Opening: the parts of a store, and directories that are refused and left alone."""
 
 from __future__ import annotations
 

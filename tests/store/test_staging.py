@@ -57,7 +57,7 @@ def ignore(position: int) -> None:
 
 
 async def stage(store: DirectoryStore, blob: Blob, parent: ChainID | None = None) -> DirectoryLayer:
-    """All of it, from what is there on."""
+    """Stage all of a blob, from the bytes already received on."""
     async with store.stage(blob.descriptor) as staged:
         if not staged.complete:
             await staged.write(blob.data[staged.offset :])
@@ -285,7 +285,7 @@ async def test_a_disk_that_is_full_ends_it_early(tmp_path: Path) -> None:
 
 
 class Told:
-    """What a waiter is told; it can be waited for."""
+    """Records the reports to a waiting task; a test can wait for them."""
 
     def __init__(self) -> None:
         self.all: list[int] = []
@@ -301,7 +301,7 @@ class Told:
 
 
 async def test_who_waits_is_told_what_is_there(tmp_path: Path) -> None:
-    """Of what is on the disk, and never more than there should be; then it takes over."""
+    """The reports show the size on disk, at most the blob's; then the waiter takes over."""
     told, wrong = Told(), NOISE[: 2 * MIB] * 2
     async with opened(tmp_path) as store, opened(tmp_path) as other:
 
@@ -349,7 +349,7 @@ async def test_who_waits_can_be_cancelled_and_is_told_no_more(tmp_path: Path) ->
 
 
 async def test_what_nobody_brings_is_not_told(tmp_path: Path) -> None:
-    """Bytes that lie there are the offset of who goes on from them."""
+    """Bytes on disk count in the offset of the next stage."""
     told = Told()
     async with opened(tmp_path) as store:
         for offset in (0, MIB):
@@ -421,7 +421,7 @@ async def test_a_thousand_that_wait_for_their_parents_hold_nothing(tmp_path: Pat
 
 @pytest.fixture
 def syncs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What is synced, one by one."""
+    """Records the syncs one by one."""
     sync = commits.sync_file_system
     synced: list[Path] = []
 
@@ -462,7 +462,7 @@ async def test_one_that_fails_takes_nobody_with_it(tmp_path: Path) -> None:
 async def test_what_the_disk_may_have_lost_is_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sync that fails is told to one who asks, and is everybody's loss."""
+    """A failed sync is reported once, and makes all files suspect."""
 
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, "the disk")
@@ -518,7 +518,7 @@ async def test_a_commit_waits_for_those_that_are_on_their_way(
 async def test_a_cancelled_commit_does_not_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What others want of the same sync is done; what nobody wants is not."""
+    """A sync runs all jobs that wait for it, except withdrawn ones."""
     syncing, go_on = trio.Event(), threading.Event()
 
     def slow(path: Path) -> None:
@@ -569,7 +569,7 @@ def test_an_attempt_that_was_given_up_is_never_complete() -> None:
 
 
 def test_bytes_that_are_gone_are_no_end(tmp_path: Path) -> None:
-    """The file was cut off, and who reads it has not heard of it: it is not a shorter blob."""
+    """A reader that has not heard of a cut takes the file for no shorter blob."""
     state = ArrivalState()
     state.grow(10)
     (tmp_path / "blob").write_bytes(b"01234")

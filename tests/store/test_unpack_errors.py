@@ -1,4 +1,4 @@
-"""What becomes of a layer that cannot be unpacked: an error that tells all, and nothing else."""
+"""A layer that cannot be unpacked causes a full error, and nothing else."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def register(store: DirectoryStore, blob: Blob, below: DirectoryLayer | No
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_an_error_names_the_layer_the_entry_and_the_rule(family: str, tmp_path: Path) -> None:
-    """… leaves no tree behind, and the store does what it did before."""
+    """… leaves no tree behind, and the store works as before."""
     data, kind, text = FAMILIES[family]
     blob = blob_of(data)
     async with open_store(tmp_path, limits=LIMITS) as store:
@@ -111,7 +111,7 @@ async def test_an_error_names_the_layer_the_entry_and_the_rule(family: str, tmp_
             assert caught.value.layer == blob.digest
             again = caught.value.copy_to_raise()
             assert (str(again), again.layer) == (str(caught.value), blob.digest)
-            # At most the blob has come, and is what it should be.
+            # At most the blob is stored, and matches its digest.
             assert [name for name in visible(tmp_path) if name.startswith("trees/")] == [
                 name for name in before if name.startswith("trees/")
             ]
@@ -132,7 +132,7 @@ async def test_a_layer_that_nobody_describes_has_no_name(tmp_path: Path) -> None
 
 
 async def test_limits_are_raised_when_a_store_is_opened(tmp_path: Path) -> None:
-    """What one program refuses to unpack another may take, from the same store."""
+    """One program may unpack a layer that another refused, in the same store."""
     blob = blob_of(tar({"name": "a/b/c/d"}))
     async with open_store(tmp_path, limits=LIMITS) as store:
         with pytest.raises(LimitExceeded, match="max_depth"):

@@ -148,7 +148,7 @@ async def test_cancelled_in_the_middle_of_a_file_nothing_is_left_but_its_bytes(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become somebody else")
 def test_without_privilege() -> None:
-    """A store of a user who is not root; one that root opens, and leaves alone."""
+    """A store of an unprivileged user; one that root opens, and leaves alone."""
     script = Path(__file__).with_name("unprivileged.py")
     # Not in tmp_path, which is for its owner only.
     with tempfile.TemporaryDirectory() as name:
