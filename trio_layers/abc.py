@@ -1,6 +1,6 @@
-"""The protocols between the rooms, and between us and our users.
+"""The protocols that users implement: layer sources, stores and progress sinks.
 
-Each is small and written for the one who calls it. An extra ability is a protocol of its own.
+Each protocol is small and written for its caller. An extra ability is a protocol of its own.
 """
 
 from __future__ import annotations
@@ -40,90 +40,110 @@ def __dir__() -> list[str]:
 
 
 ProgressSink: TypeAlias = Callable[[Progress], Awaitable[object]]
-"""Takes a pull's events, one at a time for each layer, from several tasks. Often
-``send_channel.send``. What it raises ends the pull, with that very exception."""
+"""Takes a pull's events, one at a time for each layer, from several tasks.
+
+It is often ``send_channel.send``. Its exception ends the pull, and comes out of the pull unchanged.
+"""
 
 
 class ReportProgress(Protocol):
-    """What a layer source's `~LayerSource.download` reports with. It never waits."""
+    """Reports the progress of a `LayerSource.download`. It never waits."""
 
-    def __call__(self, action: str, current: int = 0, total: int = 0) -> None: ...
+    def __call__(self, action: str, current: int = 0, total: int = 0) -> None:
+        """Report an action, with the number of bytes so far and in all; 0 if unknown."""
+        ...
 
 
 class LayerSource(Protocol):
-    """A layer that can be had (moby ``distribution/xfer/download.go``, ``DownloadDescriptor``).
+    """A source of one layer (moby ``distribution/xfer/download.go``, ``DownloadDescriptor``).
 
-    Others may share the download that this source started, so what it needs must live as long
-    as the manager does. `close` is called exactly once: when the download that the source
-    started has ended, or, if it started none, at the end of its pull. Only `registered` may
-    come after it, for a layer that is in its image twice and is still wanted by others.
+    Other pulls may share the download that this source started, so its resources must live as long
+    as the manager. `close` is called exactly once: when the download that the source started has
+    ended, or, if it started none, at the end of its pull. Only `DigestRegisterer.registered` may
+    follow, for a layer that its image has twice and that other pulls still need.
     """
 
     @property
     def key(self) -> str:
-        """Sources with equal keys, on equal parents, give the same layer."""
+        """The identity of the layer: sources with equal keys, on equal parents, are the same."""
         ...
 
     @property
     def id(self) -> str:
-        """What progress is reported under: short, for people."""
+        """The short ID of the layer in progress events, for people."""
         ...
 
     def diff_id(self) -> DiffID | None:
-        """The layer's diff ID, if it is known before the download."""
+        """Return the layer's diff ID, if it is known before the download."""
         ...
 
     async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
-        """One attempt: fetch the layer and return a stream of it, and its size in bytes (0 if
-        not known). The stream is as downloaded: the store decompresses.
+        """Make one attempt, and return a stream of the layer and its size in bytes.
 
-        Called again after an `Exception`, unless it is, or was caused by, `DoNotRetry`.
-        It runs in the transfer's own cancel scope, and should give way within 100 ms.
+        The size is 0 if it is unknown. The stream has the layer as it is downloaded: the store
+        decompresses it. After an `Exception` the engine calls this method again, unless the error
+        is a `DoNotRetry` or was caused by one.
+
+        Cancellation: the method runs in the cancel scope of the transfer, and should end within
+        100 ms.
         """
         ...
 
     def close(self) -> None:
-        """Let go of whatever the source holds. What it raises is logged."""
+        """Free the source's resources. An exception is logged."""
         ...
 
 
 @runtime_checkable
 class DigestRegisterer(Protocol):
-    """A source that wants to know the diff ID its layer turned out to have."""
+    """A source that is told the diff ID of its layer."""
 
-    def registered(self, diff_id: DiffID) -> None: ...
+    def registered(self, diff_id: DiffID) -> None:
+        """Receive the diff ID of the registered layer."""
+        ...
 
 
 @runtime_checkable
 class DescribedSource(Protocol):
-    """A source that knows its blob's descriptor, which the store is handed."""
+    """A source with the descriptor of its blob, which the store gets."""
 
     @property
-    def descriptor(self) -> Descriptor: ...
+    def descriptor(self) -> Descriptor:
+        """The descriptor of the blob."""
+        ...
 
 
 class Layer(Protocol):
-    """A layer in a store, with all that is below it."""
+    """A layer in a store, with all layers below it."""
 
     @property
-    def diff_id(self) -> DiffID: ...
+    def diff_id(self) -> DiffID:
+        """The digest of the layer's tar."""
+        ...
 
     @property
-    def chain_id(self) -> ChainID: ...
+    def chain_id(self) -> ChainID:
+        """The ID of the layer together with all layers below it."""
+        ...
 
     @property
-    def parent(self) -> Layer | None: ...
+    def parent(self) -> Layer | None:
+        """The layer below; ``None`` for the bottom layer."""
+        ...
 
     async def tar_stream(self) -> trio.abc.ReceiveStream:
-        """The layer's data once more, as `LayerStore.register` would take it."""
+        """Open a stream of the layer's data, fit for `LayerStore.register`."""
         ...
 
 
 class LayerStore(Protocol):
-    """Where layers go. Each `get` and `register` takes a reference; `release` gives it back."""
+    """A store of layers. Each `get` and `register` takes a reference, and `release` returns it."""
 
     async def get(self, chain_id: ChainID) -> Layer | None:
-        """The layer of this chain ID, or ``None`` if it is not there."""
+        """Return a layer by its chain ID; ``None`` if the store lacks it.
+
+        Cancellation: no reference is taken.
+        """
         ...
 
     async def register(
@@ -134,9 +154,15 @@ class LayerStore(Protocol):
     ) -> Layer:
         """Decompress the stream (by its magic bytes) and store the layer on top of ``parent``.
 
-        The stream is the caller's, and so is closing it. A layer that is there already is
-        returned as it is. If the call is cancelled nothing is stored, or the layer is returned
-        all the same: then its caller releases it.
+        The caller closes the stream. A layer that the store already has is returned as it is.
+
+        Cancellation: nothing is stored, or the layer is returned all the same. The caller then
+        releases it.
+
+        Args:
+            stream: The layer, compressed or not.
+            parent: The chain ID of the layer below; ``None`` for the bottom layer.
+            descriptor: The blob's descriptor, if the source has one.
 
         Raises:
             DecompressionError: if reading fails, or no valid stream begins, within the first
@@ -145,35 +171,41 @@ class LayerStore(Protocol):
         ...
 
     def release(self, layer: Layer) -> None:
-        """Give one reference back. Does not wait and does not fail."""
+        """Give one reference back, without waiting and without failing."""
         ...
 
 
 class BlobSink(Protocol):
-    """Where a blob goes while it arrives. What is there outlives the attempt that wrote it."""
+    """The place of an arriving blob. Its bytes outlive the attempt that wrote them."""
 
     @property
     def offset(self) -> int:
-        """How many bytes are there, from this attempt and those before it."""
+        """Number of bytes received, in this attempt and earlier ones."""
         ...
 
     @property
     def digest(self) -> Digest:
-        """What the bytes that are there hash to."""
+        """The digest of the bytes received so far."""
         ...
 
     async def write(self, data: bytes) -> None:
-        """Append. Cancelled, it has appended all of ``data`` or nothing."""
+        """Append some bytes.
+
+        Cancellation: all of ``data`` has been appended, or nothing.
+        """
         ...
 
     async def restart(self) -> None:
-        """Drop all that is there."""
+        """Drop all received bytes.
+
+        Cancellation: all bytes are dropped, or none.
+        """
         ...
 
 
-# Staging: a layer is unpacked while it arrives, before what is below it is known. A second way
-# from a source to a store, taken where the store is a `StagingStore` and the source a
-# `StagedSource`; all others take that of `LayerSource.download` and `LayerStore.register`.
+# Staging is a second way from a source to a store: a layer is unpacked while it arrives, before its
+# parent is known. The engine takes it if the store is a `StagingStore` and the source a
+# `StagedSource`. All others take the way of `LayerSource.download` and `LayerStore.register`.
 
 
 @runtime_checkable
@@ -181,162 +213,162 @@ class StagedSource(DescribedSource, Protocol):
     """A layer source that can bring its blob into a sink, which unpacks it while it arrives."""
 
     async def download_into(self, sink: BlobSink, progress: ReportProgress) -> None:
-        """One attempt, in the place of `LayerSource.download`: bring into ``sink`` what is
-        missing behind its `~BlobSink.offset`, or restart it and bring all; return when it is all
-        there and verified.
+        """Make one attempt in place of `LayerSource.download`: complete the blob in ``sink``.
 
-        Called again after an `Exception`, unless it is, or was caused by, `DoNotRetry`; never
-        for a blob that the store has. What the sink raises is to go through.
+        Write the bytes that are missing behind the sink's `~BlobSink.offset`, or restart the sink
+        and write all bytes. Return when the whole blob is there and verified. Exceptions of the
+        sink must pass through.
 
-        Cancellation: it runs in a scope that is cancelled when nobody wants the layer any more,
-        or when it cannot be stored (see `Stage.wait_failed`), and should give way within 100 ms.
-        What it has written stays.
+        After an `Exception` the engine calls this method again, unless the error is a `DoNotRetry`
+        or was caused by one. It never calls it for a blob that the store has.
+
+        Cancellation: the method runs in a scope that is cancelled when no pull needs the layer any
+        more, or when the layer cannot be stored (see `Stage.wait_failed`). It should end within
+        100 ms. The written bytes stay.
         """
         ...
 
 
 ReportUnpacked: TypeAlias = Callable[[int], None]
-"""Told how many bytes of a blob, as downloaded, have been unpacked. It never waits, and is to be
-called in trio's thread."""
+"""Gets the number of unpacked bytes of a blob, as downloaded. It never waits.
+
+Stores call it in trio's thread.
+"""
 
 
 ReportArrived: TypeAlias = Callable[[int], None]
-"""Told how many bytes of a blob are there, while somebody else brings them. It never waits, and is
-to be called in trio's thread."""
+"""Gets the number of received bytes of a blob that another task or process downloads.
+
+It never waits. Stores call it in trio's thread.
+"""
 
 
 class Stage(BlobSink, Protocol):
-    """A blob on its way to being a layer: the sink it arrives in, and a worker that inflates,
-    hashes and unpacks what has arrived. It comes from `StagingStore.stage`.
+    """A layer that arrives: a sink for its blob, and a worker that unpacks the received bytes.
 
-    After `~BlobSink.restart` the worker starts again, too: it never sees bytes from before and
-    after. One task at a time calls these methods, but for `wait_failed`.
+    It comes from `StagingStore.stage`. After `~BlobSink.restart` the worker starts again, too, and
+    never sees bytes of both attempts. One task at a time calls these methods, except `wait_failed`.
     """
 
     @property
     def complete(self) -> bool:
-        """Whether all of the blob is there and verified: `finish` has returned, or the store had
-        it already. Then nothing is to be written.
+        """Whether the whole blob is there and verified, so that nothing must be written.
+
+        This is so once `finish` has returned, or if the store had the blob before.
         """
         ...
 
     async def wait_failed(self) -> Exception:
-        """Wait until it is certain that the layer cannot be stored, and return why: what
-        `commit` would raise. If that never becomes certain, wait for ever.
+        """Wait until the layer certainly cannot be stored, and return the error of `commit`.
 
-        Before the blob is `complete` this ends the download early, so it is for what another
-        download could not mend: a full disk, a limit. That bytes are damaged or hostile is not
-        certain before they are verified, as they may not be the blob's; until then it is kept
-        back, and forgotten if there is a restart. Afterwards it is told at once.
+        If this never becomes certain, wait for ever. Before the blob is `complete`, the return ends
+        the download early. Only an error that another download could not change is certain then,
+        such as a full disk or a limit. An error in the received bytes is not certain before they
+        are verified, since they may not be the blob's. The stage keeps such an error until then,
+        and forgets it after a restart. Once the blob is complete, every error is certain.
 
         Cancellation: nothing is changed.
         """
         ...
 
     async def finish(self, progress: ReportUnpacked) -> None:
-        """All of the blob is there and verified: let the worker run to its end. This does not
-        wait for it.
+        """Declare the blob complete and verified, without waiting for the worker.
 
-        From now on, until `commit` has returned, ``progress`` is told how far the worker is,
-        beginning with what it has unpacked before, if that is anything; the blob's size, when it
-        is through. It may be told so often that showing all would be too much.
+        From now on, until `commit` has returned, ``progress`` gets the worker's position: first the
+        bytes unpacked before, if any, and the blob's size at the end. It may be called more often
+        than is worth showing.
 
         Cancellation: the blob is complete, or its bytes stay as they are.
 
         Raises:
-            Exception: if what is there cannot be kept. It counts as a failure of the attempt to
-                download it: another one follows, unless the error is, or was caused by,
-                `DoNotRetry`.
+            Exception: if the bytes cannot be kept. The download attempt counts as failed: another
+                one follows, unless the error is a `DoNotRetry` or was caused by one.
         """
         ...
 
     async def commit(self, parent: ChainID | None) -> Layer:
-        """Wait for the worker, then put what it made on top of ``parent``, as
-        `LayerStore.register` does; the layer is returned with a reference to it.
+        """Wait for the worker, put the layer on ``parent``, and return it with a reference.
 
-        To be called once, when the blob is `complete`.
+        The engine calls this once, when the blob is `complete`.
 
         Cancellation: nothing is stored, or the layer is returned all the same.
 
         Raises:
             DecompressionError: as for `LayerStore.register`.
-            Exception: what the worker failed with, or what else keeps the layer from being
-                stored.
+            Exception: the worker's error, or another error that prevents storing the layer.
         """
         ...
 
 
 @runtime_checkable
 class StagingStore(LayerStore, Protocol):
-    """A store that can unpack a layer while it arrives, before what is below it is known."""
+    """A store that can unpack a layer while it arrives, before its parent is known."""
 
     def stage(
         self, descriptor: Descriptor, waiting: ReportArrived | None = None
     ) -> AbstractAsyncContextManager[Stage]:
-        """Take a blob in, and unpack it, in the block.
+        """Receive a blob in the block, and unpack it meanwhile.
 
-        Entering may wait until nobody else, in any process, takes in or unpacks this blob. What
-        is there then, from them or from earlier attempts, need not be downloaded
-        (`~BlobSink.offset`), perhaps nothing at all (`Stage.complete`): the blob is there, or its
-        tree, or the very layer that `Stage.commit` will be asked for.
+        Entering may wait until no other task or process receives or unpacks this blob. The bytes
+        received before need not be downloaded (`~BlobSink.offset`). The store may even have the
+        whole blob, its tree, or the layer that `Stage.commit` will put on its parent
+        (`Stage.complete`).
 
-        So that two who want the same blobs in different order never wait for each other, nobody
-        is made to wait for a stage whose blob is complete and whose worker is through. And as
-        there may be thousands whose parent is not there yet, such a stage holds no thread, lock
-        or open file.
+        Two pulls that need the same blobs in different order must never wait for each other. So
+        entering never waits for a stage whose blob is complete and whose worker has ended. Since
+        thousands of such stages may wait for their parents, they hold no thread, lock or open file.
 
-        Leaving without commit aborts: it stops the worker, within 100 ms, also when cancelled;
-        what arrived of the blob stays, for the next who stages it. Leaving raises nothing of its
-        own.
+        Leaving without a commit stops the worker within 100 ms, also after a cancellation. The
+        received bytes stay for the next stage of the blob. Leaving raises no error of its own.
 
-        Cancellation: entering is cancellable, and then nothing is left behind.
+        Cancellation: entering can be cancelled, and leaves nothing behind.
 
         Args:
-            descriptor: The blob. What its media type says is not believed.
-            waiting: Told how much of the blob is there while entering waits for somebody else who
-                takes it in, if the store can see that: at most every 100 ms, and never more than
-                the blob's size. It may become less, when they start over.
+            descriptor: The blob. Its media type is not trusted.
+            waiting: Gets the number of received bytes while entering waits for another task or
+                process, if the store can see it: at most every 100 ms, and never more than the
+                blob's size. The number may decrease after a restart.
 
         Raises:
-            Exception: for what keeps the store from taking the blob in; it is not tried again.
+            Exception: if the store cannot receive the blob; the engine does not try again.
         """
         ...
 
 
 class LowerTree(Protocol):
-    """What is below a layer that is unpacked: all layers under it, merged. For worker threads.
+    """The merged layers below a layer that is being unpacked; for worker threads.
 
-    Paths are as in `Entry`; links on the way are not followed.
+    Paths are as in `Entry`. Links on the way are not followed.
     """
 
     def lookup(self, path: bytes) -> Entry | None:
-        """What is there, neither a whiteout nor opaque or implied; ``None`` for nothing."""
+        """Return the visible entry at a path; ``None`` if there is none."""
         ...
 
     def survey(self, paths: Iterable[bytes]) -> Mapping[bytes, Entry | None]:
-        """What is at each of ``paths``; of what is no directory, nothing but the type is sure."""
+        """Return the entry at each path. Of other types than directories, only the type is sure."""
         ...
 
     def links(self, path: bytes) -> tuple[bytes, ...]:
-        """All names of the file that is there, ``path`` among them."""
+        """Return all names of the file at a path, including ``path``."""
         ...
 
     def open(self, path: bytes) -> int:
-        """A descriptor to read the file that is there; its taker closes it."""
+        """Open the file at a path for reading; the caller closes the descriptor."""
         ...
 
 
 class BinaryFile(Protocol):
-    """A file that is open for reading: one of trio's asynchronous files, as far as it goes."""
+    """A file that is open for reading: a part of trio's asynchronous file interface."""
 
     async def read(self, size: int = -1, /) -> bytes:
-        """At most ``size`` bytes, fewer only at the end; negative: all to the end."""
+        """Return ``size`` bytes, fewer only at the end; negative: all to the end."""
         ...
 
     async def seek(self, target: int, whence: int = 0, /) -> int:
-        """Go to a byte, counted from the start, from here (1) or from the end (2)."""
+        """Move to a byte, counted from the start (0), from here (1) or from the end (2)."""
         ...
 
     async def tell(self) -> int:
-        """How many bytes are before here."""
+        """Return the number of bytes before the position."""
         ...
