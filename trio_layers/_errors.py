@@ -1,8 +1,8 @@
-"""The exception tree: one root, split by what the one who reads it can do.
+"""The exception tree: one root, split by the user's next step.
 
 Each class composes its message from its fields, and keeps the fields. Errors of shared transfers
-are copied for each pull that waits for them (see `LayersError.copy_to_raise`), so a class under
-`LayersError` must keep all it has in ``args`` and plain attributes.
+are copied for each waiting pull (see `LayersError.copy_to_raise`), so a class under `LayersError`
+must keep all its data in ``args`` and plain attributes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LayersError(Exception):
         return _restored, (type(self), self.args, self.__dict__)
 
     def copy_to_raise(self) -> Self:
-        """A new object of the same type and fields: a traceback of its own for each who waits."""
+        """Return a copy with a traceback of its own, for one of several waiting tasks."""
         again = _restored(type(self), self.args, self.__dict__)
         if hasattr(self, "__notes__"):
             again.__notes__ = list(self.__notes__)
@@ -74,12 +74,14 @@ def _restored(kind: type[_E], args: tuple[object, ...], fields: dict[str, object
 
 
 class DoNotRetry(LayersError):
-    """Raised by a layer source, as itself or as the cause of what it raises: another attempt
-    would end the same way (moby ``distribution/xfer/transfer.go``, ``DoNotRetry``).
+    """An error that another attempt would end with again.
+
+    A layer source raises it, or an error with it as the cause (moby
+    ``distribution/xfer/transfer.go``, ``DoNotRetry``).
     """
 
 
-# Mend what you asked for.
+# Correct the request.
 
 
 class InvalidReference(LayersError, ValueError):
@@ -87,7 +89,7 @@ class InvalidReference(LayersError, ValueError):
 
     Attributes:
         reference: The text that was given.
-        reason: Which rule it breaks, a word of the case tables such as ``uppercase``.
+        reason: The broken rule, a word of the case tables such as ``uppercase``.
     """
 
     def __init__(self, reference: str, reason: str, message: str) -> None:
@@ -97,8 +99,10 @@ class InvalidReference(LayersError, ValueError):
 
 
 class InvalidDigest(LayersError, ValueError):
-    """A digest is not ``sha256:`` and 64 lower-case hex digits, nor, where nothing is to be stored,
-    one of another algorithm that can be verified (SHA-384, SHA-512).
+    """A digest is not ``sha256:`` and 64 lower-case hex digits.
+
+    Where nothing is stored, other algorithms that can be verified are valid, too: SHA-384 and
+    SHA-512.
     """
 
     def __init__(self, digest: str) -> None:
@@ -109,19 +113,21 @@ class InvalidDigest(LayersError, ValueError):
 
 
 class PlatformError(LayersError, ValueError):
-    """A platform specifier is malformed, or an image has nothing for the platform wanted."""
+    """A platform specifier is malformed, or an image has nothing for the platform."""
 
 
 class ManifestError(LayersError):
-    """A manifest, an index or an image config is not what the specification allows, or is not
-    one of an image. The image's publisher has to mend it.
+    """A manifest, index or config breaks the specification, or is not one of an image.
+
+    The publisher of the image must correct it.
     """
 
 
 class ArchiveError(LayersError):
-    """An image archive or layout is damaged, lacks something, or is of an unknown kind; or it
-    does not tell which of its images is meant, or what that is called. Names the archive, and
-    what in it.
+    """An image archive or layout is damaged, incomplete or of an unknown kind.
+
+    The error is also raised if several images match, or if an image has no name. The message names
+    the archive and the place in it.
     """
 
 
@@ -129,11 +135,11 @@ class ArchiveError(LayersError):
 
 
 class RegistryError(LayersError):
-    """A registry could not be reached, or did not answer as it should.
+    """A registry could not be reached, or sent an invalid response.
 
     Attributes:
-        host: The host (and port) that was asked.
-        status: The HTTP status it answered with, ``None`` if there was no answer.
+        host: The host (and port) of the request.
+        status: The HTTP status of the response; ``None`` if there was none.
         transient: Whether the same request may succeed a moment later, because the connection
             failed or the server was busy.
     """
@@ -148,12 +154,13 @@ class RegistryError(LayersError):
 
 
 class AuthenticationError(RegistryError):
-    """The registry wants other credentials, or grants these no access. Log in."""
+    """The registry refuses the credentials, or wants some. Log in."""
 
 
 class CredentialsError(DoNotRetry):
-    """A login file or a credential helper cannot be used. Mend it, log in anew, or name another
-    one. Neither secrets nor anything else of what it holds is in the message.
+    """A login file or a credential helper cannot be used.
+
+    Correct it, log in again, or name another one. The message has no secrets and no other contents.
 
     Attributes:
         source: The file's path, or the helper's program.
@@ -179,14 +186,15 @@ class NetworkSettingError(DoNotRetry):
 
 
 class NotFound(RegistryError):
-    """The registry does not have it, or does not tell this user that it does."""
+    """The registry lacks the image or blob, or hides it from this user."""
 
 
 class RateLimited(RegistryError):
-    """The registry asks for patience.
+    """The registry asks the client to wait.
 
     Attributes:
-        retry_after: Seconds to wait, counted from the answer; ``None`` if it did not say.
+        retry_after: Seconds to wait, counted from the response; ``None`` if the registry named
+            none.
     """
 
     def __init__(
@@ -197,7 +205,7 @@ class RateLimited(RegistryError):
 
 
 class HostsError(LayersError):
-    """What a directory of hosts (``hosts.toml``, certificates) says cannot be used. Mend the file.
+    """A directory of hosts has an unusable ``hosts.toml`` or certificate. Correct the file.
 
     Attributes:
         path: The file, or the directory.
@@ -209,10 +217,10 @@ class HostsError(LayersError):
 
 
 class VerificationError(LayersError):
-    """What came is not what was asked for: its digest or its size differs.
+    """Received bytes differ from the requested ones in digest or size.
 
     Attributes:
-        digest: The digest that was wanted.
+        digest: The digest of the requested bytes.
     """
 
     def __init__(self, message: str, *, digest: str) -> None:
@@ -224,20 +232,21 @@ class VerificationError(LayersError):
 
 
 class TransferError(LayersError):
-    """A transfer failed with an error that is not ours, and says what that says; the original
-    is its ``__cause__``.
+    """A transfer failed with an error of other code, which is the ``__cause__``.
+
+    The text is that of the original error.
     """
 
 
 class TransferCancelled(LayersError):
-    """A transfer was cancelled, since nobody wanted it any more."""
+    """A transfer was cancelled, because no pull needed it any more."""
 
 
 class RegistrationError(LayersError):
-    """A layer arrived, and could not be decompressed or was refused by the store.
+    """A layer arrived, but could not be decompressed, or the store refused it.
 
     Attributes:
-        reason: What the decompressor or the store raised.
+        reason: The error of the decompressor or the store.
     """
 
     def __init__(self, message: str, *, reason: Exception) -> None:
@@ -260,7 +269,7 @@ class DisplayClosed(LayersError):
     """A display received an event after its block had ended."""
 
 
-# What a layer holds.
+# The contents of a layer.
 
 
 class _OfALayer(LayersError):
@@ -275,13 +284,15 @@ class DecompressionError(_OfALayer):
     """The beginning of a layer could not be read or is no valid compressed stream.
 
     Attributes:
-        layer: The digest of the layer's blob, which the message begins with; ``None`` where it
-            is not known: to an unpacker, and of a stream that nobody has described.
+        layer: The digest of the layer's blob, with which the message begins; ``None`` if the digest
+            is unknown: in an unpacker, and for a stream without a descriptor.
     """
 
 
 class UnpackError(_OfALayer):
-    """A layer's tar is damaged, or holds something that must not be unpacked. Names the path.
+    """A layer's tar is damaged, or has an entry that must not be unpacked.
+
+    The message names the path of the entry.
 
     Attributes:
         layer: The digest of the layer's blob, as for `DecompressionError`.
@@ -289,16 +300,16 @@ class UnpackError(_OfALayer):
 
 
 class LimitExceeded(UnpackError):
-    """A layer holds more than its limits allow. The limit is named; it can be raised."""
+    """A layer exceeds one of its limits. The message names the limit, which can be raised."""
 
 
 # The disk.
 
 
 class StoreError(DoNotRetry):
-    """The store's directory cannot do what is asked of it; the message says what to do.
+    """The store's directory cannot do the requested work; the message says the next step.
 
-    No other attempt at a download is made then: a disk is not mended by a registry.
+    The engine makes no other attempt at a download then, because no registry can repair a disk.
     """
 
 
@@ -311,7 +322,7 @@ class StoreClosed(StoreError):
 
 
 class StoreFull(StoreError):
-    """No space, or no quota, is left. Free some; what is stored is intact."""
+    """No space, or no quota, is left. Free some space; stored images are intact."""
 
 
 class StoreReadOnly(StoreError):
@@ -319,8 +330,9 @@ class StoreReadOnly(StoreError):
 
 
 class MountError(StoreError):
-    """The layers cannot be mounted here, or not so many of them. Exporting them is no matter of
-    the kernel.
+    """The layers cannot be mounted here, or not so many of them.
+
+    An export does not depend on the kernel.
     """
 
 
@@ -336,8 +348,9 @@ class UnsupportedStore(StoreError):
 
 
 class WorkerError(_OfALayer):
-    """The process that unpacked a layer died of it, or was killed; the message says how. Nobody
-    else's work is touched.
+    """The process that unpacked a layer died or was killed; the message says how.
+
+    Other layers are not affected.
 
     Attributes:
         layer: The digest of the layer's blob, as for `DecompressionError`.
@@ -345,12 +358,13 @@ class WorkerError(_OfALayer):
 
 
 class ExportError(LayersError):
-    """A root file system or an archive could not be written: the directory is not empty, the file
-    is there, or what the operating system raised is the ``__cause__``. The store is not
-    concerned.
+    """A root file system or an archive could not be written.
+
+    The directory is not empty, the file exists, or the operating system raised the ``__cause__``.
+    The store is not affected.
 
     Attributes:
-        path: What could not be written.
+        path: The target of the export.
     """
 
     def __init__(self, path: str, reason: str | None) -> None:

@@ -96,37 +96,41 @@ async def open_puller(
 ) -> AsyncIterator[Puller]:
     """Open a puller, in whose block images are pulled into ``store``.
 
-    Pulls that run at the same time share what they have in common. Layers are unpacked in processes
-    (see `open_store`). Leaving the block cancels what still runs, and waits until it has stopped.
-    What the block raises comes out as it is.
+    Simultaneous pulls share their downloads. Layers are unpacked in processes (see `open_store`).
+    Leaving the block cancels all running pulls, and waits until they have stopped. An exception of
+    the block comes out unchanged.
+
+    Cancellation: entering leaves nothing open.
 
     Args:
-        store: The directory of a store, made if it is not there, or an open store.
-        client: Asks the registries; closed by whoever made it. ``None``: one of our own.
-        credentials: For the registries asked, when they want some: those for all of them; or by
-            their domains; or a function that knows them, such as `LoginFiles`. ``None``: anonymous.
-        plain_http: Whether registries that are not on this machine may be asked without TLS.
+        store: The directory of a store, created if it is missing, or an open store.
+        client: The httpx client for the registries, which the caller closes. ``None``: our own
+            clients.
+        credentials: The credentials for registries that want some: one for all of them; or a
+            mapping by domain; or a function that finds them, such as `LoginFiles`. ``None``:
+            anonymous.
+        plain_http: Whether registries on other machines may be asked without TLS.
         tls_verify: Whether certificates are checked.
-        hosts_dir: A directory of mirrors and certificates, as containerd has it, such as
-            ``/etc/containerd/certs.d``: in it, a directory for each registry with a ``hosts.toml``
+        hosts_dir: A directory of mirrors and certificates in containerd's format, such as
+            ``/etc/containerd/certs.d``, with a directory and a ``hosts.toml`` for each registry
             (see ``docs/compatibility.md``). Hosts with certificates of their own there are not
-            asked through ``client``. ``None``: every registry is asked itself.
-        stall_limit: Seconds without a byte after which an attempt is given up; so is one that is so
-            many seconds behind 1 KiB/s, or whose answer has not begun for several times as long
+            asked through ``client``. ``None``: no mirrors.
+        stall_limit: Seconds without a byte that end an attempt. An attempt also ends if it is so
+            many seconds behind 1 KiB/s, or if its response has not begun for several times as long
             (see ``docs/compatibility.md``, "Patience").
-        max_concurrent_downloads: How many layers move data at once; 0 means no limit but that of
-            90 connections.
-        max_download_attempts: How often a layer is tried before its pulls fail.
+        max_concurrent_downloads: The largest number of layers that move data at once; 0 means no
+            limit but that of 90 connections.
+        max_download_attempts: The number of attempts at a layer before its pulls fail.
         retry_tick: Seconds between two steps of the countdown to another attempt at a layer. The
             waits between attempts at other requests are proportional to ``retry_tick``.
-        limits: How much a layer may hold; ``None``: the defaults, or those of an open store.
+        limits: The limits on each layer; ``None``: the defaults, or those of an open store.
 
     Raises:
         StoreError: if the directory is not a store, or cannot be used as one.
-        HostsError: if ``hosts_dir`` is no directory. What is wrong in it is told by the pulls that
-            need it.
-        ValueError: for options that make no sense (see `open_download_manager`), as are limits
-            for a store that was opened with its own.
+        HostsError: if ``hosts_dir`` is not a directory. The pulls that need a file in it report the
+            errors of that file.
+        ValueError: for options out of range (see `open_download_manager`), and for limits with a
+            store that was opened with its own.
     """
     check_whole("max_concurrent_downloads", max_concurrent_downloads, least=0)
     check_whole("max_download_attempts", max_download_attempts, least=1)
@@ -147,7 +151,7 @@ async def open_puller(
                 hosts_dir=hosts_dir,
                 stall_limit=stall_limit,
                 retry_tick=retry_tick,
-                # Some more, so that downloads never hold up those who ask for a manifest.
+                # Ten more, so that downloads never delay requests for manifests.
                 max_connections=(max_concurrent_downloads or UNLIMITED_DOWNLOADS) + 10,
             )
         )
@@ -234,19 +238,22 @@ class Puller:
     async def resolve(
         self, reference: str | Reference, *, platform: str | Platform | None = None
     ) -> ResolvedImage:
-        """Ask the registry what a reference stands for now: manifest and config, verified.
+        """Ask the registry for the image of a reference: its manifest and config, verified.
+
+        Cancellation: nothing is left behind.
 
         Args:
-            reference: As people write it: ``debian:12``, ``quay.io/org/name@sha256:…``.
-            platform: Which of an index's images; ``None``: the host's.
+            reference: The image's name, such as ``demo``, ``debian:12`` or
+                ``quay.io/org/name@sha256:…``.
+            platform: The platform to choose from an index; ``None``: the host's.
 
         Raises:
             InvalidReference: if the reference does not follow the grammar.
             PlatformError: if the image has nothing for the platform.
-            ManifestError: if what the registry has is no image.
-            HostsError: if what ``hosts_dir`` has for the registry cannot be used.
-            RegistryError: if it cannot be had; its subclasses say why.
-            VerificationError: if what came is not what was asked for.
+            ManifestError: if the registry has something else than an image.
+            HostsError: if ``hosts_dir`` has an unusable file for the registry.
+            RegistryError: if the registry fails; its subclasses say how.
+            VerificationError: if a document does not match its digest.
             ManagerClosed: if the puller's block was left before or during the call.
         """
         return await self._resolve(*_parsed(reference, platform), None)
@@ -286,25 +293,27 @@ class Puller:
     ) -> AsyncIterator[Image]:
         """Get an image into the store, and keep it there while the block runs.
 
-        Entering waits until all of it is there, verified and on disk; what the store has is not
-        downloaded again. It stays in the store after the block, until it is removed. No nursery
-        is open while the block runs. If entering is cancelled or fails, nothing of it is
-        visible in the store but whole layers, and partial downloads are kept, to be resumed.
+        Entering waits until the whole image is there, verified and on disk. Blobs and layers in the
+        store are not downloaded again. After the block the image stays in the store until it is
+        removed. No nursery is open while the block runs.
+
+        Cancellation: if entering is cancelled or fails, only whole layers become visible in the
+        store, and partial downloads are kept for a resumption.
 
         Args:
             reference: As for `resolve`.
             platform: As for `resolve`.
-            policy: When the registry is asked what the reference stands for. With ``"missing"``
-                an image that the store has under this reference, for this platform, is taken
-                as it is, and with ``"never"`` there is no other: both do without a network then.
-            progress: Takes the pull's events; see `DownloadManager.download`. There are none for
-                an image that is taken from the store. Retries of requests for a manifest, a config
-                or a token cause events such as ``Retrying in 2 seconds``. Their ID is the full
-                reference, such as ``docker.io/library/debian:12``.
+            policy: When to ask the registry. With ``"missing"``, an image that the store has under
+                this reference, for this platform, needs no network. With ``"never"``, a missing
+                image is an error.
+            progress: Takes the pull's events; see `DownloadManager.download`. An image from the
+                store causes none. Retries of requests for a manifest, a config or a token cause
+                events such as ``Retrying in 2 seconds``. Their ID is the full reference, such as
+                ``docker.io/library/debian:12``.
 
         Raises:
-            LayersError: as `resolve` and `DownloadManager.download` do.
-            StoreError: if the image is not in the store, and never to be pulled.
+            LayersError: as for `resolve` and `DownloadManager.download`.
+            StoreError: if the store lacks the image and ``policy`` is ``"never"``.
             ManagerClosed: if the puller's block was left before or during the entry.
             ValueError: for an unknown policy.
         """
@@ -500,4 +509,4 @@ class _RegistryLayer(ImageSource):
         await self._registry.fetch_blob(self._reference, self.descriptor, sink, progress=progress)
 
     def close(self) -> None:
-        """What arrived stays in the store."""
+        """Do nothing: the received bytes stay in the store."""

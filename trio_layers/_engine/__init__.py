@@ -1,5 +1,5 @@
 """The engine: keyed transfers, shared between pulls, and the order of layers.
 
-It knows protocols (`trio_layers.abc`) and values, neither HTTP nor disk: it wraps what a layer
-source hands out (progress, cancellation) and never interprets it.
+It uses protocols (`trio_layers.abc`) and values, and neither HTTP nor disks. It wraps the stream of
+a layer source for progress and cancellation, and never interprets its bytes.
 """

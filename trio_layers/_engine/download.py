@@ -1,7 +1,7 @@
-"""The download manager: what pulls share, and the way in.
+"""The download manager: the entry to the engine, and the state that pulls share.
 
-After moby's ``distribution/xfer/download.go``. What a pull does is in `pull`, what becomes of one
-layer in `layer`, what is shared between pulls in `transfer`.
+It follows moby's ``distribution/xfer/download.go``. The work of a pull is in `pull`, the work on
+one layer in `layer`, and shared transfers are in `transfer`.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ async def open_download_manager(
 
 @attrs.frozen
 class DownloadStatistics:
-    """What a `DownloadManager` is doing.
+    """The present activity of a `DownloadManager`.
 
     Attributes:
-        transfers: Transfers that have not ended.
-        downloading: Those that hold a slot.
-        queued: Those that wait for one.
-        pulls: Pulls that wait for their result.
+        transfers: Number of transfers that have not ended.
+        downloading: Number of transfers with a slot.
+        queued: Number of transfers that wait for a slot.
+        pulls: Number of pulls that wait for their result.
     """
 
     transfers: int
@@ -88,8 +88,9 @@ class DownloadStatistics:
 @made_by("open_download_manager")
 @final
 class DownloadManager:
-    """Downloads layers into a store, sharing what several pulls want. It comes from
-    `open_download_manager`.
+    """Downloads layers into a store, and shares downloads between pulls.
+
+    It comes from `open_download_manager`.
     """
 
     def __init__(self, transfers: Transfers, retry: RetryPolicy, lifetime: Lifetime) -> None:
@@ -107,11 +108,11 @@ class DownloadManager:
 
     @property
     def max_concurrent_downloads(self) -> int:
-        """How many layers move data at once; 0 means no limit.
+        """The largest number of downloads at once; 0 means no limit.
 
-        Assigning takes effect at once: a higher limit wakes those who wait, in the order in
-        which they asked; a lower one lets those that run finish and starts none above it. A
-        negative one is a `ValueError`.
+        An assignment takes effect at once. A higher limit wakes waiting transfers in the order in
+        which they asked. A lower limit lets running downloads finish, and starts none above it. A
+        negative limit is a `ValueError`.
         """
         return self._transfers.slots.limit
 
@@ -120,6 +121,7 @@ class DownloadManager:
         self._transfers.slots.limit = limit
 
     def statistics(self) -> DownloadStatistics:
+        """Return the present activity of the manager."""
         slots = self._transfers.slots
         return DownloadStatistics(len(self._transfers), slots.borrowed, slots.queued, self._pulls)
 
@@ -133,28 +135,30 @@ class DownloadManager:
     ) -> AsyncIterator[RootFS]:
         """Get a stack of layers into the store, and keep it there while the block runs.
 
-        Entering waits until all layers are registered. The block runs with no nursery around
-        it. Leaving it gives the layers back to the store, without waiting, and may happen
-        after the manager has been left.
+        Entering waits until all layers are registered. No nursery is open around the block. Leaving
+        it gives the layers back to the store, without waiting, and may happen after the manager has
+        been left.
 
-        If entering is cancelled or fails, the pull lets go of all its layers at once, and then
-        waits until those that nobody else wants have stopped. Whatever happens, each source is
-        closed exactly once; one whose download others share, when that has ended.
+        Each source is closed exactly once in any case. If other pulls share its download, the
+        source is closed when the download has ended.
+
+        Cancellation: if entering is cancelled or fails, the pull releases all its layers at once,
+        and then waits until the transfers that no other pull needs have stopped.
 
         Args:
             sources: The layers, bottom first.
-            base: What they stand on, which must be in the store.
-            progress: Takes the pull's events, from several tasks, in order for each layer.
-                Events it is too slow for are left out; the newest always arrives.
+            base: The layers below them, which must be in the store.
+            progress: Takes the pull's events, from several tasks, in order for each layer. A slow
+                sink misses some events, but never the newest.
 
         Raises:
-            LayersError: what the first layer to fail failed with: an error of its own for each
-                pull, whose ``__cause__`` is the original.
-            TransferError: likewise, for an original that is no `LayersError`.
+            LayersError: the error of the first layer that failed. Each pull gets an error of its
+                own, whose ``__cause__`` is the original.
+            TransferError: in the same way, if the original is not a `LayersError`.
             ManagerClosed: if the manager has been left.
             TypeError: for a source that lacks a method, or a sink that is not asynchronous.
-            Exception: what a source's ``diff_id``, the store's ``get`` or the progress sink
-                raised, as it is.
+            Exception: an error raised by a source's ``diff_id``, the store's ``get`` or the
+                progress sink, unchanged.
         """
         check_sink(progress)
         sources = tuple(sources)

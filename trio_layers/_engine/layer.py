@@ -1,5 +1,6 @@
-"""What becomes of one layer in its transfer: downloaded, or copied from one further down, and then
-registered on the layer below it.
+"""The work on one layer in its transfer: download or copy, then registration on its parent.
+
+A repeated layer is copied from the same layer further down.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ REGISTRATION_CANCELLED: Final = "layer registration cancelled"
 
 @attrs.frozen
 class LayerJob:
-    """What the transfer of one layer does, once as a download, once for a repeated layer."""
+    """The work of a transfer on one layer: a download, or a copy of a repeated layer."""
 
     store: LayerStore
     retry: RetryPolicy

@@ -150,8 +150,8 @@ class Pull:
 
     @trio.lowlevel.enable_ki_protection
     async def _wind_up(self, scope: trio.CancelScope) -> None:
-        # The tasks that deliver progress have been woken by now, and run in this step of the
-        # scheduler or have run: whoever is idle still gets the last event.
+        # The tasks that deliver progress are awake by now, and run in this step of the scheduler or
+        # have run. An idle one still gets the last event.
         await trio.lowlevel.checkpoint()
         scope.cancel()
 
@@ -208,14 +208,14 @@ class Pull:
         if top.layer is None:
             return  # failed: transfer_ended was told
         self._result = RootFS(self._base.diff_ids + self._diff_ids_down_from(top.layer))
-        # What is below stays because of the top one.
+        # The reference to the top layer keeps the layers below.
         self._watched.pop()
         lower = self._watched
         self._let_go()
         self._watched.append(top)
         self._transfers.foreign.run()
         for transfer in lower:
-            # One may still run if what is above it was joined, and stands on another's.
+            # A transfer may still run if the layer above it belongs to another pull's transfer.
             if not transfer.done.is_set():
                 transfer.wake()
         await self._let_go_of_originals()
@@ -360,7 +360,7 @@ class Pull:
     def _diff_ids_down_from(self, top: Layer) -> tuple[DiffID, ...]:
         diff_ids: list[DiffID] = []
         layer: Layer | None = top
-        # Exactly as many as were asked for: what is below them is the base.
+        # As many as the sources: the layers below them are the base.
         for _ in self._sources:
             if layer is None:
                 raise LayersError("internal error: too few parent layers")
@@ -368,7 +368,7 @@ class Pull:
             layer = layer.parent
         return tuple(reversed(diff_ids))
 
-    # What it tells.
+    # The reports.
 
     async def _tell(self, source: LayerSource, action: str) -> None:
         if self._sink is not None:
@@ -385,14 +385,15 @@ class Pull:
 
 
 def _key_of_base(base: ChainID | None) -> bytes:
-    """What a pull's bottom layer stands on, as the beginning of a chain of keys."""
+    """Return the beginning of a chain of keys, for the base of a pull's bottom layer."""
     return hashlib.sha256(b"base " + (base or "").encode()).digest()
 
 
 def _key_on(below: bytes, key: str) -> bytes:
-    """The key of a transfer: what it stands on, and its source's key.
+    """Return the key of a transfer from the key of the layer below and its source's key.
 
-    Hashed, as chain IDs are, so that a key among 10,000 layers costs what the first one does.
+    It is a hash, as chain IDs are, so that a key among 10,000 layers costs no more than the first
+    one.
     """
     return hashlib.sha256(b"on " + below + key.encode("utf-8", "surrogatepass")).digest()
 

@@ -1,5 +1,6 @@
-"""How far the unpacking of a layer is: what is reported of it, and the stream that a store reads
-a layer from, counted and closed exactly once.
+"""The stream that a store reads a layer from, and the progress of unpacking.
+
+The stream is counted, and closed exactly once.
 """
 
 from __future__ import annotations
@@ -117,8 +118,11 @@ class LayerReader(trio.abc.ReceiveStream):
         return data
 
     async def aclose(self) -> None:
-        """Close the stream that is read from, unless that is done. Not cancellable; never
-        raises: whether the layer is good was decided by what could be read.
+        """Close the stream of the source, unless it is closed.
+
+        The call raises nothing: the bytes read decide whether the layer is good.
+
+        Cancellation: the call is shielded.
         """
         if self._closed:
             return

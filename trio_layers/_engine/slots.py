@@ -1,4 +1,4 @@
-"""Who may move data now."""
+"""The slots: permissions to download."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class SlotHolder(Protocol):
 class Slots:
     """A `trio.CapacityLimiter` that serves in the order of asking.
 
-    The limiter's own queue has the order in which tasks came to wait, and trio shuffles those.
-    Here a slot is asked for synchronously, on behalf of whoever shall have it, so the order is
-    that of the decisions. Whoever asked gives the slot back, or leaves the queue, exactly when
-    it says so: nothing here waits.
+    trio's limiter serves tasks in the order in which they began to wait, and trio shuffles the
+    tasks that begin in one step. Here a slot is requested synchronously, on behalf of its future
+    holder, so the order is that of the decisions. The requester gives the slot back, or leaves the
+    queue, in the moment of its call: nothing here waits.
     """
 
     def __init__(self, limit: int) -> None:
@@ -37,8 +37,10 @@ class Slots:
 
     @property
     def limit(self) -> int:
-        """How many may hold a slot at once; 0 means no limit. A new limit holds at once: a
-        higher one serves those who wait, a lower one takes nothing from those who have.
+        """The largest number of slots at once; 0 means no limit.
+
+        A new limit takes effect at once. A higher one serves waiting holders, and a lower one takes
+        no slot away.
         """
         tokens = self._limiter.total_tokens
         return 0 if math.isinf(tokens) else int(tokens)

@@ -1,23 +1,21 @@
-"""One keyed, shared, cancellable job, and the table of those that run.
+"""Transfers: keyed, shared, cancellable jobs, and the table of the running ones.
 
-A transfer belongs to nobody who wants it: its task lives in the manager's nursery, its cancel
-scope is its own, and it goes on as long as somebody watches. After moby's
-``distribution/xfer/transfer.go``, with these words:
+No pull owns a transfer. Its task lives in the manager's nursery, it has a cancel scope of its own,
+and it goes on while it has a watcher. The design is that of moby's
+``distribution/xfer/transfer.go``, with these terms:
 
 watcher
-    Whoever wants a transfer to go on: a pull, or another transfer that builds on its layer. It
-    comes by `Transfer.watch` and goes by `Transfer.let_go`. The last one to go cancels the
-    transfer, or, if that has ended, releases the layer.
+    A pull, or another transfer that builds on the layer, for which a transfer goes on. It comes by
+    `Transfer.watch` and goes by `Transfer.let_go`. The last one that goes cancels the transfer, or,
+    if the transfer has ended, releases the layer.
 inactive
-    The data is here: the slot goes to the next transfer.
+    The data has arrived, so the slot goes to the next transfer.
 done
-    The task has ended and the outcome stands. A transfer that was merely asked to stop is not
-    done yet.
+    The task has ended and the outcome is fixed. A transfer that was only asked to stop is not done.
 
-Everything that decides (who starts, who shares, who is cancelled, how a transfer ends) happens
-in synchronous functions. No task runs between looking and acting, so there are no locks. Ctrl-C
-waits until such a function has returned, and foreign code runs once the state change is complete
-(see `ForeignCalls`).
+All decisions (starting, sharing, cancelling, ending) happen in synchronous functions. No task runs
+between looking and acting, so there are no locks. Ctrl-C waits until such a function has returned,
+and foreign code runs once the state change is complete (see `ForeignCalls`).
 """
 
 from __future__ import annotations
@@ -65,12 +63,12 @@ class Transfer:
 
     Attributes:
         scope: Cancels this transfer and nothing else.
-        slot: Set once it may move data; never, for one that needs no slot.
-        inactive: Set once it moves no more data.
-        done: Set once it has ended: `layer` or `error` is there.
+        slot: Set once the transfer may move data; never, if it needs no slot.
+        inactive: Set once the transfer moves no more data.
+        done: Set once the transfer has ended, with a `layer` or an `error`.
         layer: The registered layer. Once the transfer is done, only a success leaves it set.
-        error: What it failed with. One object, shared: see `own_error`.
-        if_cancelled: What a cancellation means at this point: the text of the error.
+        error: The error of the transfer, one object for all watchers: see `own_error`.
+        if_cancelled: The text of the error if the transfer is cancelled at this point.
     """
 
     def __init__(
@@ -110,7 +108,7 @@ class Transfer:
     def _name(self) -> str:
         return self._key.hex()[:12]
 
-    # Who wants it.
+    # The watchers.
 
     def watch(self, watcher: Watcher) -> None:
         self._watchers[watcher] = None
@@ -141,7 +139,7 @@ class Transfer:
         """As a watcher of others it waits for their `done` in its task."""
 
     def own_error(self) -> LayersError:
-        """What the transfer failed with, as a new object for one who waits for it."""
+        """Return the transfer's error as a new object, for one waiting pull."""
         assert self.error is not None
         if isinstance(self.error, LayersError):
             try:
@@ -154,7 +152,7 @@ class Transfer:
         transfer_error.__cause__ = self.error
         return transfer_error
 
-    # What it reports.
+    # The reports.
 
     def report(self, action: str, current: int = 0, total: int = 0, last: bool = False) -> None:
         """Publish progress. Never waits. Watchers that are slow see the newest only."""
@@ -183,7 +181,7 @@ class Transfer:
         """Make `deliver` see that a watcher is gone."""
         self._news.unpark_all()
 
-    # What it does.
+    # The work.
 
     def now_inactive(self) -> None:
         """The data is here: give the slot to the next."""
@@ -207,8 +205,8 @@ class Transfer:
             stopped, failed = group.split(trio.Cancelled)
             if stopped is None or not isinstance(failed, ExceptionGroup):
                 raise
-            # What failed while the manager's end stopped it must not become what the manager's
-            # block raises.
+            # An error during the end of the manager must not replace the error of the manager's
+            # block.
             log(logging.DEBUG, "transfer %s failed while it stopped", self._name, error=failed)
             raise stopped from None
         finally:
@@ -288,9 +286,9 @@ class Transfers:
         """Start a transfer; the caller must `~Transfer.watch` it before the next checkpoint.
 
         Args:
-            key: Under which others find it, until it has ended.
-            work: What it does.
-            builds_on: The transfers it watches until it has ended or been cancelled.
+            key: The key by which others find it, until it has ended.
+            work: The work of the transfer.
+            builds_on: The transfers that it watches until it has ended or been cancelled.
             close: Called in the step in which it ends.
             needs_slot: Whether it moves data.
 
