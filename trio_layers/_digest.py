@@ -1,10 +1,10 @@
-"""Digests: of blobs, of unpacked layers, of stacks of layers.
+"""Digests of blobs, of unpacked layers, and of stacks of layers.
 
-A *digest* names a blob: an algorithm, a colon, and lower-case hex digits. What is stored has one
-by SHA-256; what is in a registry may have another that can be verified. A *diff ID* is the digest
-of a layer's tar, decompressed. A *chain ID* names a layer together with all that is below it. The
-rules are those of the OCI image specification, ``descriptor.md`` (digests) and ``config.md``
-(layer DiffID, layer ChainID).
+A *digest* names a blob: an algorithm, a colon, and lower-case hex digits. Stored blobs have SHA-256
+digests; a registry's blob may have another one that can be verified. A *diff ID* is the digest of a
+layer's uncompressed tar. A *chain ID* names a layer together with all layers below it. The rules
+are those of the OCI image specification, ``descriptor.md`` (digests) and ``config.md`` (layer
+DiffID, layer ChainID).
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def parse_verifiable(text: str) -> Digest:
 
 
 def digest_of(data: bytes, like: Digest | None = None) -> Digest:
-    """What ``data`` hashes to. About a millisecond for each MiB.
+    """Return the digest of ``data``. It takes about a millisecond for each MiB.
 
     Args:
-        data: All of it.
-        like: A verifiable digest of the algorithm wanted; SHA-256 without.
+        data: All of the bytes.
+        like: A verifiable digest with the wanted algorithm; ``None``: SHA-256.
     """
     verifier = Verifier(like)
     verifier.update(data)

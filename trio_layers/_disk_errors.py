@@ -1,4 +1,4 @@
-"""What the disk's errors mean to whoever uses the store."""
+"""The errors of the disk as errors of the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
-    """What an error of the disk at ``path`` means to whoever uses the store."""
+    """Return the store's error for an error of the disk at ``path``."""
     if isinstance(error, FileNotFoundError) and "/ingest/" in os.fsdecode(error.filename or ""):
         return removed_meanwhile(Path(os.fsdecode(error.filename)))
     if isinstance(error, OSError):
@@ -27,7 +27,7 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
         busy = False
         reason = error.strerror or str(error)
     else:
-        # By its names, so that those who have no database need not load one.
+        # By the name of the type, so that a program without a database need not load sqlite3.
         name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
         # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
         full = name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")

@@ -56,7 +56,7 @@ class LayersError(Exception):
     """The root of all errors that trio_layers raises on its own account."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By its fields: what built it took other arguments, and may have added some text.
+        # By its fields: the constructor takes other arguments, and may add some text.
         return _restored, (type(self), self.args, self.__dict__)
 
     def copy_to_raise(self) -> Self:

@@ -1,4 +1,4 @@
-"""What the store asks of a file system: durable, locked, removed. Blocking: for worker threads."""
+"""Files for the store: durable writes, locks, removal. Blocking, for worker threads."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ _FORK: Final = 0.5
 
 
 def file_name(digest: Digest) -> str:
-    """What a digest's files are called.
+    """Return the file name for a digest.
 
     Raises:
-        InvalidDigest: if it is none: a descriptor may come from anywhere, and this becomes a path.
+        InvalidDigest: if the digest is invalid. A descriptor may come from anywhere, and the name
+            becomes part of a path.
     """
     return parse_digest(digest).removeprefix("sha256:")
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system and SQLite raise in the block into a `StoreError`."""
+    """Turn errors of the operating system and SQLite in the block into a `StoreError`."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
@@ -96,8 +97,9 @@ def _statfs() -> Callable[[bytes, ctypes.Array[ctypes.c_long]], int] | None:
 
 
 def file_system_type(path: Path) -> int:
-    """The number of the type of the file system that ``path`` is on (statfs(2)); 0 if it is not
-    known.
+    """Return the type number of a path's file system (statfs(2)).
+
+    The number is 0 if it is unknown.
     """
     statfs = _statfs()
     buffer = (ctypes.c_long * 64)()  # the type comes first
@@ -107,12 +109,12 @@ def file_system_type(path: Path) -> int:
 
 
 def sync_file_system(directory: int) -> None:
-    """Make everything durable that was written to the file system of an open directory.
+    """Make all writes to the file system of an open directory durable.
 
-    One call for a tree of any size: an fsync for each file takes a hundred times as long. What
-    the disk could not keep, the kernel tells each descriptor once that was open when it failed;
-    one that is opened later is not told if somebody else has been. So ``directory`` has to be
-    open since before the first byte was written.
+    One call is enough for a tree of any size: an fsync for each file takes a hundred times as long.
+    The kernel reports a lost write once to each descriptor that was open at the failure. A
+    descriptor that is opened later gets no report if another one has got it. So ``directory`` must
+    be open since before the first byte was written.
     """
     syncfs = _syncfs()
     if syncfs is None:
@@ -160,8 +162,8 @@ def try_lock(path: Path, *, make: bool = True) -> int | None:
         descriptor = os.open(path, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed the file after we opened it: then our lock
-            # says nothing to those who open the name now.
+            # Its last holder may have removed the file after this open: then the lock
+            # does not affect a process that opens the name now.
             if os.fstat(descriptor).st_nlink:
                 return descriptor
         except BlockingIOError:
@@ -229,15 +231,15 @@ def lock_directory(path: Path) -> Iterator[None]:
 def remove_directory(
     path: Path, *, aside: Callable[[], Path], check_cancelled: Callable[[], None]
 ) -> None:
-    """Remove a directory with all that is in it; links are not followed.
+    """Remove a directory with all its contents; links are not followed.
 
-    A directory found inside is first moved out, so however deep a stranger's layer nests, it
-    takes neither recursion nor long paths, and what an interruption leaves lies in the open.
+    A directory found inside is first moved out. So a deeply nested layer of a stranger needs
+    neither recursion nor long paths, and the remains after an interruption are easy to find.
 
     Args:
         path: The directory.
-        aside: Gives a new name to move a directory to, on the same file system.
-        check_cancelled: Called for each entry; what it raises goes through.
+        aside: Returns a new path to move a directory to, on the same file system.
+        check_cancelled: Called for each entry; its exception comes out.
     """
     waiting = [path]
     while waiting:
@@ -263,10 +265,10 @@ def remove_directory(
 
 
 def disk_usage(path: Path, check_cancelled: Callable[[], None]) -> int:
-    """The bytes that a file takes on the disk, or a directory with all that is in it; a file with
-    several names counts once, and one that is not there for nothing.
+    """Return the disk space of a file, or of a directory with all its contents, in bytes.
 
-    Nothing must change in it meanwhile. However deep it is, it takes one descriptor.
+    A file with several names counts once, and a missing file counts nothing. Nothing may change in
+    the directory meanwhile. The function needs one descriptor for any depth.
     """
     try:
         found = os.lstat(path)

@@ -1,6 +1,6 @@
-"""Paths, durations, URLs and strings as Go's library reads them, for what its programs take.
+"""Paths, durations, URLs and strings as Go's library reads them.
 
-Python's own functions take other things for valid, and leave other things out.
+Python's own functions accept other input, and leave out other parts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def clean_path(path: str) -> str:
     return cleaned[1:] if cleaned.startswith("//") else cleaned
 
 
-# In nanoseconds, which is what Go counts in, in 63 bits.
+# Go counts nanoseconds, in 63 bits.
 _UNITS: Final = {
     "ns": 1,
     "us": 10**3,
@@ -58,7 +58,7 @@ _MAX_DURATION: Final = 2**63 - 1
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds, of what Go's ``time.ParseDuration`` takes, such as ``1m30s``."""
+    """Return the seconds of a duration in the syntax of Go's ``time.ParseDuration``, such as ``1m30s``."""
     if text in ("0", "+0", "-0"):
         return 0.0
     if not _DURATION.match(text):
@@ -78,11 +78,12 @@ _ESCAPE = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Scheme, host with its port, and path, as Go's ``url.Parse`` has them: it takes for a host
-    what httpx would not, and leaves out what it does not find.
+    """Return scheme, host with port, and path of a URL, as Go's ``url.Parse`` does.
+
+    It accepts hosts that httpx would not, and missing parts are empty.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the URL is invalid.
     """
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in url):
         raise ValueError("it has control characters in it")

@@ -1,9 +1,9 @@
-"""Containerd's configuration of hosts: ``hosts.toml``, and certificate files in Docker's manner.
+"""containerd's configuration of hosts: ``hosts.toml``, and certificates in Docker's manner.
 
-A directory holds one directory for each registry, by its host; what is in there says who is asked
-instead, before it, or how. Files are read as containerd 2.3 does it (``docs/hosts.md``, and
-``core/remotes/docker/config/hosts.go``), with one difference: containerd ignores a file that it
-cannot use, and here it is an error. Who wrote that file wanted something, and would not get it.
+A directory has one directory for each registry, by its host. The files in it name mirrors, and the
+settings for requests to them. They are read as containerd 2.3 reads them (``docs/hosts.md``, and
+``core/remotes/docker/config/hosts.go``), with one difference: containerd ignores an unusable file,
+and here it is an error, because its author would not get the wanted settings.
 
 Nothing here waits for a network or looks into certificates: values go in and out.
 """
@@ -38,19 +38,19 @@ Table: TypeAlias = Mapping[str, object]
 
 @attrs.frozen
 class Host:
-    """One host to ask for what a registry has.
+    """One host that serves the images of a registry.
 
     Attributes:
         scheme: ``https`` or ``http``.
         host: Host and port, as they are written.
-        path: What its API begins with, not quoted, without a slash at the end.
-        capabilities: Of ``pull`` (content by its digest), ``resolve`` (tags), ``push`` and
-            ``referrers``, those that it is good for.
+        path: The beginning of its API's path, not quoted, without a slash at the end.
+        capabilities: Its abilities among ``pull`` (content by digest), ``resolve`` (tags), ``push``
+            and ``referrers``.
         ca: Files of certificates that are trusted besides the system's.
         client: Files of a client's certificate and of its key; an empty second: the same file.
-        skip_verify: Whether its certificate need not be valid; ``None``: not said.
-        header: Fields that it is sent with each request.
-        dial_timeout: Seconds that connecting to it may take; ``None``: not said.
+        skip_verify: Whether its certificate may be invalid; ``None`` if the file does not say.
+        header: Header fields for each request to it.
+        dial_timeout: Seconds that a connection to it may take; ``None`` if the file does not say.
         http_fallback: Whether plain HTTP is tried if it does not speak HTTPS.
         verify: Whether its certificate is checked in the end.
         implied: Whether this is the registry itself, which no file names.
@@ -63,7 +63,7 @@ class Host:
     ca: tuple[str, ...] | None = None
     client: tuple[tuple[str, str], ...] | None = None
     skip_verify: bool | None = None
-    # It may hold whatever opens a door.
+    # The header fields may have secrets.
     header: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict, repr=False, hash=False)
     dial_timeout: float | None = None
     http_fallback: bool = False
@@ -73,12 +73,12 @@ class Host:
 
 @attrs.frozen
 class Configuration:
-    """What there is for a registry.
+    """The configuration for a registry.
 
     Attributes:
-        directory: Where it was found; ``None`` if there is none.
-        hosts: Who is asked, in this order.
-        source: The file, or the directory, that complaints are about.
+        directory: The directory of the registry; ``None`` if there is none.
+        hosts: The hosts, in the order in which to ask them.
+        source: The file or directory for error messages.
     """
 
     directory: Path | None
@@ -87,14 +87,14 @@ class Configuration:
 
 
 def read_configuration(root: Path, registry: str) -> Configuration:
-    """Who is to be asked for what a registry has. Blocks while files are read.
+    """Read the hosts for a registry. Blocks while files are read.
 
     Args:
         root: The directory of all configurations.
         registry: The registry's host, with its port if it has one, as it is in references.
 
     Raises:
-        HostsError: if a file cannot be read, or is not what it should be.
+        HostsError: if a file cannot be read or is invalid.
     """
     directory = _find_directory(root, registry)
     if directory is None:
@@ -181,14 +181,14 @@ def _completed(host: Host | None, registry: str) -> Host:
         path="/v2",
         capabilities=CAPABILITIES,
         verify=not (skips or host.skip_verify),
-        # Kept apart from what a file says: it makes HTTPS worth a try all the same.
+        # Kept apart from the value in the file, since it makes HTTPS worth a try in any case.
         http_fallback=skips and scheme == "http",
         implied=True,
     )
 
 
 def _with_fallback(host: Host) -> Host:
-    """Who says ``http`` and how to trust a certificate has HTTPS tried first."""
+    """Try HTTPS first for a host with ``http`` and certificate settings."""
     tls = host.ca is not None or host.client is not None or host.skip_verify is not None
     if host.scheme == "http" and (tls or host.http_fallback) and _port_of(host.host) != "80":
         return attrs.evolve(host, scheme="https", http_fallback=True)
@@ -255,7 +255,7 @@ def _fields(table: Table) -> dict[str, object]:
 
 @attrs.frozen
 class _Reader:
-    """Turns the values of a file into hosts, and complains of what is none."""
+    """Turns the values of a file into hosts, and raises errors for invalid values."""
 
     file: Path
 
@@ -278,7 +278,7 @@ class _Reader:
         return [self.text(each, f"an item of {name}") for each in value]
 
     def check_types(self, fields: Table, where: str) -> None:
-        """What is refused whether the host is asked or not."""
+        """Raise errors for values that are invalid in any host."""
         self.texts(fields.get("capabilities", []), f"{where}capabilities")
         self.table(fields.get("header", {}), f"{where}header")
         self.text(fields.get("dial_timeout", ""), f"{where}dial_timeout")
@@ -374,7 +374,7 @@ def _api_path(path: str, *, override: bool) -> str:
     return f"{path}/v2"
 
 
-# What there may be in TOML where a table's header cannot be.
+# The parts of TOML in which a table's header cannot occur.
 _TOKEN = re.compile(
     r'''(?P<space>[ \t]+)
     |(?P<end>\r?\n)
@@ -388,10 +388,10 @@ _TOKEN = re.compile(
 
 
 def _hosts_in_order(text: str) -> Iterator[str]:
-    """The hosts of a valid file, in the order in which their tables have headers.
+    """Return the hosts of a valid file, in the order of the headers of their tables.
 
-    Which is what containerd goes by: one that has no header, as it is written in another table's
-    line, does not count, and one whose table is continued after another one's comes again.
+    This is containerd's order. A host without a header, written on a line of another table, does
+    not count. A table that is continued after another one counts again.
     """
     last = ""  # so one without a name has no place
     for header in _table_headers(text):

@@ -1,4 +1,4 @@
-"""What the ways into and out of the store share: an image's layers, and which image is meant."""
+"""The layers of an image, and the choice among stored images, for pulls and archives."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ async def off_the_loop(layers: int, work: Callable[[], T]) -> T:
 
 
 def check_storable(digests: Iterable[Digest]) -> None:
-    """Check that the store has a place for what bears these names, before it is fetched.
+    """Check that the store can keep these digests, before anything is fetched.
 
     Raises:
-        ManifestError: if not: a manifest may have them, and a registry serve what they name.
+        ManifestError: if it cannot: a manifest may name digests of other algorithms.
     """
     for digest in digests:
         try:
@@ -84,10 +84,10 @@ def check_storable(digests: Iterable[Digest]) -> None:
 
 
 def check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:
-    """Compare what the layers unpacked to with what the config says.
+    """Compare the diff IDs of the unpacked layers with those in the config.
 
-    Here and not when a layer is registered: a download may serve images whose configs differ,
-    and only the pull of the one that lies shall fail.
+    This is not a check of the registration: a download may serve images with different configs, and
+    only the pull of the wrong config must fail.
 
     Raises:
         VerificationError: if one differs.
@@ -102,8 +102,9 @@ def check_diff_ids(layers: tuple[ImageLayer, ...], rootfs: RootFS) -> None:
 
 
 def choose_stored(images: Sequence[StoredImage], platform: Platform | None) -> StoredImage | None:
-    """The one of a reference's images that a pull for the platform would bring, see
-    `RegistryClient.resolve`; of equals the one put last.
+    """Return the stored image that a pull for the platform would bring.
+
+    See `RegistryClient.resolve_image`. Of equal images, the one stored last is chosen.
     """
     offered = [parse_platform(image.platform) if image.platform else None for image in images]
     index = choose(platform or host_platform(), offered)
@@ -115,8 +116,9 @@ def choose_stored(images: Sequence[StoredImage], platform: Platform | None) -> S
 
 
 class ImageSource:
-    """What the engine wants to know of any source of an image's layer, wherever its bytes are
-    (see `trio_layers.abc.LayerSource`): one key for one blob.
+    """The properties that the engine needs of any source of an image's layer.
+
+    See `trio_layers.abc.LayerSource`. The key is the blob's digest.
     """
 
     def __init__(self, layer: ImageLayer) -> None:

@@ -1,8 +1,8 @@
 """Descriptors, manifests, indexes and image configs: plain values and their decoders.
 
-What arrives is checked against the OCI image specification (``manifest.md``, ``image-index.md``,
-``config.md``), and Docker's schema 2, whose documents have the same shape. A document that two
-readers could take for two different things is refused (CVE-2021-41190).
+Documents are checked against the OCI image specification (``manifest.md``, ``image-index.md``,
+``config.md``) and Docker's schema 2, whose documents have the same shape. A document that two
+readers could understand differently is refused (CVE-2021-41190).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _LAYER_PREFIXES: Final = (
 _KNOWN_TYPES: Final = _LAYER_TYPES | _CONFIG_TYPES | {*MANIFEST_TYPES, *INDEX_TYPES}
 _IN_TOTO: Final = "application/vnd.in-toto"
 
-# What says of a document what it is, and where its parts are.
+# The members that give the type of a document and the places of its parts.
 _DECISIVE: Final = fold_names(
     "schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers"
 )
@@ -128,15 +128,15 @@ class Descriptor:
     """A pointer to content (OCI image specification, ``descriptor.md``).
 
     Attributes:
-        media_type: What the content is.
-        digest: What it hashes to.
-        size: Its length in bytes.
-        urls: Where else it may be had, which counts for foreign layers alone.
-        annotations: What the publisher says of it.
-        platform: In an index, what the manifest is for; ``None`` if it does not say.
-        artifact_type: In a list of referrers, what they are; ``None`` if it does not say.
-        data: The blob's bytes, where the descriptor embeds them (OCI ``descriptor.md``, "data")
-            and they match its digest and size; ``None`` otherwise.
+        media_type: The type of the content.
+        digest: The digest of the content.
+        size: The length of the content in bytes.
+        urls: Other places of the content, which count for foreign layers only.
+        annotations: Notes of the publisher.
+        platform: In an index, the platform of the manifest; ``None`` if it is not given.
+        artifact_type: In a list of referrers, their type; ``None`` if it is not given.
+        data: The blob's bytes, if the descriptor embeds them (OCI ``descriptor.md``, "data") and
+            they match its digest and size; ``None`` otherwise.
     """
 
     media_type: str
@@ -150,15 +150,17 @@ class Descriptor:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is a layer that registries need not have, since its licence may not allow it
-        to be handed on (OCI ``layer.md``, "Non-Distributable Layers").
+        """Whether it is a layer that registries need not have, for reasons of its licence.
+
+        See OCI ``layer.md``, "Non-Distributable Layers".
         """
         return self.media_type in _FOREIGN_TYPES
 
     @property
     def is_attestation(self) -> bool:
-        """Whether it stands beside an image in an index and says something of it, as BuildKit's
-        provenance does (BuildKit, ``attestation-storage.md``).
+        """Whether it is an attestation beside an image in an index, such as BuildKit's provenance.
+
+        See BuildKit, ``attestation-storage.md``.
         """
         return self.annotations.get("vnd.docker.reference.type") == "attestation-manifest"
 
@@ -168,11 +170,11 @@ class Manifest:
     """One image, or an artifact of the same shape (OCI ``manifest.md``).
 
     Attributes:
-        media_type: Which of `MANIFEST_TYPES` it is.
-        config: Where its config is.
-        layers: Where its layers are, bottom first.
-        artifact_type: What it is, if it says so and is no image.
-        annotations: What the publisher says of it.
+        media_type: One of `MANIFEST_TYPES`.
+        config: The descriptor of its config.
+        layers: The descriptors of its layers, bottom first.
+        artifact_type: The type of an artifact; ``None`` for an image.
+        annotations: Notes of the publisher.
     """
 
     media_type: str
@@ -187,9 +189,9 @@ class Index:
     """Images for several platforms under one name (OCI ``image-index.md``).
 
     Attributes:
-        media_type: Which of `INDEX_TYPES` it is.
-        manifests: Where they are, with their platforms.
-        annotations: What the publisher says of it.
+        media_type: One of `INDEX_TYPES`.
+        manifests: The descriptors of the manifests, with their platforms.
+        annotations: Notes of the publisher.
     """
 
     media_type: str
@@ -209,22 +211,22 @@ class Index:
 
 @attrs.frozen
 class ImageConfig:
-    """What an image is for, and how it wants to be run (OCI ``config.md``).
+    """The platform of an image and the settings for running it (OCI ``config.md``).
 
     Attributes:
-        platform: What it is for.
-        diff_ids: What its layers hash to once decompressed, bottom first.
-        created: When it was built, as it was written (RFC 3339).
+        platform: The platform of the image.
+        diff_ids: The digests of its uncompressed layers, bottom first.
+        created: The time of its build, as it was written (RFC 3339).
         env: The environment, as ``NAME=value``.
         entrypoint: The command, to which ``cmd`` is appended.
         cmd: The command's default arguments, or the command itself.
-        working_dir: Where the command starts.
-        user: Who runs it, as ``user[:group]``, names or numbers.
-        labels: What the publisher says of it.
-        exposed_ports: What it listens on, as ``port/protocol``.
-        volumes: Directories that hold data of each container's own.
-        stop_signal: What asks it to end, as ``SIGTERM`` or a number.
-        raw: The document itself, which has all the rest.
+        working_dir: The directory in which the command starts.
+        user: The user of the command, as ``user[:group]``, names or numbers.
+        labels: Notes of the publisher.
+        exposed_ports: The ports of its services, as ``port/protocol``.
+        volumes: Directories with data of each container's own.
+        stop_signal: The signal that asks it to end, as ``SIGTERM`` or a number.
+        raw: The document itself, with all other members.
     """
 
     platform: Platform
@@ -491,7 +493,7 @@ def _decoded(data: bytes, kind: str) -> Iterator[Mapping[str, object]]:
 
 
 def _check_history(document: Mapping[str, object]) -> None:
-    """Nothing here is used, but what has it wrong is no image to other readers either."""
+    """Check the unused history, since other readers refuse an image with an invalid one."""
     as_text(document.get("author"), "image config: author")
     history = document.get("history")
     for index, value in enumerate([] if history is None else as_list(history, "history")):

@@ -50,11 +50,11 @@ class MemoryLayer:
 
     Attributes:
         diff_id: The digest of ``data``.
-        chain_id: Names it together with what is below it.
-        parent: What is below it.
-        data: Its tar, decompressed.
-        descriptor: That of the blob it came from, if that was known.
-        references: How many `MemoryStore.get`, `MemoryStore.register` and layers on top of it
+        chain_id: Identifies the layer together with all layers below it.
+        parent: The layer below; ``None`` for the bottom layer.
+        data: Its uncompressed tar.
+        descriptor: The descriptor of its blob, if it was known.
+        references: Number of `MemoryStore.get`, `MemoryStore.register` and layers on top of it that
             are not released.
     """
 
@@ -74,8 +74,8 @@ class MemoryLayer:
 class MemoryStore:
     """A `~trio_layers.abc.StagingStore` that keeps each layer as one `bytes` object.
 
-    A layer whose last reference is released is dropped, and gives back the one it has to its
-    parent. What has arrived of a blob is kept until it has become a layer.
+    A layer whose last reference is released is dropped, and releases its parent. The received bytes
+    of a blob are kept until it has become a layer.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class MemoryStore:
 
     @property
     def layers(self) -> dict[ChainID, MemoryLayer]:
-        """What is there, by chain ID (a copy)."""
+        """The layers by chain ID (a copy)."""
         return dict(self._layers)
 
     async def get(self, chain_id: ChainID) -> MemoryLayer | None:
@@ -103,10 +103,12 @@ class MemoryStore:
         parent: ChainID | None,
         descriptor: Descriptor | None = None,
     ) -> MemoryLayer:
-        """Read and decompress the stream, and keep what it holds; see `LayerStore.register`.
+        """Read and decompress the stream, and keep the layer; see `LayerStore.register`.
+
+        Cancellation: nothing is kept.
 
         Raises:
-            StoreError: if there is no layer ``parent``.
+            StoreError: if the store lacks the layer ``parent``.
         """
         data = await decompressed(stream)
         return self.add(data, parent, descriptor=descriptor)
@@ -115,9 +117,9 @@ class MemoryStore:
     async def stage(
         self, descriptor: Descriptor, waiting: ReportArrived | None = None
     ) -> AsyncIterator[MemoryStage]:
-        """Take a blob in, and decompress it while it arrives; see `StagingStore.stage`.
+        """Receive a blob and decompress it meanwhile; see `StagingStore.stage`.
 
-        It does not wait: of two who stage a blob at once, each has its own.
+        The call does not wait: of two tasks that stage one blob at once, each has its own stage.
         """
         await trio.lowlevel.checkpoint()
         arrived = self._arrived.pop(descriptor.digest, None) or Arrived()
@@ -167,12 +169,12 @@ class MemoryStore:
 
 @attrs.define(eq=False)
 class Arrived:
-    """What is there of a blob.
+    """The received bytes of a blob.
 
     Attributes:
-        data: Its bytes so far.
-        complete: Whether they are all.
-        news: Where those wait who follow it.
+        data: The bytes so far.
+        complete: Whether all bytes are there.
+        news: The followers that wait for more bytes.
     """
 
     data: bytearray = attrs.field(factory=bytearray, repr=False)
@@ -182,14 +184,14 @@ class Arrived:
 
 @attrs.define(eq=False)
 class Run:
-    """A worker of a stage: what it follows, and what became of it.
+    """A worker of a stage.
 
     Attributes:
-        arrived: The bytes it decompresses.
+        arrived: The bytes that it decompresses.
         scope: Cancels it.
-        position: How many of them it has taken.
-        plain: What it made of them, once it is through.
-        failure: What it failed with.
+        position: Number of bytes that it has taken.
+        plain: The decompressed layer, once it has ended.
+        failure: Its error, if it has failed.
     """
 
     arrived: Arrived
@@ -204,7 +206,7 @@ class Run:
 class MemoryStage:
     """A blob on its way into a `MemoryStore`; see `~trio_layers.abc.Stage`.
 
-    It comes from `MemoryStore.stage`. The worker is a task, which decompresses what has arrived.
+    It comes from `MemoryStore.stage`. The worker is a task that decompresses the received bytes.
     """
 
     def __init__(
@@ -229,7 +231,7 @@ class MemoryStage:
 
     @property
     def digest(self) -> Digest:
-        """What the bytes that are there hash to."""
+        """The digest of the bytes received so far."""
         return digest_of(bytes(self._run.arrived.data))
 
     @property
@@ -244,9 +246,9 @@ class MemoryStage:
         self._run.arrived.news.unpark_all()
 
     async def restart(self) -> None:
-        """Drop all that is there, and start to decompress again with what comes."""
+        """Drop all received bytes, and decompress again from the beginning."""
         await trio.lowlevel.checkpoint()
-        # Until it notices, the old worker writes into what nobody looks at any more.
+        # Until it notices, the old worker writes into an object that nothing reads any more.
         self._run.scope.cancel()
         self._run = self._start(Arrived())
 
@@ -269,11 +271,12 @@ class MemoryStage:
         return self._run.failure
 
     async def commit(self, parent: ChainID | None) -> MemoryLayer:
-        """Wait for the worker, then keep the layer; see `Stage.commit`. Cancelled, nothing is
-        kept.
+        """Wait for the worker, then keep the layer; see `Stage.commit`.
+
+        Cancellation: nothing is kept.
 
         Raises:
-            StoreError: if there is no layer ``parent``.
+            StoreError: if the store lacks the layer ``parent``.
         """
         await trio.lowlevel.checkpoint()
         run = self._run

@@ -1,4 +1,4 @@
-"""A nursery that does not show: what goes wrong inside comes out as itself, not in a group."""
+"""A nursery that does not show: errors inside come out alone, not in a group."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ __all__ = ["interruption_in", "open_hidden_nursery", "raise_alone"]
 
 
 def open_hidden_nursery() -> AbstractAsyncContextManager[trio.Nursery]:
-    """Like `trio.open_nursery`, for a nursery that callers need not know of.
+    """Open a nursery like `trio.open_nursery` that callers need not know of.
 
-    What the body raises comes out as it is, and so does a single `Exception` of a task. Where
-    several things went wrong, and for a task's `BaseException` that is no `Exception`, the
-    group stays. Cancelled tasks do not count; if there is nothing else, one `trio.Cancelled`
-    comes out. The nursery raises `KeyboardInterrupt` and `SystemExit` alone, from the body and
-    from tasks (see `interruption_in`). Only a group that the body itself raised stays as it is, if
-    no task failed.
+    An exception of the body comes out unchanged, and so does a single `Exception` of a task. The
+    group stays if there are several errors, or for a task's `BaseException` that is no `Exception`.
+    Cancelled tasks do not count; if there is nothing else, one `trio.Cancelled` comes out. The
+    nursery raises `KeyboardInterrupt` and `SystemExit` alone, from the body and from tasks (see
+    `interruption_in`). Only a group that the body itself raised stays as it is, if no task failed.
     """
     return _HiddenNursery()
 

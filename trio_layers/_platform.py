@@ -1,7 +1,7 @@
-"""Platforms: what an image is made for, what is wanted, and which of several fits best.
+"""Platforms: of images, wanted ones, and the choice of the best match.
 
 The rules are containerd's (``containerd/platforms``: ``platforms.go``, ``database.go``,
-``compare.go``), whose specifiers people know from ``docker pull --platform``.
+``compare.go``), whose specifiers are known from ``docker pull --platform``.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ class Platform:
     """An operating system on a processor (OCI image specification, ``image-index.md``).
 
     Attributes:
-        os: As Go names it: ``linux``.
-        architecture: As Go names it: ``amd64``, ``arm64``.
-        variant: Of the architecture: ``v7`` of ``arm``; empty for the usual one.
-        os_version: Windows only, mostly.
-        os_features: What the system must offer, sorted once normalised.
+        os: Go's name of the operating system, such as ``linux``.
+        architecture: Go's name of the architecture, such as ``amd64`` or ``arm64``.
+        variant: The variant of the architecture, such as ``v7`` of ``arm``; empty for the usual
+            one.
+        os_version: The version of the operating system, mostly for Windows.
+        os_features: The required features of the system, sorted once normalised.
     """
 
     os: str
@@ -89,14 +90,14 @@ class Platform:
 
 
 def parse_platform(specifier: str) -> Platform:
-    """Read ``OS``, ``ARCH`` or ``OS[(VERSION)]/ARCH[/VARIANT]``.
+    """Parse ``OS``, ``ARCH`` or ``OS[(VERSION)]/ARCH[/VARIANT]``.
 
-    What is left out is Linux, or the host's architecture. Other names of an architecture are
+    A missing part is Linux, or the host's architecture. Other names of an architecture are
     understood (``x86_64``, ``aarch64``, ``armhf``).
 
     Raises:
-        PlatformError: if it is malformed, or a single word that names neither a known operating
-            system nor a known architecture.
+        PlatformError: if the text is malformed, or a single word that names neither a known
+            operating system nor a known architecture.
     """
     check_type("platform", specifier, str, "a string such as 'linux/arm64', or a Platform")
     system, *rest = specifier.split("/")
@@ -153,12 +154,12 @@ def choose(requested: Platform, platforms: Sequence[Platform | None]) -> int | N
 
 
 def order(requested: Platform, platforms: Sequence[Platform | None]) -> list[int]:
-    """The indices of all platforms that ``requested`` can run, the best first.
+    """Return the indices of all platforms that ``requested`` can run, the best first.
 
-    The exact one comes first, then lesser variants and what the processor runs as well (``386``
-    on ``amd64``, ``arm`` on ``arm64``). Among equals, the platform with the most of the requested
-    OS features wins, then the first listed. ``None`` stands for an image that does not name its
-    platform: it may be for any, and comes last.
+    The exact one comes first, then lesser variants and other architectures of the processor
+    (``386`` on ``amd64``, ``arm`` on ``arm64``). Among equals, the platform with the most of the
+    requested OS features wins, then the first listed. ``None`` stands for an image that does not
+    name its platform: it may be for any, and comes last.
     """
     wanted = [platform.normalized() for platform in _compatible(requested.normalized())]
     ranked: list[tuple[int, int, int]] = []
@@ -175,7 +176,7 @@ def order(requested: Platform, platforms: Sequence[Platform | None]) -> list[int
 
 
 def _compatible(platform: Platform) -> Iterator[Platform]:
-    """``platform``, and what it runs too, best first."""
+    """Return ``platform`` and the platforms that it can run, best first."""
     yield platform
     if platform.architecture == "amd64":
         for version in range(_version(platform.variant) - 1, 0, -1):
@@ -189,7 +190,7 @@ def _compatible(platform: Platform) -> Iterator[Platform]:
         number, _, rest = variant.partition(".")
         major = _version(number)
         if major >= 8:
-            # A minor version counts only in what is as long as "v8.5".
+            # A minor version counts only in a variant as long as "v8.5".
             minor = _version(rest) if len(variant) == len("v8.5") else 0
             for lesser in _lesser_arm64(major, minor):
                 yield attrs.evolve(platform, variant=lesser)
@@ -204,7 +205,7 @@ def _lesser_arm64(major: int, minor: int) -> Iterator[str]:
             yield f"v{major}.{lesser}" if lesser else f"v{major}"
 
     yield from below(major, minor)
-    if major == 9:  # v9.0 was made from v8.5, so v9.x runs what v8.(x+5) does
+    if major == 9:  # v9.0 was derived from v8.5, so v9.x runs programs for v8.(x+5)
         yield f"v8.{minor + 5}"
         yield from below(8, minor + 5)
 
@@ -231,7 +232,7 @@ def _windows_runs(host: str, container: str) -> bool:
 
 
 def _windows_version(text: str) -> tuple[int, int, int]:
-    """Major, minor and build, of 8, 8 and 16 bits; all 0 for what is no version."""
+    """Return major, minor and build, of 8, 8 and 16 bits; all 0 for an invalid version."""
     parts = text.split(".")[:3]
     if len(parts) < 3 or not all(part.isascii() and part.isdecimal() for part in parts):
         return 0, 0, 0
@@ -273,7 +274,7 @@ def _normalize_architecture(architecture: str, variant: str = "") -> tuple[str, 
 
 
 def _quote(option: str) -> str:
-    """Hide what the specifier's own syntax uses; ``%`` first, or it would be quoted twice."""
+    """Quote the characters of the specifier's syntax; ``%`` first, or it would be quoted twice."""
     for character in "%+()/":
         option = option.replace(character, f"%{ord(character):02X}")
     return option

@@ -1,4 +1,4 @@
-"""What a pull reports: one value for each change, addressed by layer."""
+"""The events of a pull: one value for each change, by layer."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Progress:
     """One event.
 
     Attributes:
-        id: The layer's display ID, or the image's reference for what concerns the whole pull.
-        action: What goes on: a `Status`, a `retrying` text, or a layer source's own word.
-        current: How far it is, in bytes of the layer as downloaded; 0 where nothing is counted.
-        total: Where it ends, in the same unit; 0 if that is not known.
-        last: Whether a stream being counted has ended with this (docker's ``LastUpdate``).
+        id: The layer's display ID, or the image's reference for events of the whole pull.
+        action: The present action: a `Status`, a `retrying` text, or a layer source's own word.
+        current: The position in bytes of the layer as downloaded; 0 if nothing is counted.
+        total: The end in the same unit; 0 if it is unknown.
+        last: Whether a counted stream has ended with this event (docker's ``LastUpdate``).
     """
 
     id: str

@@ -476,8 +476,9 @@ def _digests_of(resolved: ResolvedImage, layers: tuple[ImageLayer, ...]) -> Iter
 
 @final
 class _RegistryLayer(ImageSource):
-    """A layer source (see `trio_layers.abc.LayerSource`) whose data comes from a registry and
-    goes through the store's ingest file, as in moby's ``distribution/pull_v2.go``.
+    """A layer source whose data comes from a registry, through the store's ingest file.
+
+    See `trio_layers.abc.LayerSource`, and moby's ``distribution/pull_v2.go``.
     """
 
     def __init__(

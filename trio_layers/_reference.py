@@ -1,8 +1,8 @@
-"""Image references: what people type to name an image, and what a registry is asked for.
+"""Image references: the names of images, and their parts for registries.
 
-The grammar is that of distribution's ``reference`` package (``regexp.go``, ``normalize.go``),
-which Docker, containerd and podman share: ``[DOMAIN/]PATH[:TAG][@DIGEST]``, where a name without
-a domain is one on Docker Hub.
+The grammar is that of distribution's ``reference`` package (``regexp.go``, ``normalize.go``), which
+Docker, containerd and podman share: ``[DOMAIN/]PATH[:TAG][@DIGEST]``. A name without a domain is
+one on Docker Hub.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ _HEX_IDENTIFIER = re.compile(r"[a-f0-9]{64}\Z")
 
 @attrs.frozen
 class Reference:
-    """A name for an image, complete: made by `parse_reference`.
+    """A complete name of an image, from `parse_reference`.
 
     Attributes:
-        domain: The registry's host, with its port if one was given; ``docker.io`` for Docker Hub;
-            empty if what stands for a host cannot be one, as it has a ``_``: Docker takes such a
-            name for an image's as well, but there is no registry to ask for it.
+        domain: The registry's host, with its port if one was given; ``docker.io`` for Docker Hub.
+            It is empty if the first part looks like a host but has a ``_``: Docker accepts such a
+            name, but no registry can be asked for it.
         path: The repository.
-        tag: What may point to another image tomorrow; ``None`` if only a digest was given.
-        digest: What pins the image; if it is there, the tag is for people only.
+        tag: The tag, which may point to another image tomorrow; ``None`` if only a digest was
+            given.
+        digest: The digest that pins the image; the tag beside it is for people only.
     """
 
     domain: str
@@ -64,7 +65,7 @@ class Reference:
 
     @property
     def familiar(self) -> str:
-        """The short form, for people: without what Docker Hub's names may go without."""
+        """The short form for people, without the parts that Docker Hub's names may omit."""
         name = self.name
         if self.domain == DEFAULT_DOMAIN:
             name = self.path
@@ -75,7 +76,7 @@ class Reference:
 
     @property
     def fetched_by(self) -> str:
-        """What the registry is asked for: the digest if there is one, else the tag."""
+        """The name for requests to the registry: the digest if there is one, else the tag."""
         return self.digest or self.tag or DEFAULT_TAG
 
     def __str__(self) -> str:
@@ -136,7 +137,7 @@ def full_name(reference: str | Reference) -> str:
 
 
 def _split_domain(text: str) -> tuple[str, str]:
-    """The domain, and what follows it, with what may be left out filled in."""
+    """Return the domain and the rest, with the omitted parts filled in."""
     first, slash, rest = text.partition("/")
     if not slash:
         # Never a domain, even with a dot in it: "ubuntu:22.04" is not a host with a port.

@@ -1,4 +1,4 @@
-"""One task gets something for all who want it at the same time."""
+"""One task fetches a value for all tasks that need it at the same time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 @final
 @attrs.define(eq=False)
 class SingleFlight(Generic[T]):
-    """A value, once there is one: whoever holds the lock fetches it, the others wait and look.
+    """A shared value: the holder of the lock fetches it, and the other tasks wait for it.
 
     Attributes:
-        value: What was fetched last; whoever knows better may set it to ``None``.
+        value: The value fetched last; a caller with newer knowledge may set it to ``None``.
     """
 
     value: T | None = attrs.field(default=None, repr=False)
@@ -35,10 +35,12 @@ class SingleFlight(Generic[T]):
         return self._lock.locked()
 
     async def get(self, good: Callable[[T], bool], fetch: Callable[[], Awaitable[T]]) -> T:
-        """The value, if it is there and good; otherwise a new one.
+        """Return the value, if it is there and good; otherwise fetch a new one.
 
-        One call of ``fetch`` serves all who wait meanwhile, also if it fails with a
-        `LayersError`. If the task that makes it is cancelled, another one of them makes it.
+        One call of ``fetch`` serves all tasks that wait meanwhile, also if it fails with a
+        `LayersError`.
+
+        Cancellation: if the fetching task is cancelled, another waiting task fetches the value.
         """
         rounds = self._rounds
         async with self._lock:

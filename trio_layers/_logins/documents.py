@@ -1,5 +1,6 @@
-"""JSON as Go's ``encoding/json`` takes it, for files that its programs write and read: members by
-names in any case, null for nothing, and what follows the first value does not matter.
+"""JSON as Go's ``encoding/json`` reads it, for files of Go programs.
+
+Members have names in any case, null stands for nothing, and text after the first value is ignored.
 """
 
 from __future__ import annotations
