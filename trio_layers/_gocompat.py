@@ -58,7 +58,7 @@ _MAX_DURATION: Final = 2**63 - 1
 
 
 def parse_duration(text: str) -> float | None:
-    """Return the seconds of a duration in the syntax of Go's ``time.ParseDuration``, such as ``1m30s``."""
+    """Return the seconds of a Go duration, such as ``1m30s`` (``time.ParseDuration``)."""
     if text in ("0", "+0", "-0"):
         return 0.0
     if not _DURATION.match(text):

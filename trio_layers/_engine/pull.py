@@ -156,8 +156,9 @@ class Pull:
         scope.cancel()
 
     def _let_go(self) -> None:
-        """Stop watching, from the top layer down: so a layer is never cancelled below one that
-        is still wanted.
+        """Stop watching, from the top layer down.
+
+        In this order a layer is never cancelled below one that is still needed.
         """
         watched, self._watched = self._watched, deque()
         for transfer in reversed(watched):

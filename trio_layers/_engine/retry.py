@@ -37,8 +37,9 @@ class RetryPolicy:
         check_seconds("retry_tick", self.tick)
 
     async def run(self, attempt_once: Callable[[], Awaitable[T]], transfer: Transfer) -> T:
-        """Call ``attempt_once`` until it succeeds. The slot is kept meanwhile: it is the
-        back-pressure on a registry in trouble.
+        """Call ``attempt_once`` until it succeeds.
+
+        The slot is kept meanwhile: this is the back-pressure on a registry in trouble.
         """
         attempt = 1
         while True:

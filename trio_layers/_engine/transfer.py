@@ -163,8 +163,10 @@ class Transfer:
         self._news.unpark_all()
 
     async def deliver(self, watcher: Watcher, id: str, sink: ProgressSink) -> None:
-        """Hand the latest publication to ``sink``, then each later one it is fast enough for,
-        until the transfer is done, or the watcher gone, and the last one handed over.
+        """Hand the latest publication to ``sink``, then later ones as fast as it takes them.
+
+        The call ends when the transfer is done, or the watcher gone, and the last publication is
+        handed over.
         """
         seen = 0
         while True:
@@ -214,9 +216,10 @@ class Transfer:
 
     @trio.lowlevel.enable_ki_protection
     def _end(self, outcome: Exception | None) -> None:
-        """The one step in which a transfer ends. There is no checkpoint in it, and the slot
-        goes last: a pull that fails lets go of its other layers before one of them could have
-        it. Calls to the source, the store and the log follow once the step is complete.
+        """End the transfer in one step without a checkpoint.
+
+        The slot goes last: a failing pull lets go of its other layers before one of them could get
+        the slot. Calls to the source, the store and the log follow once the step is complete.
         """
         self._table.drop(self._key)
         self.error = outcome

@@ -29,7 +29,7 @@ class Object:
     members: Sequence[tuple[str, object]] = attrs.field(default=(), repr=False)  # logins
 
     def find(self, name: str) -> list[object]:
-        """What stands under a name in any case. Go's readers take all of it, one after another."""
+        """Return all values under a name in any case, as Go's decoder takes all in turn."""
         return [value for key, value in self.members if is_name(key, name)]
 
 
@@ -39,14 +39,14 @@ def is_name(key: str, name: str) -> bool:
 
 
 def parse_json(data: bytes, *, alone: bool = False) -> Object:
-    """The object that begins the text; nothing at all is an empty one.
+    """Return the object at the beginning of a text; an empty text is an empty object.
 
     Args:
-        data: UTF-8; what is not counts as U+FFFD.
+        data: The text in UTF-8. Other bytes count as U+FFFD.
         alone: Whether no other value may follow.
 
     Raises:
-        ValueError: if there is none. It has nothing of the text.
+        ValueError: if there is no object. The error quotes nothing of the text.
     """
     text = data.decode("utf-8", "replace").strip(_SPACE)
     problem = "is not valid JSON"
@@ -59,7 +59,7 @@ def parse_json(data: bytes, *, alone: bool = False) -> Object:
         except (ValueError, RecursionError):
             pass
         else:
-            # Go's Decoder.More takes a closing bracket for the end of what it is in.
+            # Go's Decoder.More takes a closing bracket for the end of the enclosing value.
             more = text[end:].lstrip(_SPACE)[:1] not in ("", "]", "}")
             problem = "has more than one JSON object" if alone and more else ""
         if problem:
@@ -96,15 +96,15 @@ def decode_text(values: Iterable[object], what: str) -> str:
 def decode_mapping(
     values: Iterable[object], what: str, decode: Callable[[object], T]
 ) -> dict[str, T]:
-    """Objects that stand for one mapping: each adds to those before it, and null empties it.
+    """Combine objects that stand for one mapping: each adds to the earlier, null empties it.
 
     Args:
         values: The objects.
-        what: They are, in words.
-        decode: For each value in them; also for one that a later one takes the place of.
+        what: The objects in words.
+        decode: Decodes each value in them, also one that a later value replaces.
 
     Raises:
-        ValueError: if one is neither.
+        ValueError: if one is neither an object nor null.
     """
     mapping: dict[str, T] = {}
     for value in values:

@@ -1,7 +1,7 @@
-"""What login files hold, and which of it is for a repository: no input, no output.
+"""The contents of login files, and the search for a repository, without input and output.
 
-Docker's ``config.json`` and podman's ``auth.json`` have one format and two ways to be searched.
-Docker's is that of docker/cli (``cli/config``), which knows registries only; podman's is that of
+Docker's ``config.json`` and podman's ``auth.json`` have one format and two ways of searching.
+Docker's is that of docker/cli (``cli/config``), which knows registries only. Podman's is that of
 containers/image (``pkg/docker/config``), where a key may be a part of a registry.
 """
 
@@ -41,10 +41,10 @@ _FIELDS: Final = (
 
 @attrs.frozen
 class LoginFile:
-    """What a login file says.
+    """The contents of a login file.
 
     Attributes:
-        entries: Credentials by registry, or what else stands in ``auths``, in their order.
+        entries: Credentials by registry, or other keys in ``auths``, in their order.
         helpers: Names of credential helpers by registry.
         store: The helper of all other registries; empty: there is none.
     """
@@ -59,14 +59,14 @@ _EMPTY: Final = LoginFile()
 
 @attrs.frozen
 class Login:
-    """What a login file has for a repository.
+    """The result of a search for a repository.
 
     Attributes:
-        key: Of its entry; empty if there is none.
-        credentials: The entry's.
-        helper: Who is to be asked for credentials; empty: nobody. Those of the entry count for
-            nothing then, but for a registry token, which helpers do not know of.
-        server: What to ask it for.
+        key: The key of the entry; empty if there is none.
+        credentials: The credentials of the entry.
+        helper: The helper to ask for credentials; empty: none. With a helper, the entry's
+            credentials do not count, except a registry token, which helpers do not have.
+        server: The server to ask the helper for.
     """
 
     key: str = ""
@@ -76,10 +76,10 @@ class Login:
 
 
 def parse_login_file(data: bytes) -> LoginFile:
-    """Read a file. As in docker, nothing of one that is wrong somewhere is used.
+    """Parse a file. As in docker, a file with any error is not used at all.
 
     Raises:
-        ValueError: says what is wrong, and nothing of what the file holds.
+        ValueError: if the file is invalid. The error quotes nothing of it.
     """
     document = parse_json(data)
     entries = decode_mapping(document.find("auths"), "auths", _decode_entry)
@@ -91,11 +91,10 @@ def parse_login_file(data: bytes) -> LoginFile:
 
 
 def parse_environment(text: str) -> LoginFile:
-    """Read the value of ``DOCKER_AUTH_CONFIG``, for which docker allows ``auths`` with their
-    ``auth`` and nothing else.
+    """Parse ``DOCKER_AUTH_CONFIG``, which may have only ``auths`` with their ``auth``.
 
     Raises:
-        ValueError: as `parse_login_file`.
+        ValueError: as for `parse_login_file`.
     """
     document = parse_json(text.encode("utf-8", "surrogateescape"), alone=True)
     _check_names(document, "auths")
@@ -137,9 +136,10 @@ def _credentials(entry: Mapping[str, str]) -> Credentials:
 
 
 def find_as_docker(file: LoginFile, repository: str, environment: LoginFile = _EMPTY) -> Login:
-    """Docker's way: the entry of the registry, by its name or by a URL that has it; if there is
-    a helper, it alone is asked. What `parse_environment` gave comes before all that, by the very
-    name of the registry.
+    """Search like docker: the entry of the registry, by its name or by a URL with it.
+
+    If there is a helper, only the helper is asked. An entry of `parse_environment` comes first, by
+    the exact name of the registry.
     """
     server = _server(_registry(repository))
     if server in environment.entries:
@@ -152,9 +152,10 @@ def find_as_docker(file: LoginFile, repository: str, environment: LoginFile = _E
 
 
 def find_as_podman(file: LoginFile, repository: str) -> Login:
-    """Podman's way: the registry's helper, then the most specific entry. Where there is none,
-    or one without content, ``credsStore`` is asked, which podman itself leaves alone: the file
-    may well be docker's.
+    """Search like podman: the registry's helper, then the most specific entry.
+
+    If there is no entry, or one without content, ``credsStore`` is asked. Podman itself ignores it,
+    but the file may be docker's.
     """
     registry = _registry(repository)
     server = _server(registry)
@@ -205,8 +206,9 @@ def _plain_name(registry: str) -> str:
 
 
 def _decode_auth(text: str) -> tuple[str, str]:
-    """Name and password of ``auth``. Bytes that are not UTF-8 are kept as Python has them in
-    file names: they are sent as they were.
+    """Return name and password of ``auth``.
+
+    Bytes that are not UTF-8 are kept like those in file names, so that they are sent unchanged.
     """
     try:
         decoded = decode_base64(text)

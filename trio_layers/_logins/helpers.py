@@ -1,8 +1,8 @@
-"""Credential helpers: programs that know a registry's credentials.
+"""Credential helpers: programs with a registry's credentials.
 
-One is called ``docker-credential-NAME``, gets ``get`` as its only argument and a server on stdin,
-and answers in JSON on stdout (docker/docker-credential-helpers). What it writes to stderr is for
-the user, and goes where this process's does.
+A helper is called ``docker-credential-NAME``, gets ``get`` as its only argument and a server on
+stdin, and answers in JSON on stdout (docker/docker-credential-helpers). Its stderr is for the user,
+and is that of this process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ async def ask_helper(name: str, server: str) -> Credentials:
     text = output.decode("utf-8", "replace").strip()
     if text == _NOT_FOUND:
         return Credentials()
-    # It says why in words. What looks like an answer all the same is not shown.
+    # The output gives the reason in words. JSON, which may have secrets, is not shown.
     words = printable_line(text) if "{" not in text else ""
     raise _error(program, f"failed for {server} (status {status}){words and ': '}{words}")
 

@@ -1,4 +1,4 @@
-"""A registry's credentials, from whatever the user has logged in with."""
+"""The credentials of a registry from the user's logins."""
 
 from __future__ import annotations
 
@@ -76,26 +76,27 @@ class _Source:
 
 @final
 class LoginFiles:
-    """The credentials that the user's own programs have: for ``open_puller(credentials=...)``.
+    """The credentials of the user's own programs: for ``open_puller(credentials=...)``.
 
-    It is asked when a registry wants to know who asks. The first of these that has something for
-    the repository counts:
+    The object is called when a registry wants credentials. The first of these places with an entry
+    for the repository counts:
 
-    * ``authfile``, or the file that ``REGISTRY_AUTH_FILE`` names, in podman's format; the others
-      are not looked at then;
+    * ``authfile``, or the file that ``REGISTRY_AUTH_FILE`` names, in podman's format; the other
+      places are ignored then;
     * ``DOCKER_AUTH_CONFIG``, then docker's ``config.json``, in the directory ``DOCKER_CONFIG`` or
-      in ``~/.docker``, with the credential helpers it names;
-    * podman's ``auth.json``, in ``$XDG_RUNTIME_DIR/containers`` or ``/run/containers/UID``, then
-      in ``$XDG_CONFIG_HOME/containers`` or ``~/.config/containers``.
+      in ``~/.docker``, with its credential helpers;
+    * podman's ``auth.json``, in ``$XDG_RUNTIME_DIR/containers`` or ``/run/containers/UID``, then in
+      ``$XDG_CONFIG_HOME/containers`` or ``~/.config/containers``.
 
-    Files are read once, and helpers asked once for each registry; again when a registry refuses
-    what they gave, which may have expired. The environment is that of when it was made.
+    Files are read once, and helpers asked once for each registry. When a registry refuses
+    credentials, which may have expired, this happens again. The environment is that of the object's
+    construction.
+
+    If a needed file or helper cannot be used, the call raises `CredentialsError`, so that no
+    request is anonymous by mistake.
 
     Args:
-        authfile: A file to take in place of all others.
-
-    When it is asked it raises `CredentialsError` if a file or a helper that matters cannot be
-    used: nobody is anonymous by mistake.
+        authfile: A file to use in place of all others.
     """
 
     def __init__(self, authfile: str | os.PathLike[str] | None = None) -> None:
@@ -109,14 +110,14 @@ class LoginFiles:
     async def __call__(
         self, repository: str, refused: Credentials | None = None
     ) -> Credentials | None:
-        """The credentials for a repository, such as ``docker.io/library/debian``.
+        """Return the credentials for a repository, such as ``docker.io/library/debian``.
 
-        Cancelled, it leaves nothing behind.
+        Cancellation: nothing is left behind.
 
         Args:
-            repository: With its registry's domain.
-            refused: What it gave before, and the registry did not take: it is not given again
-                without a look whether there is something else.
+            repository: The repository with its registry's domain.
+            refused: Earlier credentials that the registry refused. They are not returned again
+                without a new look for others.
 
         Raises:
             CredentialsError: if a file or a helper cannot be used.

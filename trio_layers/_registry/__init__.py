@@ -1,6 +1,6 @@
-"""Registries: what is asked of them over HTTP, and what their answers are worth.
+"""The registry client: the distribution protocol over HTTP.
 
-Nothing that arrives is used before its size and its digest are checked, nothing is read without
-a bound, and credentials go to nobody but the registry they are for. This is the only room in
-which httpx is known; what leaves it are values, and errors of our own tree.
+Nothing received is used before its size and its digest are checked, nothing is read without a
+bound, and credentials go only to the registry that they are for. Only this room uses httpx. Its
+results are values, and errors of our own tree.
 """

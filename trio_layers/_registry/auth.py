@@ -1,9 +1,9 @@
-"""Challenges, and what answers them.
+"""Challenges of registries, and the responses to them.
 
-A registry that wants to know who asks answers 401 with challenges (RFC 9110, 11.6.1). Basic is
-answered with the credentials themselves, Bearer with a token from the server that the challenge
-names (see `tokens`), which is asked with the credentials, or without any for what everybody may
-read.
+A registry that wants credentials answers 401 with challenges (RFC 9110, 11.6.1). The response to
+Basic is the credentials themselves. The response to Bearer is a token from the server that the
+challenge names (see `tokens`), requested with the credentials, or without any for public
+repositories.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = ["Access", "Authenticator", "Challenge", "RedirectedAccess", "parse_ch
 
 # Characters. Real ones are a few hundred long; this many are parsed within 100 ms.
 MAX_FIELD_SIZE: Final = 16 * 1024
-# Of one request, whatever it was asked for each time. Tasks that renew for one another would have
-# no end, or one each.
+# The refusals of one request, with any challenges. Without the limit, tasks that renew for one
+# another would never end.
 MAX_REFUSALS: Final = 3
 MAX_REPOSITORIES: Final = 1000
 
@@ -45,7 +45,7 @@ class Challenge:
     """
 
     scheme: str
-    # Of what the server says in them no more than the names is shown.
+    # Only the names of the challenges are shown, not their parameters.
     parameters: Mapping[str, str] = attrs.field(
         factory=dict, hash=False, repr=lambda names: f"{sorted(names)}"
     )
@@ -63,10 +63,10 @@ _LEADING = re.compile(r"[\s,]*")
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
-    """The challenges of a response's WWW-Authenticate fields, in their order.
+    """Return the challenges of a response's WWW-Authenticate fields, in their order.
 
-    A field may hold several (RFC 9110, 11.6.1). Where one breaks the grammar the rest of that
-    field is left out, and what came before it stands. So is what exceeds `MAX_FIELD_SIZE`.
+    A field may hold several (RFC 9110, 11.6.1). If one breaks the grammar, the rest of that field
+    is left out, and the challenges before it stay. Text beyond `MAX_FIELD_SIZE` is left out, too.
     """
     return [challenge for header in headers for challenge in _parse_field(header[:MAX_FIELD_SIZE])]
 
@@ -78,7 +78,7 @@ def _parse_field(text: str) -> list[Challenge]:
     while position < len(text):
         match = _PARAMETER.match(text, position) if takes_parameters else None
         if match is None:
-            # Comma-separated challenges have comma-separated parameters: what is not
+            # Comma-separated challenges have comma-separated parameters: text other than
             # name=value begins the next challenge.
             scheme = _SCHEME.match(text, position)
             if scheme is None:
@@ -112,7 +112,7 @@ def _end(match: re.Match[str] | None) -> int:
 @final
 @attrs.define(eq=False)
 class _Repository:
-    """What is known of a repository: what its registry asks, and who asks it."""
+    """The known challenges and credentials of one repository."""
 
     challenge: Challenge | None = None
     # An anonymous request has succeeded, so a 404 does not mean that the repository is hidden.
@@ -122,7 +122,7 @@ class _Repository:
 
 @final
 class Authenticator:
-    """Remembers how each repository's registry wants to be asked, by whom, and with what."""
+    """Remembers each repository's challenges, credentials and tokens."""
 
     def __init__(self, transport: Transport, credentials: CredentialsFor | None) -> None:
         self.tokens = Tokens(transport)
@@ -151,13 +151,14 @@ class Authenticator:
     async def login(
         self, reference: Reference, known: _Repository, refused: Credentials | None = None
     ) -> Credentials:
-        """Who asks for a repository; empty: anybody. Those who want to know it at the same time
-        wait for the one that finds out.
+        """Return the credentials for a repository; empty means anonymous.
+
+        Tasks that need them at the same time wait for the one that looks them up.
 
         Args:
-            reference: In whose repository.
-            known: What is known of it, which remembers the answer.
-            refused: What the registry did not take: a new answer is looked for.
+            reference: The reference of the repository.
+            known: The knowledge about the repository, which keeps the result.
+            refused: Credentials that the registry refused, so that new ones are looked up.
         """
         there = self._credentials
         if there is None or isinstance(there, Credentials):
@@ -176,9 +177,10 @@ class Authenticator:
 
 @final
 class Access:
-    """One request's way past its registry: what is sent, and what to do if that is refused.
+    """The authorization of one request, and the reaction to a refusal.
 
-    It ends: what a registry refuses is renewed once, and after `MAX_REFUSALS` its word stands.
+    The exchange ends: refused credentials are renewed once, and after `MAX_REFUSALS` refusals the
+    registry's answer is final.
     """
 
     def __init__(
@@ -194,14 +196,14 @@ class Access:
         self._asked_root = False
 
     async def authorization(self) -> str | None:
-        """What to send; ``None``: nothing, as far as is known.
+        """Return the Authorization field; ``None`` if none is known to be needed.
 
-        Waits for credentials and a token if they are needed.
+        The call waits for credentials and a token if they are needed.
 
         Raises:
             AuthenticationError: if the token server refuses.
             RegistryError: if there is no token for another reason.
-            CredentialsError: if the source of the credentials cannot tell.
+            CredentialsError: if the source of the credentials fails.
         """
         challenge = self._known.challenge
         if challenge is None:
@@ -302,7 +304,7 @@ class Access:
         registry_token = self._credentials.registry_token
         if registry_token:
             if FIT_FOR_A_HEADER.match(registry_token) is None:
-                # What would refuse it otherwise also shows it.
+                # A later refusal by httpx would quote it.
                 domain = self._reference.domain
                 raise CredentialsError(
                     f"the registry token for {domain} is none: it has characters that cannot be "

@@ -1,8 +1,7 @@
-"""Blobs: fetched into a sink that keeps what is there, and resumed where they ended.
+"""Blobs: fetched into a sink that keeps received bytes, and resumed at its end.
 
-This is what moby's ``distribution/pull_v2.go`` does for a layer, but that a range is continued
-when the server gives less of it than it was asked for, and that what cannot be resumed is
-started over at once.
+This follows moby's ``distribution/pull_v2.go``, with two differences: a range is continued if the
+server sends less than requested, and a blob that cannot be resumed is started over at once.
 """
 
 from __future__ import annotations
@@ -45,8 +44,9 @@ _CONTENT_RANGE = re.compile(
 
 @final
 class EntityTags:
-    """The strong entity tags of blobs that began to arrive, to resume the same representation
-    (RFC 9110, 13.1.5).
+    """The strong entity tags of partial blobs, to resume the same representation.
+
+    See RFC 9110, 13.1.5.
     """
 
     def __init__(self) -> None:
@@ -70,12 +70,14 @@ class EntityTags:
 @made_by("RegistryClient.open_blob")
 @final
 class BlobChunks:
-    """A blob as it arrives, in pieces of any size: iterate over it once, in the block of
-    `RegistryClient.open_blob`. What has come is the blob only once the iteration has ended.
+    """A blob as it arrives, in pieces of any size.
+
+    Iterate over it once, in the block of `RegistryClient.open_blob`. The pieces are verified only
+    once the iteration has ended.
 
     Raises:
-        VerificationError: in place of the end, if it is not that of the digest; at once if there
-            is more than its size.
+        VerificationError: in place of the end, if the digest differs; at once if there are more
+            bytes than the blob's size.
         RegistryError: if the connection breaks, or nothing comes for as long as the stall limit.
         ClientClosed: if the client's block has ended.
     """
@@ -233,13 +235,15 @@ class BlobFetch:
         return fields
 
     async def _place(self, answer: RegistryResponse) -> int | None:
-        """How far into the blob the answer's body goes; ``None`` if it cannot be used, and the
-        sink is empty now: then it is asked for from the start.
+        """Return the position in the blob at which the response's body ends.
+
+        ``None`` stands for a response that cannot be used. The sink is empty then, and the blob is
+        requested from the start.
         """
         sink, size = self.sink, self.descriptor.size
         end: int | None = None
         if answer.status == 200:
-            # The whole blob, whatever was asked for (RFC 9110, 14.2).
+            # The whole blob in place of the requested range (RFC 9110, 14.2).
             if sink.offset > 0:
                 await sink.restart()
             end = size

@@ -46,12 +46,12 @@ DEFAULT_MAX_CONNECTIONS: Final = 20
 
 @attrs.frozen
 class RegistryStatistics:
-    """What a `RegistryClient` is doing.
+    """The present activity of a `RegistryClient`.
 
     Attributes:
-        active: Requests under way, bodies included.
-        waiting: Requests that wait for one of those to end.
-        max_connections: How many may be active.
+        active: Number of requests in progress, bodies included.
+        waiting: Number of requests that wait for the end of an active one.
+        max_connections: The largest number of active requests.
     """
 
     active: int
@@ -60,7 +60,7 @@ class RegistryStatistics:
 
 
 def _tell_nobody(action: str, current: int = 0, total: int = 0) -> None:
-    """Progress that nobody wants."""
+    """Ignore progress."""
 
 
 @opens_block
@@ -75,34 +75,38 @@ async def open_registry_client(
     max_connections: int = DEFAULT_MAX_CONNECTIONS,
     retry_tick: float = 1.0,
 ) -> AsyncIterator[RegistryClient]:
-    """Open a client for all registries, for as long as the block runs.
+    """Open a client for all registries during the block.
+
+    Leaving the block ends the calls of all tasks with `ClientClosed`.
+
+    Cancellation: entering leaves nothing open.
 
     Args:
-        client: Sends the requests, and is closed by whoever made it. It must allow
-            ``max_connections`` connections, and nothing else should use it meanwhile: see
-            encode/httpcore#961. ``None``: clients of our own. They take proxies and certificates
-            from the environment when a request needs them, use no proxy for this machine, and
-            are closed when the block ends.
-        credentials: For those who ask for them. They are sent over plain HTTP only where that
-            may be used at all.
-        plain_http: Whether registries that do not answer over HTTPS are asked over plain HTTP.
-            Those on this machine always are.
-        tls_verify: Whether certificates are checked, by our own client.
-        hosts_dir: A directory of containerd's configuration of hosts: mirrors, certificates. Who
-            has certificates of its own there, or need not have a valid one, is asked by a client
-            of ours in any case. ``None``: every registry is asked itself.
-        stall_limit: Seconds without a byte after which a request is given up; so is one whose
-            answer is so many seconds behind 1 KiB/s, or has not begun for several times as long
-            (see ``docs/compatibility.md``, "Patience").
-        max_connections: How many requests are under way at once; more wait.
+        client: The httpx client for the requests, which the caller closes. It must allow
+            ``max_connections`` connections, and no other code should use it meanwhile: see
+            encode/httpcore#961. ``None``: our own clients. They take proxies and certificates from
+            the environment when a request needs them, use no proxy for this machine, and are closed
+            when the block ends.
+        credentials: The credentials for registries that want some. They are sent over plain HTTP
+            only where plain HTTP is allowed.
+        plain_http: Whether registries without HTTPS are asked over plain HTTP. Those on this
+            machine always are.
+        tls_verify: Whether our own clients check certificates.
+        hosts_dir: A directory of containerd's configuration of hosts: mirrors, certificates. Hosts
+            with certificates of their own there, or without verification, are always asked through
+            our own clients. ``None``: no mirrors.
+        stall_limit: Seconds without a byte that end a request. A request also ends if its response
+            is so many seconds behind 1 KiB/s, or has not begun for several times as long (see
+            ``docs/compatibility.md``, "Patience").
+        max_connections: The largest number of requests in progress; further ones wait.
         retry_tick: Scales the random pauses between attempts: their seconds last this many real
             seconds.
 
     Raises:
         ValueError: if ``max_connections`` is less than 1, if ``stall_limit`` or ``retry_tick`` is
             not more than 0, or if ``tls_verify`` is false and ``client`` is given.
-        HostsError: if ``hosts_dir`` is no directory. What is in it is looked at when a registry is
-            first asked.
+        HostsError: if ``hosts_dir`` is not a directory. Its files are read when a registry is first
+            asked.
     """
     if max_connections < 1:
         raise ValueError(f"max_connections is {max_connections}: at least 1 is needed")
@@ -143,18 +147,19 @@ def _closed() -> ClientClosed:
 @made_by("open_registry_client")
 @final
 class RegistryClient:
-    """Asks registries for images and whatever else they have. It comes from
-    `open_registry_client`.
+    """Asks registries for images, tags, manifests, blobs and referrers.
 
-    References are `Reference` values, or texts as `parse_reference` takes them. A registry with
-    several hosts is tried host by host. After a transient failure (no connection, a body cut short,
-    a stall, 408, 429, 5xx) the client retries, with at most five attempts in all and random pauses
-    of at most 0.5, 1, 2 and 4 seconds. `fetch_blob` retries only if a host sends ``Retry-After``.
+    It comes from `open_registry_client`. References are `Reference` values, or texts as for
+    `parse_reference`. A registry with several hosts is tried host by host. After a transient
+    failure (no connection, a body cut short, a stall, 408, 429, 5xx) the client retries, with at
+    most five attempts in all and random pauses of at most 0.5, 1, 2 and 4 seconds. `fetch_blob`
+    retries only if a host sends ``Retry-After``.
 
-    All of it may be used by any number of tasks at once. A call that is cancelled leaves
-    nothing behind but what a sink was given.
+    Any number of tasks may use the client at once.
 
-    When the block of `open_registry_client` ends, each call under way in any task raises
+    Cancellation: a cancelled call leaves nothing behind, except the bytes in a sink.
+
+    When the block of `open_registry_client` ends, each running call in any task raises
     `ClientClosed`, and the block waits for these calls. Every later call raises `ClientClosed` at
     once.
     """
@@ -175,33 +180,36 @@ class RegistryClient:
         )
 
     def statistics(self) -> RegistryStatistics:
-        """What the client is doing now."""
+        """Return the present activity of the client."""
         now = self._connections.limiter.statistics()
         return RegistryStatistics(now.borrowed_tokens, now.tasks_waiting, int(now.total_tokens))
 
     @property
     def rate_limits(self) -> dict[str, RateLimit]:
-        """What hosts have said of how many requests are left, by name, if they did: Docker Hub
-        does, as ``registry-1.docker.io``.
+        """The rate limits that hosts have announced, by host.
+
+        Docker Hub announces its limit, as ``registry-1.docker.io``.
         """
         return self._endpoints.rate_limits
 
     @while_open
     async def resolve(self, reference: Reference | str) -> Descriptor:
-        """Ask which manifest or index a reference stands for now.
+        """Ask for the descriptor of the manifest or index that a reference points to.
 
         The client sends a HEAD request, which Docker Hub does not count as a pull. If the registry
-        refuses HEAD with any status, omits the digest or the size, or names another digest than
-        the reference's, the client fetches the document itself.
+        refuses HEAD with any status, omits the digest or the size, or names another digest than the
+        reference's, the client fetches the document itself.
+
+        Cancellation: nothing is left behind.
 
         Returns:
-            What the registry says: media type, digest and size. Nothing of it is verified
-            before the document is there.
+            Media type, digest and size, as the registry gives them. They are verified only with the
+                document.
 
         Raises:
             VerificationError: if the registry sends a document with another digest than the
                 reference's.
-            LayersError: as for `resolve_image`, where it is no matter of the document.
+            LayersError: as for `resolve_image`, except errors in the document.
         """
         reference = _parsed(reference)
         try:
@@ -220,35 +228,38 @@ class RegistryClient:
         head_first: bool = False,
         announce: Announce | None = None,
     ) -> ResolvedImage:
-        """Ask what image a reference stands for now: manifest and config, for one platform.
+        """Ask for the image of a reference on one platform: its manifest and config.
 
-        Every document is checked against the digest and the size by which it was found; the
-        first against the reference's digest, or, by tag, against the digest that the registry
-        says it has. A tag means what the first host says that answers.
+        Every document is checked against the digest and the size in its descriptor. The first
+        document is checked against the reference's digest, or, by tag, against the digest that the
+        registry announces. The first host that answers decides the meaning of a tag.
+
+        Cancellation: nothing is left behind.
 
         Args:
-            reference: What to ask for.
-            platform: Which of an index's images, with containerd's fallbacks (see
-                `trio_layers._platform.order`). ``None``: the host's; then an image that is not
-                in an index is taken whatever it is for.
-            known: Gives documents that need not be asked for.
-            head_first: Whether ``known`` probably gives the first document, too, once its digest is
-                known. That is asked for first then, as by `resolve`: where ``known`` does not give
-                it, or there is none, this is a request more.
+            reference: The image's reference.
+            platform: The platform to choose from an index, with containerd's fallbacks (see
+                `trio_layers._platform.order`). ``None``: the host's. An image without an index then
+                matches in any case.
+            known: Returns documents that need not be requested.
+            head_first: Whether ``known`` probably has the first document, too, once its digest is
+                known. The digest is then requested first, as by `resolve`. If ``known`` lacks the
+                document, or is not given, this costs one more request.
             announce: Receives a text such as ``Retrying in 2 seconds``, once a second, before each
                 further attempt. Its exceptions pass through unchanged.
 
         Raises:
             PlatformError: if there is no image for the platform.
-            ManifestError: if what the registry has is no valid image.
-            VerificationError: if what came is not what was asked for.
-            NotFound: if the registry does not have it.
-            AuthenticationError: if it wants (other) credentials.
-            RateLimited: if it asks for patience.
-            RegistryError: if it fails otherwise, or cannot be reached.
+            ManifestError: if the registry has no valid image.
+            VerificationError: if a document does not match its digest or size.
+            NotFound: if the registry lacks the image.
+            AuthenticationError: if the registry wants (other) credentials.
+            RateLimited: if the registry asks to wait.
+            RegistryError: if the registry fails otherwise, or cannot be reached.
             InvalidDigest: if the reference's digest is not a SHA-256 one.
-            InvalidReference: if it does not follow the grammar, or its domain cannot be a host.
-            HostsError: if what is configured for it cannot be used.
+            InvalidReference: if the reference does not follow the grammar, or its domain cannot be
+                a host.
+            HostsError: if the configuration of the registry cannot be used.
             NetworkSettingError: if an environment variable names an unusable proxy or certificate
                 file.
             ClientClosed: if the client's block ended, before or during the call.
@@ -265,16 +276,17 @@ class RegistryClient:
 
     @while_open
     async def get_manifest(self, reference: Reference | str) -> tuple[Descriptor, bytes]:
-        """Fetch the document that a reference stands for, as it was served, of whatever kind:
-        an index, an image's manifest or an artifact's.
+        """Fetch the document of a reference as it was served: manifest, index or artifact.
+
+        Cancellation: nothing is left behind.
 
         Returns:
-            Its media type, digest and size, and its bytes. They are those of the reference's
-            digest; by tag, those of the digest that the registry says it has.
+            The descriptor and the bytes. They match the reference's digest; by tag, the digest that
+                the registry announces.
 
         Raises:
-            ManifestError: if it is larger than 4 MiB.
-            LayersError: as for `resolve_image`, where it is no matter of what is in it.
+            ManifestError: if the document is larger than 4 MiB.
+            LayersError: as for `resolve_image`, except errors in the document.
         """
         reference = _parsed(reference)
 
@@ -298,17 +310,20 @@ class RegistryClient:
         *,
         max_size: int = MAX_DOCUMENT_SIZE,
     ) -> bytes:
-        """Fetch a small blob, such as a config or a signature, verified. For a large one there
-        are `open_blob`, and `fetch_blob`, which resumes it.
+        """Fetch a small blob, such as a config or a signature, verified.
+
+        For a large blob use `open_blob`, or `fetch_blob`, which can resume.
+
+        Cancellation: nothing is left behind.
 
         Args:
-            reference: In whose repository it is; its tag does not matter.
-            blob: Its descriptor, or its digest alone.
-            max_size: How many bytes it may have.
+            reference: The blob's repository; its tag does not matter.
+            blob: The blob's descriptor, or its digest alone.
+            max_size: The largest size in bytes.
 
         Raises:
-            InvalidDigest: if its digest cannot be verified.
-            VerificationError: if what came is not that, or larger than ``max_size``.
+            InvalidDigest: if the digest cannot be verified.
+            VerificationError: if the blob does not match, or is larger than ``max_size``.
             RegistryError: as for `resolve_image`.
         """
         reference = _parsed(reference)
@@ -335,16 +350,18 @@ class RegistryClient:
     ) -> AsyncIterator[BlobChunks]:
         """Fetch a blob piece by piece during the block.
 
-        The block holds a connection, and the blob is not resumed if that breaks. Failed requests
-        are retried until an answer begins.
+        The block holds a connection, and does not resume the blob if that breaks. Failed requests
+        are retried until a response begins.
+
+        Cancellation: entering leaves nothing open.
 
         Args:
-            reference: In whose repository it is; its tag does not matter.
-            blob: Its descriptor, or its digest alone.
+            reference: The blob's repository; its tag does not matter.
+            blob: The blob's descriptor, or its digest alone.
 
         Raises:
-            InvalidDigest: if its digest cannot be verified.
-            RegistryError: as for `resolve_image`; and while it is read.
+            InvalidDigest: if the digest cannot be verified.
+            RegistryError: as for `resolve_image`, also while the blob is read.
         """
         reference = _parsed(reference)
         digest, size = _digest_and_size(blob)
@@ -370,37 +387,36 @@ class RegistryClient:
         *,
         progress: ReportProgress = _tell_nobody,
     ) -> None:
-        """Fetch a blob into a sink, which may hold its beginning already.
+        """Fetch a blob into a sink, which may already hold its beginning.
 
-        This returns once the sink holds the whole blob, verified. Failures are not retried, except
-        after a ``Retry-After`` or, once, after wrong bytes. Another call may succeed unless the
-        error is caused by `DoNotRetry`.
+        The call returns once the sink holds the whole blob, verified. Failures are not retried,
+        except after a ``Retry-After`` or, once, after wrong bytes. Another call may succeed unless
+        the error is caused by `DoNotRetry`.
 
-        A blob that its descriptor embeds (see `Descriptor.data`) needs no request. Any other blob
-        is requested from the sink's end on, by Range. A server that sends the whole blob instead
-        is taken at that; one that cannot continue there, or says that it continues elsewhere,
-        is asked for the whole. Never is more read than the descriptor's size, but for a chunk.
-        ``Downloading`` is reported for each chunk, in bytes of the blob, then
-        ``Verifying Checksum``, then ``Download complete``.
+        An embedded blob (see `Descriptor.data`) needs no request. Any other blob is requested from
+        the sink's end on, by Range. A response with the whole blob is accepted. If a server cannot
+        continue there, or continues elsewhere, the whole blob is requested. At most one chunk more
+        than the descriptor's size is read. ``Downloading`` is reported for each chunk, in bytes of
+        the blob, then ``Verifying Checksum``, then ``Download complete``.
 
-        Where there are mirrors, one host goes on where the other has failed. A foreign layer (see
-        `Descriptor.is_foreign`) is asked for at its URLs first, without credentials.
+        With mirrors, one host goes on where another has failed. A foreign layer (see
+        `Descriptor.is_foreign`) is requested at its URLs first, without credentials.
 
-        Cancelled, or failed halfway, what is there stays in the sink, to be resumed.
+        Cancellation: as after an error, the received bytes stay in the sink, to be resumed.
 
         Args:
-            reference: In whose repository it is.
-            descriptor: Digest, and size in bytes.
-            sink: Where it goes. What it raises comes out as it is.
-            progress: Is told; by default nobody is. It does not wait.
+            reference: The blob's repository.
+            descriptor: The blob's digest, and its size in bytes.
+            sink: The target. Its exceptions come out unchanged.
+            progress: Receives the reports. It does not wait.
 
         Raises:
-            InvalidDigest: if its digest is not a SHA-256 one, as sinks have them.
-            VerificationError: if the bytes are not those of the digest, or too many. The sink
-                is empty then. The error is caused by `DoNotRetry` if the wrong bytes came twice,
-                each time as the whole blob in one answer, and from two hosts where there are two.
-                It is not if the sink's earlier bytes may have been wrong: another attempt may
-                succeed then.
+            InvalidDigest: if the digest is not a SHA-256 one, as sinks have them.
+            VerificationError: if the bytes do not match the digest, or are too many. The sink is
+                empty then. The error is caused by `DoNotRetry` if the wrong bytes came twice, each
+                time as the whole blob in one response, and from two hosts if there are two. It is
+                not if the sink's earlier bytes may have been wrong: another attempt may succeed
+                then.
             RegistryError: as for `resolve_image`; also if no bytes, or too few, arrived for the
                 stall limit. The error is caused by `DoNotRetry` for client error statuses, except
                 408, 416 and 429, and except most of those from a host that the registry redirected
@@ -493,7 +509,7 @@ class RegistryClient:
     async def _endpoints_for(
         self, reference: Reference, blob: Descriptor | str
     ) -> list[Endpoint | ForeignURL]:
-        """Who is asked for a blob."""
+        """Return the hosts and URLs to ask for a blob."""
         endpoints = await self._endpoints.find(reference, "pull")
         if isinstance(blob, str):
             return [*endpoints]

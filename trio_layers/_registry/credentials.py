@@ -1,4 +1,4 @@
-"""Who asks: what a registry can be shown, and where it comes from."""
+"""Credentials for registries, and their sources."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Credentials", "CredentialsFor", "CredentialsSource", "as_sent"]
 
 @attrs.frozen
 class Credentials:
-    """What a registry takes for a login. What is empty is not there; no secret is in the repr.
+    """A login at a registry. Empty parts are missing; no secret is in the repr.
 
     Attributes:
-        username: The name.
-        password: Its password, or an access token that the registry takes for one.
-        identity_token: A refresh token of OAuth2, which a token server gives tokens for.
-        registry_token: A token for the registry itself, sent as it is. Then nothing else is.
+        username: The user's name.
+        password: The password, or an access token in its place.
+        identity_token: A refresh token of OAuth2, for which a token server issues tokens.
+        registry_token: A token for the registry itself, sent as it is, and instead of all others.
     """
 
     username: str = ""
@@ -31,8 +31,9 @@ class Credentials:
         return any((self.username, self.password, self.identity_token, self.registry_token))
 
     def basic(self) -> str | None:
-        """The value of a header field that proves name and password (RFC 7617); ``None`` if
-        there are none.
+        """The value of a header field with name and password (RFC 7617).
+
+        It is ``None`` if there are none.
         """
         if not self.password and (not self.username or self.identity_token):
             return None
@@ -41,9 +42,10 @@ class Credentials:
 
 
 def as_sent(text: str) -> bytes:
-    """A secret's bytes. One from a login file need not be UTF-8: then it has been read with
-    ``surrogateescape``. What no bytes can have been read as is replaced: an error would hold the
-    whole secret.
+    """Return a secret's bytes.
+
+    A secret from a login file need not be UTF-8: it was read with ``surrogateescape``. Other
+    surrogates are replaced, because an encoding error would quote the whole secret.
     """
     try:
         return text.encode("utf-8", "surrogateescape")
@@ -52,12 +54,16 @@ def as_sent(text: str) -> bytes:
 
 
 CredentialsSource: TypeAlias = Callable[[str, Credentials | None], Awaitable[Credentials | None]]
-"""Asked for the credentials for a repository, such as ``docker.io/library/debian``, when its
-registry wants some; ``None``: there are none. The answer is kept until the registry refuses it:
-then it is asked once more, with what was refused, which is ``None`` the first time. It may be
-called by several tasks at once, for different repositories."""
+"""Returns the credentials for a repository, such as ``docker.io/library/debian``.
+
+It is called when the registry wants some; ``None`` means that there are none. The result is kept until
+the registry refuses it. The function is then called once more, with the refused credentials, which are
+``None`` at the first call. Several tasks may call it at once, for different repositories.
+"""
 
 CredentialsFor: TypeAlias = Credentials | Mapping[str, Credentials] | CredentialsSource
-"""Credentials for every registry that is asked; or for each its own, by the domain that the
-references name, such as ``docker.io`` or ``registry.example.com:5000``; or who knows them. A mirror
-is a registry of its own name, and gets none that have no name."""
+"""Credentials for every registry; or a mapping by the domain in references; or a function.
+
+Domains are such as ``docker.io`` or ``registry.example.com:5000``. A mirror is a registry of its own
+name, and gets no credentials without a name.
+"""

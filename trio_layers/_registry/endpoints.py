@@ -1,5 +1,6 @@
-"""Who is asked for a registry's images: itself, or mirrors first, and how that goes on when one
-of them fails.
+"""The hosts of a registry's images, and the change to the next after a failure.
+
+The hosts are the registry itself, or mirrors first.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ __all__ = ["Endpoint", "Endpoints", "try_each"]
 
 log = logging.getLogger("trio_layers.registry")
 
-# Seconds. Who could not be reached is not asked for so long, where others are.
+# Seconds for which an unreachable host is not asked, if there are others.
 COOLDOWN: Final = 60.0
 # URLs of layers, of which it is known with which entity tag they began.
 MAX_ELSEWHERE: Final = 1000
@@ -72,20 +73,21 @@ EndpointT = TypeVar("EndpointT", bound="Endpoint | ForeignURL")
 
 @final
 class Endpoint:
-    """One host that is asked for the images of one registry. What it says it is asked with, and
-    what it hands out, tokens and entity tags, is for it alone.
+    """One host that serves the images of one registry.
+
+    Its challenges, tokens and entity tags are for this host alone.
 
     Attributes:
-        rate_limit: What it last said of its limit.
+        rate_limit: The rate limit that it last announced.
 
     Args:
         name: Host and port, for people.
-        urls: Where its API may be, in the order in which to try.
-        transport: Speaks to it.
-        authenticator: Knows how it wants to be asked.
+        urls: The possible URLs of its API, in the order in which to try them.
+        transport: Sends requests to it.
+        authenticator: Authenticates requests to it.
         others: Authenticates requests to the hosts that it redirects to.
-        upstream: The registry that it stands for; ``None`` if it is that itself.
-        capabilities: What it is good for: ``pull``, ``resolve``, ``referrers``.
+        upstream: The registry that it mirrors; ``None`` if it is the registry itself.
+        capabilities: Its abilities among ``pull``, ``resolve`` and ``referrers``.
     """
 
     def __init__(
@@ -137,18 +139,20 @@ class Endpoint:
         headers: Mapping[str, str],
         method: Method = "GET",
     ) -> AsyncIterator[RegistryResponse]:
-        """A success, or a 416, which only those who ask for a range can get; authenticated.
+        """Send an authenticated request, and yield the successful response.
+
+        A 416 counts as a success, too: only requests for a range can get it.
 
         Args:
-            reference: Whose repository is asked for it.
-            path: What follows the repository, with a query if there is one.
-            what: The same in words, for errors.
-            headers: What it is asked with.
-            method: ``HEAD``: what it says of it is enough.
+            reference: The reference of the repository.
+            path: The path behind the repository, with a query if there is one.
+            what: The requested thing in words, for errors.
+            headers: The header fields of the request.
+            method: ``HEAD`` requests the header only.
 
         Raises:
-            RegistryError: if there is no such answer.
-            CredentialsError: if it cannot be told who asks.
+            RegistryError: if there is no such response.
+            CredentialsError: if the source of the credentials fails.
         """
         base = await self._find_base()
         url, reference = self._localize(base, reference, path)
@@ -248,16 +252,15 @@ class Endpoint:
 
 @final
 class Endpoints:
-    """Knows whom to ask for each registry's images.
+    """The hosts of all registries.
 
     Args:
-        connections: What all of them are asked through.
-        credentials: For registries, by the name that references have for them; for mirrors by
-            their own. Those without a name are for the registries alone.
-        plain_http: Whether registries that do not speak HTTPS are asked over plain HTTP.
-        tls_verify: Whether certificates are checked where nothing is said about it.
-        hosts_dir: Where containerd's configuration of hosts is; ``None``: each registry is asked
-            itself.
+        connections: The httpx clients.
+        credentials: The credentials for registries, by the domain in references, and for mirrors,
+            by their own names. Credentials without a name are for registries only.
+        plain_http: Whether registries without HTTPS are asked over plain HTTP.
+        tls_verify: Whether certificates are checked where no file says otherwise.
+        hosts_dir: The directory of containerd's configuration of hosts; ``None``: no mirrors.
     """
 
     def __init__(
@@ -283,7 +286,7 @@ class Endpoints:
 
     @property
     def rate_limits(self) -> dict[str, RateLimit]:
-        """What hosts have said of their limits, by name."""
+        """The rate limits that hosts have announced, by name."""
         endpoints = (endpoint for endpoints in self._endpoints.values() for endpoint in endpoints)
         return {
             endpoint.name: endpoint.rate_limit
@@ -292,18 +295,18 @@ class Endpoints:
         }
 
     async def find(self, reference: Reference, *needed: str) -> list[Endpoint]:
-        """Those who are good for what is needed, in the order in which to ask them; one at least.
+        """Return the hosts with the needed capabilities, in the order in which to ask them.
 
-        A registry's configuration is read when it is first needed, and then no more.
+        There is at least one. A registry's configuration is read once, when it is first needed.
 
         Raises:
-            HostsError: if the configuration cannot be used, or leaves nobody.
+            HostsError: if the configuration cannot be used, or no host is left.
             InvalidReference: if the reference's domain cannot be a host.
         """
         domain = reference.domain
         endpoints = self._endpoints.get(domain)
         if endpoints is None:
-            # Another task may have been as quick: then what it has learnt counts.
+            # Another task may have been faster; its endpoints, which may have tokens, count then.
             endpoints = self._endpoints.setdefault(domain, await self._open(reference))
         able = [endpoint for endpoint in endpoints if endpoint.capabilities.issuperset(needed)]
         if not able:
@@ -316,8 +319,9 @@ class Endpoints:
         return able
 
     def elsewhere(self, reference: Reference, layer: Descriptor) -> list[ForeignURL]:
-        """The URLs at which to ask for a layer before the registry is asked: the first of those
-        that its manifest gives, if it is of a type that the registry need not have.
+        """Return the URLs to ask for a foreign layer before the registry.
+
+        They are the first URLs in the manifest, and none for layers that the registry must have.
 
         Raises:
             InvalidReference: if the reference's domain cannot be a host.
@@ -349,7 +353,7 @@ class Endpoints:
         assert found.directory is not None
         itself = host.host in (domain, registry_of(domain))
         urls = _urls_of(host, found, plain_http=self._plain_http and host.implied)
-        # Who is asked over plain HTTP may lead to more of it, if somebody has written that down.
+        # A host with an explicit plain HTTP URL may redirect to plain HTTP.
         said = not host.implied and any(url.scheme == "http" for url in urls)
         plain_http = self._plain_http or said
         settings = HostSettings(
@@ -378,8 +382,8 @@ class Endpoints:
             verify = False
         tls = TLSConfig(
             host.ca or (),
-            # A pair whose second is empty leads to the directory itself, as files are looked for
-            # in there; what is meant is clear.
+            # An empty second file became the directory itself, because names are joined with the
+            # directory's path.
             tuple(
                 (file, None if key in ("", directory) else key) for file, key in host.client or ()
             ),

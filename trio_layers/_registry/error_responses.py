@@ -1,4 +1,4 @@
-"""Answers that are no success, as errors that say who, what and why."""
+"""Unsuccessful responses as errors."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ _QUOTA: Final = re.compile(r"\s*(\d{1,9})\s*(?:;\s*w=(\d{1,9}))?\s*\Z", re.ASCII
 MAX_ERROR_SIZE: Final = 16 * 1024
 
 PATIENCE: Final = 60.0
-"""Seconds. Who asks to wait longer is not asked again."""
+"""Seconds. A longer ``Retry-After`` is not obeyed, and the error is final."""
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 
 @attrs.frozen
 class RateLimit:
-    """What a registry says of its limit, as Docker Hub does (its documentation, "Usage and rate
-    limits").
+    """A registry's rate limit, as Docker Hub announces it.
+
+    See its documentation, "Usage and rate limits".
 
     Attributes:
-        limit: How many requests it allows in a window.
-        remaining: How many of them are left.
-        window: The window's length in seconds; ``None`` if it does not say.
-        source: Whom it counts: an address, or an account's ID; ``None`` if it does not say.
+        limit: Number of requests in a window.
+        remaining: Number of requests that are left.
+        window: The window's length in seconds; ``None`` if it is not given.
+        source: The counted client: an address, or an account's ID; ``None`` if it is not given.
     """
 
     limit: int
@@ -57,7 +58,7 @@ class RateLimit:
 
 
 def rate_limit(answer: RegistryResponse) -> RateLimit | None:
-    """What the answer's header says of a limit."""
+    """Return the rate limit in a response's header."""
     limit, window = _quota(answer.headers.get("ratelimit-limit", ""))
     remaining, _ = _quota(answer.headers.get("ratelimit-remaining", ""))
     if limit is None or remaining is None:
@@ -77,18 +78,18 @@ def _quota(field: str) -> tuple[int | None, int | None]:
 async def read_error(
     answer: RegistryResponse, what: str, *, sent_there: bool = False
 ) -> RegistryError:
-    """The error that stands for an answer; the caller raises it.
+    """Return the error for an unsuccessful response; the caller raises it.
 
-    The error quotes the first error of the body (distribution specification, "Error Codes"), but
-    no secret that was sent to the server. Client errors are final (see `mark_final`), except for 408,
+    The error quotes the first error of the body (distribution specification, "Error Codes"), but no
+    secret that was sent to the server. Client errors are final (see `mark_final`), except for 408,
     416 and 429. A 429 or 503 with a ``Retry-After`` of more than `PATIENCE` is final, too. A client
     error of a host that the registry redirected to is not final, because the next redirect has
     another URL, whose signature has not expired. A 404 with a registry's error text, and a 401 with
     a challenge, are final there, too.
 
     Args:
-        answer: What is no success, with its body unread.
-        what: What was asked for, in words.
+        answer: The response, with its body unread.
+        what: The requested thing in words.
         sent_there: Whether a registry redirected to this host.
 
     Raises:
@@ -144,8 +145,9 @@ def _first_error(body: bytes) -> str:
 
 
 def _retry_after(answer: RegistryResponse) -> float | None:
-    """Seconds, from a number or a date (RFC 9110, 10.2.3), which counts from the answer's own
-    date: the clocks need not agree.
+    """Return the seconds of a ``Retry-After``, from a number or a date (RFC 9110, 10.2.3).
+
+    A date counts from the response's own date, so that the clocks need not agree.
     """
     value = answer.headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdecimal():

@@ -1,8 +1,8 @@
-"""Layers that a registry need not have, by the URLs that their manifest gives.
+"""Foreign layers, which a registry need not have, by the URLs in their manifest.
 
-Whoever wrote the manifest chose the URLs, and need not be who runs the registry: nothing of what
-the registry is asked with goes there, and plain HTTP to this machine is for images that come from
-this machine.
+The author of the manifest chose the URLs, and need not be the registry's operator. So these URLs
+get nothing of the registry's credentials and header fields, and plain HTTP to this machine is only
+for images from this machine.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MAX_URLS: Final = 8
 
 @final
 class ForeignURL:
-    """One URL of a layer, asked as a `Endpoint` is, but for that alone, and without credentials.
+    """One URL of a layer, with the methods of an `Endpoint`, and without credentials.
 
-    It is never passed over for not having been reached: it may be the only one who has the layer.
+    It is never skipped as unreachable: it may be the only place of the layer.
 
     Args:
         text: The URL, as the manifest has it.
-        transport: Asks there. Of plain HTTP it allows what a redirect may lead to.
+        transport: Sends the requests. It allows plain HTTP where a redirect may lead to it.
     """
 
     trouble: Final = None
@@ -63,13 +63,13 @@ class ForeignURL:
         return f"<ForeignURL {self.name}>"
 
     def note(self, error: LayersError) -> None:
-        """As `Endpoint.note`, but nothing is remembered."""
+        """Do nothing: a failure is not remembered."""
 
     @asynccontextmanager
     async def ask(
         self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
     ) -> AsyncIterator[RegistryResponse]:
-        """As `Endpoint.ask`."""
+        """See `Endpoint.ask`."""
         if self._url is None:
             message = f"{self.name}, in the manifest, is not asked for {what}: {self._refused}"
             raise mark_final(RegistryError(message, host=self.name))

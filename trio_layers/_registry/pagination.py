@@ -1,5 +1,6 @@
-"""Lists that come in pages: tags and referrers (OCI distribution specification, ``spec.md``,
-"Listing Tags" and "Listing Referrers").
+"""Lists in pages: tags and referrers.
+
+See the OCI distribution specification, ``spec.md``, "Listing Tags" and "Listing Referrers".
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _PARAMETER = re.compile(
 
 @attrs.frozen
 class Page:
-    """One page: who sent it, as what, and what."""
+    """One page with its host and media type."""
 
     host: str
     media_type: str
@@ -54,9 +55,9 @@ class Pages:
     """Fetches one page after the other, within bounds.
 
     Args:
-        query: That of the first page.
-        what: What is asked for, in words, for errors.
-        open: Asks for a page.
+        query: The query of the first page.
+        what: The requested thing in words, for errors.
+        open: Requests a page.
         ending: The last part of the list's path.
     """
 
@@ -168,10 +169,10 @@ def _links(field: str) -> Iterator[tuple[str, list[str] | None]]:
 
 
 def decode_tags(data: bytes, host: str) -> list[str]:
-    """A page's tags. What cannot be one, and so cannot be asked for, is left out.
+    """Return a page's tags, without invalid ones, which could not be requested.
 
     Raises:
-        RegistryError: if it is no list of tags.
+        RegistryError: if the page is not a list of tags.
     """
     try:
         document = parse_json(data)

@@ -1,8 +1,8 @@
-"""What is not said: secrets, wherever others' words are shown.
+"""Redacts secrets from errors that quote a server.
 
-A server may repeat what it was sent, as proxies do in their complaints. It may know it; who reads
-a log, or an error, need not. What it repeats whole is taken out of its words. What it has cut, or
-written in another way than those below, is not found.
+A server may repeat its request, as proxies do in their complaints. Readers of a log or an error
+must not see the request's secrets. Secrets that a server repeats whole are replaced. Secrets that
+it has cut, or encoded in another way than those below, are not found.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .http import InvalidURL
 
 __all__ = ["redact_error", "secrets_of", "without_secrets"]
 
-# Characters. What is shorter is a part of too many words.
+# Characters. A shorter text is a part of too many words.
 MIN_SECRET: Final = 4
 WITHHELD: Final = "[withheld]"
 
-# Everybody may see what is in these: it is no secret, and is what errors speak of.
+# The values of these fields are public, and errors may quote them.
 _PLAIN: Final = frozenset(
     {
         "accept",
@@ -36,19 +36,19 @@ _PLAIN: Final = frozenset(
         "user-agent",
     }
 )
-# Of what is sent to a token server.
+# The secret fields in a form for a token server.
 _SECRET_FIELDS: Final = frozenset({"refresh_token"})
 
 
 def secrets_of(
     headers: Iterable[tuple[str, str]], form: bytes = b"", query: bytes = b""
 ) -> frozenset[str]:
-    """What a request has in it that nobody but its server is to see.
+    """Return the secrets of a request, which only its server may see.
 
     Args:
-        headers: All of its fields.
-        form: Its body, as ``application/x-www-form-urlencoded``.
-        query: Of its URL, if that may hold a secret.
+        headers: All header fields.
+        form: The body, as ``application/x-www-form-urlencoded``.
+        query: The query of the URL, if it may have a secret.
     """
     found = set()
     for name, value in headers:
@@ -72,13 +72,14 @@ def without_secrets(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
-# A line of a broken answer, or a part of a URL, with whatever it has of a signature or a cookie.
+# A line of a broken response, or a part of a URL, may have a signature or a cookie.
 _QUOTED = re.compile(r"(bytearray\(|(?<=Invalid URL in location header): ).*", re.DOTALL)
 
 
 def redact_error(error: BaseException, secrets: Iterable[str]) -> None:
-    """Take secrets, what is quoted of an answer, and control characters out of the texts of an
-    error of httpx's, and of those that it was caused by: who shows ours shows them, too.
+    """Remove secrets, quoted responses and control characters from an error of httpx.
+
+    The same happens to its causes, because a traceback shows them, too.
     """
     following: BaseException | None = error
     while following is not None:
@@ -92,10 +93,10 @@ def redact_error(error: BaseException, secrets: Iterable[str]) -> None:
         if isinstance(following, OSError) and isinstance(following.strerror, str):
             following.strerror = printable_line(without_secrets(following.strerror, secrets))
         if isinstance(following, InvalidURL):
-            # A part of the URL, and who knows which: here, and in what it was raised for.
+            # The text quotes an unknown part of the URL, and so does the context.
             following.args = ("a redirect to what is no URL",)
             following.__context__ = following.__cause__ = None
-        if following.__cause__ is not None:  # what it was raised in is nobody's, if it is another
+        if following.__cause__ is not None:  # the context adds nothing to an explicit cause
             following.__context__ = following.__cause__
         following = following.__cause__ or following.__context__
 

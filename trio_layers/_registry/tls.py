@@ -17,12 +17,12 @@ __all__ = ["TLSConfig", "make_context", "trust_nobody"]
 
 @attrs.frozen
 class TLSConfig:
-    """By what a host is known, and we are known to it.
+    """The certificates by which a host is verified, and those that we show it.
 
     Attributes:
         ca: Files of certificates that are trusted besides the usual ones.
-        client: Files of our certificates, each with that of its key, or ``None`` if that is in
-            the same. Of several whose keys are of the same kind the first is shown.
+        client: Files of our certificates, each with its key's file, or ``None`` if the key is in
+            the same file. Of several with keys of the same kind, the first is shown.
         verify: Whether the host's certificate is checked at all.
     """
 
@@ -31,7 +31,7 @@ class TLSConfig:
     verify: bool = True
 
     def of_others(self) -> TLSConfig | None:
-        """The same for whoever the host refers to: they do not learn who we are."""
+        """Return the settings for other hosts, to which our certificates are not shown."""
         others = attrs.evolve(self, client=())
         return None if others == TLSConfig() else others
 
@@ -107,7 +107,7 @@ def _ask_nobody() -> str:
 
 
 def _look_at(file: str) -> None:
-    """Have an error name the key: what OpenSSL says of one that is not there names no file."""
+    """Open the key's file, since OpenSSL's error for a missing key names no file."""
     try:
         with Path(file).open("rb"):
             pass

@@ -1,8 +1,8 @@
-"""Tokens: who gives them, for what, and for how long.
+"""Tokens: their servers, purposes and lifetimes.
 
-A Bearer challenge names a server. It is asked by GET with a name and a password, or with nothing
-(distribution's ``spec/auth/token.md``), and by POST with a refresh token
-(``spec/auth/oauth.md``), which docker's login files call an identity token.
+A Bearer challenge names a server. A GET to it carries a name and a password, or nothing
+(distribution's ``spec/auth/token.md``). A POST carries a refresh token (``spec/auth/oauth.md``),
+which docker's login files call an identity token.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ CLIENT_ID: Final = "trio-layers"
 FIT_FOR_A_HEADER: Final = re.compile(r"[\x21-\x7e]+\Z")
 
 _NO_OAUTH: Final = (400, 401, 404, 405)
-"""What servers that do not know POST answer to it; containerd has found each of them."""
+"""The statuses of servers without POST; containerd has found each of them."""
 
 
 @attrs.frozen
 class Grant:
-    """What a token is for: one is kept for each.
+    """The purpose of a token; one token is kept for each purpose.
 
     Attributes:
-        realm: The URL of the server that gives it.
-        service: Who takes it.
-        scope: What for: one or several, with spaces between.
-        credentials: Who asks; empty: anybody.
+        realm: The URL of the server that issues it.
+        service: The service that accepts it.
+        scope: The permission: one or several, with spaces between.
+        credentials: The credentials of the user; empty means anonymous.
     """
 
     realm: str = attrs.field(repr=without_login)
@@ -88,13 +88,13 @@ class Tokens:
         return len(self._tokens)
 
     async def get(self, grant: Grant, reference: Reference) -> str:
-        """A token that is good for some seconds at least.
+        """Return a token that is valid for some seconds at least.
 
-        One request serves all who wait meanwhile, also if it fails.
+        One request serves all tasks that wait meanwhile, also if it fails.
 
         Args:
-            grant: What for.
-            reference: Who wants to know, for errors, and for whether the server has to speak TLS.
+            grant: The purpose of the token.
+            reference: The reference, for errors, and to decide whether the server must speak TLS.
 
         Raises:
             AuthenticationError: if the server refuses.
@@ -112,13 +112,14 @@ class Tokens:
             kept.value = None
 
     def url(self, realm: str, reference: Reference) -> URL:
-        """The server's URL: credentials and tokens travel there, so it has to be HTTPS where the
-        registry has to be.
+        """Return the server's URL.
+
+        Credentials and tokens travel there, so it must be HTTPS if the registry's must be.
 
         Raises:
             AuthenticationError: if it is not.
         """
-        # No more of it is shown than who it is: a server may repeat what it was sent.
+        # Only the host is shown, because a server may repeat secrets of the request.
         shown = "a URL that is none"
         try:
             url = parse_url(realm)
@@ -216,7 +217,7 @@ class Tokens:
         else:
             token = await trio.to_thread.run_sync(_decode_token, body, began)
         if token is None:
-            # Not even the beginning of what came is shown: it may be half a token.
+            # Nothing of the response is shown: it may be a part of a token.
             raise RegistryError(
                 f"{answer.host} gave no valid token to pull {reference.name}",
                 host=answer.host,
@@ -226,7 +227,10 @@ class Tokens:
 
 
 def _basic(credentials: Credentials) -> str | None:
-    """What goes with a GET. Servers that know no POST take an identity token for a password."""
+    """Return the Authorization field of a GET.
+
+    Servers without POST accept an identity token as a password.
+    """
     if credentials.identity_token and not credentials.password:
         return Credentials(credentials.username, credentials.identity_token).basic()
     return credentials.basic()
