@@ -267,7 +267,8 @@ def decode_manifest(
         )
     if media_type not in MANIFEST_TYPES + INDEX_TYPES:
         raise ManifestError(
-            f"media type {printable_value(media_type)} is neither that of an image manifest nor of an index"
+            f"media type {printable_value(media_type)} is neither that of an image manifest nor of "
+            "an index"
         )
     kind = "manifest" if media_type in MANIFEST_TYPES else "index"
     with _decoded(data, kind) as document:
@@ -313,7 +314,8 @@ def check_image(manifest: Manifest) -> None:
     config_type = manifest.config.media_type
     if config_type not in _CONFIG_TYPES:
         refuse(
-            f"not an image but an artifact of type {printable_value(manifest.artifact_type or config_type)}: "
+            "not an image but an artifact of type "
+            f"{printable_value(manifest.artifact_type or config_type)}: "
             "use the tool it was made for"
         )
     for layer in manifest.layers:
@@ -450,7 +452,8 @@ def _platform(value: object, where: str) -> Platform:
     # It is printed.
     if not str(platform).isprintable():
         refuse(
-            f"{where}: the platform {printable_value(str(platform))} has characters that cannot be shown"
+            f"{where}: the platform {printable_value(str(platform))} has characters that cannot be "
+            "shown"
         )
     return platform
 

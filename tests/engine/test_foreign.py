@@ -127,7 +127,7 @@ def test_error_without_words(place: str, error: Exception, text: str) -> None:
     source, other = FakeSource("a"), FakeSource("b", after(100))
     store = MemoryStore()
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise error
 
     if place == "registered":
@@ -314,7 +314,7 @@ def test_sink_that_interrupts(word: str, error: type[BaseException]) -> None:
 @pytest.mark.parametrize("error", INTERRUPTIONS)
 @pytest.mark.parametrize("place", ["registered", "download", "diff_id"])
 def test_source_that_interrupts(place: str, error: type[BaseException]) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise error
 
     sources = [FakeSource("a"), FakeSource("b", after(5))]

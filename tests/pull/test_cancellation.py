@@ -182,7 +182,7 @@ async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
         if not more:
             break
     # Each of these takes more moments than the stride.
-    assert {"_resolve", "sleep", "hold_lock", "ingest", "fetch_blob", "write", "finish"} <= met
+    assert {"_resolve", "sleep", "hold_lock", "open_ingest", "fetch_blob", "write", "finish"} <= met
     assert {"_build", "commit", "put_image"} <= met
     gc.collect()
 
@@ -193,7 +193,9 @@ async def fetch_all(client: RegistryClient, name: str, sinks: list[MemorySink]) 
     assert image.descriptor.digest == BUILT.digest
     async with trio.open_nursery() as nursery:
         for layer, sink in zip(image.layers, sinks, strict=True):
-            nursery.start_soon(client.fetch_blob, reference, layer, sink, Report())
+            nursery.start_soon(
+                partial(client.fetch_blob, reference, layer, sink, progress=Report())
+            )
 
 
 async def test_the_registry_alone(autojump_clock: MockClock) -> None:

@@ -74,7 +74,7 @@ class Network(httpx.AsyncBaseTransport):
 
     @property
     def asked(self) -> list[str]:
-        """The requests' URLs, without what is the same in all."""
+        """Return the requests' URLs, without their common part."""
         return [str(request.url) for request in self.requests]
 
     def secrets(self, host: str) -> list[str | None]:

@@ -1,4 +1,4 @@
-"""Credentials and tokens: who gets them, how long they are used, and who fetches them."""
+"""Credentials and tokens: their receivers, their lifetimes, and the tasks that fetch them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def fetch_once(network: Network, credentials: CredentialsFor | None = None
 
 
 async def test_anonymous_token() -> None:
-    """The server that the challenge names is asked for what is needed, and the token is used."""
+    """The server in the challenge issues a token for the needed scope, and the token is used."""
     server = TokenRegistry()
     await fetch_once(server.network)
     [request] = server.token_requests()
@@ -143,7 +143,7 @@ async def test_the_least_lifetime(autojump_clock: MockClock, lifetime: object) -
 
 @pytest.mark.parametrize("lifetime", [pytest.param(10**400, id="huge"), float("inf"), 10**9])
 async def test_the_greatest_lifetime(autojump_clock: MockClock, lifetime: float) -> None:
-    """Whatever a server says, it is asked again after a day."""
+    """A token is fetched again after a day, even if it is valid for longer."""
     server = TokenRegistry()
     answer = json.dumps({"token": "t", "expires_in": lifetime}).encode()
 
@@ -195,8 +195,9 @@ async def test_a_token_that_is_revoked() -> None:
 
 
 async def test_one_refresh_for_all() -> None:
-    """Those who need a token wait for the one that fetches it; if that one is cancelled, the
-    next one fetches it.
+    """Tasks that need a token wait for the task that fetches it.
+
+    If that task is cancelled, the next one fetches the token.
     """
     server = TokenRegistry()
     release = trio.Event()
@@ -233,8 +234,9 @@ async def test_one_refresh_for_all() -> None:
 
 
 async def test_one_failure_for_all() -> None:
-    """Nor is a token server in trouble asked once more by each; each gets an error of its own,
-    and those who come later ask again.
+    """A failing token server is asked once for all waiting tasks.
+
+    Each task gets an error of its own, and later tasks ask again.
     """
     server = TokenRegistry()
     release = trio.Event()
@@ -294,7 +296,7 @@ async def test_basic() -> None:
 
 @pytest.mark.parametrize("credentials", [None, Credentials("user", "wrong")])
 async def test_wrong_credentials(credentials: Credentials | None) -> None:
-    """Or none at all: the error says what may help, and nothing is tried in vain."""
+    """Wrong or no credentials: the error gives advice, and nothing is tried in vain."""
     network = Network(
         **{HOST: lambda request: httpx.Response(401, headers={"WWW-Authenticate": "Basic"})}
     )
@@ -340,7 +342,7 @@ async def test_a_token_server_that_refuses(
     ],
 )
 async def test_no_valid_token(body: bytes) -> None:
-    """What cannot be sent on is not, nor is it shown."""
+    """A secret that cannot be sent is neither sent nor shown."""
     server = TokenRegistry()
     server.network.hosts[TOKENS] = lambda request: httpx.Response(200, content=body)
     with pytest.raises(RegistryError) as caught:
@@ -399,7 +401,7 @@ async def test_a_redirect_of_the_token_server() -> None:
 
 
 async def test_no_secret_is_shown() -> None:
-    """Not in reprs, nor in the errors of what they are used for."""
+    """Secrets are neither in reprs nor in errors."""
     assert repr(USER) == "Credentials(username='user')"
     server = TokenRegistry()
     async with (
@@ -522,7 +524,7 @@ async def test_credentials_are_asked_for_when_they_are_wanted() -> None:
 
 
 async def test_credentials_that_expire() -> None:
-    """Others are asked for once by all whom a registry refuses, with what it refused."""
+    """Refused tasks ask for other credentials once, and pass the refused ones."""
     new = Credentials("user", "new")
     source = Asked(USER, new)
     server = BasicRegistry("s3cret")
@@ -581,11 +583,11 @@ async def test_what_a_source_raises() -> None:
 
 
 class OAuthRegistry(TokenRegistry):
-    """Its token server takes refresh tokens, and gives the next one with each token.
+    """Its token server accepts refresh tokens, and issues the next one with each token.
 
     Attributes:
-        post: What it answers to a POST instead.
-        refresh: What it takes.
+        post: The status of a POST, in place of the usual one.
+        refresh: The accepted refresh token.
     """
 
     def __init__(self, refresh: str = "r0") -> None:
@@ -668,7 +670,7 @@ async def test_refresh_tokens_that_are_good_once(autojump_clock: MockClock) -> N
 
 
 async def test_a_refresh_token_that_is_refused(autojump_clock: MockClock) -> None:
-    """The identity token of the login is tried again, and then what else there is."""
+    """The identity token of the login is tried again, and then other credentials."""
     server = OAuthRegistry()
     credentials = Credentials("user", "s3cret", identity_token="r0")
     async with (
@@ -748,7 +750,7 @@ async def test_token_servers_that_fail_a_post(status: int) -> None:
 @pytest.mark.parametrize("status", [301, 303, 307, 308])
 @pytest.mark.parametrize("target", ["https://evil.example/", f"{TOKENS}/elsewhere"])
 async def test_a_post_is_not_redirected(status: int, target: str) -> None:
-    """Nobody but who was asked gets a refresh token."""
+    """Only the requested server gets a refresh token."""
     server = OAuthRegistry()
     server.post = httpx.Response(status, headers={"Location": target})
     server.network.hosts["https://evil.example"] = server.tokens

@@ -1,9 +1,10 @@
-"""Blobs: what is written, kept, reported and raised."""
+"""Blobs: written and kept bytes, reports, and errors."""
 
 from __future__ import annotations
 
 import errno
 import gc
+from functools import partial
 
 import httpx
 import pytest
@@ -32,7 +33,7 @@ async def fetch(
 
 
 def whole(*chunks: bytes, **headers: str) -> Network:
-    """A registry that sends these chunks, whatever it is asked for."""
+    """A registry that sends these chunks for any request."""
     return Network(
         **{HOST: lambda request: httpx.Response(200, headers=headers, stream=Body(chunks))}
     )
@@ -63,7 +64,7 @@ async def test_progress() -> None:
 
 
 async def test_nothing_to_fetch() -> None:
-    """What is there, or is empty, is only verified. It is a checkpoint all the same."""
+    """A complete or empty blob is only verified. The call is a checkpoint all the same."""
     network, report = Network(), Report()
     await fetch(network, MemorySink(CONTENT), report=report)
     await fetch(network, MemorySink(), describe(b""))
@@ -149,7 +150,7 @@ async def test_a_registry_that_is_never_done() -> None:
 
 @pytest.mark.parametrize("size", [1, 64 * 1024 - 1])
 async def test_a_range_for_each_byte(size: int) -> None:
-    """Short ranges are gone on from a few times in an attempt. What came is kept."""
+    """An attempt continues short ranges a few times. The received bytes are kept."""
     content = CONTENT * 2048
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -195,7 +196,7 @@ async def test_an_answer_that_was_not_asked_for(status: int) -> None:
 
 
 async def test_a_body_that_ends_early() -> None:
-    """What came is kept; the error says how much."""
+    """The received bytes are kept, and the error gives their number."""
     sink = MemorySink()
     with pytest.raises(RegistryError, match="after 500 of 1024 bytes") as caught:
         await fetch(whole(CONTENT[:500]), sink)
@@ -204,7 +205,7 @@ async def test_a_body_that_ends_early() -> None:
 
 
 async def test_a_stall() -> None:
-    """Httpx is told how long to wait for a byte, and what it raises then is retryable."""
+    """httpx gets the limit for a byte, and its timeout error is retryable."""
     body = Body([CONTENT[:500]], httpx.ReadTimeout(""))
     network = Network(**{HOST: lambda request: httpx.Response(200, stream=body)})
     sink = MemorySink()
@@ -258,7 +259,7 @@ async def test_a_sink_that_fails() -> None:
 
 
 async def test_cancelled_in_each_wait() -> None:
-    """While it connects, reads or writes: what is in the sink stays, the slot is given back."""
+    """While it connects, reads or writes: the sink keeps its bytes, and the slot is free again."""
 
     class Stuck(httpx.AsyncByteStream):
         def __aiter__(self) -> Stuck:
@@ -293,7 +294,7 @@ async def test_cancelled_in_each_wait() -> None:
         network = Network(**{HOST: handler})
         async with network.client() as http, open_registry_client(client=http) as client:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(client.fetch_blob, APP, BLOB, sink, Report())
+                nursery.start_soon(partial(client.fetch_blob, APP, BLOB, sink, progress=Report()))
                 await wait_all_tasks_blocked()
                 assert client.statistics().active == 1
                 nursery.cancel_scope.cancel()

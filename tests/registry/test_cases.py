@@ -1,8 +1,10 @@
-"""The values and the client against recorded behaviour: `tests/cases/registry`, and more from
-the directory that ``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says what they hold.
+"""The values and the client against recorded behaviour.
 
-What ``found_*.json`` has was found by comparing many made inputs with what the sources of those
-implementations make of them: what was answered otherwise here, and some of its neighbours.
+The cases are those of `tests/cases/registry`, and those in the directory that ``TRIO_LAYERS_CASES``
+names. `FORMAT.md` beside the files describes them.
+
+The cases in ``found_*.json`` come from a comparison of many generated inputs with the sources of
+those implementations: inputs with another result here, and some of their neighbours.
 """
 
 from __future__ import annotations
@@ -183,8 +185,9 @@ def read_image(case: Case) -> Manifest | Index:
 
 @pytest.mark.parametrize("case", cases("challenges"))
 def test_challenges(case: Case) -> None:
-    """Challenges of the schemes that registries use are read as RFC 9110 has them, and what is
-    malformed as containerd does.
+    """Challenges of registries' schemes are parsed by RFC 9110.
+
+    Malformed ones are parsed as containerd does.
     """
     expected = case["expected"].get("rfc9110", case["expected"]["challenges"])
     got = [
@@ -243,7 +246,7 @@ def as_go_prints(text: str) -> str:
 
 @pytest.mark.parametrize("case", cases("http_ranges"))
 async def test_http_range(case: Case) -> None:
-    """A blob's download goes on from what is kept as the specification recommends."""
+    """A blob's download resumes as the specification recommends."""
     content = case["content"].encode()
     descriptor = Descriptor("application/octet-stream", digest_of(content), case["descriptor_size"])
     sink, server = MemorySink(case["have"].encode()), RangeServer(case)
@@ -375,8 +378,9 @@ class RangeServer:
 
 @pytest.mark.parametrize("case", cases("hosts_toml"))
 def test_hosts(case: Case, tmp_path: Path) -> None:
-    """Who is asked, in which order and how, is as containerd has it; but a file that it rejects
-    and ignores is an error here, which names it.
+    """The hosts, their order and their settings are those of containerd.
+
+    A file that containerd rejects and ignores is an error here, which names the file.
     """
     for name, text in case["files"].items():
         path = tmp_path / name

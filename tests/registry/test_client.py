@@ -148,7 +148,7 @@ async def test_index_in_an_index() -> None:
 
 
 async def test_no_image_for_the_platform() -> None:
-    """The error says what there is."""
+    """The error lists the platforms of the index."""
     registry = FakeRegistry()
     image = registry.add_image()
     registry.add_index(
@@ -180,7 +180,7 @@ async def test_docker_hub() -> None:
 
 
 async def test_digest_of_the_reference() -> None:
-    """By digest, the digest is what comes; whatever the registry calls it."""
+    """A document by digest matches it, for any media type or digest the registry announces."""
     registry = FakeRegistry()
     descriptor = registry.add_image()
     other = registry.add_image(created="2025-01-01T00:00:00Z")
@@ -218,7 +218,7 @@ async def test_a_promise_that_would_rewrite_a_terminal() -> None:
 
 
 async def test_platforms_in_an_error_are_bounded() -> None:
-    """An index may name what it likes."""
+    """An index may name any media type."""
     registry = FakeRegistry()
     platform = {"os": "linux", "architecture": "a" * 5000}
     registry.add_index([as_json(registry.add_image(), platform=platform)], tag="latest")
@@ -229,7 +229,7 @@ async def test_platforms_in_an_error_are_bounded() -> None:
 
 @pytest.mark.parametrize("change", [b" ", b""])
 async def test_documents_found_by_descriptor(change: bytes) -> None:
-    """A manifest of an index, and a config, must be what their descriptors say."""
+    """A manifest in an index, and a config, must match their descriptors."""
     registry = FakeRegistry()
     image = registry.add_image(architecture="arm64")
     registry.add_index([as_json(image)], tag="latest")
@@ -335,8 +335,9 @@ async def test_a_domain_that_is_no_host(domain: str) -> None:
     ],
 )
 async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> None:
-    """An error names who was asked, for what, and what the registry said; one that another
-    attempt would end with again is caused by `DoNotRetry`.
+    """An error names the host, the requested thing, and the registry's reason.
+
+    A permanent error is caused by `DoNotRetry`.
     """
     error = {"errors": [{"code": "SOME_CODE", "message": "some\x1b[31m message"}]}
     network = Network(**{HOST: lambda request: httpx.Response(status, json=error)})
@@ -473,8 +474,9 @@ async def test_contradictory_options() -> None:
 async def test_the_password_of_a_proxy_whose_url_is_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str
 ) -> None:
-    """A slash in it ends the host, for a parser, which takes what is before for the port, and says
-    so. It is not shown.
+    """A slash in a password ends the host for a parser, which takes the text before for the port.
+
+    The parser's error quotes that text, and must not be shown.
     """
     canaries = Canaries(caplog, "someone:canary-pr0xy")
     monkeypatch.setenv("HTTPS_PROXY", url)
@@ -486,7 +488,7 @@ async def test_the_password_of_a_proxy_whose_url_is_wrong(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    """As with Docker: whoever has a proxy has no way through it to this machine."""
+    """As with Docker, requests to this machine use no proxy."""
     asked: list[str] = []
 
     async def proxy(stream: trio.SocketStream) -> None:
@@ -509,7 +511,7 @@ async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: 
 
 
 async def test_own_client() -> None:
-    """Without a client there is an own one; the repr and the statistics say what goes on."""
+    """Without a client there are own ones; repr and statistics show the activity."""
     async with open_registry_client(max_connections=7) as client:
         assert client.statistics().max_connections == 7
         assert repr(client) == ("<RegistryClient: 0 of 7 connections active, 0 requests waiting>")

@@ -1,5 +1,6 @@
-"""A registry that says 401 whatever it is told: each request ends after a few of them, with the
-registry's word.
+"""A registry that answers 401 to all credentials.
+
+Each request ends after a few refusals, with the registry's error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ async def fetch(client: RegistryClient) -> None:
 
 
 def wanting(challenge: Callable[[str, int], str]) -> Callable[[httpx.Request], httpx.Response]:
-    """A registry that lets nobody in, and asks by what it was sent and for the how manieth time."""
+    """A registry that refuses all, with challenges by the credentials and the number of the try."""
     numbers = count()
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -49,7 +50,7 @@ def wanting(challenge: Callable[[str, int], str]) -> Callable[[httpx.Request], h
 
 
 def giving(status: int = 200, post: int = 200, **more: str) -> Callable[..., httpx.Response]:
-    """A token server; what it gives is never the same."""
+    """A token server that never issues the same token twice."""
     numbers = count()
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -79,9 +80,9 @@ def renewed(**fields: str) -> CredentialsFor:
 @attrs.frozen
 class Dance:
     """Attributes:
-    challenge: What the registry wants.
-    first: How often a first request makes the registry be asked, and the token server.
-    second: The same of a second one, when it is known how the registry wants to be asked.
+    challenge: The registry's challenge.
+    first: Numbers of requests to the registry and the token server for a first call.
+    second: The same numbers for a second call, when the challenge is known.
     """
 
     challenge: Callable[[str, int], str]
@@ -196,7 +197,7 @@ async def test_who_wanted_something_else_at_first() -> None:
 
 
 async def test_many_that_renew_for_one_another(autojump_clock: MockClock) -> None:
-    """What one of them renews is worth a try for the others, but not each time."""
+    """Credentials that one task renews are worth a try for others, but not each time."""
     delays = random.Random(1)
 
     async def answer(request: httpx.Request) -> httpx.Response:

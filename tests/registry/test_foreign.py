@@ -1,4 +1,4 @@
-"""Foreign layers: their URLs before the registry, and what these are not told."""
+"""Foreign layers: their URLs come before the registry, and get none of its secrets."""
 
 from __future__ import annotations
 
@@ -180,8 +180,9 @@ async def test_urls_that_are_none(url: str) -> None:
     ],
 )
 async def test_plain_http(url: str, reference: str, plain_http: bool, asked: bool) -> None:
-    """Where it is allowed; to this machine also for the images of a registry on it, but for no
-    others: their authors could ask what listens here.
+    """Plain HTTP is used where it is allowed, and on this machine for a registry on it.
+
+    Authors of other images could reach servers on this machine otherwise.
     """
     other = httpx.URL(url)
     network = Network(
@@ -214,12 +215,13 @@ async def test_redirects_of_a_url(reference: str) -> None:
     assert (f"{local}/secret" in network.asked) is (reference != str(APP))
 
 
-# What they are told.
+# The header fields of requests to them.
 
 
 async def test_what_a_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Credentials of the registry, also if it is asked there; what the URL has itself; and the
-    header fields that are configured for the registry.
+    """A URL gets no credentials of the registry, none in the URL, and no header fields.
+
+    The header fields are those that are configured for the registry.
     """
     canaries = Canaries(caplog, f"user:{PASSWORD}", "other:canary-0ther")
     place = tmp_path / "registry.example"
@@ -255,11 +257,11 @@ async def test_what_a_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureF
     assert network.secrets("registry.example")[-1] == f"Basic {encoded}"
 
 
-# What comes is verified, and what came is kept.
+# Received bytes are verified and kept.
 
 
 async def test_a_url_that_lies() -> None:
-    """What it sends is dropped, and the next is asked."""
+    """Its wrong bytes are dropped, and the next URL is asked."""
     wrong = CONTENT[:-1] + b"x"
     network = Network(**{FIRST: sends(wrong), SECOND: sends(CONTENT * 2), HOST: sends()})
     sink = await fetch(network, foreign(FIRST, SECOND))
@@ -336,7 +338,7 @@ async def test_another_attempt() -> None:
 
 
 async def test_a_registry_that_rests_is_asked_all_the_same() -> None:
-    """That its URLs lack it says nothing of what the registry has."""
+    """A layer that its URLs lack may still be in the registry."""
     network = Network(**{FIRST: lacks})
     async with network.client() as http, open_registry_client(client=http) as client:
         with pytest.raises(RegistryError):

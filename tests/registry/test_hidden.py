@@ -151,7 +151,7 @@ async def test_a_root_without_a_challenge(root: int, autojump_clock: MockClock) 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_a_root_that_fails_once(status: int, autojump_clock: MockClock) -> None:
-    """What it would have said is waited for: the refusal is not the last word."""
+    """The challenge may come with another attempt, so the refusal is not final."""
     hiding = Hiding(status, root=503)
 
     def recover(request: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Mirrors, in memory: who is asked for what, in which order, and with which secrets."""
+"""Mirrors, in memory: the hosts of each request, their order, and the secrets they get."""
 
 from __future__ import annotations
 
@@ -233,8 +233,9 @@ async def test_who_has_a_rest_is_better_than_nobody(network: Network, tmp_path: 
 
 
 async def test_all_fail(network: Network, tmp_path: Path) -> None:
-    """The last one's error is raised, with what the others said; another attempt may do better,
-    as one of them was not reached.
+    """The last host's error is raised, with the texts of the others.
+
+    Another attempt may succeed, since one host was not reached.
     """
     del network.hosts[M1]
     network.hosts |= {M2: answering(403), UPSTREAM: answering(404)}
@@ -248,7 +249,7 @@ async def test_all_fail(network: Network, tmp_path: Path) -> None:
             assert first.startswith("registry.example answered 404 for blob sha256:")
             assert [text.split(" ")[0] for text in others] == ["m1.example", "m2.example:5000"]
             assert "connection refused" in others[0]
-    # The second time it was clear what would come of asking the one that is gone.
+    # The second time, the unreachable host is known.
     assert hosts(network) == ["m1", "m2", "registry", "m2", "registry"]
 
 
@@ -316,7 +317,7 @@ async def test_one_goes_on_where_the_other_stopped(network: Network, tmp_path: P
 
 
 async def test_a_lie_that_another_went_on_with(network: Network, tmp_path: Path) -> None:
-    """Who is to blame cannot be told: all of it comes from the one that is asked now."""
+    """The source of the wrong bytes is unknown: the present host sends the whole blob."""
     network.hosts[M1] = breaking_after(30, b"x" * 100)
 
     def good(request: httpx.Request) -> httpx.Response:
@@ -416,8 +417,9 @@ async def test_logins_of_docker(
 
 
 async def test_a_source_is_asked_as_the_mirror_has_it(network: Network, tmp_path: Path) -> None:
-    """By its name, and by the repository's path there. What it refuses is renewed by the same
-    name, and nobody else hears of it.
+    """A mirror's credentials are found by its name and the repository's path there.
+
+    Refused credentials are renewed under the same name, and no other host gets them.
     """
     stale, fresh, us = (Credentials(name, "pw") for name in ("stale", "fresh", "us"))
     asked: list[tuple[str, Credentials | None]] = []
@@ -446,8 +448,9 @@ async def test_a_source_is_asked_as_the_mirror_has_it(network: Network, tmp_path
 
 
 async def test_an_identity_token_of_a_mirror(network: Network, tmp_path: Path) -> None:
-    """Is posted to the server that the mirror names, without the mirror's header
-    fields; what comes of it goes to the mirror.
+    """A refresh token is posted to the server that the mirror names.
+
+    The request has no header fields of the mirror, and the token goes to the mirror.
     """
     forms: list[bytes] = []
 
@@ -477,7 +480,7 @@ async def test_an_identity_token_of_a_mirror(network: Network, tmp_path: Path) -
 async def test_a_helper_that_fails_is_an_error(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a mirror, too: as with the rest of what is configured, nobody else is asked."""
+    """A mirror with client certificates: no other host gets them."""
     home = Home(tmp_path / "home", monkeypatch)
     home.docker_config.write_text(json.dumps({"credHelpers": {"m1.example": "desk"}}))
     home.add_helper("desk", {"!error": "it is locked"})
@@ -584,7 +587,7 @@ async def test_header_fields_are_for_one_host(network: Network, tmp_path: Path) 
     assert "open" not in repr(client._endpoints._endpoints)
 
 
-# What is wrong with the files.
+# Errors in the files.
 
 
 @pytest.mark.parametrize(
@@ -617,7 +620,7 @@ async def test_a_broken_file_is_named(
 
 
 async def test_files_that_cannot_be_read(network: Network, tmp_path: Path) -> None:
-    """Whatever it is, it is named."""
+    """The error names the file for any mistake."""
     with pytest.raises(HostsError, match="it is no directory"):
         async with open_registry_client(hosts_dir=tmp_path / "gone"):
             pass
@@ -726,7 +729,7 @@ def host_names(directory: Path, toml: str) -> list[str]:
 
 
 def test_headers_of_tables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Hosts come in the order of theirs, whatever else there is in the file that looks like one."""
+    """Hosts come in the order of their headers, also if other text looks like a header."""
     toml = '''
         text = """
 [host."no1"]

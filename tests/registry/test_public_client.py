@@ -512,7 +512,7 @@ def with_mirror(directory: Path) -> Path:
 
 
 async def test_a_page_is_no_manifest(tmp_path: Path) -> None:
-    """A mirror's is left for the registry; without one it is what is wrong."""
+    """A wrong answer of a mirror leads to the registry; that of the registry is an error."""
     fake = FakeRegistry()
     image = fake.add_image(tag="latest")
 
@@ -662,7 +662,7 @@ async def test_a_blob_piece_by_piece() -> None:
 
 @pytest.mark.parametrize("algorithm", ["sha384", "sha512"])
 async def test_a_digest_of_another_algorithm(algorithm: str) -> None:
-    """What is not to be stored is verified by it."""
+    """A blob that is not stored is verified by its own algorithm."""
     digest = Digest(f"{algorithm}:{hashlib.new(algorithm, b'content').hexdigest()}")
     blob = Descriptor("x/y", digest, 7)
     network, body = serving(b"con", b"tent")

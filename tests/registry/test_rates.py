@@ -108,7 +108,7 @@ async def given_up(client: RegistryClient, sink: MemorySink) -> float:
 async def test_a_slow_loris(
     steps: Steps, seconds: float, bytes_there: int, autojump_clock: MockClock
 ) -> None:
-    """It is given up when it is a stall limit behind, to the instant; what came is kept."""
+    """A server is given up exactly when it is a stall limit behind; the bytes are kept."""
     network, bodies = paced(steps)
     sink = MemorySink()
     async with opened(network) as client:
@@ -265,7 +265,7 @@ class Backend(httpcore.AsyncMockBackend):
     [
         (b"", 180, "had not answered 180 seconds after it was asked for blob"),
         (b"HTTP/1.1 200 OK\r\nX-Long: ", 180, "had not answered 180 seconds after"),
-        # What a chunk's size may be followed by (RFC 9112, 7.1.1), and what follows the last one.
+        # A chunk extension (RFC 9112, 7.1.1), and the trailer behind the last chunk.
         (
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
             60,
@@ -281,8 +281,9 @@ class Backend(httpcore.AsyncMockBackend):
 async def test_bytes_that_lead_nowhere(
     beginning: bytes, seconds: float, said: str, autojump_clock: MockClock
 ) -> None:
-    """A header byte by byte, or what chunks are framed with. Each byte comes within httpx's
-    limit, and there is no end of them.
+    """A header, or the frame of a chunk, comes byte by byte without end.
+
+    Each byte comes within httpx's limit.
     """
     transport = httpx.AsyncHTTPTransport(trust_env=False)
     transport._pool._network_backend = Backend(beginning)

@@ -46,7 +46,7 @@ APP = parse_reference("registry.example/team/app:1")
 CONTENT = b"content"
 BLOB = describe(CONTENT)
 
-# With what is written otherwise in a URL and in a form.
+# With characters that are quoted in a URL and in a form.
 PASSWORD = "canary-pa55/+&%word"
 IDENTITY, REFRESH = "canary-1dentity+/=", "canary-refre5h"
 TOKEN, REGISTRY_TOKEN = "canary-t0ken.x-y_z", "canary-reg1stry.token"
@@ -55,12 +55,12 @@ SIGNATURE, COOKIE, HEADER = "canary-s1gnature", "canary-c00kie", "canary-h3ader"
 
 @attrs.frozen
 class Way:
-    """How secrets come to be.
+    """A way in which requests get secrets.
 
     Attributes:
-        credentials: What a client gets.
-        scheme: What the registry asks for.
-        origins: The secrets, passwords with the name, and whom they are for.
+        credentials: The credentials of the client.
+        scheme: The scheme of the registry's challenge.
+        origins: The secrets, passwords with the name, and the origins that may get them.
         offline: Whether the token server hands out a refresh token.
         mirror: Whether there is a mirror that gets header fields.
     """
@@ -111,7 +111,7 @@ WAYS = {
     ),
     "mirror": Way(lambda home: USER, "basic", {**BY_BASIC, HEADER: {M1}}, mirror=True),
 }
-# What goes wrong at the registry, once it knows who asks; or at the token server.
+# Failures at the registry after the login, or at the token server.
 TROUBLE = (
     "none",
     *("401", "403", "404", "429", "500", "503"),
@@ -253,7 +253,7 @@ async def fetch(client: RegistryClient) -> None:
 async def play(
     way: Way, trouble: str, home: Home, canaries: Canaries, clock: MockClock, tmp_path: Path
 ) -> None:
-    """Fetch a blob twice, with what was kept having expired; then look at all that was said."""
+    """Fetch a blob twice, with an expired token the second time; then check all output."""
     canaries.add(*way.origins, f"user:{SIGNATURE}", COOKIE)
     world = World(way, trouble)
     hosts = None
@@ -357,7 +357,7 @@ async def test_leaks_are_seen(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is shown above would not be shown of a client that lets something out."""
+    """The tests above fail for a client that leaks a secret."""
     where, name, value, trouble = LEAKS[leak]
     way = WAYS["mirror" if "mirror" in leak else "bearer"]
     monkeypatch.setattr(where, name, value)
@@ -429,7 +429,7 @@ def test_canaries_are_seen(how: str, canaries: Canaries) -> None:
 
 
 def test_what_a_request_keeps_secret() -> None:
-    """What is in it that no error has to speak of, in the forms that it may be repeated in."""
+    """Return the secrets of a request, in the forms in which a server may repeat them."""
     pair = base64.b64encode(b"me:pa ss").decode()
     found = secrets_of(
         [("Host", "registry"), ("Authorization", f"Basic {pair}"), ("X-Key", "k3y-value")],
@@ -497,7 +497,7 @@ async def no_chunks() -> AsyncIterator[bytes]:
     ],
 )
 async def test_a_broken_file_of_hosts(text: str, tmp_path: Path, canaries: Canaries) -> None:
-    """What is wrong with it is said without what it holds."""
+    """The error names the mistake, and quotes nothing of the value."""
     canaries.add(SIGNATURE)
     directory = tmp_path / APP.domain
     directory.mkdir()
@@ -546,7 +546,7 @@ def test_a_key_that_cannot_be_used(kind: str, tmp_path: Path, canaries: Canaries
 async def test_a_proxy_that_cannot_be_used(
     proxy: str, monkeypatch: pytest.MonkeyPatch, canaries: Canaries
 ) -> None:
-    """Its password is not shown, nor what httpx takes for its port."""
+    """The error shows neither the password nor the part that httpx takes for the port."""
     canaries.add(f"user:{SIGNATURE}")
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     async with open_registry_client() as client:
@@ -580,7 +580,7 @@ async def test_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch, canaries: C
 
 @pytest.mark.parametrize("code", [0xD800, 0xDCFF, 0xE9, 0x0A])
 async def test_secrets_that_are_no_text(code: int, canaries: Canaries) -> None:
-    """JSON, and files, may hold what no UTF-8 is. The error of an encoder would show all of it."""
+    """JSON and files may have invalid UTF-8. An encoder's error would quote all of it."""
     canaries.add(COOKIE)
     secret = COOKIE + chr(code)
     for credentials in Credentials("user", secret), Credentials(identity_token=secret):
@@ -596,12 +596,12 @@ async def test_secrets_that_are_no_text(code: int, canaries: Canaries) -> None:
         assert base64.b64encode(f"user:{COOKIE}".encode())[:-4].decode() in sent or COOKIE in sent
 
 
-# With sockets: h11's and httpcore's logs, and what a process leaves behind.
+# With sockets: h11's and httpcore's logs, and the files of a process.
 
 
 @pytest.mark.parametrize("broken", [False, True])
 async def test_real_connections(broken: bool, canaries: Canaries) -> None:
-    """What goes over them is not logged, neither what is sent nor what comes."""
+    """Neither sent nor received bytes are logged."""
     canaries.add(f"user:{PASSWORD}", SIGNATURE, COOKIE)
     async with (
         open_registry(auth=BasicAuth("user", PASSWORD)) as registry,
@@ -628,8 +628,9 @@ async def test_real_connections(broken: bool, canaries: Canaries) -> None:
 
 
 async def test_what_is_repeated_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
-    """In a realm, in a list of tags, and in the frame of a chunk, of which httpcore logs what it
-    cannot read.
+    """Secrets in a realm, in a list of tags, and in the frame of a chunk.
+
+    httpcore logs a frame that it cannot parse.
     """
     caplog.set_level(logging.DEBUG)
     canary = USER.basic()
@@ -679,7 +680,7 @@ def test_what_the_system_says_is_hushed(tmp_path: Path) -> None:
 
 
 def test_other_requests_keep_their_log(caplog: pytest.LogCaptureFixture) -> None:
-    """What httpcore logs of requests that are not ours is left alone."""
+    """httpcore's log lines for other requests stay as they are."""
     with caplog.at_level(logging.DEBUG):
         logging.getLogger("httpcore.http11").debug("receive_response_headers.complete x=1")
         with http_log.discreet():

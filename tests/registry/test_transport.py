@@ -10,6 +10,7 @@ import socket
 import ssl
 import struct
 from collections import Counter
+from functools import partial
 
 import httpcore
 import httpx
@@ -110,7 +111,7 @@ async def test_a_redirect_to_another_port() -> None:
 
 
 async def test_a_redirect_that_comes_back() -> None:
-    """Whom a registry refers to does not decide what it is asked for with credentials."""
+    """A redirect's target cannot lead requests with credentials back to the registry."""
 
     def registry(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/chosen":
@@ -171,8 +172,9 @@ async def test_endless_redirects() -> None:
     ],
 )
 async def test_redirects_that_are_not_followed(location: str) -> None:
-    """Not from HTTPS to plain HTTP, unless that is allowed, nor to what is no HTTP at all. The
-    error is a line that can be read.
+    """No redirect from HTTPS to plain HTTP, unless that is allowed, nor to other schemes.
+
+    The error is one readable line.
     """
     network = Network(**{HOST: lambda request: redirect(location)})
     with pytest.raises(RegistryError, match=r"^registry\.example (redirects|could)") as caught:
@@ -242,7 +244,7 @@ async def test_a_storage_that_refuses() -> None:
 
 
 async def test_logs_have_no_signatures(caplog: pytest.LogCaptureFixture) -> None:
-    """What a URL's query may hold, and credentials, are in no log of ours, nor in httpx's."""
+    """Neither queries of URLs nor credentials are in our log or in httpx's."""
     caplog.set_level(logging.DEBUG)
     await test_a_redirect_elsewhere(307)
     assert f"GET storage.example for blob {BLOB.digest} of {APP.name}: 206" in caplog.text
@@ -292,7 +294,9 @@ async def test_slots() -> None:
         trio.open_nursery() as nursery,
     ):
         for _ in range(4):
-            nursery.start_soon(client.fetch_blob, APP, BLOB, MemorySink(), Report())
+            nursery.start_soon(
+                partial(client.fetch_blob, APP, BLOB, MemorySink(), progress=Report())
+            )
         await wait_all_tasks_blocked()
         assert repr(client) == "<RegistryClient: 2 of 2 connections active, 2 requests waiting>"
         with trio.CancelScope() as scope:
@@ -434,7 +438,7 @@ async def test_a_certificate_that_is_not_trusted_through_a_proxy() -> None:
 
 
 def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """For a server on loopback, and for who trusts it."""
+    """Plain HTTP is tried for a server on loopback, and where it is allowed."""
     authority = trustme.CA()
     theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(theirs)
@@ -656,7 +660,7 @@ class HurriedServer:
 
 @pytest.mark.parametrize("reset", [False, True])
 async def test_kept_connections_that_just_end(reset: bool) -> None:
-    """What may be sent twice is sent on the next one, until one is new; a login is not."""
+    """A repeatable request goes to the next connection, until one is new; a login does not."""
     server = HurriedServer(1, reset=reset)
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
         url = await server.start(nursery)
@@ -683,7 +687,7 @@ async def test_kept_connections_that_just_end(reset: bool) -> None:
 
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_new_connection_that_just_ends(reset: bool) -> None:
-    """The request is not sent again: that is for who asked."""
+    """The request is not sent again: this decision is the caller's."""
     server = HurriedServer(0, reset=reset)
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
         url = await server.start(nursery)

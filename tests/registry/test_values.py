@@ -82,7 +82,7 @@ def test_host_platform(monkeypatch: pytest.MonkeyPatch, machine: str, expected: 
 
 
 def test_os_options_survive_quoting() -> None:
-    """What a specifier's own syntax uses is quoted in it."""
+    """Characters of a specifier's syntax are quoted in it."""
     platform = Platform("windows", "amd64", "", "10.0 (a/b)+100%", ("win32k", "x+y"))
     quoted = str(platform).replace(" ", "%20")
     assert parse_platform(quoted) == platform
@@ -96,7 +96,7 @@ def test_malformed_specifiers(specifier: str) -> None:
 
 
 def test_newer_arm64_variants_run_older_ones() -> None:
-    """v9.x was made from v8.(x+5), and what it runs is preferred by how near it is."""
+    """v9.x was derived from v8.(x+5), and runs the nearest variant first."""
     wanted = Platform("linux", "arm64", "v9.1")
     offers = ["v8", "v8.7", "v8.6", "v9", "v9.2"]
     platforms = [Platform("linux", "arm64", variant) for variant in offers]
@@ -149,14 +149,14 @@ def test_features_that_were_asked_for_are_preferred() -> None:
 
 
 def test_os_features_must_be_offered() -> None:
-    """An image that needs what was not named does not fit."""
+    """An image that needs an unnamed feature does not fit."""
     needs = Platform("linux", "amd64", os_features=("a", "b"))
     assert choose(Platform("linux", "amd64", os_features=("b", "a", "c")), [needs]) == 0
     assert choose(Platform("linux", "amd64", os_features=("a",)), [needs]) is None
 
 
 def test_manifest_members() -> None:
-    """What is optional in a descriptor may be left out, be null, or be there."""
+    """An optional member of a descriptor may be left out, be null, or be there."""
     layer = as_json(describe(b"x"), urls=["https://a.example/x"], annotations={"k": "v"})
     document = decode_manifest(
         manifest(layers=[layer, as_json(describe(b"y"), urls=None)], annotations={"n": "w"}),
@@ -227,7 +227,7 @@ def test_parameters_of_media_types() -> None:
     ],
 )
 def test_invalid_manifests(data: bytes, message: str) -> None:
-    """The error says which member is wrong, and what it is."""
+    """The error names the wrong member and its value."""
     with pytest.raises(ManifestError, match=message):
         decode_manifest(data, OCI_MANIFEST)
 
@@ -248,7 +248,7 @@ def test_a_value_in_an_error_is_cut() -> None:
     ],
 )
 def test_unsupported_media_types(media_type: str, message: str) -> None:
-    """What the registry calls a document decides what it is."""
+    """The media type from the registry decides the kind of a document."""
     with pytest.raises(ManifestError, match=message):
         decode_manifest(manifest(), media_type)
 
@@ -262,7 +262,7 @@ def test_unsupported_media_types(media_type: str, message: str) -> None:
     ],
 )
 def test_layers_that_cannot_be_unpacked(layer_type: str, message: str) -> None:
-    """The error tells apart what would need different help."""
+    """Errors that need different help have different texts."""
     data = manifest(layers=[as_json(describe(b"", layer_type))])
     document = decode_manifest(data, OCI_MANIFEST)
     assert isinstance(document, Manifest)

@@ -93,7 +93,7 @@ async def test_a_tag_moves(tmp_path: Path) -> None:
         assert image is not None
         assert image.manifest.digest == second
         names = [(entry["name"], entry["digest"]) for entry in index_of(tmp_path)]
-        assert names == [(REFERENCE, second), ("other:1", first)]
+        assert names == [("docker.io/library/other:1", first), (REFERENCE, second)]
 
 
 async def test_a_reference_has_an_image_for_each_platform(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ _DECODER: Final = json.JSONDecoder(
 )
 
 
-def decode_text(values: Iterable[object], what: str) -> str:
+def decode_text(values: Iterable[object], subject: str) -> str:
     """A string, the last of several, of which null is none; empty if there is none.
 
     Raises:
@@ -88,19 +88,19 @@ def decode_text(values: Iterable[object], what: str) -> str:
         if value is None:
             continue
         if not isinstance(value, str):
-            raise ValueError(f"{what} is not a string")
+            raise ValueError(f"{subject} is not a string")
         text = without_surrogates(value)
     return text
 
 
 def decode_mapping(
-    values: Iterable[object], what: str, decode: Callable[[object], T]
+    values: Iterable[object], subject: str, decode: Callable[[object], T]
 ) -> dict[str, T]:
     """Combine objects that stand for one mapping: each adds to the earlier, null empties it.
 
     Args:
         values: The objects.
-        what: The objects in words.
+        subject: The objects in words.
         decode: Decodes each value in them, also one that a later value replaces.
 
     Raises:
@@ -111,11 +111,11 @@ def decode_mapping(
         if value is None:
             mapping.clear()
         else:
-            mapping.update((key, decode(each)) for key, each in as_object(value, what).members)
+            mapping.update((key, decode(each)) for key, each in as_object(value, subject).members)
     return mapping
 
 
-def as_object(value: object, what: str) -> Object:
+def as_object(value: object, subject: str) -> Object:
     """An object; null is an empty one.
 
     Raises:
@@ -124,5 +124,5 @@ def as_object(value: object, what: str) -> Object:
     if value is None:
         return Object()
     if not isinstance(value, Object):
-        raise ValueError(f"{what} is not a JSON object")
+        raise ValueError(f"{subject} is not a JSON object")
     return value

@@ -27,7 +27,7 @@ MAX_CHAIN: Final = 20
 
 @asynccontextmanager
 async def open_body(
-    client: AsyncClient, response: Response, host: str, what: str, stall_limit: float
+    client: AsyncClient, response: Response, host: str, subject: str, stall_limit: float
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """Yield the chunks of a body, and close the body and its connection after the block.
 
@@ -37,7 +37,7 @@ async def open_body(
     once more in a cancelled scope: the cancellation is raised in the innermost generator, and ends
     all of them.
     """
-    chunks = _read_body(client, response, host, what, stall_limit)
+    chunks = _read_body(client, response, host, subject, stall_limit)
     try:
         yield chunks
     finally:
@@ -55,7 +55,7 @@ async def open_body(
 
 
 async def _read_body(
-    client: AsyncClient, response: Response, host: str, what: str, stall_limit: float
+    client: AsyncClient, response: Response, host: str, subject: str, stall_limit: float
 ) -> AsyncIterator[bytes]:
     """Yield the chunks of a body, and give up a server that is slower than the least rate.
 
@@ -88,11 +88,11 @@ async def _read_body(
                 if client.is_closed:
                     raise client_closed_error() from error
                 raise request_error(
-                    f"{host} broke off while it sent {what}", host, error
+                    f"{host} broke off while it sent {subject}", host, error
                 ) from error
             if chunk is None:
                 raise RegistryError(
-                    f"{host} broke off while it sent {what}: "
+                    f"{host} broke off while it sent {subject}: "
                     + (
                         f"{stall_limit:g} seconds behind {LEAST_RATE:g} bytes per second"
                         if behind

@@ -328,16 +328,16 @@ class RegistryClient:
         """
         reference = _parsed(reference)
         digest, size = _digest_and_size(blob)
-        what = f"blob {digest} of {reference.name}"
+        subject = f"blob {digest} of {reference.name}"
         if size is not None and size > max_size:
             raise VerificationError(
-                f"{what} has {size} bytes, which is more than {max_size}", digest=digest
+                f"{subject} has {size} bytes, which is more than {max_size}", digest=digest
             )
 
         async def attempt(endpoint: Endpoint | ForeignURL) -> bytes:
             path = f"blobs/{digest}"
             return await read_verified(
-                endpoint, reference, path, what, BLOBS, digest, size, max_size
+                endpoint, reference, path, subject, BLOBS, digest, size, max_size
             )
 
         return await try_each(
@@ -365,12 +365,12 @@ class RegistryClient:
         """
         reference = _parsed(reference)
         digest, size = _digest_and_size(blob)
-        what = f"blob {digest} of {reference.name}"
+        subject = f"blob {digest} of {reference.name}"
         async with AsyncExitStack() as stack:
 
             async def attempt(endpoint: Endpoint | ForeignURL) -> RegistryResponse:
                 return await stack.enter_async_context(
-                    endpoint.ask(reference, f"blobs/{digest}", what, BLOBS)
+                    endpoint.ask(reference, f"blobs/{digest}", subject, BLOBS)
                 )
 
             async with self._lifetime.use():
@@ -425,7 +425,7 @@ class RegistryClient:
         reference = _parsed(reference)
         parse_digest(descriptor.digest)
         path = f"blobs/{descriptor.digest}"
-        what = f"blob {descriptor.digest} of {reference.name}"
+        subject = f"blob {descriptor.digest} of {reference.name}"
         tried = False
         decoding: set[Endpoint | ForeignURL] = set()
 
@@ -433,7 +433,7 @@ class RegistryClient:
             nonlocal tried
 
             def ask(headers: Mapping[str, str]) -> AbstractAsyncContextManager[RegistryResponse]:
-                return endpoint.ask(reference, path, what, {**BLOBS, **headers})
+                return endpoint.ask(reference, path, subject, {**BLOBS, **headers})
 
             of_another = tried and sink.offset > 0
             tried = True

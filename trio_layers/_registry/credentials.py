@@ -56,14 +56,14 @@ def as_sent(text: str) -> bytes:
 CredentialsSource: TypeAlias = Callable[[str, Credentials | None], Awaitable[Credentials | None]]
 """Returns the credentials for a repository, such as ``docker.io/library/debian``.
 
-It is called when the registry wants some; ``None`` means that there are none. The result is kept until
-the registry refuses it. The function is then called once more, with the refused credentials, which are
-``None`` at the first call. Several tasks may call it at once, for different repositories.
+It is called when the registry wants some; ``None`` means that there are none. The result is kept
+until the registry refuses it. The function is then called once more, with the refused credentials,
+which are ``None`` at the first call. Several tasks may call it at once, for different repositories.
 """
 
 CredentialsFor: TypeAlias = Credentials | Mapping[str, Credentials] | CredentialsSource
 """Credentials for every registry; or a mapping by the domain in references; or a function.
 
-Domains are such as ``docker.io`` or ``registry.example.com:5000``. A mirror is a registry of its own
-name, and gets no credentials without a name.
+Domains are such as ``docker.io`` or ``registry.example.com:5000``. A mirror is a registry of its
+own name, and gets no credentials without a name.
 """

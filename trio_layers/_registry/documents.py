@@ -66,9 +66,9 @@ def descriptor_of(answer: RegistryResponse) -> Descriptor | None:
 
 async def fetch_manifest(endpoint: Endpoint, reference: Reference) -> tuple[Descriptor, bytes]:
     """Fetch the manifest or index of a reference, and verify its digest if one is known."""
-    what = f"the manifest of {reference}"
+    subject = f"the manifest of {reference}"
     path = f"manifests/{reference.fetched_by}"
-    async with endpoint.ask(reference, path, what, MANIFESTS) as answer:
+    async with endpoint.ask(reference, path, subject, MANIFESTS) as answer:
         promised = reference.digest or answer.headers.get("Docker-Content-Digest")
         if promised is not None and not promised.startswith("sha256:"):
             promised = None  # only SHA-256 can be checked
@@ -86,7 +86,7 @@ async def fetch_manifest(endpoint: Endpoint, reference: Reference) -> tuple[Desc
     if promised is not None and promised.startswith("sha256:") and promised != digest:
         promised = answer.printable_line(promised)
         error = VerificationError(
-            f"{answer.host} sent {digest} as {what}, which should be {promised}"
+            f"{answer.host} sent {digest} as {subject}, which should be {promised}"
             f"{named_encoding(answer)}",
             digest=promised,
         )
@@ -98,25 +98,25 @@ async def read_verified(
     endpoint: Endpoint | ForeignURL,
     reference: Reference,
     path: str,
-    what: str,
+    subject: str,
     headers: Mapping[str, str],
     digest: Digest,
     size: int | None,
     max_size: int,
 ) -> bytes:
     """Fetch the bytes with this digest, and with this size if it is known."""
-    async with endpoint.ask(reference, path, what, headers) as answer:
+    async with endpoint.ask(reference, path, subject, headers) as answer:
         data = await read_fitting(
             answer,
             max_size if size is None else size,
             lambda data: size in (None, len(data)) and digest_of(data, digest) == digest,
         )
     if size is None and len(data) > max_size:
-        text = f"{what} has more than {max_size} bytes{named_encoding(answer)}"
+        text = f"{subject} has more than {max_size} bytes{named_encoding(answer)}"
         raise mark_final(VerificationError(text, digest=digest))
     if size not in (None, len(data)) or await decode_large(digest_of, data, digest) != digest:
         text = (
-            f"{answer.host} sent other bytes than {what}: the digest or size differs"
+            f"{answer.host} sent other bytes than {subject}: the digest or size differs"
             f"{named_encoding(answer)}"
         )
         raise mark_final(VerificationError(text, digest=digest))

@@ -135,7 +135,7 @@ class Endpoint:
         self,
         reference: Reference,
         path: str,
-        what: str,
+        subject: str,
         headers: Mapping[str, str],
         method: Method = "GET",
     ) -> AsyncIterator[RegistryResponse]:
@@ -146,7 +146,7 @@ class Endpoint:
         Args:
             reference: The reference of the repository.
             path: The path behind the repository, with a query if there is one.
-            what: The requested thing in words, for errors.
+            subject: The requested thing in words, for errors.
             headers: The header fields of the request.
             method: ``HEAD`` requests the header only.
 
@@ -166,7 +166,7 @@ class Endpoint:
                 raise
             async with self._transport.get(
                 url,
-                what,
+                subject,
                 headers=headers,
                 authorization=authorization,
                 authorize_redirected=redirected.authorization,
@@ -180,7 +180,7 @@ class Endpoint:
                     access.granted()
                     yield answer
                     return
-                error = await read_error(answer, what, sent_there=answer.redirected)
+                error = await read_error(answer, subject, sent_there=answer.redirected)
             # Answer challenges once the connection is released, because the source of the
             # credentials may wait for a person to type a password.
             if answer.redirected:
@@ -222,14 +222,14 @@ class Endpoint:
         """
         root, found, _ = base.path.partition("/v2/")
         url = base.copy_with(path=f"{root}/v2/") if found else base
-        what = "how it wants to be asked"
+        subject = "how it wants to be asked"
 
         async def ask() -> tuple[Challenge, ...]:
-            async with self._transport.get(url, what) as answer:
+            async with self._transport.get(url, subject) as answer:
                 if answer.status in _TELLING and not answer.redirected:
                     fields = answer.headers.get_list("WWW-Authenticate")
                     return tuple(parse_challenges(fields)) if answer.status == 401 else ()
-                error = await read_error(answer, what)
+                error = await read_error(answer, subject)
             raise error
 
         try:

@@ -76,7 +76,7 @@ def _quota(field: str) -> tuple[int | None, int | None]:
 
 
 async def read_error(
-    answer: RegistryResponse, what: str, *, sent_there: bool = False
+    answer: RegistryResponse, subject: str, *, sent_there: bool = False
 ) -> RegistryError:
     """Return the error for an unsuccessful response; the caller raises it.
 
@@ -89,7 +89,7 @@ async def read_error(
 
     Args:
         answer: The response, with its body unread.
-        what: The requested thing in words.
+        subject: The requested thing in words.
         sent_there: Whether a registry redirected to this host.
 
     Raises:
@@ -97,7 +97,7 @@ async def read_error(
     """
     said = answer.printable_line(_first_error(await answer.read(MAX_ERROR_SIZE)))
     host, status = answer.host, answer.status
-    text = f"{host} answered {status} for {what}{said and ': '}{said}"
+    text = f"{host} answered {status} for {subject}{said and ': '}{said}"
     # A redirect's target that sends a challenge, or an error text with a 404, is a registry itself
     # and no storage: its refusal is final.
     asks = status == 401 and "WWW-Authenticate" in answer.headers

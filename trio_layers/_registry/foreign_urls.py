@@ -67,15 +67,15 @@ class ForeignURL:
 
     @asynccontextmanager
     async def ask(
-        self, reference: Reference, path: str, what: str, headers: Mapping[str, str]
+        self, reference: Reference, path: str, subject: str, headers: Mapping[str, str]
     ) -> AsyncIterator[RegistryResponse]:
         """See `Endpoint.ask`."""
         if self._url is None:
-            message = f"{self.name}, in the manifest, is not asked for {what}: {self._refused}"
+            message = f"{self.name}, in the manifest, is not asked for {subject}: {self._refused}"
             raise mark_final(RegistryError(message, host=self.name))
-        async with self._transport.get(self._url, what, headers=headers) as answer:
+        async with self._transport.get(self._url, subject, headers=headers) as answer:
             if 200 <= answer.status < 300 or ("Range" in headers and answer.status == 416):
                 yield answer
                 return
-            error = await read_error(answer, what)
+            error = await read_error(answer, subject)
         raise error

@@ -47,7 +47,7 @@ class Lists:
 
     async def tags(self, reference: Reference) -> tuple[str, ...]:
         """See `RegistryClient.tags`."""
-        what = f"the tags of {reference.name}"
+        subject = f"the tags of {reference.name}"
         retries = self._resolver.retries()
         # The pages that each host has sent so far.
         begun: dict[Endpoint, tuple[Pages, dict[str, None]]] = {}
@@ -63,9 +63,9 @@ class Lists:
 
         async def fetch(endpoint: Endpoint, query: str) -> tuple[str, ...]:
             def open_page(query: str) -> AbstractAsyncContextManager[RegistryResponse]:
-                return endpoint.ask(reference, f"tags/list?{query}".rstrip("?"), what, _JSON)
+                return endpoint.ask(reference, f"tags/list?{query}".rstrip("?"), subject, _JSON)
 
-            pages, tags = begun.pop(endpoint, (Pages(query, what, open_page, "list"), {}))
+            pages, tags = begun.pop(endpoint, (Pages(query, subject, open_page, "list"), {}))
             try:
                 async for page in pages:
                     await decode_large(_add_tags, page.data, page.host, tags)
@@ -92,21 +92,21 @@ class Lists:
         self, reference: Reference, digest: Digest, artifact_type: str | None
     ) -> tuple[Descriptor, ...] | None:
         """List referrers by the API; ``None`` if no host has it."""
-        path, what = f"referrers/{digest}", f"the referrers of {reference.name}@{digest}"
+        path, subject = f"referrers/{digest}", f"the referrers of {reference.name}@{digest}"
         query = "" if artifact_type is None else urlencode({"artifactType": artifact_type})
         retries = self._resolver.retries()
         begun: dict[Endpoint, tuple[Pages, dict[Descriptor, None]]] = {}
 
         async def attempt(endpoint: Endpoint) -> tuple[Descriptor, ...]:
             def open_page(query: str) -> AbstractAsyncContextManager[RegistryResponse]:
-                return endpoint.ask(reference, f"{path}?{query}".rstrip("?"), what, _REFERRERS)
+                return endpoint.ask(reference, f"{path}?{query}".rstrip("?"), subject, _REFERRERS)
 
-            pages, found = begun.pop(endpoint, (Pages(query, what, open_page, digest), {}))
+            pages, found = begun.pop(endpoint, (Pages(query, subject, open_page, digest), {}))
             try:
                 async for page in pages:
                     if page.media_type != INDEX_TYPES[0]:
                         # Some servers send the same page for every path.
-                        text = f"{page.host} sent something else than {what}"
+                        text = f"{page.host} sent something else than {subject}"
                         raise NotFound(text, host=page.host, status=404)
                     await decode_large(_add_referrers, page.data, page.media_type, found)
                     retries.reset()

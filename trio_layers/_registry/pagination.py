@@ -56,14 +56,14 @@ class Pages:
 
     Args:
         query: The query of the first page.
-        what: The requested thing in words, for errors.
+        subject: The requested thing in words, for errors.
         open: Requests a page.
         ending: The last part of the list's path.
     """
 
-    def __init__(self, query: str, what: str, open: OpenPage, ending: str) -> None:
+    def __init__(self, query: str, subject: str, open: OpenPage, ending: str) -> None:
         self._following: str | None = query
-        self._what = what
+        self._what = subject
         self._open = open
         self._ending = ending
         self._seen: set[_Place] = set()

@@ -107,11 +107,11 @@ class Resolver:
     ) -> tuple[Descriptor, bytes | None]:
         """Return the descriptor of a manifest or index, and its bytes if they were fetched."""
         path = f"manifests/{reference.fetched_by}"
-        what = f"the manifest of {reference}"
+        subject = f"the manifest of {reference}"
 
         async def attempt(endpoint: Endpoint) -> tuple[Descriptor, bytes | None]:
             try:
-                async with endpoint.ask(reference, path, what, MANIFESTS, "HEAD") as answer:
+                async with endpoint.ask(reference, path, subject, MANIFESTS, "HEAD") as answer:
                     found = descriptor_of(answer)
                 if found is not None and reference.digest in (None, found.digest):
                     return found, None
@@ -222,10 +222,12 @@ class Resolver:
         if descriptor.data is not None:
             return descriptor.data
         path = f"{kind}/{digest}"
-        what = f"{descriptor.media_type} {digest} of {reference}"
+        subject = f"{descriptor.media_type} {digest} of {reference}"
 
         async def attempt(endpoint: Endpoint) -> bytes:
-            return await read_verified(endpoint, reference, path, what, headers, digest, size, size)
+            return await read_verified(
+                endpoint, reference, path, subject, headers, digest, size, size
+            )
 
         endpoints = await self._endpoints.find(reference, "pull")
         return await try_each(endpoints, attempt, self.retries(announce))

@@ -115,8 +115,8 @@ def _look_at(file: str) -> None:
         raise _unusable(file, "a key", error) from error
 
 
-def _unusable(file: str, what: str, error: Exception) -> HostsError:
+def _unusable(file: str, subject: str, error: Exception) -> HostsError:
     reason = str(error)
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
         reason = error.strerror or reason
-    return HostsError(file, f"it should hold {what}: {reason}")
+    return HostsError(file, f"it should hold {subject}: {reason}")

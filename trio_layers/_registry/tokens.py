@@ -133,8 +133,8 @@ class Tokens:
         if not url.host or not self._transport.allows(url, registry):
             raise mark_final(
                 AuthenticationError(
-                    f"{reference.domain} wants a token from {printable_line(shown)!r}, which is no HTTPS "
-                    "URL",
+                    f"{reference.domain} wants a token from {printable_line(shown)!r}, which is no "
+                    "HTTPS URL",
                     host=reference.domain,
                     status=401,
                 )
@@ -180,7 +180,7 @@ class Tokens:
 
     async def _ask(self, grant: Grant, reference: Reference, refresh: str | None = None) -> _Token:
         url = self.url(grant.realm, reference)
-        what = f"a token to pull {reference.name}"
+        subject = f"a token to pull {reference.name}"
         service = {"service": grant.service} if grant.service else {}
         scopes = grant.scope.split()
         if refresh is None:
@@ -197,7 +197,7 @@ class Tokens:
                     )
                 )
                 raise error from error.__cause__
-            asking = self._transport.get(url, what, authorization=_basic(grant.credentials))
+            asking = self._transport.get(url, subject, authorization=_basic(grant.credentials))
         else:
             form = {
                 "grant_type": "refresh_token",
@@ -206,11 +206,11 @@ class Tokens:
                 "scope": " ".join(scopes),
                 "refresh_token": refresh,
             }
-            asking = self._transport.post(url, what, form=form)
+            asking = self._transport.post(url, subject, form=form)
         began = trio.current_time()
         async with asking as answer:
             if answer.status != 200:
-                raise await read_error(answer, what)
+                raise await read_error(answer, subject)
             body = await read_fitting(answer, MAX_TOKEN_SIZE, looks_like_json)
         if len(body) <= INLINE_SIZE:
             token = _decode_token(body, began)

@@ -102,7 +102,7 @@ class Transport:
     async def get(
         self,
         url: URL,
-        what: str,
+        subject: str,
         *,
         headers: Mapping[str, str] = _NOTHING,
         authorization: str | None = None,
@@ -113,7 +113,7 @@ class Transport:
 
         Args:
             url: The first URL.
-            what: The requested thing in words, for errors.
+            subject: The requested thing in words, for errors.
             headers: Header fields for every host.
             authorization: The Authorization field for the origin of ``url`` alone.
             authorize_redirected: Returns the Authorization field for another host that the request
@@ -134,30 +134,32 @@ class Transport:
                 theirs = await authorize_redirected(target)
                 if theirs is not None:
                     fields["Authorization"] = theirs
-            sending = self._send(target, what, headers=fields, redirected=redirected, method=method)
+            sending = self._send(
+                target, subject, headers=fields, redirected=redirected, method=method
+            )
             async with sending as response:
                 if response.location is None:
                     yield response
                     return
                 await response.skip()
-            target = self._redirected(target, response.location, what)
+            target = self._redirected(target, response.location, subject)
             # Once redirected, even a redirect back to the first host gets no secrets: another host
             # has chosen its URL.
             redirected = redirected or origin_of(target) != origin_of(url)
         raise RegistryError(
-            f"{host_of(url)} redirects more than {MAX_REDIRECTS} times for {what}",
+            f"{host_of(url)} redirects more than {MAX_REDIRECTS} times for {subject}",
             host=host_of(url),
         )
 
     @asynccontextmanager
     async def post(
-        self, url: URL, what: str, *, form: Mapping[str, str]
+        self, url: URL, subject: str, *, form: Mapping[str, str]
     ) -> AsyncIterator[RegistryResponse]:
         """Send a form, which may have secrets, and follow no redirect.
 
         Args:
             url: The URL.
-            what: The requested thing in words, for errors.
+            subject: The requested thing in words, for errors.
             form: The fields of the form.
 
         Raises:
@@ -166,11 +168,11 @@ class Transport:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         fields = {name: as_sent(value) for name, value in form.items()}
         body = urllib.parse.urlencode(fields).encode()
-        async with self._send(url, what, headers=headers, method="POST", body=body) as response:
+        async with self._send(url, subject, headers=headers, method="POST", body=body) as response:
             if response.location is not None:
                 raise RegistryError(
-                    f"{host_of(url)} redirects to {host_of(response.location)} for {what}, which "
-                    "is not followed: a secret would be sent along",
+                    f"{host_of(url)} redirects to {host_of(response.location)} for {subject}, "
+                    "which is not followed: a secret would be sent along",
                     host=host_of(url),
                 )
             yield response
@@ -181,11 +183,11 @@ class Transport:
         local = self._local and is_loopback(origin) and is_loopback(target)
         return target.scheme == "https" or (target.scheme == "http" and (self._plain_http or local))
 
-    def _redirected(self, url: URL, target: URL, what: str) -> URL:
+    def _redirected(self, url: URL, target: URL, subject: str) -> URL:
         if not self.allows(target, url):
             raise RegistryError(
-                f"{host_of(url)} redirects to {printable_line(target.scheme)}://{host_of(target)} for "
-                f"{what}, which is not followed: allow plain HTTP if that is meant",
+                f"{host_of(url)} redirects to {printable_line(target.scheme)}://{host_of(target)} "
+                f"for {subject}, which is not followed: allow plain HTTP if that is meant",
                 host=host_of(url),
             )
         try:
@@ -193,14 +195,14 @@ class Transport:
             return target.copy_with(username=None, password=None)
         except InvalidURL:
             raise RegistryError(
-                f"{host_of(url)} redirects to an invalid URL for {what}", host=host_of(url)
+                f"{host_of(url)} redirects to an invalid URL for {subject}", host=host_of(url)
             ) from None
 
     @asynccontextmanager
     async def _send(
         self,
         url: URL,
-        what: str,
+        subject: str,
         *,
         headers: Mapping[str, str] = _NOTHING,
         connect_limit: float = CONNECT_LIMIT,
@@ -233,11 +235,11 @@ class Transport:
             # all steps together are limited: connection, TLS, waiting and reading, and the same
             # with a proxy before.
             patience = 2 * (min(connect_limit, stall_limit) + stall_limit)
-            response = await _receive_header(client, request, url, what, patience, secrets)
+            response = await _receive_header(client, request, url, subject, patience, secrets)
             # httpx's own log line would show the URL, which may have a signature.
-            log.debug("%s %s for %s: %d", method, host_of(url), what, response.status_code)
-            async with open_body(client, response, host_of(url), what, stall_limit) as chunks:
-                _check_proxy(client, url, what, response)
+            log.debug("%s %s for %s: %d", method, host_of(url), subject, response.status_code)
+            async with open_body(client, response, host_of(url), subject, stall_limit) as chunks:
+                _check_proxy(client, url, subject, response)
                 following = response.next_request
                 yield RegistryResponse(
                     host_of(url),
@@ -268,7 +270,7 @@ async def _receive_header(
     client: AsyncClient,
     request: Request,
     url: URL,
-    what: str,
+    subject: str,
     patience: float,
     secrets: Callable[[], frozenset[str]],
 ) -> Response:
@@ -293,19 +295,19 @@ async def _receive_header(
             raise client_closed_error() from error
         if isinstance(error, RuntimeError):
             raise
-        text = f"{host} could not be asked for {what}{through_proxy(proxy_of(client, url))}"
+        text = f"{host} could not be asked for {subject}{through_proxy(proxy_of(client, url))}"
         raise request_error(text, host, error) from error
     if response is None:
         raise RegistryError(
             f"{host} had not answered {patience:g} seconds after it was asked for "
-            f"{what}{through_proxy(proxy_of(client, url))}",
+            f"{subject}{through_proxy(proxy_of(client, url))}",
             host=host,
             transient=True,
         )
     return response
 
 
-def _check_proxy(client: AsyncClient, url: URL, what: str, response: Response) -> None:
+def _check_proxy(client: AsyncClient, url: URL, subject: str, response: Response) -> None:
     """Raise the proxy's refusal of a plain request like its refusal of a tunnel.
 
     Raises:
@@ -313,5 +315,5 @@ def _check_proxy(client: AsyncClient, url: URL, what: str, response: Response) -
     """
     if response.status_code == 407 and (proxy := proxy_of(client, url)) is not None:
         host = host_of(url)
-        text = f"{host} could not be asked for {what}{through_proxy(proxy)}: 407 {PROXY_REFUSES}"
+        text = f"{host} could not be asked for {subject}{through_proxy(proxy)}: 407 {PROXY_REFUSES}"
         raise mark_final(RegistryError(text, host=host, status=407))
