@@ -87,9 +87,9 @@ def private_types(hints: dict[str, object]) -> set[str]:
             continue
         rest += [*typing.get_args(each), *filter(None, [typing.get_origin(each)])]
         module = getattr(each, "__module__", "")
-        if isinstance(each, type | typing.NewType) and "._" in f".{module}":
-            if module.startswith("trio_layers"):
-                found.add(f"{module}.{each.__name__}")
+        private = module.startswith("trio_layers") and "._" in module
+        if private and isinstance(each, type | typing.NewType):
+            found.add(f"{module}.{each.__name__}")
     return found
 
 

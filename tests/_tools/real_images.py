@@ -17,7 +17,7 @@ MANY_FILES: Final = "adwaita-icon-theme"
 """A package of some six thousand small files."""
 
 STEPS: Final = [
-    # Each is a layer, and is run by a shell in the root of the image. Steps that are usual in images …
+    # Each is a layer, and is run by a shell in the root of the image. Steps usual in images …
     "chroot . dpkg --force-depends --purge tzdata && rm -rf usr/share/doc usr/share/man",
     "mkdir -p srv/app && cp -a etc srv/app/ && ln -s app/etc srv/current && rm -r srv/app/etc/apt",
     "chown -R 1000:1000 srv/app && chmod -R go-rwx srv/app/etc && setcap cap_net_raw+ep bin/tar",
@@ -66,7 +66,7 @@ class Buildah:
 
     @contextmanager
     def layer(self, base: str, name: str) -> Iterator[Path]:
-        """Make the image ``name`` from ``base`` with the changes in the directory during the block."""
+        """Make the image ``name`` of ``base`` and the block's changes in the directory."""
         container = self.run("from", "--pull-never", base)
         yield Path(self.run("mount", container))
         self.run("umount", container)

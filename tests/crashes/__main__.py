@@ -4,8 +4,8 @@
 
 As root, on a machine that may mount. Each time a scenario is drawn, and how it is broken: a kill or
 a fault at any step, a kill at any time, a power cut at any step or at any time, a disk of any size.
-The last line has how often each was done. What is found wrong is printed with all that was drawn,
-and makes the exit status 1.
+The last line has the counts. Each error is printed with its random choices, and makes the exit
+status 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Break = Callable[["Chance"], Awaitable[list[str]]]
 
 
 class Chance:
-    """What is drawn, and what it is drawn for."""
+    """The random choices of one run."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world

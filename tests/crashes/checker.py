@@ -1,7 +1,7 @@
 """Whether a store is whole, found out without the store's own code.
 
-It reads the catalog as any program would, and looks at each file that a row stands for. What it
-takes from the library is the format of ``entries`` and how chain IDs are made.
+It reads the catalog as any program would, and looks at the file of each row. From the library it
+takes only the format of ``entries`` and the computation of chain IDs.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _TYPES = {
 
 @attrs.frozen
 class Found:
-    """What a look at a store brought to light.
+    """The result of a look at a store.
 
     Attributes:
-        wrong: What must never be.
-        keys: What the catalog has, by table.
+        wrong: The violations.
+        keys: The keys in the catalog, by table.
         unclaimed: Files and trees at their places that have no row.
-        there: How many bytes of each blob are on disk, in whatever place.
+        there: Number of bytes of each blob on disk, in any place.
     """
 
     wrong: list[str]
@@ -224,14 +224,14 @@ class _Check:
             self.expect(index is None or index in blobs, f"{reference} lacks its index")
 
     def document(self, digest: str) -> dict | None:
-        """A manifest or a config; what is wrong with its blob has been said."""
+        """Return a manifest or a config; errors of its blob are reported already."""
         try:
             return json.loads(self.place("blobs", digest).read_bytes())
         except (OSError, ValueError):
             return None
 
     def index(self) -> None:
-        """What other tools find is what is there."""
+        """Check that other tools find the stored images."""
         rows = self.rows(
             "SELECT r.reference, r.platform, i.media_type, m.digest, m.size "
             "FROM image_references r JOIN images i USING (manifest) "

@@ -1,19 +1,19 @@
 """A process that pulls as it is told, and is broken on the way.
 
-It serves one request after the other, each in a fork of its own, so that what takes long, to
-import the library, is done once. Requests come as lines of JSON on its standard input; what is
-said of them goes as lines of JSON to its standard output: ``{"at": ...}`` at a step where the child
-waits for a line to go on, ``{"durable": ...}`` after each COMMIT, ``{"pulled": ...}``,
-``{"failed": ...}``, and at last ``{"ended": ...}`` by the one who waited for its end.
+It serves one request after the other, each in a fork of its own, so that the slow import of the
+library happens once. Requests come as lines of JSON on its standard input. Its reports are lines of
+JSON on its standard output: ``{"at": ...}`` at a step where the child waits for a line to go on,
+``{"durable": ...}`` after each COMMIT, ``{"pulled": ...}``, ``{"failed": ...}``, and at last
+``{"ended": ...}`` from the waiting parent.
 
 A request has:
 
-- ``path``: the store; ``pulls``: references, each with files and what they hash to; with none, the
+- ``path``: the store; ``pulls``: references, each with files and their digests; with none, the
   reference is removed instead, and the garbage collected;
 - ``workers``: whether layers are unpacked in processes; else in threads, whose steps are seen;
-- ``attempts``: of each download; ``again``: if a pull fails, whatever made it fail ends, and it is
+- ``attempts``: of each download; ``again``: if a pull fails, the fault ends, and the pull is
   tried once more with the same open store;
-- ``mode``: what is done at the steps, see `Hooks`; with ``name``, ``nth``, ``when``, ``errno``;
+- ``mode``: the action at the steps, see `Hooks`; with ``name``, ``nth``, ``when``, ``errno``;
 - ``kill_after``: seconds after which it is killed, with its workers or without;
 - ``without``: see `failpoints.Steps`.
 """
@@ -62,11 +62,11 @@ def listen() -> bytes:
 
 
 class Hooks:
-    """What may happen at a step, by ``mode``:
+    """The actions at a step, by ``mode``.
 
     - ``record``: it is counted;
     - ``kill``: at the ``nth`` step of this name the process kills itself, before or after it;
-    - ``pause``: it is said, and the process waits for a line that lets it go on;
+    - ``pause``: it is reported, and the process waits for a line that lets it go on;
     - ``once``, ``always``: instead of the ``nth`` step, or of all from then on, there is an error.
     """
 
@@ -161,7 +161,7 @@ def run(request: dict) -> None:
     hooks = Hooks(request)
     path = Path(request["path"])
     without = frozenset(request.get("without", ()))
-    # Workers inherit nothing of this; with them only what this process does is a step.
+    # Workers inherit nothing of this; with them only steps of this process count.
     failpoints.install(failpoints.Steps(path, hooks, committed, without))
     trio.run(main, request, hooks)
     say(counts=dict(hooks.counts), hit=hooks.hit)

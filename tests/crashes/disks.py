@@ -48,8 +48,8 @@ class Disk:
     """An ext4 that is mounted.
 
     Attributes:
-        image: The file that is its disk: what is in it is what a power cut leaves.
-        path: Where it is mounted.
+        image: The file that is its disk, with the bytes that a power cut leaves.
+        path: Its mount point.
         device: Its loop device, such as ``loop0``.
     """
 
@@ -58,10 +58,10 @@ class Disk:
     device: str
 
     def copy(self, target: Path) -> None:
-        """Copy the disk as it is: what has not been written to it yet is not in the copy.
+        """Copy the disk as it is, without bytes that have not been written back yet.
 
-        If something is written meanwhile, it is copied once more: part of that could be in the
-        copy, and what was written before it not.
+        If something is written meanwhile, it is copied once more: the copy could have a part of the
+        later bytes, and lack earlier ones.
         """
         while True:
             before = self._written()
@@ -97,8 +97,9 @@ def make_ext4(image: Path, *, size: int = SIZE) -> None:
 
 
 def make_thin_ext4(image: Path, *, size: int) -> None:
-    """One that has more space than the file system that its image is on: its own tables and its
-    journal are there, and what files need is asked for when it is written back.
+    """Make an ext4 that is larger than the free space of its image's file system.
+
+    Its own tables and its journal have their space. The space for files is taken at write-back.
     """
     make_ext4(image, size=size)
     with open(image, "r+b") as file:

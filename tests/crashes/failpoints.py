@@ -1,12 +1,12 @@
 """Every step of a process that changes the disk below a directory, by name, and a hook at each.
 
-Only for processes that were made to be broken (see ``child.py``): `install` replaces functions of
-`os`, `io` and `builtins` and the catalog's connections, and nothing takes that back. A step is
-whatever the program asks the operating system for; it is named by what it does and by what kind of
-file it does it to, so that names are the same in every run: ``rename partial -> blobs/X``.
+Only for processes that are meant to break (see ``child.py``): `install` replaces functions of `os`,
+`io` and `builtins` and the catalog's connections, and nothing restores them. A step is a call of
+the operating system. Its name has the call and the kind of file, so that names are the same in
+every run: ``rename partial -> blobs/X``.
 
-What SQLite writes itself is not seen: of it the statements are steps, and so is each COMMIT, named
-by the tables it is about.
+SQLite's own writes are not seen: its statements are steps, and so is each COMMIT, named by its
+tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WRITES = re.compile(
 )
 _WRITING = os.O_WRONLY | os.O_RDWR
 
-# What a holder makes, by its suffix.
+# The files of a holder, by their suffix.
 _HELD = re.compile(r"[0-9a-f]{16}-[0-9]+\.([a-z]+)")
 _BLOB = re.compile(r"[0-9a-f]{64}\.([a-z]+)")
 _WHAT = {"blob": "document", "partial": "partial", "lock": "lock", "index": "new index"}
@@ -43,10 +43,10 @@ class Hook(Protocol):
     """Called before and after each step, by one thread at a time."""
 
     def __call__(self, name: str, when: str) -> None:
-        """What it raises before a step comes out in its place.
+        """Call the hook; an exception before a step replaces the step.
 
         Args:
-            name: What is done.
+            name: The name of the step.
             when: ``before`` or ``after``.
         """
         ...
@@ -64,8 +64,8 @@ class Steps:
     Args:
         root: The directory, absolute.
         hook: Called at each step.
-        committed: Told of the catalog.
-        without: Leave out: ``syncfs``, what the files need to be durable; ``fsync`` by SQLite.
+        committed: Called with the contents of the catalog after each COMMIT.
+        without: The calls to leave out: ``syncfs``, which makes files durable; SQLite's ``fsync``.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Steps:
             self.hook(name, "after")
 
     def kind(self, path: object, dir_fd: int | None = None) -> str | None:
-        """What kind of file it is; ``None`` if it is none of ours."""
+        """Return the kind of a file; ``None`` if it is not the store's."""
         try:
             whole = self._whole(path, dir_fd)
         except OSError:
@@ -235,7 +235,7 @@ def _watch_sync(steps: Steps) -> None:
             return -1
 
     def asked() -> Callable[[int], int]:
-        # Before there is a descriptor to do it with, which is told only of what fails from then on.
+        # Before the store opens its descriptor, which gets only later failures reported.
         with steps.step("look for syncfs"):
             return watched
 
@@ -286,7 +286,7 @@ def _watch_catalog(steps: Steps) -> None:
 
 
 def keys_of(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    """What a catalog has, by table."""
+    """Return the keys in a catalog, by table."""
     run = lambda statement: sqlite3.Connection.execute(connection, statement)  # noqa: E731
     return {
         "blobs": [row[0] for row in run("SELECT digest FROM blobs")],

@@ -1,4 +1,4 @@
-"""A registry, a process that breaks, and what is asked of the store it leaves."""
+"""A registry, a process that breaks, and the checks of the store that it leaves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scratch_directory() -> Iterator[Path]:
 
 @attrs.frozen
 class Run:
-    """What a child said, and how it ended: a negative number is a signal."""
+    """The reports of a child, and its exit status: a negative number is a signal."""
 
     said: list[dict]
     ended: int
@@ -61,7 +61,7 @@ class Run:
         return next((each["hit"] for each in self.said if "hit" in each), 0)
 
     def keys(self, *, durable: bool = False) -> dict[str, list[str]]:
-        """What the catalog had, by its last COMMIT; ``durable``: by the last that was synced."""
+        """Return the keys of the last COMMIT; ``durable``: of the last synced one."""
         return last_keys(self.said, durable=durable)
 
 
@@ -112,7 +112,7 @@ class World:
         return path
 
     async def prepare(self, scenario: Scenario, path: Path) -> None:
-        """Make a store in ``path`` what it is before the scenario."""
+        """Prepare a store in ``path`` for the scenario."""
         if not scenario.before:
             return
         done = await self.run(path, scenario.before)
@@ -128,8 +128,9 @@ class World:
             assert found.there[largest.digest] == scenario.cut
 
     async def certain(self, scenario: Scenario, had: dict[str, list[str]]) -> dict[str, list[str]]:
-        """What of all that a catalog had must be there whenever the scenario was broken: what it
-        removes may have gone by a COMMIT of which nobody has heard any more.
+        """Return the keys that must exist at any break of the scenario.
+
+        Keys that the scenario removes may be gone by a COMMIT that was not reported any more.
         """
         if not scenario.removes:
             return had
@@ -156,9 +157,9 @@ class World:
 
         Args:
             path: The store.
-            names: What it pulls.
-            at: Called where the child waits at a step, with that and what was said before.
-            said: Where what it says goes, as it says it.
+            names: The images to pull.
+            at: Called where the child waits at a step, with the step and the earlier reports.
+            said: Receives the reports as they come.
             request: More, see ``child.py``.
         """
         pulls: list[tuple[str, dict[str, str] | None]] = []
@@ -183,15 +184,15 @@ class World:
     async def recover(
         self, path: Path, scenario: Scenario, *, kept: bool = True, workers: bool = False
     ) -> list[str]:
-        """Open a store that was broken, and pull all of the scenario; say what is wrong.
+        """Open a broken store, and pull all of the scenario; return the errors.
 
         Args:
             path: The store.
-            scenario: What was done to it.
-            kept: Whether all that was written is there, durable or not.
+            scenario: The scenario that broke.
+            kept: Whether all written bytes are there, durable or not.
             workers: Whether layers are unpacked in processes.
         """
-        # What a process asked for that is dead now may still have to be read.
+        # The last reports of a dead process may still be unread.
         await trio.testing.wait_all_tasks_blocked(0.01)
         before = look_at(path)
         wrong = [f"found: {each}" for each in before.wrong]
@@ -237,7 +238,7 @@ class World:
 
 
 def lost(had: dict[str, list[str]], found: dict[str, list[str]]) -> list[str]:
-    """What a catalog had, and has no more. A reference may stand for something newer."""
+    """Return the lost keys of a catalog. A reference may point to something newer."""
     return [
         f"lost of {table}: {key}"
         for table, keys in had.items()
@@ -247,7 +248,7 @@ def lost(had: dict[str, list[str]], found: dict[str, list[str]]) -> list[str]:
 
 
 def untyped(run: Run) -> list[str]:
-    """What a child said of errors that are not what they should be."""
+    """Return the wrong errors in a child's reports."""
     wrong = [f"it ended with {run.ended}"] if run.ended != 0 else []
     for failure in run.failures:
         if "StoreError" not in failure["kinds"]:
@@ -266,7 +267,7 @@ async def verdict(
     kept: bool = True,
     workers: bool = False,
 ) -> list[str]:
-    """What is wrong with a store that was broken, when it had committed this."""
+    """Return the errors of a broken store that had committed these keys."""
     found: Found = look_at(path)
     wrong = lost(await world.certain(scenario, had), found.keys)
     return wrong + await world.recover(path, scenario, kept=kept, workers=workers)

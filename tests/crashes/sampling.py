@@ -1,4 +1,4 @@
-"""Which of very many ways to break a pull the suite takes, and who asks for all of them.
+"""The choice among very many ways to break a pull.
 
 The suite takes those steps that make something durable or visible, once each, and a few random
 ones. With ``TRIO_LAYERS_CRASHES=all`` every test takes every step, at its first and its last
@@ -46,7 +46,7 @@ def points(counts: Mapping[str, int], *, each: bool) -> Iterator[Point]:
                 yield Point(name, nth, "before")
                 yield Point(name, nth, "after")
         elif is_decisive(name):
-            # What is after one step is before the next, but for the last.
+            # The state after one step is that before the next, except for the last.
             yield Point(name, 1, "before")
             if name.startswith(("COMMIT", "replace")):
                 yield Point(name, count, "after")

@@ -1,4 +1,4 @@
-"""What is pulled while it breaks: small images, and stores that have some of it already."""
+"""The pulls that break: small images, and stores that have some parts already."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ IMAGES: dict[str, tuple[Built, dict[str, bytes]]] = {
 
 
 def wanted(name: str) -> dict[str, str]:
-    """Some files of an image, and what they hash to."""
+    """Some files of an image, and their digests."""
     return {path: hashlib.sha256(data).hexdigest() for path, data in IMAGES[name][1].items()}
 
 
@@ -96,10 +96,10 @@ class Scenario:
     """A pull that breaks.
 
     Attributes:
-        name: What it is called.
-        pulls: What is pulled, one after the other. With a minus before it, a name is removed
+        name: The name of the scenario.
+        pulls: The names to pull, one after the other. A name with a minus before it is removed
             instead, and the garbage collected.
-        before: What was pulled before.
+        before: The names that were pulled before.
         cut: Of the first of ``pulls``, the blob's number of its largest layer came so far, and
             the connection broke.
     """
@@ -115,7 +115,7 @@ class Scenario:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """What can be pulled once it is over."""
+        """Return the names that can be pulled at the end."""
         return tuple(name for name in (*self.before, *self.pulls) if not name.startswith("-"))
 
 

@@ -1,4 +1,4 @@
-"""The checker sees what it is there to see."""
+"""The checker finds each kind of damage."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""The disk fails, fills up or turns read-only: a typed error, nothing stored is lost, and when the
-trouble is over the pull completes, with the same open store and with another.
+"""The disk fails, fills up or turns read-only.
 
-Faults are injected at each step, since a kernel fails where it likes; and they are had for real:
-from a tmpfs that is small or has few inodes, from an ext4 that finds an error in itself, from one
-that is gone, and from one whose disk cannot keep what it has taken.
+The error is typed, nothing stored is lost, and after the fault the pull completes, with the same
+open store and with another.
+
+Faults are injected at each step, since a kernel may fail anywhere. Real ones come from a tmpfs that
+is small or has few inodes, from an ext4 that finds an error in itself, from one that is gone, and
+from one whose disk loses written bytes.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ async def test_each_step_fails(scenario: Scenario, mode: str) -> None:
 
 
 def steps(counts: dict[str, int], mode: str) -> list[tuple[str, int]]:
-    """What is to fail; the suite has for each step one of two modes."""
+    """The steps that fail; the suite has one of two modes for each."""
     every = dict.fromkeys((point.name, point.nth) for point in points(counts, each=False))
-    # SQLite keeps to itself what goes wrong there, and there is nothing to fail in looking.
+    # SQLite hides errors there, and looking cannot fail.
     names = [each for each in every if each[0] not in ("close catalog", "look for syncfs")]
     return names if ALL else [each for each in names if each[1] == 1][mode == "once" :: 2]
 
@@ -107,7 +109,7 @@ async def test_a_disk_that_is_full(scenario: Scenario, limit: str) -> None:
     assert ended == {True, False}
 
 
-# What is left, in KiB and in inodes: from what makes no store to what the scenario needs.
+# The free space, in KiB and in inodes: from too little for a store to enough.
 SIZES = {
     ("size", "cold"): range(60, 1800, 30),
     ("size", "resumed"): range(60, 5000, 100),
@@ -117,7 +119,7 @@ SIZES = {
 
 
 async def test_each_attribute_fails() -> None:
-    """What the disk does is not the layer's fault."""
+    """An error of the disk is not reported as one of the layer."""
     wrong = []
     async with open_world() as world:
         whole = await world.run(world.new_path(), COLD.pulls)
@@ -175,9 +177,10 @@ async def test_a_disk_that_breaks_in_the_middle(scenario: Scenario, end: str) ->
 @needs_root
 @pytest.mark.parametrize("asked", [False, True], ids=["not asked", "asked"])
 async def test_a_disk_that_loses_what_it_has_taken(asked: bool) -> None:
-    """There is space in the file system, and none on its disk: it takes all that is written, and
-    fails when it writes it back. The kernel says so once: perhaps to somebody else, who asked for
-    all to be synced a moment before the store did.
+    """The file system has space and its disk has none, so that the write-back fails.
+
+    The kernel reports the failure once, perhaps to another program that synced a moment before the
+    store.
     """
     with scratch_directory() as place:
         memory, image = place / "memory", place / "memory" / "disk.img"
@@ -207,7 +210,7 @@ async def test_a_disk_that_loses_what_it_has_taken(asked: bool) -> None:
                     (memory / "filler").unlink(missing_ok=True)
                     assert [failure["failed"] for failure in run.failures] == ["pull"]
                     assert untyped(run) == []
-            # What is on the disk now, and not what is still in memory.
+            # The bytes on the disk now, without those still in memory.
             with mounted_ext4(image, place / "disk") as disk:
                 found = look_at(disk.path / "store")
                 assert (found.wrong, lost(had, found.keys)) == ([], [])

@@ -1,5 +1,7 @@
-"""A pull that is killed, at every step it takes on the disk: nothing committed is lost, what is
-left is no trouble to the next, and no byte that arrived is downloaded again.
+"""A pull that is killed at every step on the disk.
+
+Nothing committed is lost, the remains do not disturb the next pull, and no received byte is
+downloaded again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from crashes.scenarios import SCENARIOS, Scenario
 
 SEED = 20
 
-# What a pull cannot do without; were it not seen, neither would be what goes wrong there.
+# Steps that every pull needs; a harness that misses them would miss their errors.
 ALWAYS = {
     "BEGIN IMMEDIATE",
     "open new index",
@@ -93,8 +95,8 @@ async def test_killed_at_each_step(scenario: Scenario) -> None:
             path = await world.store_for(scenario)
             run = await world.run(path, scenario.pulls, mode="kill", **point.request)
             killed += run.ended == -signal.SIGKILL
-            # A step that fails has no "after", how many steps there are of a name may be up to
-            # chance, and so is how much trash is removed, and what shares a commit.
+            # A failing step has no "after". The number of steps of a name may be random, and so are
+            # the removal of trash and the sharing of commits.
             by_chance = (
                 point.when == "after"
                 or point.nth > 1
@@ -135,7 +137,7 @@ async def test_killed_at_random_times() -> None:
 
 
 async def test_killed_again_and_again() -> None:
-    """Each pull goes on from what the killed ones before it have left."""
+    """Each pull goes on from the bytes of the killed ones before it."""
     chance = random.Random(SEED)
     had: dict[str, list[str]] = {}
     async with open_world() as world:

@@ -1,8 +1,8 @@
-"""The power is cut: what was not synced is gone, and nothing that was said to be there is.
+"""The power is cut: unsynced bytes are gone, and no committed item is.
 
-The store is on an ext4 whose disk is a file. At a step of the pull that file is copied as it is:
-what the file system has not written to it yet is not in the copy. The copy is mounted, which
-replays its journal, and looked at. SQLite's log is part of it all.
+The store is on an ext4 whose disk is a file. At a step of the pull that file is copied as it is,
+without bytes that the file system has not written yet. The copy is mounted, which replays its
+journal, and checked. SQLite's log is part of it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Cut:
     """A disk as the power cut left it.
 
     Attributes:
-        where: At which step.
+        where: The step.
         image: The disk.
-        had: What the catalog had, as far as that was said to be durable.
-        pulled: What had been pulled.
+        had: The keys of the catalog that were reported as durable.
+        pulled: The pulled names.
     """
 
     where: str
@@ -117,7 +117,7 @@ async def test_power_cut_at_each_step(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("without", ["syncfs", "fsync"])
 async def test_what_is_not_synced_is_lost_and_seen_to_be(without: str) -> None:
-    """What must be found where files, or the catalog, are not synced, is found."""
+    """Without syncs of files, or of the catalog, the checks find losses."""
     cuts, wrong = await power_cuts(SCENARIOS[0], judge=look, without=[without])
     assert cuts
     assert wrong

@@ -1,4 +1,4 @@
-"""Whether what a store has in its catalog and what it has on its disk is the same.
+"""Compares a store's catalog with its files on the disk.
 
 It knows the store's format from its description alone, and uses nothing of the package.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def problems(root: Path, *, closed: bool = True) -> Iterator[str]:
-    """What is wrong; ``closed``: nobody has the store open, so that nothing is in the making."""
+    """Return the differences; ``closed``: no process has the store open or makes anything in it."""
     connection = sqlite3.connect(f"file:{root}/catalog.sqlite?mode=ro", uri=True)
     try:
         yield from _rows_and_files(root, connection)

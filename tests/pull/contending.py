@@ -1,9 +1,9 @@
-"""Processes that contend for a store: ``contending.py WHAT STORE SEED DISTURBED REFERENCE…``.
+"""Processes that contend for a store: ``contending.py WORK STORE SEED DISTURBED REFERENCE…``.
 
-``pull``: four tasks pull what chance says, in an order of chance. If it is disturbed, they cancel
-some of it on the way. Each event is a line, the last line says how many were pulled and cancelled.
+``pull``: four tasks pull random images in random order. If it is disturbed, they cancel some pulls.
+Each event is a line, and the last line has the numbers of pulled and cancelled images.
 
-What is in `BESIDES` goes on beside them, again and again until a line comes in.
+The works in `BESIDES` repeat beside them until a line comes in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def noise(name: str, size: int) -> bytes:
 
 
 async def check_contents(image: Image) -> None:
-    """That each file is what its name says, and that there is one for each layer."""
+    """Check that each file matches its name, and that each layer has a file."""
     found = 0
     for entry in await image.rootfs.walk():
         if match := NAME.fullmatch(entry.path):
@@ -77,7 +77,7 @@ async def pull(store: str, seed: str, disturbed: bool, references: list[str]) ->
 
 
 async def collect(store: DirectoryStore, chance: random.Random, references: list[str]) -> int:
-    """Collect what nobody needs; how much that was."""
+    """Collect garbage, and return the number of removed items."""
     garbage = await store.collect()
     return garbage.blobs + garbage.trees
 

@@ -1,4 +1,4 @@
-"""A store with layers to mount, and what is mounted; also for processes of their own."""
+"""A store with layers to mount, and its mounts; also a program for other processes."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ async def fill(
 def mounts_below(directory: Path) -> list[str]:
     """Where something is mounted, in the order it was."""
     lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    # What would end a field is an escape of three octal digits: proc_pid_mountinfo(5).
+    # Characters that would end a field are three octal digits: proc_pid_mountinfo(5).
     points = [line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines]
     inside = str(directory).encode() + b"/"
     return [point.decode() for point in points if point.startswith(inside)]
 
 
 def unmount_below(directory: Path) -> list[str]:
-    """Take away whatever is mounted there; returns where that was."""
+    """Unmount everything below a path; return the mount points."""
     left = mounts_below(directory)
     for path in reversed(left):
         subprocess.run(["umount", "--lazy", path], check=True)

@@ -20,7 +20,7 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
 def shown(entries: list[Entry]) -> list[Entry]:
-    """What a user can keep on a disk: all is theirs, within their reach, and runs as them."""
+    """The files that a user can keep on a disk: owned, reachable and run by the user."""
     return [
         attrs.evolve(
             entry,

@@ -45,6 +45,6 @@ async def main(store: str, limit: int, references: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # A shell ignores it for what it runs in the background, and children inherit that.
+    # A shell ignores SIGINT for background jobs, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     trio.run(main, sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -1,4 +1,4 @@
-"""What the tests of several pullers on one store have in common."""
+"""Shared tools of the tests of several pullers on one store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def asked(registry: Registry, image: BuiltImage) -> dict[str, list[tuple[str, in
 
 @attrs.define
 class Pulling:
-    """A process that pulls. What it says is read as it comes."""
+    """A process that pulls. Its output is read as it comes."""
 
     process: trio.Process
     _read: bytes = b""
@@ -49,7 +49,7 @@ class Pulling:
         await self.process.stdin.send_all(b"go\n")
 
     async def next_line(self) -> dict | None:
-        """What it says next; ``None`` if it has ended."""
+        """Return its next line; ``None`` if it has ended."""
         assert self.process.stdout is not None
         while b"\n" not in self._read:
             data = await self.process.stdout.receive_some()

@@ -1,4 +1,4 @@
-"""What the registry client asks beyond images, on docker-registry."""
+"""Requests of the registry client besides pulls, to docker-registry."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def test_docker_registry(docker_registry: DockerRegistry, tmp_path: Path) 
     image = build_image([[]])
     image.write_oci_layout(tmp_path / "layout")
     references = [docker_registry.push(tmp_path / "layout", f"beyond/app:{n}") for n in "123"]
-    listed = as_json(image.descriptor, artifactType=SBOM)  # what is listed must be there
+    listed = as_json(image.descriptor, artifactType=SBOM)  # listed manifests must exist
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [listed]}
     async with open_registry_client() as client:
         assert await client.resolve(references[0]) == image.descriptor

@@ -1,8 +1,8 @@
-"""A pull that is cancelled at any moment there is leaves nothing behind but what the next one uses.
+"""A pull that is cancelled at any moment leaves nothing behind except bytes for the next one.
 
-Whatever is at work for it is counted, step by step of the scheduler, and it is cancelled at the
-first moment, at the second, and so on, until one comes to its end. The network is in memory, and
-its time passes only where it is told to: threads that work on the store take none.
+The scheduler's steps of all its tasks are counted. The pull is cancelled at the first moment, at
+the second, and so on, until one run ends. The network is in memory, and its time passes only on
+request: threads that work on the store take no time.
 
 Of a whole pull's five hundred moments the suite takes every fifth; with
 ``TRIO_LAYERS_CANCELLATIONS=all`` it takes all. They alternate between the beginning and the end of
@@ -61,7 +61,7 @@ PATIENCE = 30
 
 @attrs.frozen
 class AskToWait(Fault):
-    """A 429, and who wants to know that it was answered."""
+    """A 429, and the event to set when it was answered."""
 
     answered: trio.Event = attrs.field(factory=trio.Event)
 
@@ -148,7 +148,7 @@ async def pull_at(store: DirectoryStore, internet: Internet, at: int, met: set[s
         assert store.statistics().references == 0
         assert visible(store).items() <= RIGHT.items()
         assert (await store.check()).problems == ()
-        # Also what was downloaded before is used, or it is no hindrance.
+        # Earlier bytes are used, or do no harm.
         await pull(puller, internet.name)
         check_network(internet, puller._registry)
         assert visible(store) == RIGHT
@@ -199,8 +199,9 @@ async def fetch_all(client: RegistryClient, name: str, sinks: list[MemorySink]) 
 
 
 async def test_the_registry_alone(autojump_clock: MockClock) -> None:
-    """Documents, and then all layers at once, at each moment there is. What has come of them is
-    right, and the same client brings the rest.
+    """Documents, and then all layers at once, are cancelled at each moment.
+
+    The received bytes are right, and the same client fetches the rest.
     """
     met: set[str] = set()
     for at in itertools.count(1):
@@ -228,8 +229,9 @@ async def test_the_registry_alone(autojump_clock: MockClock) -> None:
 
 
 async def test_a_token_that_others_wait_for(autojump_clock: MockClock) -> None:
-    """Whoever asks for it may be cancelled, at each moment there is: one of the others asks then,
-    and all of them get what they want.
+    """The task that fetches the token is cancelled at each moment.
+
+    Another waiting task fetches it then, and all others get it.
     """
     asked: set[int] = set()
     for at in itertools.count(1):

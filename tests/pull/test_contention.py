@@ -1,8 +1,7 @@
 """Eight processes with four pulls each, on one store that is collected all the while.
 
-Chance decides what they pull, and where they are cancelled and killed; it is the same in every
-run, as far as the machine lets it. ``TRIO_LAYERS_CONTENTION=600`` goes on for so many seconds, with
-other seeds, and prints what has happened.
+Images, cancellations and kills are random, but the same in every run, as far as the machine allows.
+``TRIO_LAYERS_CONTENTION=600`` goes on for so many seconds, with other seeds, and prints the events.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ def layer(number: int, size: int, *more: LayerEntry) -> BuiltLayer:
 
 
 BASE = layer(0, MIB // 2, File("base", b"base"))
-# What is in a directory that is not listed, and what is a link to a file below, is unpacked once
-# more where that is not as it was assumed.
+# Files in an unlisted directory, and links to files below, are unpacked once more where the
+# assumptions do not hold.
 OTHERS = [
     layer(1, MIB // 4, File("implied/one", b"1")),
     layer(2, 5 * MIB // 2),
@@ -59,7 +58,7 @@ OTHERS = [
 
 
 def images(seed: str) -> list[BuiltImage]:
-    """Images that overlap: some of the layers, in whatever order."""
+    """Images that overlap: some of the layers, in any order."""
     chance = random.Random(seed)
     return [
         build_image([BASE, *chance.sample(OTHERS, chance.randrange(2, len(OTHERS)))])
@@ -69,7 +68,7 @@ def images(seed: str) -> list[BuiltImage]:
 
 @pytest.fixture
 def counts(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Counter]:
-    """What is counted in a test; printed if that was asked for."""
+    """The counts of a test; printed on request."""
     counts: Counter[str] = Counter()
     yield counts
     if SECONDS:
@@ -78,7 +77,7 @@ def counts(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -
 
 
 async def contend(path: Path, seed: str, *, disturbed: bool, beside: str) -> Counter[str]:
-    """Let them contend, then see that all is there; how often what was done."""
+    """Let them contend, then check the store; return the counts."""
     built = images(seed)
     counts: Counter[str] = Counter()
     async with open_registry() as registry:
@@ -131,7 +130,7 @@ def each_came_at_most_once(registry: Registry, built: list[BuiltImage]) -> None:
 
 
 async def all_is_there(path: Path, references: list[str]) -> None:
-    """Nothing is damaged, and what was lost to nobody's harm comes again."""
+    """Nothing is damaged, and images that were collected come again."""
     assert list(problems(path, closed=False)) == []
     async with open_puller(path) as puller:
         for reference in references:
@@ -158,7 +157,7 @@ async def contend_for_long(
 
 
 async def test_nothing_is_downloaded_twice(tmp_path: Path, counts: Counter) -> None:
-    """… where nobody is disturbed. What each of them holds is kept from the collector."""
+    """… without cancellations. The items that each process holds are not collected."""
     await contend_for_long(tmp_path, counts, disturbed=False, beside="collect")
     assert counts["pulled"] == 4 * PROCESSES * counts["rounds"]
     assert counts["collect done"] > counts["rounds"]
@@ -172,7 +171,7 @@ async def test_nothing_is_lost_whoever_dies(tmp_path: Path, counts: Counter) -> 
 
 
 async def test_the_checker_finds_what_is_wrong(tmp_path: Path) -> None:
-    """It has said that all is well after so much: here is what it says else."""
+    """The check finds damage; in the tests above it finds none."""
     async with open_registry() as registry, open_puller(tmp_path) as puller:
         image = build_image([BASE])
         async with puller.pull(registry.add(image, "o/one:1")):

@@ -53,7 +53,7 @@ def push(registry: DockerRegistry, built: BuiltImage, layout: Path) -> None:
 async def test_a_registry_that_redirects_to_its_storage(
     built: BuiltImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another origin gets no credentials. What breaks off there goes on, through the redirect."""
+    """Another origin gets no credentials. A broken download goes on, through the redirect."""
     canaries = Canaries(caplog, f"{USER}:{PASSWORD}")
     auth = htpasswd(tmp_path)
 
@@ -102,10 +102,10 @@ def made_foreign(built: BuiltImage, urls: Sequence[str]) -> BuiltImage:
 async def test_a_foreign_layer(
     built: BuiltImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It comes from the second of its URLs, since the first is gone, without credentials, and in
-    two pieces. The registry, to which skopeo did not push it, does not have it. It is in the
-    store like any other, and in what is exported.
-    """
+    """A foreign layer comes from the second of its URLs, without credentials, in two pieces.
+
+    The first URL is gone, and the registry lacks the layer, since skopeo did not push it. The layer
+    is in the store like any other, and in an export."""
     canaries = Canaries(caplog, f"{USER}:{PASSWORD}")
     layer = built.layers[0]
     assert isinstance(layer.content, bytes)

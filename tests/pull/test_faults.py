@@ -1,9 +1,10 @@
-"""Whatever a registry does wrong, at whatever it is asked for: a pull ends with the right image, or
-with one error that says what was wrong, after as many attempts as it should; and nothing wrong is
-ever stored.
+"""Each fault of a registry, at each kind of request.
 
-Each fault hits the manifest, the config, the only layer from its first byte, and the layer in the
-middle, where a pull goes on from what a pull before it has kept. It hits once, and for ever.
+A pull ends with the right image, or with one error that names the fault, after the right number of
+attempts. Nothing wrong is ever stored.
+
+Each fault hits the manifest, the config, the only layer from its first byte, and a layer in the
+middle, where a pull goes on from the bytes of an earlier one. It hits once, and for ever.
 """
 
 from __future__ import annotations
@@ -81,17 +82,17 @@ Wrong = type[LayersError] | tuple[type[LayersError], ...]
 
 @attrs.frozen
 class Row:
-    """A fault, and what it leads to where it hits once, and where it hits always.
+    """A fault, and the results if it hits once, and if it hits always.
 
     Attributes:
-        fault: What goes wrong.
-        once: What a document's pull ends with, if the fault hits once; ``None``: with the image.
+        fault: The fault.
+        once: The error of a document's pull, if the fault hits once; ``None``: no error.
             A layer is tried again, unless the error is in `final`.
         document_attempts: The number of requests for a document, if the fault hits each time.
-        always: What a pull ends with if it hits each time; ``None``: it is no fault.
+        always: The error of a pull if it hits each time; ``None``: it is no fault.
         final: The places without another attempt. One exception: a wrong blob that came in one
             piece is requested once more.
-        places: Where it makes sense.
+        places: The requests where it makes sense.
         most: Requests in an attempt: one more with credentials, or without a range.
         tokens: Whether the registry wants tokens when all is well.
     """
@@ -131,7 +132,7 @@ ROWS = {
     ),
     "too long": Row(Longer(100), None, VerificationError, document_attempts=2, final=("blob",)),
     "too short": Row(Shorter(100), None, VerificationError, document_attempts=2, places=DOCUMENTS),
-    # What is there is gone on from.
+    # The download goes on from the earlier bytes.
     "short": Row(Shorter(100), None, None, places=BLOBS),
     "no length": Row(NoLength(), None, None),
     "another range": Row(WrongRange(7), None, None, places=COOLDOWN),
@@ -248,7 +249,7 @@ def asked(registry: Registry, place: str) -> int:
 
 
 async def keep_a_half(path: Path, registry: Registry, reference: str) -> None:
-    """What a pull before has left of the layer."""
+    """The bytes that an earlier pull has left of the layer."""
     registry.inject(PLACES["rest"], Cut(HALF))
     registry.inject(PLACES["rest"], Drop(), times=None)
     assert isinstance(await attempt(path, registry, reference), RegistryError)
@@ -264,7 +265,7 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
         if place == "rest":
             await keep_a_half(tmp_path, registry, reference)
         registry.inject(PLACES[place], row.fault, times=None if always else 1)
-        # In processes where what was there may be dropped while they read it.
+        # The bytes may be dropped while worker processes read them.
         document = place in DOCUMENTS
         error = await attempt(
             tmp_path,

@@ -193,7 +193,7 @@ async def test_logins_of_a_mirror_and_of_the_registry(
         }
 
         async def pull(store: str) -> tuple[list[str], list[str]]:
-            """What came of it at the registry and at the mirror."""
+            """The requests at the registry and at the mirror."""
             home.docker_config.write_text(json.dumps({"auths": auths}))
             before = len(registry.requests()), len(mirror.requests())
             async with (
@@ -233,7 +233,7 @@ async def test_a_mirror_does_it_all(world: World, built: BuiltImage) -> None:
 async def test_a_mirror_that_fails_at_blobs(
     fault: Fault, stays: bool, world: World, built: BuiltImage
 ) -> None:
-    """The registry itself goes on, in the same attempt, with what has come of the blob."""
+    """The registry itself continues the blob in the same attempt."""
     mirror = world.mirrors[0]
     layer = built.layers[0].descriptor.digest
     mirror.inject(f"*{layer}", fault, times=None)
@@ -415,8 +415,9 @@ async def test_a_certificate_of_ours_is_missing(secured: Secured, tmp_path: Path
 async def test_a_certificate_that_nobody_vouches_for(
     skip: bool, world: World, built: BuiltImage
 ) -> None:
-    """A mirror has no say unless the file allows it, and the next is asked: what is not verified
-    by its certificate is by its digest.
+    """An unverified mirror is skipped, unless the file allows it.
+
+    Its blobs are then verified by their digests alone.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
@@ -434,8 +435,9 @@ async def test_a_certificate_that_nobody_vouches_for(
 async def test_our_certificate_is_for_one_host(
     authority: trustme.CA, world: World, built: BuiltImage
 ) -> None:
-    """A mirror that knows us by it redirects to somebody else who would like to: that fails, and
-    the blob comes from the registry itself.
+    """A mirror that gets our certificate redirects to another host that wants it.
+
+    That host does not get it, and the blob comes from the registry itself.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)

@@ -1,4 +1,4 @@
-"""Mounts: the kernel shows what the view says, and nothing stays, whatever happens."""
+"""Mounts: the kernel shows the same files as the view, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ async def test_one_layer_several_times(tmp_path: Path, way: str) -> None:
 
 
 async def test_what_is_written_goes_with_the_mount(tmp_path: Path, way: str) -> None:
-    """The store keeps what it has, and another mount of the same layers sees nothing of it."""
+    """The store's files do not change, and another mount of the layers sees no change."""
     async with open_view(tmp_path / "store") as view:
         entries = await view.walk()
         before = inodes(tmp_path / "store" / "trees")
@@ -286,7 +286,7 @@ async def test_target(tmp_path: Path, way: str, name: str, monkeypatch: pytest.M
 
 
 async def test_target_beyond_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``..`` leads where it does for the kernel: up from what the link leads to."""
+    """``..`` leads up from the link's target, as in the kernel."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a/b")
     for parent in (tmp_path, tmp_path / "a"):
@@ -428,7 +428,7 @@ def mount_and_be_killed(store: Path, *target: Path) -> Path:
 
 
 async def test_killed_while_mounted(tmp_path: Path) -> None:
-    """The next to open the store takes the mount away, and what is stored is as it was."""
+    """The next opening of the store removes the mount, and stored files are unchanged."""
     path = await trio.to_thread.run_sync(mount_and_be_killed, tmp_path / "store")
     assert mounts_below(tmp_path) == [str(path)]
     before = inodes(tmp_path / "store" / "trees")
@@ -575,7 +575,7 @@ async def test_another_user_exchanges_the_target_for_another_mount(
 
 
 async def test_live_mount_survives_the_sweep(tmp_path: Path) -> None:
-    """Another who opens the store leaves alone what is in use."""
+    """Another process that opens the store leaves used mounts alone."""
     async with open_view(tmp_path / "store") as view, view.mount(writable=True) as path:
         (path / "new").write_text("new")
         async with open_store(tmp_path / "store") as other:
@@ -584,7 +584,7 @@ async def test_live_mount_survives_the_sweep(tmp_path: Path) -> None:
 
 
 def test_without_root() -> None:
-    """A plain user is told what to do; in a namespace of theirs they mount what they unpacked."""
+    """A plain user gets advice; in a user namespace they can mount their layers."""
     script = Path(__file__).with_name("namespace.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     # Not in tmp_path, which is for its owner only.

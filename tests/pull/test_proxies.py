@@ -103,8 +103,10 @@ class World:
         return caught.value
 
     def check(self, *things: object) -> None:
-        """Who is told what: the registry nothing of the proxy, the proxy nothing that is for the
-        registry, as far as it is not in its hands anyway; and nobody else anything.
+        """Check the secrets of each host.
+
+        The registry gets nothing of the proxy. The proxy gets nothing for the registry, except
+        through plain requests. No other host gets anything.
         """
         self.canaries.check(*things)
         assert not any("proxy-authorization" in each.headers for each in self.registry.requests)
@@ -148,8 +150,9 @@ plain = pytest.mark.parametrize("world", ["http"], indirect=True)
 async def test_a_proxy_by_the_environment(
     variable: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All goes through tunnels, and certificates are those of SSL_CERT_FILE. The password of the
-    proxy, which its URL has, is for the proxy alone, which sees nothing of what is in them.
+    """All requests go through tunnels, with the certificates of SSL_CERT_FILE.
+
+    The password in the proxy's URL is for the proxy alone, which sees nothing inside the tunnels.
     """
     monkeypatch.setenv(variable, world.proxy.url)
     monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
@@ -172,7 +175,7 @@ async def test_a_proxy_for_plain_http(world: World, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("names", ["registry.test", "*.test", "other.test, registry.test", "*"])
 async def test_no_proxy(names: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is in NO_PROXY is asked directly; another one is not."""
+    """Hosts in NO_PROXY are asked directly, and others through the proxy."""
     monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
     monkeypatch.setenv("NO_PROXY", names)
     monkeypatch.setenv("SSL_CERT_FILE", str(world.ca))
@@ -187,7 +190,7 @@ async def test_no_proxy(names: str, world: World, monkeypatch: pytest.MonkeyPatc
 async def test_a_certificate_that_the_environment_does_not_know(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy is no reason to trust whoever is behind it."""
+    """A proxy does not make the hosts behind it trusted."""
     monkeypatch.setenv("HTTPS_PROXY", world.proxy.url)
     error = await world.fail()
     assert f"through the proxy {world.proxy.host}: " in str(error)
@@ -285,8 +288,9 @@ async def test_a_client_whose_proxy_refuses(world: World, authority: trustme.CA)
 async def test_certificates_of_hosts_toml(
     given: bool, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has them is asked by another client, which goes through the proxy of the environment,
-    too; also where a client was given, whose proxy it cannot know.
+    """A host with certificates is asked by another client, through the environment's proxy.
+
+    This also holds if a client was given, whose proxy is unknown.
     """
     place = world.directory / "certs.d" / world.host
     place.mkdir(parents=True)

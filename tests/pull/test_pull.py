@@ -53,7 +53,7 @@ def blob_requests(registry: Registry) -> list[tuple[str, int]]:
 
 
 def visible(store: Path) -> dict[str, list[str]]:
-    """What a store shows: its blobs and its trees."""
+    """Return the visible blobs and trees of a store."""
     return {part: sorted(os.listdir(store / part)) for part in ("blobs/sha256", "trees/sha256")}
 
 
@@ -211,7 +211,7 @@ async def test_policy(tmp_path: Path) -> None:
 
 
 async def test_policy_and_platforms(tmp_path: Path) -> None:
-    """What is there for another platform is not what is wanted."""
+    """An image for another platform does not count as stored."""
     host = trio_layers.host_platform()
     other = "linux/s390x" if host.architecture != "s390x" else "linux/riscv64"
     images = [build_image([[File("arch")]], platform=name) for name in (str(host), other)]
@@ -225,7 +225,7 @@ async def test_policy_and_platforms(tmp_path: Path) -> None:
         assert (ours.digest, theirs.digest) == (images[0].digest, images[1].digest)
         assert await pull(tmp_path, reference, policy="never") == ours
         assert await pull(tmp_path, reference, policy="never", platform=other) == theirs
-        # One that is in no index is taken whatever it is for, unless that is asked for.
+        # An image in no index matches any platform, unless one is requested.
         single = registry.add(alone, "library/single:latest")
         pulled = await pull(tmp_path, single)
         assert await pull(tmp_path, single, policy="never") == pulled
@@ -317,7 +317,7 @@ class TestBadDays:
             await pull(tmp_path, reference)
 
     async def test_resumes_in_another_process(self, tmp_path: Path) -> None:
-        """What a cancelled pull left is taken up by the next store that is opened."""
+        """The next opening of the store uses the bytes of a cancelled pull."""
         built = build_image([BIG], compression="none")
         [layer] = built.layers
         digest = layer.descriptor.digest
@@ -463,7 +463,7 @@ class TestBadInput:
             await stored.refuses(reference, trio_layers.LayersError, registry.host)
 
     async def test_config_that_was_changed_on_the_way(self, stored: Stored) -> None:
-        built = build_image([BIG])  # not in the store: what is there is not asked for
+        built = build_image([BIG])  # not in the store, since stored layers are not requested
         async with open_registry() as registry:
             reference = registry.add(built, "library/demo:latest")
             registry.inject(f"*/blobs/{built.config_descriptor.digest}", Corrupt(20), times=None)
@@ -497,7 +497,7 @@ class TestBadInput:
     async def test_config_that_lies_about_a_layer_it_shares(
         self, tmp_path: Path, first: str
     ) -> None:
-        """Whoever of the two started the download: the lie is refused, the other one comes."""
+        """The wrong config is refused and the right image comes, whichever pull began."""
         right = build_image([BIG], compression="none")
         diff_id = right.diff_ids[0].encode()
         config = right.config.replace(diff_id, b"sha256:" + b"1" * 64)
@@ -575,7 +575,7 @@ class TestBadInput:
             )
 
     async def test_layer_that_reaches_outside(self, stored: Stored, tmp_path: Path) -> None:
-        """Contained: nothing outside the tree changes, whatever becomes of the layer."""
+        """A hostile layer changes nothing outside the tree, refused or not."""
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w") as tar:
             link = tarfile.TarInfo("escape")

@@ -41,7 +41,7 @@ def umoci(layout: Path, tag: str, bundle: Path) -> Path:
 
 
 async def compare(docker_registry: DockerRegistry, layout: Path, name: str, work: Path) -> Image:
-    """Push an image, pull it, and hold it against what umoci makes of the same layout."""
+    """Push an image, pull it, and compare it with umoci's result for the same layout."""
     reference = docker_registry.push(layout, name)
     theirs = describe(umoci(layout, "latest", work / "bundle"))
     async with open_puller(work / "store") as puller, puller.pull(reference) as image:
@@ -167,7 +167,7 @@ async def test_real_content(docker_registry: DockerRegistry, tmp_path: Path) -> 
 
 
 def test_command_line(docker_registry: DockerRegistry, tmp_path: Path) -> None:
-    """``python -m trio_layers pull`` ends with 0, and with 1 and one line for what is not there."""
+    """``python -m trio_layers pull`` ends with 0, and with 1 and one line for a missing image."""
     sample_image().write_oci_layout(tmp_path / "layout")
     reference = docker_registry.push(tmp_path / "layout", "compare/cli:1")
     command = [sys.executable, "-m", "trio_layers", "pull", "--store", str(tmp_path / "store")]

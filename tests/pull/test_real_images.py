@@ -1,4 +1,4 @@
-"""Whole images of today's tools: we show what umoci, podman and containerd show, file by file.
+"""Whole images of today's tools: the same files as umoci, podman and containerd show.
 
 Three of them: a Debian, one with thousands of small files in a layer of zstd, and one with
 whiteouts and links over many layers. podman and containerd show their own overlay mounts.
@@ -51,12 +51,12 @@ class Pulled:
     """An image, as it is in our store.
 
     Attributes:
-        name: Which one it is.
-        image: Where it came from.
-        mounted: What `RootfsView.mount` shows.
-        listed: What `RootfsView.walk` says.
-        layers: How many it has.
-        again: How many layers were unpacked again upon their real parent.
+        name: The name of the image.
+        image: The image's source.
+        mounted: The files in `RootfsView.mount`.
+        listed: The entries of `RootfsView.walk`.
+        layers: Number of layers.
+        again: Number of layers that were unpacked again upon their real parent.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Pulled:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A disk in memory, some 1.5 GB at its fullest: all of these tools sync what they write."""
+    """A disk in memory, up to 1.5 GB large: all of these tools sync their writes."""
     path = tmp_path_factory.mktemp("real-images")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3g", "tmpfs", path], check=True)
     try:
@@ -130,8 +130,9 @@ async def pull(store: Path, name: str, image: RealImage) -> Pulled:
 
 
 def nodes(entries: Iterable[Entry]) -> dict[str, Node]:
-    """What `describe` would say of a directory with these entries, but for the files' content,
-    which has only its checksum there.
+    """Return the result of `describe` for a directory with these entries.
+
+    The contents of files are represented by their checksums.
     """
     groups: dict[bytes, list[str]] = {}
     for entry in entries:
@@ -154,8 +155,9 @@ def nodes(entries: Iterable[Entry]) -> dict[str, Node]:
 
 
 def compare(ours: Pulled, theirs: Mapping[str, Node], **root: object) -> None:
-    """All is the same. ``root``: what each tool decides for itself about the root, which no layer
-    of these images lists.
+    """Check that all nodes are equal.
+
+    ``root`` has each tool's own choice for the root, which no layer of these images lists.
     """
     mounted = dict(ours.mounted)
     assert mounted["."].mode == 0o755
@@ -164,8 +166,9 @@ def compare(ours: Pulled, theirs: Mapping[str, Node], **root: object) -> None:
 
 
 def test_they_are_what_they_should_be(ours: Pulled) -> None:
-    """The images hold what makes them worth comparing, and none needs a layer unpacked twice:
-    tools of today list the directories that lead to what they change.
+    """The images are worth comparing, and none needs a layer unpacked twice.
+
+    Today's tools list the directories that lead to their changes.
     """
     assert ours.again == 0
     found = ours.mounted
@@ -192,7 +195,7 @@ def test_they_are_what_they_should_be(ours: Pulled) -> None:
 
 
 def test_view_and_mount_agree(ours: Pulled) -> None:
-    """What is listed is what the kernel shows."""
+    """The listed entries are those that the kernel shows."""
     mounted = {
         path: attrs.evolve(node, content="") if node.type == "file" else node
         for path, node in ours.mounted.items()

@@ -1,5 +1,6 @@
-"""Pulls that want the same layers in different order, on one store: nobody waits for ever, nothing
-is downloaded twice, and who is left over goes on from the other's bytes.
+"""Pulls of the same layers in different order, on one store.
+
+None waits for ever, nothing is downloaded twice, and the survivor goes on from the other's bytes.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ async def test_one_process_is_killed_and_the_other_takes_over(tmp_path: Path, li
                 await events.wait_until(id_of(A), "Downloading", STALL - MIB)
                 other.process.kill()
             requests = asked(registry, AB)[A.descriptor.digest]
-            # What is written to the disk, a megabyte or more at a time, is not asked for again.
+            # Bytes on the disk, which come by megabytes, are not requested again.
             start = A.descriptor.size - requests[1][1]
             assert STALL - MIB < start <= STALL
             assert requests == [

@@ -1,4 +1,4 @@
-"""A pull by a user who is not root: the list of entries has what the disk cannot."""
+"""A pull by an unprivileged user: the list of entries has the metadata that the disk lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a directory tree consists of, to be compared."""
+"""The nodes of a directory tree, for comparisons."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _names(path: Path) -> list[str]:
 
 
 def differences(ours: dict[str, Node], theirs: dict[str, Node]) -> list[str]:
-    """What is not the same, a line each."""
+    """Return the differences, one line each."""
     lines = [f"only ours: {path}" for path in sorted(ours.keys() - theirs.keys())]
     lines += [f"only theirs: {path}" for path in sorted(theirs.keys() - ours.keys())]
     for path in sorted(ours.keys() & theirs.keys()):

@@ -205,7 +205,7 @@ async def test_a_body_that_ends_early() -> None:
 
 
 async def test_a_stall() -> None:
-    """httpx gets the limit for a byte, and its timeout error is retryable."""
+    """The limit for a byte goes to httpx, whose timeout error is retryable."""
     body = Body([CONTENT[:500]], httpx.ReadTimeout(""))
     network = Network(**{HOST: lambda request: httpx.Response(200, stream=body)})
     sink = MemorySink()

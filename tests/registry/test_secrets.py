@@ -680,7 +680,7 @@ def test_what_the_system_says_is_hushed(tmp_path: Path) -> None:
 
 
 def test_other_requests_keep_their_log(caplog: pytest.LogCaptureFixture) -> None:
-    """httpcore's log lines for other requests stay as they are."""
+    """Log lines of httpcore for other requests stay as they are."""
     with caplog.at_level(logging.DEBUG):
         logging.getLogger("httpcore.http11").debug("receive_response_headers.complete x=1")
         with http_log.discreet():
