@@ -105,7 +105,8 @@ async def test_a_foreign_layer(
     """A foreign layer comes from the second of its URLs, without credentials, in two pieces.
 
     The first URL is gone, and the registry lacks the layer, since skopeo did not push it. The layer
-    is in the store like any other, and in an export."""
+    is in the store like any other, and in an export.
+    """
     canaries = Canaries(caplog, f"{USER}:{PASSWORD}")
     layer = built.layers[0]
     assert isinstance(layer.content, bytes)
