@@ -149,6 +149,30 @@ def test_objects_of_a_factory_cannot_be_constructed(each: type) -> None:
         each()
 
 
+AWAITING = [
+    name
+    for name, each in FUNCTIONS.items()
+    if (inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each))
+    # The suite's methods are tests for other stores.
+    and not name.startswith(("StoreSuite.", "StagingStoreSuite."))
+]
+
+
+@pytest.mark.parametrize("name", AWAITING)
+def test_awaiting_functions_describe_cancellation(name: str) -> None:
+    """A docstring says which state a cancellation leaves.
+
+    It is that of the function, its class, or the method of `trio_layers.abc` that it implements.
+    """
+    texts = [FUNCTIONS[name].__doc__ or ""]
+    if "." in name:
+        owner, _, method = name.partition(".")
+        texts.append(OBJECTS[owner].__doc__ or "")
+        for each in vars(trio_layers.abc).values():
+            texts.append(getattr(getattr(each, method, None), "__doc__", None) or "")
+    assert any("ancel" in text for text in texts)
+
+
 def test_construct() -> None:
     @made_by("open_thing")
     class Thing:

@@ -24,7 +24,10 @@ CHUNK = 64 * 1024
 
 @final
 class MemoryStream(trio.abc.ReceiveStream):
-    """Bytes, as a stream."""
+    """Bytes as a stream.
+
+    Cancellation: a read has taken nothing, and a close has closed the stream.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._rest = memoryview(data)

@@ -132,7 +132,10 @@ class Layer(Protocol):
         ...
 
     async def tar_stream(self) -> trio.abc.ReceiveStream:
-        """Open a stream of the layer's data, fit for `LayerStore.register`."""
+        """Open a stream of the layer's data, fit for `LayerStore.register`.
+
+        Cancellation: nothing is open.
+        """
         ...
 
 
@@ -359,7 +362,10 @@ class LowerTree(Protocol):
 
 
 class BinaryFile(Protocol):
-    """A file that is open for reading: a part of trio's asynchronous file interface."""
+    """A file that is open for reading: a part of trio's asynchronous file interface.
+
+    Cancellation: the position may have moved.
+    """
 
     async def read(self, size: int = -1, /) -> bytes:
         """Return ``size`` bytes, fewer only at the end; negative: all to the end."""

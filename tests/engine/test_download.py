@@ -754,6 +754,15 @@ def test_statistics_and_repr_tell_the_same() -> None:
 
             nursery.start_soon(pull)
             await trio.sleep(1)
+            assert sorted(repr(each) for each in manager._transfers._running.values()) == [
+                "<Transfer 0: active, 2 watchers>",
+                "<Transfer 1: active, 2 watchers>",
+                "<Transfer 2: queued, 2 watchers>",
+                "<Transfer 3: queued, 2 watchers>",
+                "<Transfer 4: queued, 1 watchers>",
+            ]
+            tasks = {task.name for task in manager._transfers._nursery.child_tasks}
+            assert {f"transfer {i}" for i in range(5)} <= tasks
             now = manager.statistics()
             assert (now.pulls, now.transfers, now.downloading, now.queued) == (1, 5, 2, 3)
             assert repr(manager) == (

@@ -344,6 +344,7 @@ class Pull:
             return self._transfers.start(
                 key,
                 partial(job.copy, original, its_source),
+                name=_id_of(source),
                 builds_on=(parent, original),
                 close=_nothing,
                 needs_slot=False,
@@ -351,6 +352,7 @@ class Pull:
         transfer = self._transfers.start(
             key,
             job.fetch,
+            name=_id_of(source),
             builds_on=() if parent is None else (parent,),
             close=partial(_close, source),
             needs_slot=True,
@@ -397,6 +399,14 @@ def _key_on(below: bytes, key: str) -> bytes:
     one.
     """
     return hashlib.sha256(b"on " + below + key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _id_of(source: LayerSource) -> str:
+    """Return a source's ID, or its type's name if the source fails."""
+    try:
+        return str(source.id)
+    except Exception:
+        return type(source).__name__
 
 
 def _close(source: LayerSource) -> None:

@@ -72,7 +72,12 @@ class Transfer:
     """
 
     def __init__(
-        self, table: Transfers, key: bytes, builds_on: Sequence[Transfer], close: Callable[[], None]
+        self,
+        table: Transfers,
+        key: bytes,
+        name: str,
+        builds_on: Sequence[Transfer],
+        close: Callable[[], None],
     ) -> None:
         self.scope: trio.CancelScope = trio.CancelScope()
         self.slot: trio.Event = trio.Event()
@@ -83,6 +88,7 @@ class Transfer:
         self.if_cancelled: str = CONTEXT_CANCELED
         self._table = table
         self._key = key
+        self._name = name
         self._close = close
         self._watchers: dict[Watcher, None] = {}
         self._builds_on = builds_on
@@ -103,10 +109,6 @@ class Transfer:
         else:
             state = "active" if self.slot.is_set() else "queued"
         return f"<Transfer {self._name}: {state}, {len(self._watchers)} watchers>"
-
-    @property
-    def _name(self) -> str:
-        return self._key.hex()[:12]
 
     # The watchers.
 
@@ -282,6 +284,7 @@ class Transfers:
         key: bytes,
         work: Work,
         *,
+        name: str,
         builds_on: Sequence[Transfer],
         close: Callable[[], None],
         needs_slot: bool,
@@ -291,6 +294,7 @@ class Transfers:
         Args:
             key: The key by which others find it, until it has ended.
             work: The work of the transfer.
+            name: The ID of its source, for the task's name, the repr and the log.
             builds_on: The transfers that it watches until it has ended or been cancelled.
             close: Called in the step in which it ends.
             needs_slot: Whether it moves data.
@@ -300,13 +304,13 @@ class Transfers:
         """
         if self._nursery is None:
             raise manager_closed()
-        transfer = Transfer(self, key, builds_on, close)
+        transfer = Transfer(self, key, name, builds_on, close)
         self._running[key] = transfer
         if not needs_slot:
             transfer.inactive.set()
         elif not self.slots.ask(transfer):
             transfer.report(Status.WAITING)
-        self._nursery.start_soon(transfer._run, work, name=f"transfer {key.hex()[:12]}")
+        self._nursery.start_soon(transfer._run, work, name=f"transfer {name}")
         return transfer
 
     def drop(self, key: bytes) -> None:
