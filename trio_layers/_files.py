@@ -35,12 +35,10 @@ __all__ = [
     "sync_file_system",
     "try_lock",
     "unlock",
+    "unlock_written",
 ]
 
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-
-# Seconds for which a starting child process may share a lock of this process.
-_FORK: Final = 0.5
 
 
 def file_name(digest: Digest) -> str:
@@ -176,28 +174,27 @@ def try_lock(path: Path, *, make: bool = True) -> int | None:
 
 
 def lock_written(descriptor: int, path: Path) -> None:
-    """Lock a file for writing until it is closed.
-
-    A child process that starts at this moment shares the lock of an earlier descriptor until it
-    executes its program, so the lock may need some milliseconds to become free.
+    """Lock a file for writing until `unlock_written`.
 
     Raises:
         StoreError: if another process writes the file.
     """
-    deadline = time.monotonic() + _FORK
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_FORK / 100)
-        else:
-            return
-    raise StoreError(
-        f"{path} is written by another process, and the file of its lock was removed: keep the "
-        "store where no program removes old files, and try again when that process is done"
-    )
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(
+            f"{path} is written by another process, and the file of its lock was removed: keep the "
+            "store where no program removes old files, and try again when that process is done"
+        ) from None
+
+
+def unlock_written(descriptor: int) -> None:
+    """Release the lock of `lock_written`, before the file is closed.
+
+    Closing is not enough: between fork and exec, a child process has a copy of the descriptor, and
+    with it the lock.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def unlock(path: Path, descriptor: int) -> None:

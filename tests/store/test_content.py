@@ -7,7 +7,6 @@ import gc
 import io
 import os
 import sqlite3
-import subprocess
 import threading
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pytest
 import trio
 from store.stores import Stream, arriving, describe, digest_of, ingest, opened, visible
 
-from trio_layers import _files as files
 from trio_layers._digest import Digest
 from trio_layers._errors import InvalidDigest, StoreError, StoreFull, VerificationError
 from trio_layers._manifest import Descriptor
@@ -451,18 +449,3 @@ async def test_no_lock_file_and_no_descriptor_is_left(tmp_path: Path) -> None:
     assert arriving(tmp_path) == [describe(b"other").digest.removeprefix("sha256:") + ".partial"]
     assert os.listdir(tmp_path / "leases") == []
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_starting_child_process_shares_a_lock_for_a_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between fork and exec, a child has copies of all descriptors of its parent."""
-    path = tmp_path / "file"
-    with open(path, "wb") as first, open(path, "ab") as second:
-        files.lock_written(first.fileno(), path)
-        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[first.fileno()]) as child:
-            first.close()
-            # The child ends as the second attempt waits.
-            monkeypatch.setattr(files.time, "sleep", lambda _: child.communicate())
-            files.lock_written(second.fileno(), path)
-            assert child.returncode == 0

@@ -577,3 +577,14 @@ def test_bytes_that_are_gone_are_no_end(tmp_path: Path) -> None:
         assert follower.read(100) == b"01234"
         with pytest.raises(StartedOver):
             follower.read(100)
+
+
+def test_a_closed_file_is_free_though_a_child_has_its_descriptor(tmp_path: Path) -> None:
+    """Between fork and exec, a child process has copies of all descriptors."""
+    partial = Partial(tmp_path / "blob", since=0)
+    copy = os.dup(partial._file.fileno())
+    try:
+        partial.close()
+        Partial(tmp_path / "blob", since=0).close()
+    finally:
+        os.close(copy)

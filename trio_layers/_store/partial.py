@@ -13,7 +13,7 @@ import trio
 
 from .._digest import Digest
 from .._errors import VerificationError
-from .._files import disk_errors, lock_written
+from .._files import disk_errors, lock_written, unlock_written
 from .._manifest import Descriptor
 from .._workers.arrival_state import ArrivalState
 
@@ -57,7 +57,7 @@ class Partial:
             if not fresh:
                 self._hash_again()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def digest(self, behind: Iterable[bytes] = ()) -> Digest:
@@ -113,6 +113,8 @@ class Partial:
 
     def close(self) -> None:
         """Close the file; its bytes stay."""
+        if not self._file.closed:
+            unlock_written(self._file.fileno())
         self._file.close()
 
     def _hash_again(self) -> None:
