@@ -28,6 +28,7 @@ PARTIAL = [
 """The tests that other Pythons run, too: none of them needs Debian's packages."""
 
 SAME_EVERYWHERE = [
+    "tests/tree/test_cases.py",
     "tests/tree/test_fuzz.py",
     "tests/tree/test_random.py",
     "tests/rootfs/test_export.py",
@@ -35,7 +36,8 @@ SAME_EVERYWHERE = [
     "tests/test_words.py",
     "tests/test_layering.py",
 ]
-"""Of these, the tests whose results depend on chance, the kernel or the source text only."""
+"""Of these, the tests whose results depend on chance, the kernel or the source text only, and the
+cases of whole layers, whose parts the other tests of `tests/tar` and `tests/tree` cover."""
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -112,8 +114,6 @@ def tests(session: nox.Session) -> None:
         if session.python != WHOLE:
             arguments += [str(path) for pattern in PARTIAL for path in sorted(Path().glob(pattern))]
             arguments += [f"--ignore={path}" for path in SAME_EVERYWHERE]
-            # The cases without privilege depend on the kernel only.
-            arguments += ["-k", "not (test_cases and (unprivileged or userns))"]
     if os.environ.get("TRIO_LAYERS_REQUIRE_ALL"):
         arguments += ["-p", "_no_skips"]
     # Not "python -m pytest", which would put the source tree before the wheel.
