@@ -110,7 +110,8 @@ def tests(session: nox.Session) -> None:
     session.install(f"{_wheel()}[cli,socks]", *_group("test"))
     arguments = list(session.posargs)
     if not arguments:
-        arguments = ["--numprocesses=2", "--dist=loadfile"]
+        # Files in their order: the long ones of tests/crashes and tests/pull come early enough.
+        arguments = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
         if session.python != WHOLE:
             arguments += [str(path) for pattern in PARTIAL for path in sorted(Path().glob(pattern))]
             arguments += [f"--ignore={path}" for path in SAME_EVERYWHERE]
