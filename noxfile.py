@@ -28,7 +28,10 @@ PARTIAL = [
 """The tests that other Pythons run, too: none of them needs Debian's packages."""
 
 SAME_EVERYWHERE = [
+    "tests/engine/test_many_layers.py",
+    "tests/engine/test_random.py",
     "tests/tree/test_cases.py",
+    "tests/tree/test_unprivileged.py",
     "tests/tree/test_fuzz.py",
     "tests/tree/test_random.py",
     "tests/rootfs/test_export.py",
