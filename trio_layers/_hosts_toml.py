@@ -44,7 +44,7 @@ class Host:
         scheme: ``https`` or ``http``.
         host: Host and port, as they are written.
         path: The beginning of its API's path, not quoted, without a slash at the end.
-        capabilities: Its abilities among ``pull`` (content by digest), ``resolve`` (tags), ``push``
+        capabilities: The supported ones of ``pull`` (content by digest), ``resolve`` (tags), ``push``
             and ``referrers``.
         ca: Files of certificates that are trusted besides the system's.
         client: Files of a client's certificate and of its key; an empty second: the same file.

@@ -272,8 +272,10 @@ async def test_everyone_is_gone(world: World) -> None:
 async def test_who_stops_answering_in_a_pull(
     who: str, for_ever: bool, built: BuiltImage, tmp_path: Path
 ) -> None:
-    """Each attempt ends when nothing has come for the stall limit. If it was once, another one
-    ends well; if it is for ever, the pull ends with one error that names the host.
+    """An attempt ends after the stall limit without a byte.
+
+    After one stall, another attempt succeeds. If the host always stalls, the pull ends with one
+    error that names the host.
     """
     async with open_registry(auth=TokenAuth()) as upstream, open_registry() as mirror:
         world = World(upstream, (mirror,), tmp_path)

@@ -111,7 +111,7 @@ class FakeRegistry:
     def add_image(
         self, *, tag: str | None = None, layers: Sequence[bytes] = (b"one", b"two"), **config: str
     ) -> Descriptor:
-        """An image of `layers`; its config's members can be set."""
+        """Add an image with these layers; further arguments are members of its config."""
         diff_ids = [digest_of(b"tar of " + layer) for layer in layers]
         document = {"os": "linux", "architecture": "amd64", **config}
         document["rootfs"] = {"type": "layers", "diff_ids": diff_ids}

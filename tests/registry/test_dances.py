@@ -29,7 +29,7 @@ BEARER = f'Bearer realm="{TOKENS}/",service="registry.example"'
 BASIC = 'Basic realm="here"'
 USER = Credentials("user", "s3cret")
 
-# How often one request of ours makes a registry be asked, that does not let it in.
+# Number of requests to a refusing registry that one call may cause.
 MOST = 3
 
 

@@ -333,7 +333,7 @@ async def test_a_cancellation_is_none_of_it(patience: float, autojump_clock: Moc
 
 
 async def test_a_body_is_cancelled(autojump_clock: MockClock) -> None:
-    """At the instant at which it would be given up."""
+    """A cancellation comes at the same instant as the end of the stall limit."""
     network, bodies = paced(repeat((1e6, 1)))
     began = trio.current_time()
     with trio.CancelScope(deadline=began + STALL_LIMIT) as scope:

@@ -1,4 +1,4 @@
-"""Unpacking without privilege: the list is complete, the disk as far as possible."""
+"""Unpacking without privilege: the list of entries is complete, and the disk nearly so."""
 
 from __future__ import annotations
 

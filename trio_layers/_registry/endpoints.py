@@ -87,7 +87,7 @@ class Endpoint:
         authenticator: Authenticates requests to it.
         others: Authenticates requests to the hosts that it redirects to.
         upstream: The registry that it mirrors; ``None`` if it is the registry itself.
-        capabilities: Its abilities among ``pull``, ``resolve`` and ``referrers``.
+        capabilities: The supported ones of ``pull``, ``resolve`` and ``referrers``.
     """
 
     def __init__(

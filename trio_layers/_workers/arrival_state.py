@@ -69,7 +69,7 @@ class Snapshot(NamedTuple):
 class ArrivalState:
     """The number of bytes in a blob's file, and whether that is all. Safe for threads.
 
-    Only the methods `wait` and `wait_complete` wait.
+    Only the methods `wait` and `wait_complete` block.
 
     Attributes:
         checks: Number of checks for cancellation by a reader. While this number grows, the reader
