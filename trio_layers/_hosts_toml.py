@@ -44,8 +44,8 @@ class Host:
         scheme: ``https`` or ``http``.
         host: Host and port, as they are written.
         path: The beginning of its API's path, not quoted, without a slash at the end.
-        capabilities: The supported ones of ``pull`` (content by digest), ``resolve`` (tags), ``push``
-            and ``referrers``.
+        capabilities: The supported ones of ``pull`` (content by its digest), ``resolve`` (tags),
+            ``push`` and ``referrers``.
         ca: Files of certificates that are trusted besides the system's.
         client: Files of a client's certificate and of its key; an empty second: the same file.
         skip_verify: Whether its certificate may be invalid; ``None`` if the file does not say.
