@@ -182,7 +182,9 @@ async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
         if not more:
             break
     # Each of these takes more moments than the stride.
-    assert {"_resolve", "sleep", "hold_lock", "open_ingest", "fetch_blob", "write", "finish"} <= met
+    assert {"_resolve", "sleep", "hold_lock", "open_ingest", "fetch_blob", "write"} <= met
+    # This one takes fewer.
+    assert STRIDE > 1 or "finish" in met
     assert {"_build", "commit", "put_image"} <= met
     gc.collect()
 
