@@ -12,6 +12,7 @@ from typing import TypeVar
 import trio
 
 from .moments import Countdown, moments
+from .processes import list_children
 
 __all__ = ["Discard", "assert_nothing_left", "leave_at", "no_descriptor_left", "no_process_left"]
 
@@ -105,14 +106,6 @@ def assert_nothing_left(store: Path) -> None:
 @contextmanager
 def no_process_left() -> Iterator[None]:
     """Check that the block ends each process that it starts."""
-    before = _children()
+    before = list_children(os.getpid())
     yield
-    assert _children() <= before
-
-
-def _children() -> set[str]:
-    found: set[str] = set()
-    for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children") as file:
-            found.update(file.read().split())
-    return found
+    assert list_children(os.getpid()) <= before

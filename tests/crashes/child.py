@@ -33,6 +33,7 @@ from collections import Counter
 from pathlib import Path
 
 import trio
+from _tools.processes import list_children
 from crashes import failpoints
 
 import trio_layers
@@ -175,15 +176,11 @@ def watch(child: int, request: dict) -> int:
     """Wait for its end, or bring it about."""
     delay = request.get("kill_after")
     if delay is not None and signal.sigtimedwait([signal.SIGCHLD], delay) is None:
-        workers = []
-        if request.get("kill_workers"):
-            with contextlib.suppress(OSError):
-                for task in os.listdir(f"/proc/{child}/task"):
-                    workers += Path(f"/proc/{child}/task/{task}/children").read_text().split()
+        workers = list_children(child) if request.get("kill_workers") else set()
         os.kill(child, signal.SIGKILL)
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(worker), signal.SIGKILL)
+                os.kill(worker, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import trio
+from _tools.processes import list_children
 from store.stores import Blob, arriving, chain_of, layer_of, visible
 from store.test_staging import MIB, NOISE, ignore, stage
 from store.test_unpack_errors import FAMILIES, LIMITS, blob_of, tar
@@ -38,10 +40,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 def children() -> set[int]:
     """Return the IDs of our worker processes."""
     found = set()
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
+    for pid in list_children(os.getpid()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             if b"program.main()" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.add(int(pid))
+                found.add(pid)
     return found
 
 
