@@ -1,4 +1,4 @@
-"""Docstrings and comments need nouns in place of *what* and *who*.
+"""Docstrings, comments and documents need nouns in place of *what* and *who*.
 
 Measured in November 2026, these words made 1.7 of 1,000 in trio, 0.3 in anyio and none in httpcore.
 """
@@ -61,6 +61,14 @@ def rooms() -> dict[str, list[Path]]:
 def test_sentences_have_nouns(room: str) -> None:
     pronouns, words = count(text for path in rooms()[room] for text in texts_of(path.read_text()))
     assert pronouns <= MOST * words / 1000 or pronouns == 0
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+)
+def test_documents_have_nouns(path: Path) -> None:
+    pronouns, words = count(iter([path.read_text()]))
+    assert pronouns <= MOST * words / 1000
 
 
 def test_pronouns_are_counted() -> None:
