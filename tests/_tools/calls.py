@@ -1,4 +1,4 @@
-"""A measure of work that no load of the machine changes: the number of calls."""
+"""Measures work by the number of function calls, which does not depend on the machine's load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["calls_of"]
 
 
 def calls_of(function: Callable[[], object]) -> int:
-    """Count the calls, of Python and C functions, that a function makes in its thread."""
+    """Count the calls of Python and C functions that a function makes in its thread."""
     count = 0
 
     def profile(frame: object, event: str, argument: object) -> None:

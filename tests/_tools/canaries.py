@@ -1,4 +1,4 @@
-"""Secrets that must not be seen: in logs, in errors, in reprs, and by other hosts."""
+"""Checks that secrets appear in no log, error or repr, and reach no foreign host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Canaries"]
 
 
 class Canaries:
-    """Watches all that is logged, at any level, from when it is made."""
+    """Records all log messages, at any level, from its creation on."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture, *secrets: str) -> None:
         caplog.set_level(logging.DEBUG)
@@ -27,7 +27,7 @@ class Canaries:
         self.add(*secrets)
 
     def add(self, *secrets: str) -> None:
-        """Watch for these; names and passwords are ``name:password``, in any encoding."""
+        """Watch for these secrets, in any encoding. A login is ``name:password``."""
         for secret in secrets:
             self._secrets |= _forms(secret)
 
@@ -35,8 +35,8 @@ class Canaries:
         return [secret for secret in self._secrets if secret in text]
 
     def check(self, *things: object) -> None:
-        """Nothing was logged, nor do these things show anything: exceptions with all that they
-        are caused by, and others by their repr.
+        """Check that neither the log nor these objects show a secret. An exception is searched with
+        its traceback, causes and attributes; any other object by its repr.
         """
         assert self._secrets
         for record in self._caplog.records:
@@ -55,7 +55,7 @@ class Canaries:
             assert not self.seen(str(thing))
 
     def check_objects(self) -> None:
-        """None of the library's objects that there are has a repr that shows anything."""
+        """Check that no living object of the library shows a secret in its repr."""
         gc.collect()  # objects of earlier tests
         there = [each for each in gc.get_objects() if _is_ours(type(each))]
         assert there
@@ -63,12 +63,12 @@ class Canaries:
             assert not self.seen(repr(each)), type(each)
 
     def check_requests(self, requests: Iterable[httpx.Request]) -> None:
-        """None of these has anything anywhere."""
+        """Check that no part of these requests contains a secret."""
         for request in requests:
             assert not self.seen(_text(request)), request.url
 
     def reached(self, requests: Iterable[httpx.Request], secret: str) -> set[str]:
-        """The origins that got a secret."""
+        """Return the origins that received a secret."""
         forms = _forms(secret)
         return {
             _origin(request)
@@ -79,7 +79,7 @@ class Canaries:
     def check_origins(
         self, requests: Iterable[httpx.Request], origins: Mapping[str, Iterable[str]]
     ) -> None:
-        """Each secret is in requests to its origins alone."""
+        """Check that each secret reached only its own origins."""
         requests = list(requests)
         for secret, allowed in origins.items():
             assert self.reached(requests, secret) <= set(allowed), secret

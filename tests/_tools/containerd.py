@@ -50,9 +50,9 @@ class Containerd:
 
 @contextmanager
 def run_containerd(directory: Path) -> Iterator[Containerd]:
-    """Run one that keeps all it has in ``directory``."""
+    """Run a containerd with all its data in ``directory``."""
     program = require("containerd")
-    # The path of a socket may have 107 bytes, and that of the directory may be longer.
+    # The path of a socket may have 107 bytes, and the directory's path may be longer.
     with tempfile.TemporaryDirectory() as short, (directory / "log").open("wb") as log:
         socket = Path(short) / "socket"
         config = directory / "config.toml"
@@ -74,6 +74,6 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], containerd: Contain
     while time.monotonic() < deadline and process.poll() is None:
         if subprocess.run(command, capture_output=True).returncode == 0:
             return
-        time.sleep(0.05)  # it tells nobody but its log
+        time.sleep(0.05)  # ctr's error lacks the reason
     log = (containerd.directory / "log").read_text()
     pytest.fail(f"containerd did not start:\n{log}")

@@ -30,7 +30,7 @@ class DockerRegistry:
     """A running docker-registry.
 
     Attributes:
-        host: Host and port, as they stand in references.
+        host: Host and port, as in a reference.
         log: The file its output goes to.
     """
 
@@ -51,8 +51,9 @@ class DockerRegistry:
         as_docker: bool = False,
         creds: str | None = None,
     ) -> str:
-        """Copy an OCI layout's image of that tag to ``name`` (``library/demo:1``), as it is, or
-        its manifest rewritten to Docker's schema 2; returns the reference to pull it by.
+        """Copy the image with this tag from an OCI layout to ``name`` (``library/demo:1``). The
+        manifest stays as it is, or is rewritten to Docker's schema 2. Return the reference to pull
+        it by.
         """
         reference = f"{self.host}/{name}"
         command = [require("skopeo"), "copy", "--quiet", "--all"]
@@ -64,7 +65,7 @@ class DockerRegistry:
 
 
 def require(program: str) -> str:
-    """The program's path; without it the test is skipped, or fails where nothing may be missing."""
+    """Return the program's path. If it is missing, skip the test, or fail it in CI."""
     path = shutil.which(program)
     if path is None:
         missing = f"{program} is not installed"
@@ -83,14 +84,14 @@ def run_docker_registry(
     http: str = "",
     more: str = "",
 ) -> Iterator[DockerRegistry]:
-    """Run one that keeps all it has in ``directory``, on a port that it chooses itself.
+    """Run a registry with all its data in ``directory``, on a port of its own choice.
 
     Args:
-        directory: Also for its configuration and log.
-        address: Where it listens, in place of that.
-        quiet: Whether it does without a log of requests.
-        http: YAML for that part of its configuration, such as ``tls: {…}``.
-        more: YAML for the whole, such as ``auth: {…}`` or ``proxy: {…}``.
+        directory: For data, configuration and log.
+        address: The host and port to listen on.
+        quiet: Whether to log no requests.
+        http: YAML for this part of the configuration, such as ``tls: {…}``.
+        more: YAML for the top level of the configuration, such as ``auth: {…}`` or ``proxy: {…}``.
     """
     program = require("docker-registry")
     config, log = directory / "config.yml", directory / "log"
@@ -113,7 +114,7 @@ def run_docker_registry(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a child process. One that does not end when asked is killed, and that is an error."""
+    """End a child process. If SIGTERM does not end it, kill it and fail."""
     process.terminate()
     try:
         process.wait(timeout=20)
@@ -129,5 +130,5 @@ def _wait_until_it_listens(process: subprocess.Popen[bytes], log: Path) -> str:
         found = LISTENING.search(log.read_text())
         if found:
             return found[1]
-        time.sleep(0.02)  # it tells nobody but its log
+        time.sleep(0.02)  # the reason is only in its log
     pytest.fail(f"docker-registry did not start:\n{log.read_text()}")

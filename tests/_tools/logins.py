@@ -1,4 +1,4 @@
-"""A home of its own, with login files, and credential helpers that are real programs."""
+"""A temporary home directory with login files, and credential helpers that are real programs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NOT_FOUND = "credentials not found in native keychain"
 
 
 class Home:
-    """Where login files are looked for, in place of the user's own.
+    """A home directory for login files, in place of the user's own.
 
     Attributes:
         docker_config: Docker's file.
-        auth: Podman's two files, in the order in which they are looked for.
+        auth: Podman's two files, in the order of their lookup.
     """
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +53,8 @@ class Home:
         path.chmod(0o755)
 
     def add_helper(self, name: str, answers: Mapping[str, str | Sequence[str]]) -> None:
-        """A helper that knows these servers' name and secret each; or that does always the same:
-        ``!error`` fails with a text, ``!raw`` prints one.
+        """Add a helper program. ``answers`` has a name and a secret for each server. With
+        ``!error`` the helper always fails with this text; with ``!raw`` it always prints this text.
         """
         cases = []
         for server, answer in answers.items():
@@ -71,7 +71,7 @@ class Home:
         self.add_program(f"docker-credential-{name}", script)
 
     def asked(self) -> list[tuple[str, str]]:
-        """Which helper was asked for which server, in order."""
+        """Return the name of the helper and the server of each call, in order."""
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         asked = [tuple(line.split(" ")) for line in lines]
         assert all(action == "get" for action, _, _ in asked)

@@ -21,7 +21,7 @@ NEVER: Final = -1
 
 @attrs.define(eq=False)
 class Countdown:
-    """To the moment of a cancellation.
+    """A count of the moments before a cancellation.
 
     Attributes:
         scope: The scope to cancel then.

@@ -13,7 +13,7 @@ def archive(*entries: dict) -> bytes:
 
 
 class Plain:
-    """A `PlainSource` over bytes, in pieces of an odd size."""
+    """A `PlainSource` over bytes that returns pieces of an odd size."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

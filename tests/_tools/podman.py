@@ -39,11 +39,11 @@ class Podman:
 
 @contextmanager
 def open_podman(directory: Path) -> Iterator[Podman]:
-    """A podman that keeps all it has in ``directory``."""
-    # It takes no runroot that is longer than 50 characters.
+    """Open a podman with all its data in ``directory``."""
+    # podman's runroot may have at most 50 characters.
     with tempfile.TemporaryDirectory() as short:
         try:
             yield Podman(directory, Path(short))
         finally:
-            # It mounts its storage on itself.
+            # podman mounts its storage directory on itself.
             subprocess.run(["umount", "--quiet", directory / "storage" / "overlay"])

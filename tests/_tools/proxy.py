@@ -1,4 +1,4 @@
-"""A proxy: tunnels for CONNECT, plain requests sent on, and perhaps a name and password wanted."""
+"""An HTTP proxy for tunnels (CONNECT) and plain requests, with an optional login."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Proxy:
     Attributes:
         host: Host and port.
         login: The required ``name:password``; ``None``: none is required.
-        heads: The requests that it got, as they came, without those inside tunnels.
+        heads: The heads of received requests as bytes, without requests inside tunnels.
     """
 
     host: str
@@ -31,19 +31,19 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """As it stands in the environment."""
+        """The proxy's URL, as an environment variable names it."""
         return f"http://{'' if self.login is None else self.login + '@'}{self.host}"
 
     @property
     def asked(self) -> list[str]:
-        """Each request's first line, without the version."""
+        """The first line of each request, without the version."""
         return [head.partition("\r\n")[0].removesuffix(" HTTP/1.1") for head in self.heads]
 
     async def handle(self, client: trio.SocketStream) -> None:
         try:
             await self._handle(client)
         except trio.BrokenResourceError:
-            pass  # one of both went
+            pass  # one side has closed its connection
 
     async def _handle(self, client: trio.SocketStream) -> None:
         received = b""
@@ -85,7 +85,7 @@ async def _pass_on(source: trio.SocketStream, target: trio.SocketStream) -> None
 
 @asynccontextmanager
 async def run_proxy(*, login: str | None = None) -> AsyncIterator[Proxy]:
-    """Run one on a free port of 127.0.0.1, for as long as the block lasts."""
+    """Run a proxy on a free port of 127.0.0.1 during the block."""
     async with open_hidden_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         proxy = Proxy(f"127.0.0.1:{listeners[0].socket.getsockname()[1]}", login)

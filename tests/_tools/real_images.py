@@ -1,4 +1,4 @@
-"""Images as people make them: a Debian by debootstrap, more layers on it by buildah."""
+"""Real images: a Debian by debootstrap, and more layers on it by buildah."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ MANY_FILES: Final = "adwaita-icon-theme"
 """A package of some six thousand small files."""
 
 STEPS: Final = [
-    # Each is a layer, and is run by a shell in the root of the image. Steps usual in images …
+    # Each step makes a layer: a shell runs it in the root of the image. Some steps are usual in
+    # images …
     "chroot . dpkg --force-depends --purge tzdata && rm -rf usr/share/doc usr/share/man",
     "mkdir -p srv/app && cp -a etc srv/app/ && ln -s app/etc srv/current && rm -r srv/app/etc/apt",
     "chown -R 1000:1000 srv/app && chmod -R go-rwx srv/app/etc && setcap cap_net_raw+ep bin/tar",
-    # … links that layers below hold the other end of, …
+    # … some make links to files of lower layers, …
     "ln usr/bin/perl usr/local/bin/perl && ln bin/ls bin/list && touch -d @1000000000 bin/list",
     "rm usr/local/bin/perl && ln -f bin/cat bin/ls && echo changed >> etc/issue",
-    # … directories that go elsewhere, or go and come again, …
+    # … some move directories, or remove them and make them again, …
     "mv usr/share/perl5 opt/perl5 && ln -s ../../opt/perl5 usr/share/perl5",
     "rm -r srv/app/etc && mkdir -m 2711 srv/app/etc && echo new > srv/app/etc/new",
     "rm usr/share/perl5 && mkdir usr/share/perl5 && mv opt/perl5/Debconf usr/share/perl5/",
-    # … files that become other types, …
+    # … some change a file to another type, …
     "rm -r media && echo file > media && rm etc/issue && mkdir etc/issue && touch etc/issue/in",
     "rm media && mkfifo media && rm -r etc/issue && ln -s /nowhere etc/issue && mknod dev/x b 8 1",
-    # … and names, times and attributes that are seldom seen.
+    # … and some make rare names, times and attributes.
     "printf x > \"opt/$(printf 'not utf-8 \\377')\" && truncate -s 5M opt/sparse"
     " && touch -d @1.5 opt/sparse && touch -h -d @1 etc/issue",
     "chmod 1777 opt && chown 70000:2147483648 opt/sparse && chmod 4755 usr/bin/tar",
@@ -43,8 +44,8 @@ class RealImage:
     """An image in the registry.
 
     Attributes:
-        reference: To pull it by.
-        layout: The same image, its layers gzip, in an OCI layout: a directory, a colon and a tag.
+        reference: The image's reference in the registry.
+        layout: The same image with gzip layers in an OCI layout: a directory, a colon and a tag.
             umoci reads no other compression.
     """
 
@@ -54,7 +55,7 @@ class RealImage:
 
 @attrs.frozen
 class Buildah:
-    """buildah with a storage of its own, in which an image is a name."""
+    """A buildah with a storage of its own. It keeps each image under a name."""
 
     directory: Path
 
@@ -66,14 +67,14 @@ class Buildah:
 
     @contextmanager
     def layer(self, base: str, name: str) -> Iterator[Path]:
-        """Make the image ``name`` of ``base`` and the block's changes in the directory."""
+        """Make the image ``name`` from ``base`` and the changes of the block in the directory."""
         container = self.run("from", "--pull-never", base)
         yield Path(self.run("mount", container))
         self.run("umount", container)
         self.run("commit", "--quiet", "--rm", container, name)
 
     def push(self, name: str, registry: DockerRegistry, *, compression: str) -> RealImage:
-        """Bring an image to the registry, its layers compressed as said, and to a layout."""
+        """Copy an image to the registry with this compression, and to an OCI layout."""
         reference = f"{registry.host}/real/{name}:1"
         layout = f"{self.directory / 'layout'}:{name}"
         options = ["--quiet", "--format", "oci", "--compression-format", compression]
@@ -82,7 +83,7 @@ class Buildah:
         return RealImage(reference, layout)
 
     def close(self) -> None:
-        """Nothing stays mounted."""
+        """Unmount the storage."""
         try:
             self.run("rm", "--all")
         finally:
@@ -91,7 +92,7 @@ class Buildah:
 
 @contextmanager
 def open_buildah(directory: Path) -> Iterator[Buildah]:
-    """A buildah that keeps all it has in ``directory``."""
+    """Open a buildah with all its data in ``directory``."""
     buildah = Buildah(directory)
     try:
         yield buildah
@@ -100,7 +101,7 @@ def open_buildah(directory: Path) -> Iterator[Buildah]:
 
 
 def make_debian(buildah: Buildah) -> str:
-    """Debian as debootstrap makes it, from where this machine gets its packages."""
+    """Make a Debian with debootstrap, from this machine's package source."""
     release = platform.freedesktop_os_release()["VERSION_CODENAME"]
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
     command += ["Created-By: Packages", f"Codename: {release}", "Component: main"]
@@ -113,7 +114,7 @@ def make_debian(buildah: Buildah) -> str:
 
 
 def make_many_files(buildah: Buildah, base: str) -> str:
-    """Thousands of small files, in one layer."""
+    """Make an image with thousands of small files in one layer."""
     with buildah.layer(base, "many") as root:
         downloads = buildah.directory / "packages"
         downloads.mkdir()
@@ -124,7 +125,7 @@ def make_many_files(buildah: Buildah, base: str) -> str:
 
 
 def make_links(buildah: Buildah, base: str) -> str:
-    """Whiteouts and links, over many layers."""
+    """Make an image with whiteouts and links in many layers."""
     for number, step in enumerate(STEPS):
         name = f"links-{number}"
         with buildah.layer(base, name) as root:
@@ -138,7 +139,7 @@ def _output(*command: str) -> str:
 
 
 def _run(command: Sequence[str], cwd: Path | None = None) -> None:
-    """Its output is in the error if it fails."""
+    """Run a command, and fail with its output if it fails."""
     environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(
         command,

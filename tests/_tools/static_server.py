@@ -1,4 +1,4 @@
-"""A server of a directory's files, as storage behind a registry is: by path, and by range."""
+"""A server for the files of a directory, like the storage behind a registry, with ranges."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StaticServer:
     Attributes:
         url: Scheme, host and port.
         root: The served directory.
-        cut: Number of bytes after which the connection is closed, once, by the end of the path.
+        cut: For the end of a path, the number of bytes after which to close the connection once.
         requests: All requests.
     """
 
@@ -69,7 +69,7 @@ class StaticServer:
 
 @asynccontextmanager
 async def serve_directory(root: Path) -> AsyncIterator[StaticServer]:
-    """Serve its files on a free port of 127.0.0.1, for as long as the block lasts."""
+    """Serve a directory's files on a free port of 127.0.0.1 during the block."""
     async with open_hidden_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         server = StaticServer(f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}", root)

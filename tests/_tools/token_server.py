@@ -1,4 +1,4 @@
-"""A token server on loopback whose tokens are signed, so that docker-registry takes them."""
+"""A token server on loopback. Its tokens are signed, so docker-registry accepts them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERVICE = "registry of the tests"
 
 
 class Signer:
-    """A key that signs tokens, and a certificate by which they are verified."""
+    """A key that signs tokens, and the certificate that verifies them."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -43,7 +43,7 @@ class Signer:
         path.write_bytes(self._certificate.public_bytes(Encoding.PEM))
 
     def token(self, subject: str, scopes: list[str]) -> str:
-        """A JSON Web Token (RFC 7519, distribution's ``spec/auth/jwt.md``)."""
+        """Return a JSON Web Token (RFC 7519, distribution's ``spec/auth/jwt.md``)."""
         now = int(time.time())
         certificate = base64.b64encode(self._certificate.public_bytes(Encoding.DER)).decode()
         header = {"typ": "JWT", "alg": "ES256", "x5c": [certificate]}
@@ -73,7 +73,7 @@ def _encode(data: str | bytes) -> str:
 
 @attrs.define
 class TokenServer:
-    """A running server, whose attributes may change meanwhile.
+    """A running server. Its attributes may be changed at any time.
 
     Attributes:
         realm: Its URL.
@@ -82,8 +82,8 @@ class TokenServer:
         refresh_tokens: The user of each refresh token. Each is valid once, and replaced by the
             next.
         post_status: The status of all POST requests; ``None`` for the usual one.
-        requests: The method of each request, and the way in which its user was recognised.
-        given: All tokens and refresh tokens that were issued.
+        requests: The method of each request, and the kind of login that it contained.
+        given: All issued tokens and refresh tokens.
     """
 
     realm: str
@@ -95,7 +95,7 @@ class TokenServer:
     given: list[str] = attrs.field(factory=list)
 
     def config(self, certificate: Path) -> str:
-        """Return the settings with which docker-registry sends its users here."""
+        """Return the settings that make docker-registry use this token server."""
         self.signer.write_certificate(certificate)
         return (
             f"auth: {{token: {{realm: {self.realm}, service: {SERVICE}, issuer: {ISSUER}, "
@@ -136,7 +136,7 @@ class TokenServer:
 
 @contextmanager
 def run_token_server(**passwords: str) -> Iterator[TokenServer]:
-    """Run one in a thread, on a port that the system chooses."""
+    """Run a token server in a thread, on a port that the system chooses."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Tools of the tests of archives: archives made by hand, streams, and the files of stores."""
+"""Helpers for tests of archives: hand-made archives, streams, and the contents of stores."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Members = dict[str, bytes]
 
 
 def small_image(text: str = "hello", **options: object) -> BuiltImage:
-    """Two layers, of a few bytes."""
+    """Build an image with two layers of a few bytes."""
     layers = [[File("etc/motd", data=text.encode())], [File("srv/more", data=b"more")]]
     return build_image(layers, **{"compression": "none", **options})
 
 
 def with_config(image: BuiltImage, **changes: object) -> BuiltImage:
-    """Change members of an image's config, and the digests that follow from it."""
+    """Change members of an image's config, and the digests that depend on it."""
     config = as_json({**json.loads(image.config), **changes})
     described = Descriptor(image.config_descriptor.media_type, digest_of(config), len(config))
     document = json.loads(image.manifest)
@@ -47,7 +47,7 @@ def with_config(image: BuiltImage, **changes: object) -> BuiltImage:
 
 
 def tar_of(members: Mapping[str, bytes | tarfile.TarInfo] | Sequence[tuple[str, bytes]]) -> bytes:
-    """Make a tar of files and of members with headers of their own."""
+    """Make a tar of files, and of members with given headers."""
     out = io.BytesIO()
     items = members.items() if isinstance(members, Mapping) else members
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -80,7 +80,7 @@ def blob(digest: str) -> str:
 
 
 def docker_members(image: BuiltImage, *tags: str) -> Members:
-    """The members of an archive of docker before version 25; the manifest is last."""
+    """Return the members of an archive of docker before version 25, the manifest last."""
     config = f"{hexdigits(image.config_descriptor.digest)}.json"
     members: Members = {}
     layers = []
@@ -94,7 +94,7 @@ def docker_members(image: BuiltImage, *tags: str) -> Members:
 
 
 def entry_of(image: Built, *, platform: str = "", **annotations: str) -> dict[str, object]:
-    """An image in ``index.json``; underscores in the annotations' names stand for dots."""
+    """Return an image's entry for ``index.json``. Underscores in annotation names become dots."""
     entry: dict[str, object] = {
         "mediaType": image.descriptor.media_type,
         "digest": image.descriptor.digest,
@@ -111,7 +111,7 @@ def ref_name(text: str) -> dict[str, str]:
 
 
 def oci_members(entries: Sequence[dict[str, object]], *images: Built) -> Members:
-    """A layout, its index last."""
+    """Return the members of an OCI layout, the index last."""
     members: Members = {"oci-layout": OCI_LAYOUT}
     for image in images:
         for digest, content in image.blobs.items():
@@ -139,7 +139,7 @@ async def files(store: DirectoryStore, image: StoredImage) -> list[Entry]:
 
 
 def leftovers(path: Path) -> list[str]:
-    """The files in ``ingest/``, without those that are being deleted."""
+    """Return the files in ``ingest/``, without files that are being deleted."""
     return [name for name in os.listdir(path / "ingest") if not name.endswith(".trash")]
 
 
@@ -151,7 +151,7 @@ async def opened(path: Path) -> AsyncIterator[DirectoryStore]:
 
 
 class Sink(trio.abc.SendStream):
-    """Keeps the bytes sent. ``before`` is called with the number of bytes that are there."""
+    """A stream that keeps the sent bytes. It calls ``before`` with the number of bytes so far."""
 
     def __init__(self, before: Callable[[int], object] = lambda size: None) -> None:
         self.data = bytearray()

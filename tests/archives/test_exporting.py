@@ -1,4 +1,4 @@
-"""Images into archives and layouts, and back."""
+"""Exports of images to archives and layouts, and their import."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def members_of(data: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", IMAGES)
 async def test_round_trip(tmp_path: Path, format: str, name: str) -> None:
-    """Of the OCI forms all digests stay; of a docker-archive that of the config, and the files."""
+    """The OCI formats keep all digests; a docker-archive keeps the config digest and the files."""
     image = IMAGES[name]
     async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as other:
         before = await put(store, image)
@@ -123,7 +123,7 @@ async def test_what_is_in_a_docker_archive(tmp_path: Path) -> None:
 
 
 async def test_what_is_in_an_oci_archive(tmp_path: Path) -> None:
-    """The export has the files of the import, and a manifest.json for docker."""
+    """The export contains the imported files, and a manifest.json for docker."""
     image = IMAGES["sample"]
     async with opened(tmp_path) as store:
         await put(store, image)
@@ -140,14 +140,16 @@ async def test_what_is_in_an_oci_archive(tmp_path: Path) -> None:
     assert entry["annotations"]["io.containerd.image.name"] == NAME
     del members["index.json"]
     async with opened(tmp_path) as store:
-        # Older dockers read it as a docker-archive.
+        # Older versions of docker read it as a docker-archive.
         [stored] = await import_images(store, Stream(tar_of(members)))
         assert stored.config.digest == image.config_descriptor.digest
         assert stored.reference == NAME
 
 
 async def test_the_index_goes_along(tmp_path: Path) -> None:
-    """So that a name with its digest is true again; other tools see the image alone."""
+    """The archive contains the index, so an import can verify the digest in a name. Other tools see
+    only the image.
+    """
     index = build_index([small_image("amd"), small_image("arm", platform="linux/arm64")])
     name = f"r.io/demo@{index.digest}"
     async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as other:
@@ -158,13 +160,13 @@ async def test_the_index_goes_along(tmp_path: Path) -> None:
         sink = Sink()
         await export_images(store, name, sink, platform="linux/arm64")
         assert await import_images(other, Stream(bytes(sink.data))) == [before]
-        # The store is such a layout, too.
+        # The store is an OCI layout with the index, too.
         async with opened(tmp_path / "third") as third:
             assert await import_images(third, tmp_path / "store") == [before]
     members = members_of(bytes(sink.data))
     [entry] = json.loads(members["index.json"])["manifests"]
     assert entry["digest"] == index.images[1].digest
-    # A lie about it is not believed.
+    # A wrong digest in the annotation is ignored.
     for lie in (index.images[1].digest, "sha256:../../x", "sha256:" + "0" * 64):
         entry["annotations"]["trio-layers.index"] = lie
         entry["annotations"]["org.opencontainers.image.ref.name"] = "lie:1"
@@ -262,7 +264,7 @@ async def test_names_that_clash(tmp_path: Path) -> None:
 
 
 async def test_a_layer_that_came_from_another_blob(tmp_path: Path) -> None:
-    """It was not downloaded again, so the image's own blob is not there; the layer is."""
+    """The store has the layer, but not the image's own blob, since the pull did not download it."""
     first, second = small_image(compression="gzip"), small_image(compression="zstd")
     async with opened(tmp_path / "store") as store:
         await put(store, first, "first:1")
@@ -381,7 +383,7 @@ async def test_another_user_exchanges_the_directory_for_a_link(
 
 @pytest.mark.parametrize("format", FORMATS)
 async def test_a_damaged_blob_is_not_exported(tmp_path: Path, format: str) -> None:
-    """Neither one that is longer, nor shorter, nor of other bytes."""
+    """Blobs that are too long, too short or have other bytes are errors."""
     image = IMAGES["sample"]
     async with opened(tmp_path / "store") as store:
         await put(store, image)
@@ -406,7 +408,7 @@ class Stop(Exception):
 async def test_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, how: str
 ) -> None:
-    """Wherever it ends; a directory that was there stays, empty."""
+    """An export that fails at any point leaves no file. A target directory stays, empty."""
     write = writing._write
     async with opened(tmp_path / "store") as store:
         await put(store, IMAGES["sample"])
@@ -475,7 +477,7 @@ async def test_a_stream_that_ends_it(tmp_path: Path, format: str) -> None:
 
 
 async def test_from_one_store_to_another_by_a_pipe(tmp_path: Path) -> None:
-    """Both ends at once, and no file in between."""
+    """An export and an import run at the same time, without a file between them."""
     image = IMAGES["sample"]
     send, receive = trio.testing.memory_stream_one_way_pair()
     async with opened(tmp_path / "store") as store, opened(tmp_path / "other") as other:

@@ -1,4 +1,4 @@
-"""Images out of archives and layouts that were made by hand, good ones and bad ones."""
+"""Imports from hand-made archives and layouts, valid and invalid."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def write(path: Path, data: bytes) -> Path:
 
 
 async def test_docker_archive(tmp_path: Path) -> None:
-    """The config stays as it is; the manifest is made of it, always the same."""
+    """The config stays as it is, and the import makes the same manifest from it each time."""
     archive = write(tmp_path / "archive", tar_of(docker_members(IMAGE, "demo:1", "r.io/x/demo:2")))
     async with opened(tmp_path / "store") as store:
         [image, again] = await import_images(store, archive)
@@ -87,7 +87,7 @@ async def test_docker_archive(tmp_path: Path) -> None:
         manifest = decode_manifest(data, image.manifest.media_type)
         assert manifest.config == image.config
         assert [layer.digest for layer in manifest.layers] == list(IMAGE.diff_ids)
-        # Layers that are plain tars, as this builder makes them, make it the very same manifest.
+        # This builder's layers are plain tars, too, so its manifest has the same digest.
         assert image.manifest.digest == IMAGE.digest
         names = [entry.path for entry in await files(store, image)]
         assert names == [b"", b"etc", b"etc/motd", b"srv", b"srv/more"]
@@ -138,7 +138,9 @@ async def test_layout_directory(tmp_path: Path) -> None:
 
 
 async def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
-    """Large blobs are passed over by their names, or not read at all."""
+    """For blobs that the store has, an import skips large members by name, or reads none of their
+    bytes.
+    """
     large = build_image([tar_of({"large": bytes(5 << 20)})], compression="none")
     data = tar_of(oci_image(large))
     layout = write_layout(tmp_path / "layout", oci_image(large))
@@ -212,7 +214,7 @@ async def test_an_image_without_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["gnu", "pax"])
 async def test_sparse_members(tmp_path: Path, format: str) -> None:
-    """GNU tar -S makes holes of zeros; they come back."""
+    """Sparse members from GNU tar -S are imported with their zeros."""
     image = build_image([tar_of({"zeros": bytes(6 << 20)})], compression="none")
     layout = write_layout(tmp_path / "layout", oci_image(image))
     holes = layout / blob(image.diff_ids[0])
@@ -277,7 +279,9 @@ async def test_a_docker_image_without_a_name(tmp_path: Path, tags: tuple[str, ..
 
 
 async def test_docker_25(tmp_path: Path) -> None:
-    """Both a layout and a docker-archive: the layout counts, the names come from either."""
+    """The archive is both a layout and a docker-archive. The layout's manifest counts, and names
+    come from both.
+    """
     config, layers = blob(GZIPPED.config_descriptor.digest), GZIPPED.layers
     members = oci_members([entry_of(GZIPPED), entry_of(OTHER, **ref_name("a/b:2"))], GZIPPED, OTHER)
     paths = [blob(layer.descriptor.digest) for layer in layers]
@@ -296,7 +300,7 @@ async def test_docker_25(tmp_path: Path) -> None:
 
 
 async def test_one_of_several(tmp_path: Path) -> None:
-    """By its name, or by its tag; then it may be called otherwise."""
+    """One of several images is chosen by its name or its tag, and can get another name."""
     members = oci_members(
         [
             entry_of(IMAGE, **ref_name("x/y:1")),
@@ -339,7 +343,7 @@ async def test_several_of_a_docker_archive(tmp_path: Path) -> None:
 
 
 async def test_a_name_with_a_digest_is_a_promise(tmp_path: Path) -> None:
-    """Kept by the manifest or by the index, or broken."""
+    """The manifest or the index must have the digest in the name."""
     async with opened(tmp_path) as store:
         for source, digest in [(IMAGE, IMAGE.digest), (AMD_AND_ARM, AMD_AND_ARM.digest)]:
             pinned = f"r.io/demo:1@{digest}"
@@ -385,7 +389,7 @@ async def test_an_index_has_an_image_for_each_platform(tmp_path: Path, platform:
 
 
 async def test_entries_of_one_name_are_platforms(tmp_path: Path) -> None:
-    """As stores of this library list them; attestations do not count."""
+    """This library's stores list platforms as entries of one name. Attestations do not count."""
     attestation = entry_of(
         OTHER, **ref_name("demo:1"), vnd_docker_reference_type="attestation-manifest"
     )
@@ -416,7 +420,8 @@ async def test_nothing_for_the_platform(tmp_path: Path) -> None:
         for members in sources:
             with pytest.raises(PlatformError, match=r"demo:1 has no image for linux/riscv64"):
                 await import_images(store, Stream(tar_of(members)), platform="linux/riscv64")
-        # An image without an index, for any platform if none is asked for, as with a pull.
+        # Without an index and without --platform, an image of any platform is imported, as in a
+        # pull.
         [image] = await import_images(store, Stream(tar_of(oci_image(ARM))))
         assert image.platform == "linux/arm64"
 
@@ -425,7 +430,7 @@ async def test_nothing_for_the_platform(tmp_path: Path) -> None:
 
 
 def changed(members: Members, **changes: bytes | None) -> Members:
-    """``members``, with some replaced or, where ``None``, left out."""
+    """Return ``members`` with some of them replaced. A value of ``None`` removes the member."""
     kept = {name: data for name, data in members.items() if changes.get(name, b"") is not None}
     return {**kept, **{name: data for name, data in changes.items() if data is not None}}
 
@@ -437,7 +442,7 @@ def with_docker(**changes: object) -> Members:
 
 
 def with_manifest(**changes: object) -> Members:
-    """A layout whose image has another manifest."""
+    """Return a layout with another manifest for its image."""
     manifest = as_json({**json.loads(IMAGE.manifest), **changes})
     members = oci_image(IMAGE)
     members[blob(digest_of(manifest))] = manifest
@@ -690,7 +695,7 @@ async def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 async def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive may not grow without end, in bytes or in members."""
+    """An archive has a maximum number of bytes and of members."""
     data = gzip.compress(tar_of({**DOCKER, "zeros": bytes(10 << 20)}))
     limits = Limits(max_ratio=100, max_ratio_from=1 << 20)
     async with open_store(tmp_path, limits=limits) as store:
@@ -727,7 +732,7 @@ async def test_limits_of_the_store_hold_for_all_members(tmp_path: Path, kind: st
             with pytest.raises(ArchiveError, match=r"'unused.bin'.*max_unpacked_bytes is 5242880"):
                 await import_images(store, source)
             assert not leftovers(tmp_path / "store")
-        # A member of 4 MiB is within the limit, and within that of documents.
+        # A member of 4 MiB is within the limit, and within the limit for documents.
         small = tar_of({**DOCKER, "unused": bytes(4 << 20)})
         [image] = await import_images(store, Stream(small))
         assert image.reference == NAME
@@ -844,7 +849,7 @@ async def test_all_names_or_none(tmp_path: Path) -> None:
 
 
 async def test_a_layer_that_is_none(tmp_path: Path) -> None:
-    """The blob matches its digest, but it is not a tar."""
+    """The blob matches its digest, but is not a tar."""
     image = build_image([b"no tar" * 1000], compression="none")
     async with opened(tmp_path) as store:
         for members in (oci_image(image), docker_members(image, "demo:1")):
@@ -870,7 +875,9 @@ async def test_a_compressed_layer_that_is_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["oci", "docker", "gzip"])
 async def test_an_archive_that_is_cut(tmp_path: Path, kind: str) -> None:
-    """At each tenth of it: an error, and a store as it was; the whole is imported after all."""
+    """The archive ends at each tenth of its length. Each time the import fails and the store stays
+    unchanged. Then the whole archive is imported.
+    """
     image = sample_image()
     members = docker_members(image, "demo:1") if kind == "docker" else oci_image(image)
     data = tar_of(members).rstrip(b"\0")
@@ -915,7 +922,7 @@ async def test_cancelled_while_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [Status.PULLING, Status.EXTRACTING, Status.PULL_COMPLETE])
 async def test_cancelled_while_unpacking(tmp_path: Path, at: Status) -> None:
-    """Whole layers may stay, and the blobs they are from; no image is there."""
+    """Whole layers and their blobs may stay, but the store has no image."""
     data = tar_of(oci_image(sample_image()))
     async with opened(tmp_path) as store:
         with trio.CancelScope() as scope:
@@ -933,7 +940,9 @@ async def test_cancelled_while_unpacking(tmp_path: Path, at: Status) -> None:
 
 
 async def test_imports_side_by_side(tmp_path: Path) -> None:
-    """More than there are threads to wait in, of one archive and of others, into one store."""
+    """More imports than waiting threads run at once, of the same and of other archives, into one
+    store.
+    """
     images = [sample_image(), IMAGE, OTHER]
     put: list[StoredImage] = []
     streams = []

@@ -111,7 +111,7 @@ def manifest_with(image: BuiltImage, **changes: object) -> bytes:
 
 
 # test_two_lists combines every state of index.json with every state of manifest.json. A Half is one
-# list with its files, `is_whole` says whether it suffices to import the image.
+# list with its files, and `is_whole` says whether the list suffices for an import.
 
 
 @attrs.frozen

@@ -1,4 +1,4 @@
-"""Archives and layouts of skopeo, podman and umoci, and ours for them."""
+"""Archives and layouts between skopeo, podman, umoci and this library."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(program: str, *arguments: str | Path) -> str:
 
 
 def skopeo_digest(image: str) -> str:
-    """The digest of the manifest that skopeo finds there."""
+    """Return the digest of the manifest that skopeo finds in an archive."""
     return json.loads(run("skopeo", "inspect", image))["Digest"]
 
 
@@ -58,7 +58,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
 
 @pytest.fixture(scope="module")
 def expected(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Node]:
-    """The files that umoci unpacks from the image."""
+    """Return the files that umoci unpacks from the image."""
     return unpacked(f"{layouts['gzip']}:latest", tmp_path_factory.mktemp("umoci"))
 
 
@@ -73,13 +73,13 @@ async def exported(store: DirectoryStore, image: StoredImage, path: Path) -> dic
 
 
 def same(ours: dict[str, Node], theirs: dict[str, Node]) -> list[str]:
-    """The differences, except for the root's time: each tool sets its own."""
+    """Compare two trees, except for the root's time, which each tool sets differently."""
     ours["."] = attrs.evolve(ours["."], mtime_ns=theirs["."].mtime_ns)
     assert len(ours) > 15
     return differences(ours, theirs)
 
 
-# Theirs, read by us.
+# Archives of other tools, read by this library.
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def same(ours: dict[str, Node], theirs: dict[str, Node]) -> list[str]:
         ("oci-archive", "gzip"),
         ("oci-archive", "zstd"),
         ("oci", "zstd"),
-        ("docker-archive", "gzip"),  # of zstd it makes none
+        ("docker-archive", "gzip"),  # skopeo writes no docker-archive with zstd layers
     ],
 )
 async def test_what_skopeo_copies(
@@ -137,7 +137,7 @@ async def test_what_podman_saves(
 async def test_what_podman_saves_in_one(
     tmp_path: Path, layouts: dict[str, Path], podman: Podman
 ) -> None:
-    """Two images of common layers, one of them by two names; from its stdout."""
+    """Podman writes two images with common layers to stdout, and one of them has two names."""
     podman.run("pull", "--quiet", f"oci:{layouts['gzip']}:latest")
     image_id = hexdigits(IMAGES["gzip"].config_descriptor.digest)
     names = ["localhost/one:1", "localhost/one:2"]
@@ -152,12 +152,12 @@ async def test_what_podman_saves_in_one(
     async with opened(tmp_path / "store") as store:
         images = await import_images(store, Stream(target.read_bytes()))
         configs = {image.reference: hexdigits(image.config.digest) for image in images}
-        # It writes all names that an image has.
+        # podman writes all names of an image.
         assert {**configs, **dict.fromkeys(names, image_id), "localhost/two:1": two} == configs
         assert image_id != two
 
 
-# Ours, read by them.
+# Archives of this library, read by other tools.
 
 
 async def put(store: DirectoryStore, image: BuiltImage) -> StoredImage:
@@ -168,7 +168,7 @@ async def put(store: DirectoryStore, image: BuiltImage) -> StoredImage:
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("format", FORMATS)
 async def test_skopeo_reads_what_we_export(tmp_path: Path, format: str, compression: str) -> None:
-    """By name; and copies it, which verifies all of it."""
+    """Skopeo finds the image by name, and its copy verifies all blobs."""
     built, target = IMAGES[compression], f"{format}:{tmp_path}/target:{NAME}"
     async with opened(tmp_path / "store") as store:
         await put(store, built)
@@ -202,7 +202,7 @@ async def test_podman_loads_what_we_export(
         await export_images(store, NAME, tmp_path / "target", format=format)
     podman.run("rmi", "--all", "--force")
     podman.run("load", "--quiet", "--input", str(tmp_path / "target"))
-    # A layout in a directory it calls by the path of that.
+    # For skopeo, an image in a layout directory is named by the directory's path.
     name = hexdigits(built.config_descriptor.digest) if format == "oci" else NAME
     shown = podman.run("image", "inspect", "--format", "{{.Id}} {{.Digest}}", name)
     identity, digest = shown.split()
@@ -217,7 +217,7 @@ async def test_podman_loads_what_we_export(
 
 
 async def test_podman_loads_schema_2(tmp_path: Path, podman: Podman) -> None:
-    """Which its OCI reader does not find by name: there is a manifest.json for that."""
+    """Podman's OCI reader does not find schema 2 by name, so podman uses the manifest.json."""
     built = sample_image(format="docker")
     async with opened(tmp_path / "store") as store:
         await put(store, built)
@@ -244,7 +244,7 @@ async def test_they_read_the_store_itself(
     async with opened(tmp_path / "store") as store:
         stored = await put(store, built)
         assert len(await files(store, stored)) > 15
-        # While it is open.
+        # skopeo reads the store while it is open.
         await trio.to_thread.run_sync(run, "skopeo", "inspect", f"oci:{source}")
     assert skopeo_digest(f"oci:{source}") == built.digest
     assert not same(unpacked(source, tmp_path), expected)

@@ -1,4 +1,4 @@
-"""Archives on the command line, as a process."""
+"""The commands import and export, as processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(path: Path, data: bytes) -> Path:
 
 
 async def test_in_and_out(tmp_path: Path) -> None:
-    """Results on stdout, progress on stderr."""
+    """Results go to stdout, and progress to stderr."""
     store, other = tmp_path / "store", tmp_path / "other"
     archive = write(tmp_path / "archive", tar_of(docker_members(IMAGE, "demo:1", "demo:2")))
     done = await run("import", archive, store=store)
@@ -72,7 +72,7 @@ async def test_in_and_out(tmp_path: Path) -> None:
 
 
 async def test_by_stdout_and_stdin(tmp_path: Path) -> None:
-    """Pipes, and files that stand in their places."""
+    """The archive goes through a pipe, or through a file as stdout and stdin."""
     store, other = tmp_path / "store", tmp_path / "other"
     done = await run("import", "-", "-q", store=store, stdin=tar_of(oci_image(IMAGE)))
     assert done.stdout.decode() == f"{NAME} linux/amd64 {IMAGE.digest}\n"
@@ -149,7 +149,7 @@ async def test_no_terminal(tmp_path: Path) -> None:
 
 
 def test_what_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line each, and exit code 1; 2 for wrong usage."""
+    """A failure is one line and exit code 1; wrong usage is exit code 2."""
     store = ["--store", str(tmp_path / "store")]
     there, archive = tmp_path / "there", tmp_path / "archive"
     there.write_bytes(b"mine")

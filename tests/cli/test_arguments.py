@@ -27,7 +27,7 @@ LAYER = SimpleNamespace(
 
 
 class FakePuller:
-    """A puller, its store, and the function that opens either. Names in `trouble` fail."""
+    """A puller, its store, and the function that opens either. Pulls of `trouble` fail."""
 
     def __init__(self) -> None:
         self.opened: list[tuple[object, dict[str, object]]] = []
@@ -49,7 +49,7 @@ class FakePuller:
         await progress(Progress("aaa", Status.PULLING))
         if reference in self.trouble:
             raise self.trouble[reference]
-        # The last one asked for is the first to be there.
+        # The last requested image is pulled first.
         await wait_all_tasks_blocked(0.0001 * (100 - len(self.pulled)))
         await progress(Progress("aaa", Status.PULL_COMPLETE))
         yield SimpleNamespace(
@@ -125,7 +125,7 @@ def test_pull_has_careful_defaults(puller: FakePuller) -> None:
 
 
 def test_a_login_file_is_named(puller: FakePuller) -> None:
-    """A name and a password come before it."""
+    """``--creds`` takes precedence over the login file."""
     assert _cli.main(["pull", "one", "-q", "--authfile", "F"]) == 0
     assert _cli.main(["pull", "one", "-q", "--authfile", "F", "--creds", "me:secret"]) == 0
     [(_, first), (_, second)] = puller.opened
@@ -281,7 +281,7 @@ def test_no_stdout(puller: FakePuller, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_stderr(
     puller: FakePuller, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nobody hears of progress and complaints, and the result is the same."""
+    """Progress and errors are lost, but the result is the same."""
     monkeypatch.setattr("sys.stderr", None)
     assert _cli.main(["pull", "one"]) == 0
     puller.trouble["two"] = NotFound("not here", host="h")
@@ -323,7 +323,7 @@ def test_images(puller: FakePuller, capsys: pytest.CaptureFixture[str]) -> None:
         "pull a --max-download-attempts 0",
         "pull a --max-download-attempts many",
         "pull a --progress loud",
-        "pull a --no-tls",  # abbreviations would bind us
+        "pull a --no-tls",  # abbreviations of options would become part of the interface
         "images extra",
     ],
 )
@@ -347,7 +347,7 @@ def test_help_and_version_leave_with_0(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", [command.name for command in _commands.COMMANDS])
 def test_each_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every argument of every command has a help text, without placeholders left in it."""
+    """Every argument of every command has a help text without unfilled placeholders."""
     parser = _cli._parser()
     [commands] = [each for each in parser._actions if isinstance(each, _SubParsersAction)]
     assert [action.dest for action in commands.choices[name]._actions if not action.help] == []

@@ -1,4 +1,4 @@
-"""The commands that ask registries and have no store: digest, tags, referrers."""
+"""The commands that only ask registries, and use no store: digest, tags, referrers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
 def fill(registry: Registry) -> tuple[str, str]:
-    """An image and its referrers; one has control characters in its type."""
+    """Put an image and its referrers into the registry. One type has control characters."""
     reference = registry.add(IMAGE, "team/app:1")
     registry.add(IMAGE, "team/app:2")
     sbom = build_artifact(b"{}", f"sbom{HOSTILE}", subject=IMAGE.descriptor)
@@ -38,7 +38,7 @@ async def test_what_a_registry_has(tmp_path: Path) -> None:
         assert line.isprintable()
         done = await run("referrers", "--artifact-type", "other", *login, store=tmp_path)
         assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 0)
-    assert not list(await trio.Path(tmp_path).iterdir())  # no store is made
+    assert not list(await trio.Path(tmp_path).iterdir())  # the commands make no store
 
 
 @pytest.mark.parametrize("command", ["digest", "tags", "referrers"])

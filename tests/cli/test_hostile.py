@@ -1,4 +1,4 @@
-"""The command line against a registry whose every word would like to rewrite the terminal."""
+"""The command line with a registry that puts control characters into every text."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from trio_layers.testing import (
     open_registry,
 )
 
-# A window's title, a screen that is cleared, C1's CSI, a name that is written from right to left,
-# an isolate, line ends, NUL, delete, a mark, a line separator.
+# A window title, clear screen, C1's CSI, right-to-left text, an isolate, line ends, NUL, delete, a
+# combining mark and a line separator.
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\r\n\0\x7f\u200f\u2028end"
-# Characters that a field may contain, and those that it must not.
+# Characters that a header field may contain, and characters that it must not contain.
 C1, BIDI, ESC = b"\x9b2J\x85", "\u202egnp\u2069".encode(), b"\x1b[2J\x07"
 OCI = "application/vnd.oci.image"
 NOWHERE = b"127.0.0.1:1"
 
 
-# The config is the first blob that is asked for.
+# A pull requests the config first, so its blob comes before the layer's.
 LAYER = ("layer", "blobs", 1)
 
 
@@ -94,7 +94,7 @@ ANSWERS: dict[str, Fault] = {
 
 
 def documents() -> Iterator[tuple[str, dict[str, object], dict[str, object]]]:
-    """Manifests and configs with something odd in one place each."""
+    """Return manifests and configs that have one odd place each."""
     digest = f"sha256:{'0' * 64}"
     descriptor = {"mediaType": f"{OCI}.config.v1+json", "digest": digest, "size": 2}
     layer = {"mediaType": f"{OCI}.layer.v1.tar", "digest": digest, "size": 2}
@@ -151,7 +151,7 @@ def documents() -> Iterator[tuple[str, dict[str, object], dict[str, object]]]:
 
 
 def tars() -> Iterator[bytes]:
-    """Layers that cannot be unpacked; their names give the reasons."""
+    """Return layers that cannot be unpacked, by the reason."""
     for kind, name, target in (
         (tarfile.REGTYPE, f"../{EVIL}", ""),
         (tarfile.REGTYPE, f"a/.wh.{EVIL}/b", ""),
@@ -182,7 +182,7 @@ def fill(registry: Registry, other: Registry) -> tuple[list[str], list[str]]:
 
     for name, fault in ANSWERS.items():
         for place, kind, skip in (("manifest", "manifests", 0), ("config", "blobs", 0), LAYER):
-            # None has a layer that another one has: they would share its download.
+            # Each image has layers of its own, since images share the download of a common layer.
             image = build_image([[File("file", data=f"{place} {name}".encode())]])
             broken.append(registry.add(image, f"{place}/{name}:1"))
             registry.inject(f"/v2/{place}/{name}/{kind}/*", fault, skip=skip, times=None)
@@ -218,7 +218,7 @@ def fill(registry: Registry, other: Registry) -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[tuple[list[str], list[str]]]:
-    """References at a registry that runs in another thread: the main one is the command's."""
+    """References to a registry in another thread, since the command runs in the main thread."""
     ready = threading.Event()
     found: list[tuple[list[str], list[str]]] = []
     stop: list[tuple[trio.lowlevel.TrioToken, trio.CancelScope]] = []
@@ -241,7 +241,7 @@ def hostile() -> Iterator[tuple[list[str], list[str]]]:
 
 
 def unfit(output: bytes) -> set[str]:
-    """Which characters are more than a line of text."""
+    """Return the characters that do not belong into a line of text."""
     return {c for c in output.decode() if c != "\n" and not c.isprintable()}
 
 
@@ -265,7 +265,7 @@ def check(out: bytes, err: bytes, references: tuple[list[str], list[str]]) -> No
 def test_a_hostile_registry(
     options: list[str], hostile: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
-    """No text changes the terminal, and every image has its line."""
+    """No text controls the terminal, and every image has its line."""
     command = [sys.executable, "-P", "-m", "trio_layers"]
     done = subprocess.run(
         [*command, "pull", *options, *arguments(tmp_path, hostile)],
@@ -319,7 +319,9 @@ def test_that_this_is_seen(
     monkeypatch: pytest.MonkeyPatch,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    """Were it not for two functions, all of this would get through."""
+    """Without the two functions that replace characters, all of these texts would reach the
+    terminal.
+    """
     for module in (_cli, _commands, _stdio):
         monkeypatch.setattr(module, "printable", str)
     for module in (tokens, transport, response, failures):

@@ -102,7 +102,7 @@ async def test_usage_error(tmp_path: Path) -> None:
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
 async def test_interrupted_in_a_download(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """The pull is cancelled in order: nothing is said, and the next one goes on."""
+    """An interrupted pull prints nothing, and the next pull goes on."""
     [*_, largest] = sorted(SAMPLE.layers, key=lambda layer: layer.descriptor.size)
     async with open_registry() as registry, trio.open_nursery() as nursery:
         reference = registry.add(SAMPLE, "demo:1")

@@ -62,7 +62,7 @@ async def run(
 
 @asynccontextmanager
 async def pulled(store: Path, image: BuiltImage = SAMPLE) -> AsyncIterator[str]:
-    """The reference of an image that is in the store, and whose registry is gone."""
+    """The reference of a stored image whose registry no longer runs."""
     async with open_registry() as registry:
         reference = registry.add(image, "demo:1")
         async with open_puller(store) as puller, puller.pull(reference):
@@ -71,7 +71,9 @@ async def pulled(store: Path, image: BuiltImage = SAMPLE) -> AsyncIterator[str]:
 
 
 async def test_what_is_not_there_is_pulled_once(tmp_path: Path) -> None:
-    """With progress, and nothing but the file on stdout; then no registry is asked."""
+    """The first ``cat`` pulls the image with progress, and prints only the file to stdout. The
+    second one asks no registry.
+    """
     async with open_registry() as registry:
         reference = registry.add(SAMPLE, "demo:1")
         done = await run("cat", reference, "/etc/os-release", store=tmp_path)
@@ -91,7 +93,7 @@ async def test_what_is_not_there_is_pulled_once(tmp_path: Path) -> None:
 
 
 async def test_cat_gives_bytes(tmp_path: Path) -> None:
-    """Any bytes, any name, links followed inside the image only."""
+    """Contents and names are any bytes, and links are followed only inside the image."""
     entries = [File("large", data=LARGE), Symlink("out", "../../../large"), File("\udcff\n")]
     async with pulled(tmp_path / "store", build_image([entries])) as reference:
         for name in ("large", "/out"):
@@ -117,7 +119,7 @@ async def test_cat_of_what_is_no_file(path: str, said: bytes, tmp_path: Path) ->
 
 
 async def test_rootfs_into_a_directory(tmp_path: Path) -> None:
-    """Once: a second time the directory is not empty."""
+    """The second call fails, since the directory is not empty."""
     store, target = tmp_path / "store", tmp_path / "root"
     async with pulled(store) as reference:
         done = await run("rootfs", reference, target, store=store)
@@ -146,7 +148,7 @@ async def test_rootfs_changes_the_directory_only_if_told(told: bool, tmp_path: P
 
 
 async def test_rootfs_to_stdout(tmp_path: Path) -> None:
-    """Through a pipe and into a file, the same tar."""
+    """A pipe and a file get the same tar."""
     async with pulled(tmp_path / "store") as reference:
         done = await run("rootfs", reference, "-", store=tmp_path / "store")
         assert (done.returncode, done.stderr) == (0, b"")
@@ -162,7 +164,7 @@ async def test_rootfs_to_stdout(tmp_path: Path) -> None:
 
 
 async def test_no_tar_to_a_terminal(tmp_path: Path) -> None:
-    """It could rewrite it."""
+    """The bytes of a tar could control the terminal."""
     main, terminal = pty.openpty()
     try:
         done = await run("rootfs", "demo", "-", store=tmp_path, stdout=terminal)
@@ -193,7 +195,7 @@ async def test_a_reader_that_leaves(command: tuple[str, str], tmp_path: Path) ->
 
 
 async def test_stdout_that_is_closed(tmp_path: Path) -> None:
-    """Nothing is written to the file that has its number by then."""
+    """A file that gets the number of the closed stdout stays unchanged."""
     async with pulled(tmp_path) as reference:
         done = await run(
             "cat",
@@ -217,7 +219,7 @@ def close_stdout() -> None:
 async def test_interrupted_while_nobody_reads(
     command: tuple[str, str], number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    """A pipe that is full holds nothing up."""
+    """A full pipe does not delay the end of the command."""
     image = build_image([[File("large", data=LARGE)]])
     async with pulled(tmp_path, image) as reference, trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
@@ -271,7 +273,7 @@ async def test_interrupted_in_the_pull(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("own", [True, False], ids=["own", "given"])
 async def test_mount(own: bool, number: signal.Signals, tmp_path: Path) -> None:
-    """It is there until a signal, which ends it in order."""
+    """The mount lasts until a signal, and the command unmounts it."""
     store, target = tmp_path / "store", tmp_path / "target"
     target.mkdir()
     arguments = () if own else (str(target),)
@@ -311,7 +313,7 @@ def is_mount(path: Path) -> bool:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 async def test_mount_with_any_name(tmp_path: Path) -> None:
-    """A path is bytes, and stdout's encoding is none of its business."""
+    """A path is bytes, and does not depend on stdout's encoding."""
     target = tmp_path / "\udcff"
     target.mkdir()
     async with pulled(tmp_path / "store") as reference, trio.open_nursery() as nursery:
@@ -348,7 +350,7 @@ async def test_usage_error(arguments: tuple[str, ...], tmp_path: Path) -> None:
 
 
 class FakePuller:
-    """Has one image, whose export lacks something; also the function that opens it."""
+    """A puller with one image, whose export is incomplete; also the function that opens it."""
 
     @asynccontextmanager
     async def __call__(self, store: object, **options: object) -> AsyncIterator[FakePuller]:
@@ -369,7 +371,7 @@ class FakePuller:
 def test_what_could_not_be_set_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Missing privilege is a warning, not a failure."""
+    """Metadata that needs more privilege causes a warning, not a failure."""
     monkeypatch.setattr(_commands, "open_puller", FakePuller())
     assert _cli.main(["rootfs", "demo", "out"]) == 0
     assert capsys.readouterr() == (

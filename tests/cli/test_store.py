@@ -1,4 +1,4 @@
-"""``rm``, ``gc`` and ``check`` as processes."""
+"""The commands ``rm``, ``gc`` and ``check``, as processes."""
 
 from __future__ import annotations
 

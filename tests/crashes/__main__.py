@@ -1,11 +1,11 @@
-"""Break pulls at random for as long as is wanted.
+"""Breaks pulls at random for a given time.
 
     PYTHONPATH=tests python -m crashes --minutes 30
 
-As root, on a machine that may mount. Each time a scenario is drawn, and how it is broken: a kill or
-a fault at any step, a kill at any time, a power cut at any step or at any time, a disk of any size.
-The last line has the counts. Each error is printed with its random choices, and makes the exit
-status 1.
+It needs root, and the right to mount. Each round takes a random scenario and a random break: a kill
+or a fault at any step, a kill at any time, a power cut at any step or at any time, a disk of any
+size. The last line has the counts. Each error is printed with its random choices, and makes the
+exit status 1.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Chance:
         return what
 
     async def step(self) -> dict[str, object]:
-        """Any step of the scenario."""
+        """Choose a random step of the scenario."""
         name = self.scenario.name
         if name not in self.steps:
             path = await self.world.store_for(self.scenario)

@@ -1,4 +1,4 @@
-"""Whether a store is whole, found out without the store's own code.
+"""Checks whether a store is whole, without the store's own code.
 
 It reads the catalog as any program would, and looks at the file of each row. From the library it
 takes only the format of ``entries`` and the computation of chain IDs.
@@ -38,12 +38,12 @@ _TYPES = {
 
 @attrs.frozen
 class Found:
-    """The result of a look at a store.
+    """The result of checking a store.
 
     Attributes:
         wrong: The violations.
         keys: The keys in the catalog, by table.
-        unclaimed: Files and trees at their places that have no row.
+        unclaimed: Files and trees without a row.
         there: Number of bytes of each blob on disk, in any place.
     """
 
@@ -54,7 +54,7 @@ class Found:
 
 
 def look_at(store: Path, *, settled: bool = False) -> Found:
-    """Look at a store that nobody has open. Nothing in it is changed, not even SQLite's log.
+    """Check a store that no process has open. The check changes nothing, not even SQLite's log.
 
     Args:
         store: The store.
@@ -65,13 +65,13 @@ def look_at(store: Path, *, settled: bool = False) -> Found:
         return Found([], {}, [], {})
     with _copied(store) as copy, closing(sqlite3.connect(copy)) as connection:
         if connection.execute("PRAGMA user_version").fetchone() == (0,):
-            return Found([], {}, [], {})  # it was never made to the end
+            return Found([], {}, [], {})  # the store's making was broken off
         return _Check(store, connection).run(settled=settled)
 
 
 @contextmanager
 def _copied(store: Path) -> Iterator[Path]:
-    """A copy of the catalog: to open the file itself would bring the log into it."""
+    """Open a copy of the catalog, since opening the file itself would checkpoint its log."""
     with tempfile.TemporaryDirectory() as place:
         for suffix in ("", "-wal", "-journal"):
             source = store / f"catalog.sqlite{suffix}"
@@ -210,7 +210,7 @@ class _Check:
             self.expect(document["config"]["digest"] == config, f"image {manifest}: config")
             if chain is None:
                 continue
-            # So it is where no layer comes compressed in two ways.
+            # This holds only if no layer comes in two compressions.
             for layer in document["layers"]:
                 self.expect(layer["digest"] in blobs, f"image {manifest} lacks {layer['digest']}")
             made = None
@@ -224,7 +224,7 @@ class _Check:
             self.expect(index is None or index in blobs, f"{reference} lacks its index")
 
     def document(self, digest: str) -> dict | None:
-        """Return a manifest or a config; errors of its blob are reported already."""
+        """Return a manifest or a config. Errors of its blob are already reported."""
         try:
             return json.loads(self.place("blobs", digest).read_bytes())
         except (OSError, ValueError):
@@ -276,7 +276,7 @@ class _Check:
         self.expect(not leases, f"leases of nobody: {leases}")
 
     def there(self) -> dict[str, int]:
-        """Of each blob, how much need not be downloaded again."""
+        """Return the number of bytes of each blob that a pull need not download again."""
         rows = dict(self.rows("SELECT digest, size FROM blobs"))
         sizes = {
             f"sha256:{name}": (self.store / "blobs" / "sha256" / name).stat().st_size

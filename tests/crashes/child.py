@@ -1,4 +1,4 @@
-"""A process that pulls as it is told, and is broken on the way.
+"""A process that pulls on request, and is broken during the pull.
 
 It serves one request after the other, each in a fork of its own, so that the slow import of the
 library happens once. Requests come as lines of JSON on its standard input. Its reports are lines of
@@ -10,8 +10,8 @@ A request has:
 
 - ``path``: the store; ``pulls``: references, each with files and their digests; with none, the
   reference is removed instead, and the garbage collected;
-- ``workers``: whether layers are unpacked in processes; else in threads, whose steps are seen;
-- ``attempts``: of each download; ``again``: if a pull fails, the fault ends, and the pull is
+- ``workers``: whether layers are unpacked in processes, or in threads, whose steps count too;
+- ``attempts``: tries for each download; ``again``: if a pull fails, the fault ends, and the pull is
   tried once more with the same open store;
 - ``mode``: the action at the steps, see `Hooks`; with ``name``, ``nth``, ``when``, ``errno``;
 - ``kill_after``: seconds after which it is killed, with its workers or without;
@@ -48,7 +48,7 @@ def say(**what: object) -> None:
             line = line[_WRITE(1, line) :]
 
 
-# As they were before there were steps.
+# The original functions, before failpoints replace them.
 _WRITE, _READ = os.write, os.read
 
 
@@ -173,7 +173,7 @@ def committed(keys: dict[str, list[str]], durable: bool) -> None:
 
 
 def watch(child: int, request: dict) -> int:
-    """Wait for its end, or bring it about."""
+    """Wait for the child's end, or kill it after a delay."""
     delay = request.get("kill_after")
     if delay is not None and signal.sigtimedwait([signal.SIGCHLD], delay) is None:
         workers = list_children(child) if request.get("kill_workers") else set()
@@ -190,7 +190,7 @@ def serve() -> None:
     while True:
         request = json.loads(listen())
         while signal.sigtimedwait([signal.SIGCHLD], 0) is not None:
-            pass  # of one that ended by itself
+            pass  # the signal is from a child that has ended by itself
         child = os.fork()
         if child == 0:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])

@@ -1,6 +1,6 @@
-"""File systems that lose power, fill up or break: ext4 on a file in memory, and small tmpfs.
+"""Disks that lose power, fill up or break: ext4 on a file in memory, and small tmpfs.
 
-All of it takes root, and leave to mount.
+All of this needs root, and the right to mount.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import pytest
 
 SIZE = 64 << 20
 
-# Nothing is written back before it is asked for: a commit of the journal is ten minutes away.
+# The kernel writes nothing back before a sync: the journal commits after ten minutes.
 LAZY = "commit=600"
 
 
 def mount(*arguments: object) -> None:
-    """Run mount; the test is skipped where that is not allowed."""
+    """Run mount. Skip the test if mounting is forbidden."""
     command = ["mount", *map(str, arguments)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -34,7 +34,7 @@ def mount(*arguments: object) -> None:
 
 
 def unmount(path: Path) -> None:
-    """Unmount it, as soon as the processes that were killed have let go of it."""
+    """Unmount a file system as soon as killed processes no longer use it."""
     for _ in range(100):
         if subprocess.run(["umount", path], stderr=subprocess.DEVNULL).returncode == 0:
             return
@@ -45,10 +45,10 @@ def unmount(path: Path) -> None:
 
 @attrs.frozen
 class Disk:
-    """An ext4 that is mounted.
+    """A mounted ext4.
 
     Attributes:
-        image: The file that is its disk, with the bytes that a power cut leaves.
+        image: The file that contains its disk, with the bytes that survive a power cut.
         path: Its mount point.
         device: Its loop device, such as ``loop0``.
     """
@@ -71,10 +71,10 @@ class Disk:
 
     def _written(self) -> tuple[str, str]:
         fields = Path(f"/sys/block/{self.device}/stat").read_text().split()
-        return fields[4], fields[8]  # writes that are done, requests that are under way
+        return fields[4], fields[8]  # completed writes, and requests under way
 
     def shut_down(self) -> None:
-        """Have the file system end here and now, as if the disk were gone."""
+        """Shut the file system down at once, as if the disk were gone."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             # EXT4_IOC_SHUTDOWN, with EXT4_GOING_FLAGS_NOLOGFLUSH.
@@ -88,7 +88,7 @@ class Disk:
 
 
 def make_ext4(image: Path, *, size: int = SIZE) -> None:
-    """An ext4 on a file, sparse."""
+    """Make an ext4 in a sparse file."""
     with open(image, "wb") as file:
         file.truncate(size)
     options = "nodiscard,lazy_itable_init=1,lazy_journal_init=1"
@@ -115,7 +115,7 @@ def make_thin_ext4(image: Path, *, size: int) -> None:
 
 
 def fill(path: Path) -> None:
-    """Write to a file until there is no space."""
+    """Write to a file until no space is left."""
     with open(path, "wb", buffering=0) as file:
         for size in (64 * 1024, 4096):
             try:
@@ -127,7 +127,7 @@ def fill(path: Path) -> None:
 
 @contextmanager
 def mounted_ext4(image: Path, path: Path, options: str = LAZY) -> Iterator[Disk]:
-    """Mount an image, as it is after a power cut or as it was made."""
+    """Mount an image, new or as a power cut left it."""
     path.mkdir(exist_ok=True)
     mount("-o", f"loop,{options}", image, path)
     try:

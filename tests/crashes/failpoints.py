@@ -1,4 +1,4 @@
-"""Every step of a process that changes the disk below a directory, by name, and a hook at each.
+"""Hooks at every step of a process that changes the disk below a directory.
 
 Only for processes that are meant to break (see ``child.py``): `install` replaces functions of `os`,
 `io` and `builtins` and the catalog's connections, and nothing restores them. A step is a call of
@@ -33,7 +33,7 @@ _WRITES = re.compile(
 )
 _WRITING = os.O_WRONLY | os.O_RDWR
 
-# The files of a holder, by their suffix.
+# The files of a process that has the store open, by their suffix.
 _HELD = re.compile(r"[0-9a-f]{16}-[0-9]+\.([a-z]+)")
 _BLOB = re.compile(r"[0-9a-f]{64}\.([a-z]+)")
 _WHAT = {"blob": "document", "partial": "partial", "lock": "lock", "index": "new index"}
@@ -59,7 +59,7 @@ Committed = Callable[[dict[str, list[str]], bool], None]
 class Steps:
     """The steps of this process in a directory.
 
-    One is taken at a time, so that a hook that waits stops all the others.
+    Only one step runs at a time, so a waiting hook stops all other steps.
 
     Args:
         root: The directory, absolute.
@@ -85,7 +85,7 @@ class Steps:
             self.hook(name, "after")
 
     def kind(self, path: object, dir_fd: int | None = None) -> str | None:
-        """Return the kind of a file; ``None`` if it is not the store's."""
+        """Return the kind of a file; ``None`` if the file is not part of the store."""
         try:
             whole = self._whole(path, dir_fd)
         except OSError:
@@ -128,7 +128,7 @@ class Steps:
 
 
 def install(steps: Steps) -> None:
-    """Have all the process's steps go through ``steps``."""
+    """Send all of the process's steps through ``steps``."""
     _watch_calls(steps)
     _watch_opening(steps)
     _watch_sync(steps)
@@ -194,7 +194,7 @@ def _watch_opening(steps: Steps) -> None:
         def __init__(self, path: object, mode: str = "r", *rest: object, **options: object) -> None:
             self._kind = steps.kind(path) if set(mode) & set("wax+") else None
             if self._kind is None or options.get("opener") is not None:
-                # An opener opens with our `os.open`.
+                # With an opener, the file is opened by the replaced `os.open`.
                 super().__init__(path, mode, *rest, **options)
                 return
             with steps.step(f"open {self._kind}"):
@@ -235,7 +235,8 @@ def _watch_sync(steps: Steps) -> None:
             return -1
 
     def asked() -> Callable[[int], int]:
-        # Before the store opens its descriptor, which gets only later failures reported.
+        # This step comes before the store opens its descriptor, which gets only later failures
+        # reported.
         with steps.step("look for syncfs"):
             return watched
 

@@ -1,4 +1,4 @@
-"""A registry, a process that breaks, and the checks of the store that it leaves."""
+"""A registry, a process that breaks, and checks of the store that is left."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MEMORY = Path("/dev/shm")
 
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
-    """A directory in memory, where there is such a thing: thousands of syncs are for nothing
-    where no power is cut.
+    """Make a directory in memory if possible: without power cuts, thousands of
+    syncs have no use.
     """
     place = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="crashes-", dir=place) as path:
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each step was taken, if it lived to tell."""
+        """Return the number of occurrences of each step, if the child survived to report it."""
         return next((each["counts"] for each in self.said if "counts" in each), {})
 
     @property
@@ -61,7 +61,7 @@ class Run:
         return next((each["hit"] for each in self.said if "hit" in each), 0)
 
     def keys(self, *, durable: bool = False) -> dict[str, list[str]]:
-        """Return the keys of the last COMMIT; ``durable``: of the last synced one."""
+        """Return the keys of the last COMMIT, or with ``durable`` of the last synced one."""
         return last_keys(self.said, durable=durable)
 
 
@@ -74,7 +74,7 @@ def last_keys(said: list[dict], *, durable: bool = False) -> dict[str, list[str]
 
 
 class World:
-    """Children that pull from a registry of our own."""
+    """Child processes that pull from a registry of the test."""
 
     def __init__(self, registry: Registry, process: trio.Process, place: Path) -> None:
         self.registry = registry
@@ -98,7 +98,7 @@ class World:
         return self.place / str(self._number)
 
     async def store_for(self, scenario: Scenario) -> Path:
-        """A new store, as it is before the scenario; it may be nothing."""
+        """Make a new store with the state that the scenario begins with, which may be empty."""
         path = self.new_path()
         if scenario.before:
             if scenario.name not in self._stores:
@@ -160,7 +160,7 @@ class World:
             names: The images to pull.
             at: Called where the child waits at a step, with the step and the earlier reports.
             said: Receives the reports as they come.
-            request: More, see ``child.py``.
+            request: More members, see ``child.py``.
         """
         pulls: list[tuple[str, dict[str, str] | None]] = []
         for name in names:
@@ -189,7 +189,7 @@ class World:
         Args:
             path: The store.
             scenario: The scenario that broke.
-            kept: Whether all written bytes are there, durable or not.
+            kept: Whether all written bytes have survived, durable or not.
             workers: Whether layers are unpacked in processes.
         """
         # The last reports of a dead process may still be unread.
@@ -292,7 +292,7 @@ async def open_world() -> AsyncIterator[World]:
                 yield world
             finally:
                 with trio.CancelScope(shield=True):
-                    os.killpg(process.pid, signal.SIGKILL)  # with its child
+                    os.killpg(process.pid, signal.SIGKILL)  # this ends its child, too
                     await process.wait()
 
 

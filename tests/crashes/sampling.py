@@ -1,4 +1,4 @@
-"""The choice among very many ways to break a pull.
+"""Chooses among the very many ways to break a pull.
 
 The suite takes those steps that make something durable or visible, once each, and a few random
 ones. With ``TRIO_LAYERS_CRASHES=all`` every test takes every step, at its first and its last
@@ -19,7 +19,7 @@ _DECISIVE = ("rename", "replace", "COMMIT", "syncfs", "fsync")
 
 @attrs.frozen
 class Point:
-    """Before or after the ``nth`` step of this name."""
+    """The moment before or after the ``nth`` step of a name."""
 
     name: str
     nth: int
@@ -34,11 +34,11 @@ class Point:
 
 
 def points(counts: Mapping[str, int], *, each: bool) -> Iterator[Point]:
-    """Where a pull is broken that took so many steps of each name.
+    """Return the points at which to break a pull that took so many steps of each name.
 
     Args:
-        counts: See there.
-        each: Whether the suite, too, wants the other names, but for those of files in trees.
+        counts: The number of steps of each name.
+        each: Whether the suite also takes all other names, except for files in trees.
     """
     for name, count in counts.items():
         if ALL:
@@ -55,5 +55,5 @@ def points(counts: Mapping[str, int], *, each: bool) -> Iterator[Point]:
 
 
 def is_decisive(name: str) -> bool:
-    """Whether it makes something durable, or visible, or the contrary."""
+    """Whether a step makes something durable or visible, or the opposite."""
     return name.startswith(_DECISIVE) and " in tr" not in name

@@ -1,4 +1,4 @@
-"""The pulls that break: small images, and stores that have some parts already."""
+"""The pulls to break: small images, and stores that already have some parts."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ _TOP = [
     File("usr/many/one", data=b"one\n"),
 ]
 _OTHER = [Directory(""), File("other", data=noise(3, 50_000))]
-# The file is in the layer below.
+# The link's target is a file in the layer below.
 _NEEDY = [Directory(""), Directory("usr"), HardLink("usr/tool2", "usr/tool", mode=0o4755)]
-# It takes srv to be root's, with mode 0755.
+# Its directory srv has no entry, so the layer assumes root as owner and mode 0755.
 _IMPLYING = [File("srv/file", data=noise(4, 5_000))]
 _LARGE = [Directory(""), File("large", data=noise(5, 2_500_000))]
 
@@ -87,7 +87,7 @@ IMAGES: dict[str, tuple[Built, dict[str, bytes]]] = {
 
 
 def wanted(name: str) -> dict[str, str]:
-    """Some files of an image, and their digests."""
+    """Return some files of an image, and their digests."""
     return {path: hashlib.sha256(data).hexdigest() for path, data in IMAGES[name][1].items()}
 
 

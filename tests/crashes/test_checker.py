@@ -43,7 +43,7 @@ def test_a_store_that_is_whole(store: Path) -> None:
     assert {table: len(keys) for table, keys in found.keys.items()} == {
         # Layers, manifests, configs, and the index of one of the two.
         "blobs": 5 + 2 + 2 + 1,
-        # One was put on two things that are below it.
+        # One layer is used above two different layers.
         "trees": 6,
         "layers": 5,
         "images": 2,

@@ -3,9 +3,9 @@
 The error is typed, nothing stored is lost, and after the fault the pull completes, with the same
 open store and with another.
 
-Faults are injected at each step, since a kernel may fail anywhere. Real ones come from a tmpfs that
-is small or has few inodes, from an ext4 that finds an error in itself, from one that is gone, and
-from one whose disk loses written bytes.
+Faults are injected at each step, since a kernel may fail anywhere. Real faults come from a tmpfs
+that is small or has few inodes, from an ext4 that finds an error in itself, from an ext4 that is
+shut down, and from an ext4 whose disk loses written bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_full(run: Run) -> bool:
 @pytest.mark.parametrize("mode", ["once", "always"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda each: each.name)
 async def test_each_step_fails(scenario: Scenario, mode: str) -> None:
-    """Once, and then the same open store pulls again; or whenever it is tried."""
+    """The step fails once, and the same open store pulls again; or it fails each time."""
     chance = random.Random(SEED)
     wrong = []
     failed = 0
@@ -64,9 +64,9 @@ async def test_each_step_fails(scenario: Scenario, mode: str) -> None:
 
 
 def steps(counts: dict[str, int], mode: str) -> list[tuple[str, int]]:
-    """The steps that fail; the suite has one of two modes for each."""
+    """Return the steps that fail. The suite takes one of two modes for each."""
     every = dict.fromkeys((point.name, point.nth) for point in points(counts, each=False))
-    # SQLite hides errors there, and looking cannot fail.
+    # SQLite hides errors there, and a step that only reads changes nothing.
     names = [each for each in every if each[0] not in ("close catalog", "look for syncfs")]
     return names if ALL else [each for each in names if each[1] == 1][mode == "once" :: 2]
 
@@ -75,7 +75,7 @@ def steps(counts: dict[str, int], mode: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("scenario", [COLD, RESUMED], ids=lambda each: each.name)
 @pytest.mark.parametrize("limit", ["size", "nr_inodes"])
 async def test_a_disk_that_is_full(scenario: Scenario, limit: str) -> None:
-    """A tmpfs that is small, or has few inodes, of all kinds of sizes."""
+    """A small tmpfs, with few bytes or few inodes, in many sizes."""
     sizes = SIZES[limit, scenario.name]
     if not ALL:
         sizes = [sizes[number * (len(sizes) - 1) // 4] for number in range(5)]
@@ -109,7 +109,7 @@ async def test_a_disk_that_is_full(scenario: Scenario, limit: str) -> None:
     assert ended == {True, False}
 
 
-# The free space, in KiB and in inodes: from too little for a store to enough.
+# The free space, in KiB and in inodes: the first is too small for a store, the last is enough.
 SIZES = {
     ("size", "cold"): range(60, 1800, 30),
     ("size", "resumed"): range(60, 5000, 100),
@@ -124,7 +124,8 @@ async def test_each_attribute_fails() -> None:
     async with open_world() as world:
         whole = await world.run(world.new_path(), COLD.pulls)
         name, failed = "setxattr in tree", 0
-        # Which is the one that is no trial differs from run to run: layers are unpacked at once.
+        # The number of the first real write differs from run to run, since layers are unpacked at
+        # once.
         for nth in 20 * [*range(1, whole.counts[name] + 1)]:
             if failed and nth == 1:
                 break
@@ -141,7 +142,7 @@ async def test_each_attribute_fails() -> None:
 @pytest.mark.parametrize("end", ["break_down", "shut_down"])
 @pytest.mark.parametrize("scenario", [COLD, RESUMED], ids=lambda each: each.name)
 async def test_a_disk_that_breaks_in_the_middle(scenario: Scenario, end: str) -> None:
-    """ext4 finds an error in itself, and is read-only from then on; or it is gone."""
+    """ext4 finds an error in itself and becomes read-only; or it is shut down."""
     chance = random.Random(SEED)
     wrong = []
     failed = 0

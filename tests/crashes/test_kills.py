@@ -1,4 +1,4 @@
-"""A pull that is killed at every step on the disk.
+"""Pulls that are killed at every step that changes the disk.
 
 Nothing committed is lost, the remains do not disturb the next pull, and no received byte is
 downloaded again.
@@ -16,7 +16,7 @@ from crashes.scenarios import SCENARIOS, Scenario
 
 SEED = 20
 
-# Steps that every pull needs; a harness that misses them would miss their errors.
+# Every pull takes these steps. If the harness does not see one, it cannot break it.
 ALWAYS = {
     "BEGIN IMMEDIATE",
     "open new index",
@@ -95,8 +95,8 @@ async def test_killed_at_each_step(scenario: Scenario) -> None:
             path = await world.store_for(scenario)
             run = await world.run(path, scenario.pulls, mode="kill", **point.request)
             killed += run.ended == -signal.SIGKILL
-            # A failing step has no "after". The number of steps of a name may be random, and so are
-            # the removal of trash and the sharing of commits.
+            # A failing step has no "after". The number of some steps is random, as are the removal
+            # of trash and the sharing of commits.
             by_chance = (
                 point.when == "after"
                 or point.nth > 1
@@ -112,7 +112,9 @@ async def test_killed_at_each_step(scenario: Scenario) -> None:
 
 
 async def test_killed_at_random_times() -> None:
-    """With workers and without; these are killed, too, or end by themselves a moment later."""
+    """With workers and without. The workers are killed, too, or end by themselves a
+    moment later.
+    """
     chance = random.Random(SEED)
     wrong = []
     killed = 0

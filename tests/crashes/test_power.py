@@ -25,12 +25,12 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to mount")
 
 @attrs.frozen
 class Cut:
-    """A disk as the power cut left it.
+    """A disk in the state that a power cut left.
 
     Attributes:
         where: The step.
         image: The disk.
-        had: The keys of the catalog that were reported as durable.
+        had: The keys in the catalog that the child reported as durable.
         pulled: The pulled names.
     """
 
@@ -42,7 +42,7 @@ class Cut:
 
 @asynccontextmanager
 async def open_disk(options: str = LAZY) -> AsyncIterator[tuple[World, Disk]]:
-    """A world, and a disk for its stores."""
+    """Open a world, and a disk for its stores."""
     with scratch_directory() as place:
         make_ext4(place / "disk.img")
         with mounted_ext4(place / "disk.img", place / "disk", options) as disk:
@@ -53,11 +53,11 @@ async def open_disk(options: str = LAZY) -> AsyncIterator[tuple[World, Disk]]:
 async def cuts_in(
     world: World, disk: Disk, scenario: Scenario, had: dict[str, list[str]], **request: object
 ) -> list[Cut]:
-    """Run a scenario on the disk, and cut the power on the way."""
+    """Run a scenario on the disk, and cut the power at some steps."""
     cuts: list[Cut] = []
 
     async def at(step: dict, said: list[dict]) -> None:
-        # Before a step is after the one before it.
+        # The state before a step is the state after the previous one.
         decisive = is_decisive(step["at"]) or step["at"] == "unlink lease file"
         if step["when"] != "after" or not (decisive or (ALL and step["nth"] == 1)):
             return
@@ -87,7 +87,7 @@ async def judge(world: World, scenario: Scenario, cut: Cut) -> list[str]:
 
 
 async def look(world: World, scenario: Scenario, cut: Cut) -> list[str]:
-    """Like `judge`, without going on from there."""
+    """Check the store like `judge`, without pulling again."""
     path = world.new_path()
     with mounted_ext4(cut.image, path):
         found = look_at(path / "store")
@@ -117,7 +117,7 @@ async def test_power_cut_at_each_step(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("without", ["syncfs", "fsync"])
 async def test_what_is_not_synced_is_lost_and_seen_to_be(without: str) -> None:
-    """Without syncs of files, or of the catalog, the checks find losses."""
+    """Without syncs of files or of the catalog, the checks must find losses."""
     cuts, wrong = await power_cuts(SCENARIOS[0], judge=look, without=[without])
     assert cuts
     assert wrong

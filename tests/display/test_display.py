@@ -47,7 +47,7 @@ async def test_plain_prints_each_action_once() -> None:
 
 
 async def test_plain_prints_an_action_that_comes_back() -> None:
-    """A second attempt is news."""
+    """The action of a second attempt is printed again."""
     words = ["Downloading", "Retrying in 1 second", "Downloading"]
     lines = await shown("plain", [Progress("a", word) for word in words])
     assert lines.splitlines() == [f"a: {word}" for word in words]
@@ -92,7 +92,7 @@ async def test_nothing_at_all_happens() -> None:
 
 
 class StuckStream(io.StringIO):
-    """A terminal that takes nothing until it is let go."""
+    """A terminal that blocks each write until it is released."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ async def test_bars_of_many_layers_draw_what_fits(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_bars_take_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are not rich's markup."""
+    """IDs are not read as rich's markup."""
     monkeypatch.setenv("TERM", "xterm")
     with open_terminal() as terminal:
         async with open_display("tty", stream=terminal.stream) as sink:
@@ -341,7 +341,7 @@ class FullPipe:
             os.set_blocking(writer, True)
 
     def read(self) -> bytes:
-        """All bytes that are in the pipe now."""
+        """Read all bytes that are in the pipe now."""
         data = os.read(self.reader, 1 << 20)
         return data.lstrip(b"x")
 

@@ -1,5 +1,5 @@
-"""Tests of modules that say ``BOTH_WAYS = True`` run twice: with sources that hand out streams, and
-with such as can be staged. Those that are about streams are marked ``streamed``.
+"""Runs the tests of modules with ``BOTH_WAYS = True`` twice: with streaming sources, and with
+sources that can be staged. Tests that are about streams are marked ``streamed``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sources for tests of single traits: their download is a function of the test."""
+"""Layer sources for tests. Each test supplies the ``download`` function."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def diff_id_of(data: bytes) -> str:
 
 
 class FakeSource:
-    """A source whose data is its key, unless ``download`` says otherwise.
+    """A source whose data is its key, unless ``download`` returns other data.
 
     Attributes:
-        staged: Whether those that are made from now on can be staged; see `conftest.py`.
+        staged: Whether sources made from now on can be staged; see `conftest.py`.
     """
 
     staged = False
@@ -72,7 +72,7 @@ class FakeSource:
 
 
 def after(seconds: float) -> Callable[[Callable], Awaitable[None]]:
-    """A download that takes its time and succeeds."""
+    """Return a download that takes this long and succeeds."""
 
     async def download(progress: Callable) -> None:
         await trio.sleep(seconds)
@@ -81,7 +81,7 @@ def after(seconds: float) -> Callable[[Callable], Awaitable[None]]:
 
 
 def failing(error: BaseException, seconds: float = 0) -> Callable[[Callable], Awaitable[None]]:
-    """A download that takes its time and fails."""
+    """Return a download that takes this long and fails."""
 
     async def download(progress: Callable) -> None:
         await trio.sleep(seconds)

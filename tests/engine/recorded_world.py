@@ -19,9 +19,9 @@ from trio_layers._memory import decompressed
 from trio_layers._nursery import open_hidden_nursery
 
 END = 1000.0
-# In how many pieces a blob arrives in a stage.
+# The number of pieces in which a blob arrives in a stage.
 PIECES = 4
-# The most that Docker's engine reads of a layer at once (Go's io.Copy).
+# The maximum that Docker's engine reads of a layer at once (Go's io.Copy).
 MOST_READ = 32 * 1024
 
 
@@ -34,11 +34,11 @@ def now() -> float:
 
 
 class ScenarioError(Exception):
-    """An error that a scenario asks for."""
+    """An error that a scenario prescribes."""
 
 
 class Body(trio.abc.ReceiveStream):
-    """A layer's bytes in the pieces, at the pace, and with the failure that a scenario says."""
+    """A layer's bytes, with the pieces, the pace and the failure that a scenario prescribes."""
 
     def __init__(self, world: World, name: str, data: bytes, spec: dict) -> None:
         self._world, self._name, self._rest, self._spec = world, name, data, spec
@@ -64,8 +64,8 @@ class Body(trio.abc.ReceiveStream):
 
 
 class FirstRead(trio.abc.ReceiveStream):
-    """Notes when the first read of Docker's store would have returned: when the 10 bytes were
-    there that are looked at before it is asked, or the end. ``None``: it was not asked.
+    """Records the time at which Docker's first read would have returned: after the 10 bytes that
+    Docker looks at before it asks its store, or at the end. ``None``: the store was not asked.
     """
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
@@ -146,7 +146,7 @@ class Source:
             if not body.startswith(sink.run.data) or spec.get("ignores_ranges"):
                 await sink.restart()
             sink.run.pace = spec.get("body", {})
-            # A download that fails brings the half of it.
+            # A failing download delivers half of its bytes.
             missing = len(body) // (1 if spec["result"] == "ok" else 2) - sink.offset
             for piece in range(PIECES):
                 begin, end = (sink.offset + missing * (piece + i) // PIECES for i in (0, 1))
@@ -206,7 +206,7 @@ class Store:
         diff_id = diff_id_of(content)
         chain = extend_chain(parent.chain_id if parent else None, diff_id)
         if chain not in self.layers:
-            # Its chain ID still shows its parent, as with the mock of moby's tests.
+            # Its chain ID still contains its parent, as with the mock in moby's tests.
             parent = None if drop_parent else parent
             self.layers[chain] = StoredLayer(self._world, diff_id, chain, parent, content)
             if parent is not None:
@@ -234,10 +234,10 @@ class Store:
             record["diff_id"] = diff_id_of(content)
             layer = await self._work_and_add(content, below)
         except DecompressionError:
-            raise  # Docker's store is not asked before the stream is open
+            raise  # Docker asks its store only after the stream is open
         except BaseException as error:
             if first.at is None:
-                raise  # nor then
+                raise  # the same holds after a cancellation
             cancelled = isinstance(error, trio.Cancelled)
             record["error"] = "context canceled" if cancelled else str(error)
             self.log["register"].append({"start": first.at, "end": now(), **record})
@@ -249,7 +249,7 @@ class Store:
         return layer
 
     def work_on(self, diff_id: str) -> dict:
-        """The time that a registration takes besides the reading."""
+        """Return the time that a registration takes in addition to the reading."""
         return self._work.get(diff_id, self._work.get("*", {}))
 
     async def put(self, content: bytes, parent: str | None) -> StoredLayer:
@@ -297,8 +297,7 @@ class Store:
 class StagingStore(Store):
     """A store that unpacks arriving bytes at the scenario's pace of reading.
 
-    It keeps nothing of a blob that has not become a layer, as the sources of a trace bring all of
-    it again.
+    It drops the bytes of a failed blob, since the sources of a trace deliver the whole blob again.
     """
 
     @asynccontextmanager
@@ -315,14 +314,14 @@ class StagingStore(Store):
             self._world.open_stages -= 1
 
     async def register(self, stream: trio.abc.ReceiveStream, *args: object) -> StoredLayer:
-        """For repeated layers only."""
+        """Register a repeated layer. Other layers use a stage."""
         assert stream._stream.name.startswith("tar of ")
         return await super().register(stream, *args)
 
 
 @attrs.define(eq=False)
 class Run:
-    """One worker and its work."""
+    """A worker and its work."""
 
     data: bytes = b""
     complete: bool = False
@@ -426,7 +425,7 @@ class Arriving(trio.abc.ReceiveStream):
         return data
 
     def _least(self) -> float:
-        """How much must be there for a read that is not the last one."""
+        """Return the number of bytes that must have arrived for any read but the last."""
         if self._run.pace is None:
             return float("inf")
         whole = "fail_after" in self._run.pace or self._run.pace.get("chunk_seconds")
@@ -472,7 +471,7 @@ class World:
             assert self.open_stages == 0
             released = list(self.store.log["release"])
             nursery.cancel_scope.cancel()
-        # Without the layers that the end of the test released.
+        # The state before the end of the test releases its layers.
         self.store.log["release"] = released
         await trio.testing.wait_all_tasks_blocked()
 

@@ -1,4 +1,4 @@
-"""Running trio in an order of scheduling that a seed decides."""
+"""Runs trio with an order of scheduling that a seed decides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def scheduling(seed: int) -> Iterator[None]:
-    """Shuffle runnable tasks, the same way each time."""
+    """Shuffle runnable tasks. The same seed gives the same order."""
     before, state = trio_run._ALLOW_DETERMINISTIC_SCHEDULING, trio_run._r.getstate()
     trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio_run._r.seed(seed)
@@ -28,7 +28,7 @@ def scheduling(seed: int) -> Iterator[None]:
 
 
 def run(main: Callable[[], Awaitable[T]], seed: int | None = None) -> T:
-    """`trio.run` on a virtual clock that starts at 0."""
+    """Call `trio.run` with a virtual clock that starts at 0."""
     clock = MockClock(autojump_threshold=0)
     if seed is None:
         seed = random.randrange(2**32)

@@ -1,4 +1,4 @@
-"""Cancellations at each place in the engine, and the state that they leave."""
+"""Cancellations at each point in the engine, and the state that they leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = Path(__file__).parents[1] / "cases" / "engine"
 
 
 class SlowStream(trio.abc.ReceiveStream):
-    """Gives one piece at once, the next ones never."""
+    """A stream that returns its first piece at once, and then blocks."""
 
     def __init__(self) -> None:
         self.closed = 0
@@ -42,7 +42,7 @@ class SlowStream(trio.abc.ReceiveStream):
 
 
 class DeafStore(MemoryStore):
-    """Takes a second for each layer, and finishes although cancelled."""
+    """A store that needs a second for each layer, and ignores cancellation."""
 
     async def register(self, stream, parent, descriptor=None):
         layer = await super().register(stream, parent, descriptor)
@@ -62,7 +62,7 @@ def outcomes(caplog: pytest.LogCaptureFixture) -> list[str]:
 def cancelled_at(
     seconds: float, sources: list[FakeSource], *, store: MemoryStore | None = None, limit: int = 3
 ) -> float:
-    """Pull, cancel the pull, and return when it had ended."""
+    """Start a pull, cancel it at a given time, and return the time of its end."""
     store = MemoryStore() if store is None else store
 
     async def main() -> float:
@@ -86,7 +86,7 @@ def _debug(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_waiting_for_a_slot(caplog: pytest.LogCaptureFixture) -> None:
-    """It leaves the queue at once and never calls ``download``."""
+    """The pull leaves the queue at once, and ``download`` is never called."""
     sources = [FakeSource("a", after(10)), FakeSource("b")]
     cancelled_at(5, sources, limit=1)
     assert outcomes(caplog) == ["context canceled"] * 2
@@ -95,7 +95,7 @@ def test_waiting_for_a_slot(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_slot_that_comes_in_the_tick_of_a_cancellation(seed: int) -> None:
-    """``download`` is not called, and the slot goes on."""
+    """The source's ``download`` is not called, and the next waiter gets the slot."""
 
     async def main() -> None:
         sources = [FakeSource("a", after(5)), FakeSource("b"), FakeSource("c", after(1))]
@@ -147,7 +147,9 @@ def test_retry_delay(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_second_attempt(caplog: pytest.LogCaptureFixture) -> None:
-    """In an attempt that comes after a delay the delay's words are over."""
+    """During a second attempt, a cancellation has the same error as in the first, not that of the
+    delay.
+    """
     attempts = iter([failing(OSError("no route")), after(100)])
 
     async def download(progress) -> None:
@@ -270,7 +272,7 @@ def test_pull_that_meets_a_stopping_transfer_waits_cancellably() -> None:
 
 
 class CancelAt(trio.abc.Instrument):
-    """Cancels a scope before a given step of any task."""
+    """An instrument that cancels a scope before a given step of any task."""
 
     def __init__(self, scope: trio.CancelScope, step: int) -> None:
         self._scope, self._left = scope, step
@@ -284,7 +286,9 @@ class CancelAt(trio.abc.Instrument):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 def test_at_every_step(seed: int, shared: bool) -> None:
-    """Wherever the scheduler is: all is closed once, released, stopped; a sharer completes."""
+    """After a cancellation at any step of the scheduler, sources are closed once, layers are
+    released and tasks have ended. A pull that shares the layers completes.
+    """
     base = b"the base"
 
     def sources() -> list[FakeSource]:
@@ -412,7 +416,9 @@ def test_manager_left_while_a_pull_waits() -> None:
 
 
 def test_what_fails_while_the_manager_is_left_does_not_come_out_of_it() -> None:
-    """Not even from a source with a nursery of its own, whose group holds both."""
+    """This holds even for a source with its own nursery, whose group contains the error and a
+    Cancelled.
+    """
 
     async def stops_badly(progress) -> None:
         async def child() -> None:
@@ -441,7 +447,7 @@ def test_what_fails_while_the_manager_is_left_does_not_come_out_of_it() -> None:
 
 
 def test_pull_cancelled_together_with_the_manager_gets_cancelled() -> None:
-    """One plain Cancelled, which the caller's own scope catches."""
+    """The caller's own scope catches a single Cancelled."""
     seen: list[BaseException] = []
 
     async def main() -> None:
@@ -478,7 +484,9 @@ class Fatal(BaseException):
 
 
 def test_base_exception_in_a_download_goes_up_through_the_manager() -> None:
-    """It is nobody's outcome: it ends the manager, in its group; pulls get ManagerClosed."""
+    """A BaseException is no outcome of a layer. It leaves the manager's block in a group, and pulls
+    get ManagerClosed.
+    """
     fatal = Fatal("stop everything")
 
     async def main() -> None:
@@ -508,7 +516,9 @@ def test_base_exception_in_a_download_goes_up_through_the_manager() -> None:
 
 
 def test_the_bodies_raise_as_they_are() -> None:
-    """Neither the manager's nursery nor the pull's shows, though transfers are running."""
+    """Errors of the block are not put in a group by the nurseries of manager or pull, even while
+    transfers run.
+    """
 
     async def main() -> None:
         started = trio.Event()
@@ -534,7 +544,7 @@ def test_the_bodies_raise_as_they_are() -> None:
 
 
 def test_do_not_retry_after_cancellation_is_no_outcome_for_a_new_pull() -> None:
-    """A later pull starts afresh."""
+    """A later pull downloads the layer again."""
 
     async def main() -> None:
         store = MemoryStore()

@@ -1,4 +1,4 @@
-"""Sharing, order, errors and limits beyond the recorded traces."""
+"""Shared transfers, order, errors and limits, beyond the recorded traces."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ SEEDS = pytest.mark.parametrize("seed", range(10))
 
 @SEEDS
 def test_failing_bottom_layer_with_another_queued(seed: int) -> None:
-    """At limit 2 the third layer's download is never called: the pull lets go of it before the
-    failing layer's slot is given back.
+    """With two slots, the third layer's download is never called, since the pull leaves that
+    transfer before the failing layer frees its slot.
     """
 
     async def main() -> None:
@@ -86,7 +86,7 @@ def test_equal_keys_on_two_bases_are_two_transfers(seed: int) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(["ab", "c"], ["a", "bc"]), (["a:b"], ["a", "b"])])
 def test_keys_are_not_joined(first: list[str], second: list[str]) -> None:
-    """Keys that would spell the same text one after another do not meet."""
+    """Two pairs of keys stay different even if their concatenations are equal."""
 
     async def main() -> None:
         async with (
@@ -109,7 +109,7 @@ def test_keys_are_not_joined(first: list[str], second: list[str]) -> None:
 
 @SEEDS
 def test_joined_child_whose_parent_another_pull_started_and_gives_up(seed: int) -> None:
-    """A transfer holds its parent: the pull that is left gets both, downloaded once."""
+    """A transfer keeps its parent: the remaining pull gets both layers, each downloaded once."""
 
     async def main() -> None:
         theirs = [FakeSource("a", after(5)), FakeSource("b", after(1)), FakeSource("c", after(1))]
@@ -140,8 +140,8 @@ def test_joined_child_whose_parent_another_pull_started_and_gives_up(seed: int) 
 
 @SEEDS
 def test_joined_child_while_its_finished_parent_is_downloaded_afresh(seed: int) -> None:
-    """The parent has left the table; the child is still there to be joined, and stays when
-    the pull that started it gives up.
+    """The parent has left the table, but the child can still be joined. It stays when the pull that
+    started it gives up.
     """
 
     async def main() -> None:
@@ -298,7 +298,9 @@ def test_store_is_not_asked_for_what_is_above_a_missing_layer() -> None:
 
 @SEEDS
 def test_repeated_layer_holds_what_it_is_read_from(seed: int) -> None:
-    """The pull that repeats it is gone when it is read: another one wants it still."""
+    """A repeated layer keeps the layer that it is read from, even if the first pull is gone by then
+    and only another one needs it.
+    """
 
     async def main() -> None:
         store = MemoryStore()
@@ -358,7 +360,9 @@ def test_stream_of_a_repeated_layer_is_closed_though_the_store_does_not_read_it(
 
 @SEEDS
 def test_repeated_layer_takes_no_slot(seed: int) -> None:
-    """It moves nothing: with two slots the third download does not wait for it."""
+    """A repeated layer downloads nothing, so with two slots the third download does not wait for
+    it.
+    """
     started: list[float] = []
 
     async def last(progress) -> None:
@@ -458,7 +462,7 @@ COMPRESSIONS = {
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_compressions(name: str) -> None:
-    """The store finds out by the magic bytes; the diff ID is that of the plain data."""
+    """The store recognises the compression by its magic bytes. The diff ID is of the plain data."""
     data = b"some data of a layer" * 1000
     packed = COMPRESSIONS[name](data)
 
@@ -478,7 +482,7 @@ def test_compressions(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in COMPRESSIONS if name != "none"])
 def test_damaged_compressions(name: str) -> None:
-    """Damage in the beginning and damage further on have words of their own."""
+    """Damage at the beginning and damage later have different messages."""
     packed = COMPRESSIONS[name](b"some data of a layer" * 1000)
 
     async def pull(data: bytes) -> RegistrationError:
@@ -545,7 +549,9 @@ def test_stream_that_fails(good: int, text: str) -> None:
 
 @SEEDS
 def test_each_pull_gets_an_error_of_its_own(seed: int) -> None:
-    """By type and fields if it is ours, as TransferError if not; the original is the cause."""
+    """One of our errors keeps its type and fields; any other becomes a TransferError. The original
+    is the cause.
+    """
     ours = VerificationError("differs", digest="sha256:12")
     foreign = OSError(5, "Input/output error")
     errors: dict[Exception, list[Exception]] = {ours: [], foreign: []}
@@ -716,7 +722,7 @@ def test_close_that_fails_is_logged_and_the_others_are_closed(
 
 @pytest.mark.streamed
 def test_descriptor_is_handed_to_the_store() -> None:
-    """A repeated layer has the descriptor of the one whose data it is."""
+    """A repeated layer has the descriptor of the layer from which its data is read."""
     first, second = (
         Descriptor("application/octet-stream", diff_id_of(data), 1) for data in (b"1", b"2")
     )

@@ -10,7 +10,7 @@ from trio_layers._engine.reader import LayerReader
 
 
 class Reads(trio.abc.ReceiveStream):
-    """Gives so many bytes at such a time; ``None``: fails then."""
+    """A stream that returns these numbers of bytes at these times. ``None``: fail at this time."""
 
     def __init__(self, *reads: tuple[float, int | None]) -> None:
         self._reads = list(reads)
@@ -28,7 +28,7 @@ class Reads(trio.abc.ReceiveStream):
 
 
 def reports(size: int, *reads: tuple[float, int | None]) -> list[tuple[float, int, bool]]:
-    """(time, current, last) of each report, while the stream is read to its end or failure."""
+    """Read the stream to its end or failure, and return (time, current, last) of each report."""
     seen: list[tuple[float, int, bool]] = []
 
     async def main() -> None:
@@ -64,7 +64,7 @@ def test_more_than_512_kib(size: int) -> None:
 
 
 def test_at_most_every_tenth_of_a_second() -> None:
-    """A step that falls into the pause is counted as taken, though nobody hears of it."""
+    """Bytes read during the pause count, although they are not reported."""
     seen = reports(1000, (0, 20), (0.06, 20), (0.2, 5), (0.3, 20), (0.4, 20), (1, 0))
     assert seen == [(0, 20, False), (0.3, 65, False), (0.4, 85, False), (1, 85, True)]
 

@@ -1,4 +1,4 @@
-"""Progress: the events that each sink gets, and the harm that a bad sink can do."""
+"""Progress: the events that each sink gets, and the effects of a faulty sink."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SinkError(Exception):
 
 
 def counting(steps: int, seconds: float = 1.0):
-    """A download that reports its steps, at an even pace."""
+    """Return a download that reports its steps at an even pace."""
 
     async def download(progress) -> None:
         for step in range(1, steps + 1):
@@ -99,7 +99,9 @@ def test_sink_that_stalls_holds_up_neither_its_layers_nor_others(seed: int) -> N
 
 
 def test_sink_stuck_before_its_layers_are_asked_for_is_freed_by_a_failure() -> None:
-    """The second layer is never asked for, the failure of the first ends the pull at once."""
+    """The second layer is never requested, because the failure of the first one ends the pull at
+    once.
+    """
 
     async def sink(progress: Progress) -> None:
         if progress.id == "b":
@@ -122,8 +124,8 @@ def test_sink_stuck_before_its_layers_are_asked_for_is_freed_by_a_failure() -> N
 def test_result_does_not_wait_for_a_layer_below_that_is_not_needed(
     seed: int, watched: bool
 ) -> None:
-    """A layer that was joined stands on another pull's; our own below it goes on, for others
-    or since it is slow to stop.
+    """A joined layer stands on another pull's layers, so the result does not wait for our own layer
+    below it. That layer continues if others need it, or until it has stopped.
     """
 
     async def deaf(progress) -> None:
@@ -231,7 +233,7 @@ def test_failing_pull_hands_over_the_last_event_to_idle_sinks_and_waits_for_none
 def test_sink_that_fails_when_it_is_cancelled_does_not_hide_why_its_pull_failed(
     action: str,
 ) -> None:
-    """Not even with a nursery of its own, whose group holds the cancellation too."""
+    """This holds even for a sink with its own nursery, whose group contains the Cancelled, too."""
 
     async def sink(progress: Progress) -> None:
         async def child() -> None:
@@ -282,7 +284,7 @@ def test_equal_publications_are_each_delivered() -> None:
 
 
 def test_progress_after_the_end_is_ignored() -> None:
-    """A source that reports late cannot bring a finished layer back."""
+    """A late report of a source cannot show a finished layer again."""
     seen: list[Progress] = []
     keep: list = []
 
@@ -332,7 +334,7 @@ def test_id_is_each_watchers_own(seed: int) -> None:
 
 
 def test_many_events_on_a_slow_sink_take_bounded_memory_and_linear_steps() -> None:
-    """100,000 publications are no queue: a sink that is slow sees a few of them."""
+    """100,000 events are not queued: a slow sink sees only a few of them."""
     seen = 0
 
     async def sink(progress: Progress) -> None:
@@ -372,7 +374,7 @@ def test_pull_without_sink_needs_no_tasks_for_it() -> None:
 
             nursery.start_soon(pull)
             await trio.sleep(1)
-            # The pull, and a task for each transfer.
+            # One task for the pull, and one for each transfer.
             assert trio.lowlevel.current_statistics().tasks_living - before == 51
 
     run(main)

@@ -40,7 +40,7 @@ def _staged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Store(MemoryStore):
-    """A store with stages that a test has changed."""
+    """A store whose stages the test has changed."""
 
     def __init__(self, change: Callable[[MemoryStage], object]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Store(MemoryStore):
 
 
 def failing_at(seconds: float, error: Exception, *, key: str | None = None) -> Store:
-    """A store whose worker fails at some time with any bytes."""
+    """Return a store whose worker fails at a given time, with any bytes."""
 
     def change(stage: MemoryStage) -> None:
         async def wait_failed() -> Exception:
@@ -74,7 +74,9 @@ def failing_at(seconds: float, error: Exception, *, key: str | None = None) -> S
 
 
 def failed_at(store: MemoryStore, sources: list, error: type[Exception], text: str) -> float:
-    """When a pull fails, with that error, and has not announced another attempt just then."""
+    """Return the time of a pull's failure. The pull has this error, and announced
+    no other attempt.
+    """
     words: list[str] = []
 
     async def sink(event: Progress) -> None:
@@ -98,7 +100,7 @@ def failed_at(store: MemoryStore, sources: list, error: type[Exception], text: s
 def pulled(
     store: MemoryStore, *sources: ScriptedSource | FakeSource, cancel_at: float | None = None
 ) -> list[tuple[float, str, int, int]]:
-    """The reports of one pull, all layers together."""
+    """Return the reports of one pull for all layers."""
     events: list[tuple[float, str, int, int]] = []
 
     async def sink(event: Progress) -> None:
@@ -117,7 +119,7 @@ def pulled(
     return events
 
 
-# The purpose of stages.
+# The gain in time.
 
 
 def scenario(*layers: dict, concurrency: int = 3) -> dict:
@@ -141,7 +143,7 @@ def scenario(*layers: dict, concurrency: int = 3) -> dict:
 
 
 def ends(made: dict) -> tuple[float, float]:
-    """When a pull ends, streamed and staged."""
+    """Return the times at which a pull ends, streamed and staged."""
     found = []
     for staged in (False, True):
         world = World(made, staged=staged)
@@ -152,8 +154,8 @@ def ends(made: dict) -> tuple[float, float]:
 
 
 def test_unpacking_overlaps_with_the_download() -> None:
-    """Six pieces, half a second each, and two seconds more: of the former only the last is left
-    when all has arrived.
+    """Six pieces take half a second each, and unpacking them two seconds in all. Only the last
+    piece's unpacking is left after the download.
     """
     layer = {"seconds": 8, "body": {"chunk": 10, "chunk_seconds": 0.5}}
     assert ends(scenario(layer)) == (8 + 6 * 0.5 + 2, 8 + 2 * 0.5 + 2)
@@ -191,11 +193,11 @@ def test_extracting_shows_after_download_complete_and_starts_at_what_is_unpacked
     ]
 
 
-# Which way is taken.
+# The choice between streaming and staging.
 
 
 class Plain:
-    """A layer store, and no more."""
+    """A layer store without any optional methods."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.get, self.register, self.release = store.get, store.register, store.release
@@ -233,7 +235,7 @@ def test_descriptor_is_handed_to_the_store() -> None:
 
 
 class Shared(MemoryStore):
-    """A store that another process brings the blob to, as far as it is told."""
+    """A store that receives a blob from another process, as the test says."""
 
     def __init__(self, *brought: int, complete: bool = True) -> None:
         super().__init__()
@@ -253,7 +255,9 @@ class Shared(MemoryStore):
 
 
 def test_who_waits_for_another_process_shows_its_progress() -> None:
-    """As a download of its own, which is complete when the other's is."""
+    """The wait looks like a download of its own, and completes with the other
+    process's download.
+    """
     source = ScriptedSource(b"0123456789")
     events = pulled(Shared(4, 8, 10), source)
     assert events[:4] == [
@@ -284,7 +288,7 @@ def test_who_waited_goes_on_where_the_other_ended() -> None:
 
 
 def test_who_waits_has_waited_for_its_slot_before() -> None:
-    """… and a pull that is cancelled while it waits hears no more of it."""
+    """… and a cancelled waiter gets no more reports."""
     store = Shared(3, 4, 5)
     sources = [ScriptedSource(name * 10) for name in (b"a", b"b", b"c", b"d")]
     events = pulled(store, *sources, cancel_at=2.5)
@@ -326,7 +330,7 @@ def test_resumed_where_a_cancelled_pull_ended() -> None:
 
 
 def test_blob_that_is_all_there_is_not_downloaded() -> None:
-    """It arrived for a pull that was cancelled while its parent was missing."""
+    """The blob arrived for a pull that was cancelled before its parent arrived."""
     store = MemoryStore()
     slow, first, second = (
         ScriptedSource(data, attempts=[Attempt(seconds=seconds)])
@@ -334,7 +338,7 @@ def test_blob_that_is_all_there_is_not_downloaded() -> None:
     )
     pulled(store, slow, first, cancel_at=5)
     words = [word for _, word, *_ in pulled(store, second)]
-    # Those between may come together.
+    # The states between these may be reported together.
     assert (words[0], words[-1]) == ("Pulling fs layer", "Pull complete")
     assert {*words[1:-1]} <= {"Download complete", "Extracting"}
     assert (first.calls, second.calls, second.closes) == (1, 0, 1)
@@ -342,7 +346,7 @@ def test_blob_that_is_all_there_is_not_downloaded() -> None:
 
 @SEEDS
 def test_bytes_of_two_attempts_are_never_mixed(seed: int) -> None:
-    """Of a server that cannot resume, whose first answer was cut off, and wrong."""
+    """The server cannot resume, and its first response was both cut short and wrong."""
     data, wrong = gzip.compress(b"right" * 5000), gzip.compress(b"wrong" * 5000)
     source = ScriptedSource(
         data,
@@ -455,7 +459,8 @@ TEXT = b"".join(b"%d " % number for number in range(5000))
 
 
 def test_damage_is_no_failure_before_the_verification() -> None:
-    """Damaged bytes may not be the blob: the download fails, and another one brings it.
+    """Bytes that cannot be unpacked may not be the blob's. The download fails its verification, and
+    another attempt brings the right bytes.
 
     The same happens without staging.
     """
@@ -503,7 +508,7 @@ def test_damage_of_a_verified_blob_is_final(beginning: bool) -> None:
 
 
 def test_memory_stage_tells_of_damage_once_the_blob_is_complete() -> None:
-    """Neither before, nor of bytes that were dropped."""
+    """Damage is not reported before the blob is complete, and dropped bytes do not count."""
 
     async def main() -> None:
         source = FakeSource("a")
@@ -522,7 +527,7 @@ def test_memory_stage_tells_of_damage_once_the_blob_is_complete() -> None:
                 await stage.restart()
             await stage.write(damaged(gzip.compress(TEXT)))
             await trio.testing.wait_all_tasks_blocked()
-            # The one that waits, and no worker but the last, which is through.
+            # The waiting task, and only the last worker's, which has finished.
             assert trio.lowlevel.current_statistics().tasks_living == tasks
             await stage.finish(lambda count: None)
             await trio.testing.wait_all_tasks_blocked()
@@ -572,7 +577,7 @@ def test_disk_that_is_full_while_bytes_arrive_fails_as_itself() -> None:
     [(VerificationError("differs", digest="sha256:1"), 2), (StoreFull("free some"), 1)],
 )
 def test_what_finish_raises_is_a_failed_attempt(error: LayersError, calls: int) -> None:
-    """Its bytes may have been dropped: then all is downloaded again."""
+    """The stage may have dropped its bytes, so the whole blob is downloaded again."""
     errors = [error]
 
     def change(stage: MemoryStage) -> None:
@@ -659,7 +664,9 @@ def test_store_that_loses_the_parents() -> None:
 
 
 def stuck(name: str, *, shield: bool = False) -> Callable[[MemoryStage], None]:
-    """Stages with a method that waits; in vain, or, deaf to it, until second 7."""
+    """Return stages with a method that waits for ever, or that ignores cancellation
+    until second 7.
+    """
 
     def change(stage: MemoryStage) -> None:
         method: Callable[..., Awaitable[object]] = getattr(stage, name)
@@ -739,7 +746,7 @@ def test_cancelled_as_it_enters(deaf: bool, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_cancelled_as_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
-    """After the commit: the layer is given back."""
+    """A cancellation after the commit releases the layer."""
 
     class Leaving(MemoryStore):
         @asynccontextmanager
@@ -786,12 +793,12 @@ def test_download_deaf_to_it_is_not_committed(caplog: pytest.LogCaptureFixture) 
     assert outcomes == ["layer registration cancelled"]
 
 
-# How many are open.
+# The number of open stages.
 
 
 def test_no_more_stages_are_unfinished_than_there_are_slots() -> None:
-    """A layer that waits for its slot has no stage; one that waits for its parent has one that
-    has nothing left to do.
+    """A layer that waits for its slot has no stage. The stage of a layer that waits for its parent
+    has finished its work.
     """
     open_now: set[MemoryStage] = set()
     most = [0, 0]

@@ -1,7 +1,7 @@
 """The engine against recorded traces of Docker's engine.
 
-The traces are those of `tests/cases/engine`, and those in the directory that
-``TRIO_LAYERS_CASES`` names. `FORMAT.md` beside the files says how to compare.
+The traces are in `tests/cases/engine`, and in the directory that ``TRIO_LAYERS_CASES`` names.
+`FORMAT.md` beside the files says how to compare.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ IN_BOTH_WAYS = pytest.mark.parametrize("staged", [False, True], ids=["streamed",
 @IN_BOTH_WAYS
 @pytest.mark.parametrize("path", FILES, ids=[f"{i}-{p.stem}" for i, p in enumerate(FILES)])
 def test_trace(path: Path, staged: bool) -> None:
-    """A recorded scenario, replayed under many orders of scheduling, ends as recorded; with
-    layers that are unpacked while they arrive it ends likewise, and no later.
+    """A recorded scenario ends as recorded under many orders of scheduling. With layers that are
+    unpacked while they arrive, it ends likewise, and no later.
     """
     trace = json.loads(path.read_text())
     if trace["scenario"]["manager"].get("max_attempts") == 0:
-        # Docker's engine tries once; for ours nothing is left to compare.
+        # Docker's engine makes one attempt; ours refuses the value, so there is nothing to compare.
         with pytest.raises(ValueError, match="max_download_attempts"):
             run(World(trace["scenario"], staged=staged).play)
         return
     expected = trace["ours"] if trace.get("quirk") else trace["expected"]
-    # An empty list means that the reference forgot it, except where the trace is ours already.
+    # An empty list means that Docker's engine forgot to close, except in traces of our own engine.
     recorded_close = trace["expected"]["descriptor_close"]
     for seed in SEEDS:
         world = World(trace["scenario"], staged=staged)
@@ -63,7 +63,7 @@ def test_trace(path: Path, staged: bool) -> None:
 
 
 def test_every_file_is_an_item(request: pytest.FixtureRequest) -> None:
-    """Not fewer traces are run than there are files."""
+    """Each trace file is one test."""
     items = [item for item in request.session.items if item.name.startswith("test_trace[")]
     selected = request.config.getoption("keyword") or any(
         "::" in arg for arg in request.config.args
@@ -158,7 +158,7 @@ def staged_differences(world: World, expected: dict, recorded_close: dict) -> li
             seen = ours["progress"].get(layer, [])
             must_wait = waits_for_slot(world, name, layer)
             if ours["error"] is not None:
-                # It is unpacked before it is registered.
+                # The layer is unpacked before it is registered.
                 while seen and seen[-1][1] == "Extracting":
                     seen = seen[:-1]
             if not same_words(seen, [rounded(event) for event in events], must_wait):
@@ -188,7 +188,7 @@ def staged_differences(world: World, expected: dict, recorded_close: dict) -> li
 
 
 def later_or_more(what: str, ours: list, theirs: list, may_lack_from: float | None) -> list[str]:
-    """Problems with records of ``ours`` that are missing, later or too many.
+    """Return the problems with records of ``ours`` that are missing, later or too many.
 
     Both arguments are lists of [time, ...]. Records of ``theirs`` at ``may_lack_from`` or later
     may be missing in ``ours``.
@@ -209,7 +209,7 @@ def later_or_more(what: str, ours: list, theirs: list, may_lack_from: float | No
 
 
 def out_of_order(ours: list, theirs: list) -> list[str]:
-    """Problems with registrations of ``ours`` in the opposite order to ``theirs``.
+    """Return the problems with registrations of ``ours`` in the opposite order to ``theirs``.
 
     Both arguments are lists of [time, chain, parent], in which a chain may occur repeatedly.
     """
@@ -224,7 +224,7 @@ def out_of_order(ours: list, theirs: list) -> list[str]:
 
 
 def by_occurrence(records: list) -> list[tuple[float, tuple[str, int]]]:
-    """Each registration's time, with its chain and the count of earlier ones."""
+    """Return each registration's time, by its chain and its number among those of this chain."""
     seen: Counter[str] = Counter()
     result = []
     for time, chain, _ in records:
@@ -234,7 +234,7 @@ def by_occurrence(records: list) -> list[tuple[float, tuple[str, int]]]:
 
 
 def registrations(log: dict) -> list:
-    """[time, chain, parent] of each successful registration, in order of time."""
+    """Return [time, chain, parent] of each successful registration, in order of time."""
     return [
         [record["end"], record["chain"], record["parent"]]
         for record in sorted(log["register"], key=lambda record: record["end"])
@@ -249,7 +249,7 @@ def same_words(ours: list, theirs: list, must_wait: bool | None) -> bool:
     """
 
     def optional(index: int) -> bool:
-        # Repeated words, and not only words that may come together.
+        # The words must be repeated in the trace, not only words that may come together.
         again = index > 0 and theirs[index - 1][1] == theirs[index][1]
         return (
             again
@@ -280,7 +280,7 @@ def by_text(records: list) -> list[str]:
 
 
 def as_floats(record):
-    """Numbers as JSON may have written them, 1 for 1.0, made equal."""
+    """Convert integers to floats, since JSON may have 1 for 1.0."""
     if isinstance(record, dict):
         return {key: as_floats(value) for key, value in record.items()}
     if isinstance(record, list):
@@ -291,7 +291,7 @@ def as_floats(record):
 
 
 def known_error(error: str | None, world: World) -> str | None:
-    """A registration's error; for damaged gzip just that there is one."""
+    """Return a registration's error. For damaged gzip, return only that there is an error."""
     if error in (None, "context canceled") or not has_gzip(world.scenario):
         return error
     return "an error"
@@ -307,7 +307,7 @@ def has_gzip(scenario: dict) -> bool:
 
 
 def beginning(error: str | None) -> str:
-    """An error's text up to the words of the decompression library."""
+    """Return an error's text up to the words of the decompression library."""
     return str(error).split(": ")[0]
 
 
@@ -324,12 +324,12 @@ def waits_for_slot(world: World, pull: str, layer: str) -> bool | None:
     events = world.pulls[pull]["progress"].get(layer)
     if not starts or not events:
         return None
-    # It is asked for when the sink has taken "Pulling fs layer".
+    # The layer is requested when the sink has taken "Pulling fs layer".
     return min(starts) > rounded(events[0][0] + (spec.get("output_seconds") or 0))
 
 
 def same_progress(ours: list, theirs: list, must_wait: bool | None) -> bool:
-    """Whether ``ours`` is ``theirs`` without some of those entries that may be left out."""
+    """Whether ``ours`` is ``theirs`` without some of the entries that may be left out."""
 
     def optional(index: int) -> bool:
         return may_be_left_out(theirs, index, must_wait)
@@ -353,7 +353,7 @@ def is_thinned(
     optional: Callable[[int], bool],
     same: Callable[[list, list], bool],
 ) -> bool:
-    # reachable: how many of theirs may be used up after each of ours.
+    # reachable: the possible numbers of used entries of theirs after each entry of ours.
     reachable = {0}
     for event in ours:
         following = set()

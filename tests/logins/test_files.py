@@ -29,7 +29,7 @@ def one(auth: str) -> str:
 
 
 def file(*keys: str, **members: object) -> LoginFile:
-    """One whose entries have their own key as name."""
+    """Return a login file in which each entry's user name is its key."""
     entries = {key: {"username": key, "password": "p"} for key in keys}
     return parse_login_file(json.dumps({"auths": entries, **members}).encode())
 
@@ -65,7 +65,7 @@ def test_a_file_that_is_wrong(text: str) -> None:
         parse_login_file(text.encode())
     assert SECRET not in repr(caught.value)
     assert auth(SECRET)[:10] not in repr(caught.value)
-    # The decoder's own error has the whole text.
+    # The decoder's own error contains the whole text of the file.
     assert not hasattr(caught.value.__context__, "doc")
 
 
@@ -85,12 +85,12 @@ def test_a_file_that_is_wrong(text: str) -> None:
     ],
 )
 def test_files_that_docker_takes(text: str, expected: dict[str, Credentials]) -> None:
-    """As Go reads JSON."""
+    """Docker reads these files, since Go's JSON reader accepts them."""
     assert parse_login_file(text.encode()).entries == expected
 
 
 def test_names_need_not_be_utf8() -> None:
-    """They are sent as they are in the file."""
+    """A user name's bytes are sent as they are in the file."""
     text = base64.b64encode(b"j\xfcrgen:\xff").decode()
     parsed = parse_login_file(json.dumps({"auths": {"r": {"auth": text}}}).encode())
     assert parsed.entries["r"].basic() == f"Basic {text}"
@@ -145,7 +145,7 @@ def test_podmans_keys(keys: list[str], repository: str, found: str) -> None:
 
 
 def test_helpers_in_podmans_file() -> None:
-    """A registry's helper comes first; docker's store of all comes last."""
+    """A registry's own helper comes first, and ``credsStore`` last."""
     helpers = file("r.io/a", credHelpers={"r.io": "h"}, credsStore="s")
     assert find_as_podman(helpers, "r.io/a") == Login(helper="h", server="r.io")
     stores = parse_login_file(
@@ -164,7 +164,7 @@ def test_a_registry_without_helper() -> None:
 
 
 def test_the_environment() -> None:
-    """It comes before the file, by the very name."""
+    """DOCKER_AUTH_CONFIG comes before the file, and counts for exact names only."""
     environment = parse_environment('{"auths": {"r.io": {"auth": "dTpw"}}}')
     assert find_as_docker(file("r.io"), "r.io", environment).credentials == Credentials("u", "p")
     assert find_as_docker(file("r.io:5000"), "r.io:5000", environment).key == "r.io:5000"
@@ -184,7 +184,7 @@ def test_the_environment() -> None:
     ],
 )
 def test_an_environment_that_is_wrong(text: str) -> None:
-    """Docker takes less there than in a file."""
+    """Docker accepts fewer members in the variable than in a file."""
     with pytest.raises(ValueError, match=r"it (is|has|may)|of auths") as caught:
         parse_environment(text)
     assert SECRET not in repr(caught.value)

@@ -1,4 +1,4 @@
-"""The lookup of logins: its places, its number, and errors of files and helpers."""
+"""The lookup of logins: order of sources, number of calls, and errors of files and helpers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def username(logins: LoginFiles) -> str | None:
 
 
 async def test_the_order(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many logins the first counts, as each of them appears."""
+    """The first of many logins counts. Each source is added in turn."""
     assert await username(LoginFiles()) is None
     paths = [home.auth[1], home.auth[0], home.docker_config]
     for number, path in enumerate(paths):
@@ -92,7 +92,9 @@ async def test_a_wrong_variable(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Docker goes on to its file; a wrong file is an error in any case."""
+    """Docker ignores a malformed variable and reads its file; a malformed file is
+    always an error.
+    """
     write(home.docker_config, "docker")
     monkeypatch.setenv(
         "DOCKER_AUTH_CONFIG", '{"auths": {"r.example": {"password": "canary-5ecret"}}}'
@@ -129,7 +131,7 @@ async def test_files_that_cannot_be_read(
 
 
 async def test_a_file_is_read_once(home: Home) -> None:
-    """Refused credentials, which may have expired, are looked up once more."""
+    """After a refusal the file is read once more, since the credentials may have expired."""
     write(home.docker_config, "first")
     logins = LoginFiles()
     first = await logins(R)
@@ -143,16 +145,16 @@ async def test_a_file_is_read_once(home: Home) -> None:
 
 
 async def test_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
-    """A shell may give one for a file. It can be waited for no longer."""
+    """A shell may pass a pipe as the file. A cancellation ends the wait for it."""
     os.mkfifo(tmp_path / "pipe")
     with trio.move_on_after(0.05) as scope:
         await LoginFiles(tmp_path / "pipe")(R)
     assert scope.cancelled_caught
-    os.close(os.open(tmp_path / "pipe", os.O_RDWR))  # the thread that was left behind
+    os.close(os.open(tmp_path / "pipe", os.O_RDWR))  # the abandoned thread
 
 
 async def test_a_helper_is_asked_once(home: Home) -> None:
-    """Many repositories share one lookup; refused credentials get another one."""
+    """Many repositories share one call of the helper; refused credentials cause another call."""
     store(home)
     home.add_helper("desk", {"r.example": ["user", "one"]})
     logins = LoginFiles()
@@ -178,7 +180,7 @@ async def test_a_helper_is_asked_once(home: Home) -> None:
 
 
 async def test_what_a_helper_does_not_know(home: Home) -> None:
-    """It is remembered, and podman's files are looked into."""
+    """The helper's "not found" is remembered, and podman's files are read."""
     store(home)
     home.add_helper("desk", {})
     write(home.auth[0], "podman")
@@ -189,7 +191,7 @@ async def test_what_a_helper_does_not_know(home: Home) -> None:
 
 
 async def test_a_registry_token_beside_a_helper(home: Home) -> None:
-    """Helpers do not know of them: docker keeps the file's."""
+    """Helpers cannot return registry tokens, so docker uses the file's."""
     home.docker_config.write_text(
         json.dumps({"credsStore": "desk", "auths": {"r.example": {"registrytoken": "t"}}})
     )
@@ -247,7 +249,7 @@ async def test_one_failure_for_all(home: Home) -> None:
 async def test_helpers_that_cannot_be_run(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name is no path, and no program is taken from where the process happens to be."""
+    """A helper's name cannot be a path, and no program is taken from the working directory."""
     home.add_program("docker-credential-none", "no program")
     (tmp_path / "docker-credential-here").write_text("#!/bin/sh\n")
     (tmp_path / "docker-credential-here").chmod(0o755)
@@ -267,7 +269,7 @@ async def test_helpers_that_cannot_be_run(
 
 
 async def test_a_helper_that_does_not_answer(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its time."""
+    """A helper has a time limit."""
     monkeypatch.setattr(helpers, "HELPER_TIMEOUT", 0.1)
     store(home)
     home.add_program("docker-credential-desk", "#!/bin/sh\nexec sleep 1000\n")
@@ -276,7 +278,7 @@ async def test_a_helper_that_does_not_answer(home: Home, monkeypatch: pytest.Mon
 
 
 async def test_a_helper_that_nobody_waits_for(home: Home, tmp_path: Path) -> None:
-    """It is ended before the cancelled call returns."""
+    """The helper has ended before the cancelled call returns."""
     store(home)
     started = tmp_path / "started"
     os.mkfifo(started)

@@ -1,5 +1,5 @@
-"""docker-registry behind a login, with logins that skopeo and podman wrote: nothing is ours but
-the token server, whose tokens docker-registry verifies.
+"""Logins that skopeo and podman wrote, for a docker-registry with a login. Only the token server is
+ours, and docker-registry verifies its tokens.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from trio_layers.testing import sample_image
 pytestmark = pytest.mark.integration
 
 USER, PASSWORD, WRONG = "canary", "canary-5ecret", "canary-wrong"
-# By crypt(3), bcrypt with the least cost.
+# Hashed by crypt(3): bcrypt with the lowest cost.
 HTPASSWD = "canary:$2y$05$abcdefghijklmnopqrstuuacxD6pG5D5/pUUuKTQTOXjjnFrzV11K\n"
 SAMPLE = sample_image()
 
 
 @attrs.frozen
 class Guarded:
-    """An image behind a login."""
+    """An image in a registry that requires a login."""
 
     registry: DockerRegistry
     reference: str
@@ -52,7 +52,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def basic(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[Guarded]:
-    """docker-registry that wants a name and a password."""
+    """A docker-registry that requires a user name and a password."""
     directory = tmp_path_factory.mktemp("htpasswd")
     (directory / "htpasswd").write_text(HTPASSWD)
     auth = f"auth: {{htpasswd: {{realm: here, path: {directory / 'htpasswd'}}}}}\n"
@@ -62,7 +62,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[Gu
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[Guarded]:
-    """docker-registry that wants a token, which skopeo gets to push."""
+    """A docker-registry that requires a token. skopeo gets one to push the image."""
     directory = tmp_path_factory.mktemp("tokens")
     with run_token_server(**{USER: PASSWORD}) as server:
         auth = server.config(directory / "root.pem")
@@ -73,7 +73,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[G
 
 @pytest.fixture
 def server(tokens: Guarded) -> TokenServer:
-    """The token server, as if nobody had asked it yet."""
+    """The token server, without its earlier requests."""
     server = tokens.tokens
     assert server is not None
     server.requests.clear()
@@ -111,7 +111,7 @@ def log_in(program: str, guarded: Guarded, file: Path) -> None:
 async def test_a_login_of_another_program(
     program: str, basic: Guarded, home: Home, canaries: Canaries, tmp_path: Path
 ) -> None:
-    """The written login is found in its usual place."""
+    """The login is found where the other program writes it by default."""
     log_in(program, basic, home.auth[0])
     logins = LoginFiles()
     await pull(basic, tmp_path / "store", logins)
@@ -121,7 +121,7 @@ async def test_a_login_of_another_program(
 async def test_a_credential_helper(
     basic: Guarded, home: Home, canaries: Canaries, tmp_path: Path
 ) -> None:
-    """Asked once in all of a pull, for the registry with its port."""
+    """The helper is called once in a pull, for the registry with its port."""
     home.docker_config.write_text(json.dumps({"credsStore": "desk"}))
     home.add_helper("desk", {basic.registry.host: [USER, PASSWORD]})
     await pull(basic, tmp_path / "store", LoginFiles())
@@ -157,7 +157,7 @@ async def test_expired_credentials_of_a_helper(
 
 
 async def test_no_login(basic: Guarded, home: Home, tmp_path: Path) -> None:
-    """Nobody is logged in, or another registry's entry is there: a login is asked for."""
+    """Without a login, or with a login for another registry, the pull asks for one."""
     home.docker_config.write_text(
         json.dumps({"auths": {"127.0.0.1:1": {"username": USER, "password": PASSWORD}}})
     )
@@ -168,7 +168,7 @@ async def test_no_login(basic: Guarded, home: Home, tmp_path: Path) -> None:
 async def test_tokens_for_a_password(
     tokens: Guarded, server: TokenServer, home: Home, canaries: Canaries, tmp_path: Path
 ) -> None:
-    """Docker's file has a password: the token server is asked by GET, once for the pull."""
+    """With a password in docker's file, the token server is asked by GET, once for the pull."""
     auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
     home.docker_config.write_text(
         json.dumps({"auths": {f"https://{tokens.registry.host}/v1/": {"auth": auth}}})
@@ -206,7 +206,7 @@ async def test_tokens_for_an_identity_token(
 async def test_a_token_server_without_post(
     tokens: Guarded, server: TokenServer, canaries: Canaries, tmp_path: Path, status: int
 ) -> None:
-    """It takes an identity token for a password, as in a GET of containerd's."""
+    """The token server takes an identity token as password in a GET, as for containerd."""
     server.post_status = status
     server.refresh_tokens["canary-refresh"] = USER
     canaries.add(":canary-refresh")
@@ -218,7 +218,7 @@ async def test_a_token_server_without_post(
 async def test_a_registry_token(
     tokens: Guarded, server: TokenServer, home: Home, canaries: Canaries, tmp_path: Path
 ) -> None:
-    """It is the token: nobody is asked for another."""
+    """A registry token is sent as it is, and no token server is asked."""
     token = server.signer.token(USER, ["repository:team/app:pull"])
     canaries.add(token)
     file = tmp_path / "auth.json"
@@ -236,7 +236,7 @@ async def test_a_registry_token(
 async def test_wrong_passwords(
     tokens: Guarded, server: TokenServer, canaries: Canaries, tmp_path: Path
 ) -> None:
-    """The token server's refusal comes out, and names it."""
+    """The error is the token server's refusal, and names the token server."""
     canaries.add(f"{USER}:{WRONG}")
     with pytest.raises(AuthenticationError, match=r"answered 401 .*who are you\?") as caught:
         await pull(tokens, tmp_path / "store", Credentials(USER, WRONG))
@@ -245,8 +245,8 @@ async def test_wrong_passwords(
 
 
 async def test_tokens_that_are_not_taken_any_more(layout: Path, tmp_path: Path) -> None:
-    """The registry trusts another key from now on, so that the token it took before is refused
-    in the middle of its time: there is a new one, of which the pull does not notice anything.
+    """The registry trusts another key from now on, and so refuses an unexpired token. The pull gets
+    another token and succeeds.
     """
     credentials = Credentials(USER, PASSWORD)
     with run_token_server(**{USER: PASSWORD}) as server:
@@ -266,7 +266,9 @@ async def test_tokens_that_are_not_taken_any_more(layout: Path, tmp_path: Path) 
 
 
 async def test_the_command_line(basic: Guarded, home: Home, tmp_path: Path) -> None:
-    """``--authfile`` names a file; without it, the user's own count; nothing shows a secret."""
+    """``--authfile`` names a file; without it, the user's own files count; no output shows a
+    secret.
+    """
     file = tmp_path / "elsewhere.json"
     log_in("skopeo", basic, file)
     done = await run("pull", "-v", "--authfile", str(file), basic.reference)

@@ -1,6 +1,6 @@
 """Compares a store's catalog with its files on the disk.
 
-It knows the store's format from its description alone, and uses nothing of the package.
+It implements the documented format itself, and imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def problems(root: Path, *, closed: bool = True) -> Iterator[str]:
-    """Return the differences; ``closed``: no process has the store open or makes anything in it."""
+    """Return the differences. With ``closed``, no process has the store open or writes to it."""
     connection = sqlite3.connect(f"file:{root}/catalog.sqlite?mode=ro", uri=True)
     try:
         yield from _rows_and_files(root, connection)

@@ -3,7 +3,7 @@
 ``pull``: four tasks pull random images in random order. If it is disturbed, they cancel some pulls.
 Each event is a line, and the last line has the numbers of pulled and cancelled images.
 
-The works in `BESIDES` repeat beside them until a line comes in.
+The works in `BESIDES` repeat until a line comes in.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ async def collect(store: DirectoryStore, chance: random.Random, references: list
 
 
 async def remove(store: DirectoryStore, chance: random.Random, references: list[str]) -> int:
-    """Let there be something to collect."""
+    """Remove images, so that there is something to collect."""
     await store.remove(chance.choice(references))
     return await collect(store, chance, references)
 
@@ -99,7 +99,7 @@ async def go_on_beside(do: Beside, path: str, seed: str, references: list[str]) 
         print(json.dumps({"ready": True}), flush=True)
 
         async def wait_for_the_end() -> None:
-            for _ in range(2):  # one to begin, one to end
+            for _ in range(2):  # one line to begin, one to end
                 await trio.to_thread.run_sync(sys.stdin.readline)
             ended.set()
 

@@ -54,7 +54,7 @@ LAYERS: list[list[dict[str, object]]] = [
 
 
 class Bytes(trio.abc.ReceiveStream):
-    """Some bytes, at once."""
+    """A source with all its bytes at once."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -71,7 +71,7 @@ class Bytes(trio.abc.ReceiveStream):
 async def fill(
     store: DirectoryStore, layers: Iterable[Sequence[dict[str, object]]] = LAYERS
 ) -> ChainID | None:
-    """Register layers, given by the entries of their tars, on each other."""
+    """Register layers on each other. Each is given by the entries of its tar."""
     chain: ChainID | None = None
     for entries in layers:
         chain = (await store.register(Bytes(archive(*entries)), chain)).chain_id
@@ -79,9 +79,9 @@ async def fill(
 
 
 def mounts_below(directory: Path) -> list[str]:
-    """Where something is mounted, in the order it was."""
+    """Return the mount points below a path, in the order of their mounts."""
     lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    # Characters that would end a field are three octal digits: proc_pid_mountinfo(5).
+    # Characters that would end a field are written as three octal digits: proc_pid_mountinfo(5).
     points = [line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines]
     inside = str(directory).encode() + b"/"
     return [point.decode() for point in points if point.startswith(inside)]
@@ -96,7 +96,7 @@ def unmount_below(directory: Path) -> list[str]:
 
 
 def unmount(path: Path) -> None:
-    """It fails if something in it is still in use; it goes all the same."""
+    """Detach a mount. Fail if a file in it is still open."""
     try:
         subprocess.run(["umount", path], check=True)
     except subprocess.CalledProcessError:

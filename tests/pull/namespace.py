@@ -1,4 +1,4 @@
-"""A process that gives up root, and mounts in a user namespace of its own: run by test_mount."""
+"""A process without root that mounts in its own user namespace; test_mount runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
 def shown(entries: list[Entry]) -> list[Entry]:
-    """The files that a user can keep on a disk: owned, reachable and run by the user."""
+    """Return the files that an unprivileged user can keep on a disk, with this user as owner."""
     return [
         attrs.evolve(
             entry,
@@ -58,10 +58,10 @@ def refused(store: str) -> None:
 
 
 def enter_namespace() -> None:
-    """Be root in a user namespace, with a mount namespace that belongs to it."""
+    """Enter a user namespace as its root, with a mount namespace that belongs to it."""
     libc = ctypes.CDLL(None, use_errno=True)
     uid, gid = os.getuid(), os.getgid()
-    # A process that changed its user is not the owner of its own files in /proc.
+    # After a change of its user, a process does not own its files in /proc.
     libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0:
         print(f"no user namespace ({os.strerror(ctypes.get_errno())})")
@@ -72,7 +72,9 @@ def enter_namespace() -> None:
 
 
 def in_child(function: object, *args: str) -> int:
-    """A namespace takes a process with one thread, and trio's threads linger."""
+    """Run in a forked child, since only a process with one thread may enter a user namespace, and
+    trio's threads linger.
+    """
     if (child := os.fork()) == 0:
         status = 1
         try:

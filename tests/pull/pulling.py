@@ -1,7 +1,7 @@
 """A process that pulls: ``pulling.py STORE LIMIT REFERENCE…``.
 
-It says ``{"ready": true}``, waits for a line, then pulls all references at once, and writes each
-event, and each image that has come, in a line. An image is held until all have come.
+It prints ``{"ready": true}``, waits for a line, and then pulls all references at once. It prints
+each event and each pulled image as a line. It holds each image until all are pulled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared tools of the tests of several pullers on one store."""
+"""Helpers for tests with several pullers on one store."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ MIB = 1024 * 1024
 
 
 def layer_of(name: str, size: int) -> BuiltLayer:
-    """A layer whose blob is a bit larger than that, and compresses no further."""
+    """Make a layer whose blob is slightly larger than ``size``, of incompressible bytes."""
     return build_layer([File(name, random.Random(name).randbytes(size))])
 
 
 def asked(registry: Registry, image: BuiltImage) -> dict[str, list[tuple[str, int]]]:
-    """The requests for each of an image's layers: which range, and how much of it was sent."""
+    """Return the requests for each of an image's layers: the range, and the number
+    of sent bytes.
+    """
     layers = {layer.descriptor.digest for layer in image.layers}
     requests = defaultdict(list)
     for exchange in registry.requests:
@@ -39,7 +41,7 @@ def asked(registry: Registry, image: BuiltImage) -> dict[str, list[tuple[str, in
 
 @attrs.define
 class Pulling:
-    """A process that pulls. Its output is read as it comes."""
+    """A running process that pulls. Its output is read line by line."""
 
     process: trio.Process
     _read: bytes = b""
@@ -49,7 +51,7 @@ class Pulling:
         await self.process.stdin.send_all(b"go\n")
 
     async def next_line(self) -> dict | None:
-        """Return its next line; ``None`` if it has ended."""
+        """Return the next line of its output; ``None`` after its end."""
         assert self.process.stdout is not None
         while b"\n" not in self._read:
             data = await self.process.stdout.receive_some()
@@ -60,14 +62,14 @@ class Pulling:
         return json.loads(line)
 
     async def wait_until(self, **what: object) -> dict:
-        """Wait until it says something like that; numbers are the least that will do."""
+        """Wait until the process reports such an event; numbers are minimums."""
         while line := await self.next_line():
             if all(_is(line.get(key), value) for key, value in what.items()):
                 return line
         raise AssertionError(f"it has ended, and never said {what}")
 
     async def wait_ended(self) -> list[dict]:
-        """All that it still says."""
+        """Return the remaining output at the end of the process."""
         said = []
         while line := await self.next_line():
             said.append(line)
@@ -85,14 +87,14 @@ def _is(found: object, value: object) -> bool:
 async def pulling(
     store: Path, *references: str, limit: int = 3, go: bool = True
 ) -> AsyncIterator[Pulling]:
-    """Such a process; killed at the end of the block, if it has not ended by then."""
+    """Run a process that pulls, and kill it at the end of the block if it still runs."""
     async with running(SCRIPT, str(store), str(limit), *references, go=go) as this:
         yield this
 
 
 @asynccontextmanager
 async def running(script: Path, *arguments: str, go: bool = True) -> AsyncIterator[Pulling]:
-    """The same of another script that says when it is ready, and waits for a line."""
+    """Run another script that prints when it is ready, and waits for a line."""
     command = [sys.executable, script, *arguments]
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()

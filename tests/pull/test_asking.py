@@ -1,4 +1,4 @@
-"""Requests of the registry client besides pulls, to docker-registry."""
+"""Requests of the registry client to docker-registry, other than for pulls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SBOM = "application/spdx+json"
 
 
 async def test_docker_registry(docker_registry: DockerRegistry, tmp_path: Path) -> None:
-    """2.8 has no API for referrers: there it is the tag."""
+    """Version 2.8 has no API for referrers, so the client uses the tag."""
     image = build_image([[]])
     image.write_oci_layout(tmp_path / "layout")
     references = [docker_registry.push(tmp_path / "layout", f"beyond/app:{n}") for n in "123"]
@@ -49,7 +49,9 @@ async def test_docker_registry(docker_registry: DockerRegistry, tmp_path: Path) 
 async def test_docker_registry_goes_on_where_a_blob_was_cut(
     docker_registry: DockerRegistry, tmp_path: Path
 ) -> None:
-    """By its own entity tag, and from a sink of another client, which knows none."""
+    """The client resumes with the blob's entity tag, and also with a sink of another client,
+    without the tag.
+    """
     content = random.Random(0).randbytes(5_000_000)
     image = build_image([[File("noise", data=content)]], compression="none")
     image.write_oci_layout(tmp_path / "layout")

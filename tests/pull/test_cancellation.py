@@ -61,7 +61,7 @@ PATIENCE = 30
 
 @attrs.frozen
 class AskToWait(Fault):
-    """A 429, and the event to set when it was answered."""
+    """A fault that answers 429, and sets an event."""
 
     answered: trio.Event = attrs.field(factory=trio.Event)
 
@@ -72,8 +72,8 @@ class AskToWait(Fault):
 
 
 class Internet:
-    """A registry that wants tokens and asks to wait, and a storage elsewhere, which does, too, and
-    which it redirects to for blobs.
+    """A registry that requires tokens and asks to wait. It redirects requests for blobs to a
+    storage host, which asks to wait, too.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Internet:
         self.name = self.registry.add(BUILT, "library/demo:latest")
         self.storage.add(BUILT, "library/demo:latest")
         self.registry.inject("*/blobs/*", Redirect(self.storage.url), times=None)
-        # The first one is without a token.
+        # The first request has no token.
         self.waits = [AskToWait(), AskToWait()]
         self.registry.inject("*/manifests/*", self.waits[0], skip=1)
         self.storage.inject(f"*/{BUILT.layers[1].descriptor.digest}", self.waits[1])
@@ -96,7 +96,7 @@ class Internet:
         return [*self.registry.requests, *self.storage.requests]
 
     async def pass_time(self, clock: MockClock) -> None:
-        """Let time pass where it is waited for, and nowhere else."""
+        """Advance the clock only where a task waits for time."""
 
         async def pass_for(wait: AskToWait) -> None:
             await wait.answered.wait()
@@ -109,7 +109,7 @@ class Internet:
 
 
 def check_network(internet: Internet, client: RegistryClient) -> None:
-    """No answer is open, and no slot is held."""
+    """Check that no response is open, and that no slot is held."""
     assert all(exchange.ended for exchange in internet.exchanges)
     now = client.statistics()
     assert (now.active, now.waiting) == (0, 0)
@@ -120,7 +120,7 @@ def visible(store: DirectoryStore) -> dict[str, bytes]:
 
 
 def contents(store: DirectoryStore) -> list[str]:
-    """All names in the directories that layers go through."""
+    """Return all names in the directories that layers pass through."""
     places = ("blobs/sha256", "trees/sha256", "ingest")
     return sorted(name for place in places for name in os.listdir(store.path / place))
 
@@ -138,7 +138,7 @@ async def pull(puller: Puller, reference: str) -> None:
 
 
 async def pull_at(store: DirectoryStore, internet: Internet, at: int, met: set[str]) -> bool:
-    """Pull, cancelled at a moment, and again; whether the moment came."""
+    """Pull, cancel the pull at a moment, and pull again. Return whether the moment came."""
     async with internet.client() as http, open_puller(store, client=http) as puller:
         with trio.CancelScope() as scope, moments(scope, at, below=True) as countdown:
             await pull(puller, internet.name)
@@ -148,7 +148,7 @@ async def pull_at(store: DirectoryStore, internet: Internet, at: int, met: set[s
         assert store.statistics().references == 0
         assert visible(store).items() <= RIGHT.items()
         assert (await store.check()).problems == ()
-        # Earlier bytes are used, or do no harm.
+        # The next pull uses earlier bytes, or ignores them.
         await pull(puller, internet.name)
         check_network(internet, puller._registry)
         assert visible(store) == RIGHT
@@ -157,8 +157,8 @@ async def pull_at(store: DirectoryStore, internet: Internet, at: int, met: set[s
 
 
 async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
-    """No answer is open, no slot, layer or lease is held, nothing is visible but whole blobs, and
-    the next pull gives the image.
+    """After a cancellation no response is open, no slot, layer or lease is held, and only whole
+    blobs are visible. The next pull returns the image.
     """
     met: set[str] = set()
     more = True
@@ -168,7 +168,7 @@ async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
         async with open_with_threads(tmp_path) as store:
             empty = contents(store)
             more = await pull_at(store, internet, at, met)
-            # Nobody holds anything any more: then all of it can go.
+            # No process holds a lease any more, so a collection removes everything.
             await store.remove(internet.name)
             await store.collect()
             assert contents(store) == empty
@@ -181,9 +181,9 @@ async def test_a_pull(tmp_path: Path, mock_clock: MockClock) -> None:
             nursery.start_soon(attempt, at)
         if not more:
             break
-    # Each of these takes more moments than the stride.
+    # Each of these functions has more moments than the stride.
     assert {"_resolve", "sleep", "hold_lock", "open_ingest", "fetch_blob", "write"} <= met
-    # This one takes fewer.
+    # This function has fewer moments than the stride.
     assert STRIDE > 1 or "finish" in met
     assert {"_build", "commit", "put_image"} <= met
     gc.collect()
@@ -211,7 +211,8 @@ async def test_the_registry_alone(autojump_clock: MockClock) -> None:
         sinks = [MemorySink() for _ in BUILT.layers]
         async with (
             internet.client() as http,
-            # One layer waits for the slots of the others.
+            # The third layer waits for a slot, since the client has fewer connections than there
+            # are layers.
             open_registry_client(client=http, max_connections=2) as client,
         ):
             with trio.CancelScope() as scope, moments(scope, at, below=True) as countdown:
@@ -233,7 +234,7 @@ async def test_the_registry_alone(autojump_clock: MockClock) -> None:
 async def test_a_token_that_others_wait_for(autojump_clock: MockClock) -> None:
     """The task that fetches the token is cancelled at each moment.
 
-    Another waiting task fetches it then, and all others get it.
+    Then another waiting task fetches it, and all others get it.
     """
     asked: set[int] = set()
     for at in itertools.count(1):

@@ -1,4 +1,4 @@
-"""Eight processes with four pulls each, on one store that is collected all the while.
+"""Eight processes make four pulls each, on one store that another process collects.
 
 Images, cancellations and kills are random, but the same in every run, as far as the machine allows.
 ``TRIO_LAYERS_CONTENTION=600`` goes on for so many seconds, with other seeds, and prints the events.
@@ -44,8 +44,8 @@ def layer(number: int, size: int, *more: LayerEntry) -> BuiltLayer:
 
 
 BASE = layer(0, MIB // 2, File("base", b"base"))
-# Files in an unlisted directory, and links to files below, are unpacked once more where the
-# assumptions do not hold.
+# Layers with files in unlisted directories, and with links to files below. They are unpacked again
+# if their parent differs from the assumption.
 OTHERS = [
     layer(1, MIB // 4, File("implied/one", b"1")),
     layer(2, 5 * MIB // 2),
@@ -58,7 +58,7 @@ OTHERS = [
 
 
 def images(seed: str) -> list[BuiltImage]:
-    """Images that overlap: some of the layers, in any order."""
+    """Make overlapping images of some of the layers, in any order."""
     chance = random.Random(seed)
     return [
         build_image([BASE, *chance.sample(OTHERS, chance.randrange(2, len(OTHERS)))])
@@ -68,7 +68,7 @@ def images(seed: str) -> list[BuiltImage]:
 
 @pytest.fixture
 def counts(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Counter]:
-    """The counts of a test; printed on request."""
+    """The counts of a test, which ``-s`` prints."""
     counts: Counter[str] = Counter()
     yield counts
     if SECONDS:
@@ -77,7 +77,7 @@ def counts(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -
 
 
 async def contend(path: Path, seed: str, *, disturbed: bool, beside: str) -> Counter[str]:
-    """Let them contend, then check the store; return the counts."""
+    """Let the processes contend, then check the store, and return the counts."""
     built = images(seed)
     counts: Counter[str] = Counter()
     async with open_registry() as registry:
@@ -113,7 +113,7 @@ async def contend(path: Path, seed: str, *, disturbed: bool, beside: str) -> Cou
 
 
 async def read_lines(process: Pulling, count: int) -> dict | None:
-    """The last thing that it says; ``None`` if it has said so much before."""
+    """Return the last line of a process's output; ``None`` if there was only the first."""
     last: dict = {}
     while count and (line := await process.next_line()):
         last = line
@@ -130,7 +130,7 @@ def each_came_at_most_once(registry: Registry, built: list[BuiltImage]) -> None:
 
 
 async def all_is_there(path: Path, references: list[str]) -> None:
-    """Nothing is damaged, and images that were collected come again."""
+    """Check that there is no damage, and that collected images can be pulled again."""
     assert list(problems(path, closed=False)) == []
     async with open_puller(path) as puller:
         for reference in references:
@@ -157,14 +157,14 @@ async def contend_for_long(
 
 
 async def test_nothing_is_downloaded_twice(tmp_path: Path, counts: Counter) -> None:
-    """… without cancellations. The items that each process holds are not collected."""
+    """No pull is cancelled here. A process's leases keep its items from being collected."""
     await contend_for_long(tmp_path, counts, disturbed=False, beside="collect")
     assert counts["pulled"] == 4 * PROCESSES * counts["rounds"]
     assert counts["collect done"] > counts["rounds"]
 
 
 async def test_nothing_is_lost_whoever_dies(tmp_path: Path, counts: Counter) -> None:
-    """Nor where images are removed all the while."""
+    """This holds even while images are removed."""
     await contend_for_long(tmp_path, counts, disturbed=True, beside="remove")
     for what in ("pulled", "killed", "cancelled", "remove removed"):
         assert counts[what] > 0

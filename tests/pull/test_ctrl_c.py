@@ -37,7 +37,7 @@ IMAGE = build_image([[File(f"{n}-{i}", bytes(100_000)) for i in range(5)] for n 
 
 @pytest.mark.parametrize("lines", [1, 6, None])
 async def test_ctrl_c_while_an_image_is_pulled(lines: int | None, tmp_path: Path) -> None:
-    """Send Ctrl-C after ``lines`` lines of output; ``None``: in the pull's block."""
+    """Send Ctrl-C after this number of lines of output; ``None``: in the block of the pull."""
     async with open_registry() as registry:
         reference = registry.add(IMAGE, "library/sample:1")
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), reference]

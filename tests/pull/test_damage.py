@@ -1,4 +1,4 @@
-"""Damage in a store: the advice in the error repairs the image."""
+"""Damage in a store. The advice in the error's message repairs the image."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ async def test_a_tree_for_one_parent_is_mended(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_blob_is_told_when_it_is_unpacked_again(tmp_path: Path) -> None:
-    """The error does not blame the registry: the arriving blob was verified."""
+    """The error does not blame the registry, since the blob was verified on arrival."""
     image = build_image([[File("a", data=b"a")], [HardLink("b", "a")]])
     other = build_image([[File("a", data=b"other")], [HardLink("b", "a")]])
     async with open_registry() as registry, open_puller(tmp_path) as puller:
@@ -205,7 +205,7 @@ async def test_a_damaged_blob_is_told_when_it_is_unpacked_again(tmp_path: Path) 
 
 
 async def test_a_layer_that_is_registered_again_is_mended(tmp_path: Path) -> None:
-    """Also by `DirectoryStore.register`, which takes a layer that was unpacked before as it is."""
+    """`DirectoryStore.register` of a stored layer also repairs its damage."""
     layer = build_layer([File("etc/motd", b"hello")])
     async with open_store(tmp_path) as store:
         registered = await store.register(MemoryStream(layer.content), None, layer.descriptor)

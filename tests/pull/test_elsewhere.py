@@ -1,4 +1,4 @@
-"""Blobs that a real docker-registry does not send itself: redirects, and foreign layers."""
+"""Blobs from other servers than docker-registry: redirects, and foreign layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trio_layers.testing import BuiltImage, File, build_image
 
 USER, PASSWORD = "us", "canary-5ecret"
 CREDENTIALS = Credentials(USER, PASSWORD)
-# The same by bcrypt, with the least cost.
+# The same, hashed by bcrypt with the lowest cost.
 BCRYPT = "$2y$05$abcdefghijklmnopqrstuuacxD6pG5D5/pUUuKTQTOXjjnFrzV11K"
 BIG = random.Random(2).randbytes(400_000)
 FOREIGN = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
@@ -91,7 +91,7 @@ async def test_a_registry_that_redirects_to_its_storage(
 
 
 def made_foreign(built: BuiltImage, urls: Sequence[str]) -> BuiltImage:
-    """The same image, whose first layer is to be had elsewhere."""
+    """Return the same image with a first layer that has a URL elsewhere."""
     document = json.loads(built.manifest)
     document["layers"][0] |= {"mediaType": FOREIGN, "urls": list(urls)}
     manifest = json.dumps(document).encode()
@@ -134,7 +134,7 @@ async def test_a_foreign_layer(
                 for kind in ("oci-archive", "docker-archive"):
                     target = tmp_path / f"{kind}.tar"
                     await export_images(puller.store, reference, target, format=kind)
-            # It asks for it, once, when the second URL has broken off.
+            # The client asks the registry once, after the second URL broke off.
             asked = [
                 each for each in registry.requests()[pushed:] if layer.descriptor.digest in each
             ]

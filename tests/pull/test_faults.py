@@ -86,13 +86,13 @@ class Row:
 
     Attributes:
         fault: The fault.
-        once: The error of a document's pull, if the fault hits once; ``None``: no error.
+        once: The error of a pull, if the fault hits a document once; ``None``: no error.
             A layer is tried again, unless the error is in `final`.
         document_attempts: The number of requests for a document, if the fault hits each time.
-        always: The error of a pull if it hits each time; ``None``: it is no fault.
+        always: The error of a pull, if the fault hits each time; ``None``: no error.
         final: The places without another attempt. One exception: a wrong blob that came in one
             piece is requested once more.
-        places: The requests where it makes sense.
+        places: The requests that the fault can hit.
         most: Requests in an attempt: one more with credentials, or without a range.
         tokens: Whether the registry wants tokens when all is well.
     """
@@ -108,12 +108,12 @@ class Row:
 
 
 def transient(fault: Fault, always: Wrong | None = RegistryError, **more: object) -> Row:
-    """A fault that a retry overcomes after one hit, also for documents."""
+    """Return the row of a fault that a retry overcomes after one hit, also for documents."""
     return Row(fault, None, always, document_attempts=MAX_ATTEMPTS, **more)  # type: ignore[arg-type]
 
 
 def dance(fault: Fault) -> Row:
-    """It ends well if it ends."""
+    """Return the row of a login dance that must end; if it ends, the pull succeeds."""
     return Row(fault, None, AuthenticationError, final=BLOBS, most=3, tokens=True)
 
 
@@ -196,7 +196,7 @@ GRID = [
 
 
 def sources(store: Path) -> dict[str, bytes]:
-    """All blobs that are visible."""
+    """Return all visible blobs."""
     return {path.name: path.read_bytes() for path in (store / "blobs" / "sha256").iterdir()}
 
 
@@ -221,7 +221,9 @@ async def attempt(
     processes: bool = False,
     stall_limit: float = 0.3,
 ) -> Exception | None:
-    """Unpacked in threads, since to start a process takes longer than all the rest."""
+    """Pull once. Layers are unpacked in threads, since starting processes would take longer than
+    the rest.
+    """
     opened = open_with_threads(path)
     try:
         with trio.fail_after(60):
@@ -244,12 +246,12 @@ async def attempt(
 
 
 def asked(registry: Registry, place: str) -> int:
-    """How often it was."""
+    """Return the number of requests at this place."""
     return sum(fnmatchcase(exchange.path, PLACES[place]) for exchange in registry.requests)
 
 
 async def keep_a_half(path: Path, registry: Registry, reference: str) -> None:
-    """The bytes that an earlier pull has left of the layer."""
+    """Let a failed pull leave half of the layer's bytes."""
     registry.inject(PLACES["rest"], Cut(HALF))
     registry.inject(PLACES["rest"], Drop(), times=None)
     assert isinstance(await attempt(path, registry, reference), RegistryError)
@@ -276,7 +278,7 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
         )
         expected = row.always if always else row.once
         if not always and not (document or place in row.final):
-            expected = None  # it is tried again
+            expected = None  # the layer is tried again
         attempts = ATTEMPTS
         if document:
             attempts = row.document_attempts
@@ -296,7 +298,7 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
         assert asked(registry, place) >= attempts
         for digest, content in sources(tmp_path).items():
             assert RIGHT[digest] == content
-        # When all is well again, so is the pull.
+        # Without faults, the pull succeeds.
         registry.clear_faults()
         assert await attempt(tmp_path, registry, reference) is None
         assert sources(tmp_path) == RIGHT
@@ -305,7 +307,7 @@ async def test_fault(name: str, row: Row, place: str, always: bool, tmp_path: Pa
 @pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
 @pytest.mark.parametrize("place", PLACES)
 async def test_redirects_in_a_circle(place: str, always: bool, tmp_path: Path) -> None:
-    """It is another path at first, then the same for ever."""
+    """The first redirect goes to another path, and the next ones always to the same path."""
     async with open_registry() as registry:
         reference = registry.add(BUILT, "library/demo:latest")
         if place == "rest":
@@ -330,7 +332,7 @@ async def test_redirects_in_a_circle(place: str, always: bool, tmp_path: Path) -
 @pytest.mark.parametrize("fault", [Reply(500), Reply(503), Drop(), Cut(HALF // 10)], ids=repr)
 @pytest.mark.parametrize("place", BLOBS)
 async def test_a_run_of_failures(place: str, fault: Fault, tmp_path: Path) -> None:
-    """The last attempt does it."""
+    """All attempts but the last fail, and the pull succeeds."""
     async with open_registry() as registry:
         reference = registry.add(BUILT, "library/demo:latest")
         if place == "rest":

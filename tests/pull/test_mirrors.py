@@ -1,5 +1,5 @@
-"""Whole pulls by way of ``hosts.toml``: mirrors of several kinds, and certificates, with
-docker-registry as cache and as registry, over real sockets.
+"""Whole pulls with ``hosts.toml``: several kinds of mirrors, and certificates. A docker-registry is
+the cache and the registry, over real sockets.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from trio_layers.testing import (
 NAME = "registry.test/team/app:1"
 BLOBS = "/v2/team/app/blobs/*"
 PASSWORD = "canary-5ecret"
-# The same by bcrypt, with the least cost.
+# The same, hashed by bcrypt with the lowest cost.
 BCRYPT = "$2y$05$abcdefghijklmnopqrstuuacxD6pG5D5/pUUuKTQTOXjjnFrzV11K"
 
 
@@ -70,7 +70,7 @@ def layout(built: BuiltImage, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @attrs.frozen
 class World:
-    """The registry itself, one mirror or more, and where the configuration is."""
+    """The registry itself, one mirror or more, and the directory of the configuration."""
 
     upstream: Registry
     mirrors: tuple[Registry, ...]
@@ -83,7 +83,7 @@ class World:
         (place / "hosts.toml").write_text(toml)
 
     async def pull(self, store: str = "store", **options: float) -> bytes:
-        """The larger layer's file, of the image that came."""
+        """Pull the image, and return the file in its larger layer."""
         async with self.open(store, **options) as puller, puller.pull(NAME) as image:
             assert await image.rootfs.read_bytes("small") == b"small"
             return await image.rootfs.read_bytes("big")
@@ -121,12 +121,12 @@ def big(built: BuiltImage) -> bytes:
     return random.Random(1).randbytes(400_000)
 
 
-# A cache that is docker-registry's.
+# A docker-registry as pull-through cache.
 
 
 async def test_a_pull_through_cache(built: BuiltImage, layout: Path, tmp_path: Path) -> None:
-    """It is filled by the first pull, and serves the second alone; the registry itself is not
-    asked by us at all. Requests are counted on both sides.
+    """The first pull fills the cache, and the cache alone serves the second. We never ask the
+    registry itself. Both servers count their requests.
     """
     with ExitStack() as stack:
 
@@ -166,8 +166,9 @@ async def test_a_pull_through_cache(built: BuiltImage, layout: Path, tmp_path: P
 async def test_logins_of_a_mirror_and_of_the_registry(
     built: BuiltImage, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both want one, and each another one: docker's file has them by their own names. Without that
-    for the mirror it gets none, and all comes from the registry, with its own.
+    """Mirror and registry require different logins, which docker's file lists by host. If the
+    mirror's login is missing, the mirror gets none, and the whole image comes from the registry
+    with the registry's login.
     """
     home = Home(tmp_path / "home", monkeypatch)
     with ExitStack() as stack:
@@ -193,7 +194,7 @@ async def test_logins_of_a_mirror_and_of_the_registry(
         }
 
         async def pull(store: str) -> tuple[list[str], list[str]]:
-            """The requests at the registry and at the mirror."""
+            """Return the requests at the registry and at the mirror."""
             home.docker_config.write_text(json.dumps({"auths": auths}))
             before = len(registry.requests()), len(mirror.requests())
             async with (
@@ -207,7 +208,7 @@ async def test_logins_of_a_mirror_and_of_the_registry(
             there, here = ([request.split()[-1] for request in each] for each in asked)
             return there, here
 
-        # Manifest, config and two layers, once it has said that it wants a login.
+        # After the refusal: manifest, config and two layers.
         assert await pull("first") == ([], ["401", *["200"] * 4])
         del auths[mirror.host]
         there, here = await pull("second")
@@ -216,7 +217,7 @@ async def test_logins_of_a_mirror_and_of_the_registry(
         assert here == ["401"] * 4
 
 
-# Mirrors that have bad days.
+# Mirrors with failures.
 
 
 async def test_a_mirror_does_it_all(world: World, built: BuiltImage) -> None:
@@ -242,12 +243,13 @@ async def test_a_mirror_that_fails_at_blobs(
     assert data == big(built)
     [exchange] = [each for each in world.upstream.requests if each.path.endswith(layer)]
     assert ("range" in exchange.headers) is stays
-    # It has another name than the references', and is told which is meant.
+    # The mirror's name differs from the name in the references, so requests contain the registry's
+    # name.
     assert exchange.query == "ns=registry.test"
 
 
 async def test_a_mirror_that_is_gone(world: World, built: BuiltImage) -> None:
-    """It is tried once, not for each layer, and the next mirror is asked."""
+    """The mirror is tried once, not for each layer, and then the next mirror is asked."""
     async with open_registry() as gone:
         url = gone.url
     world.configure(url, world.mirrors[1].url)
@@ -257,7 +259,7 @@ async def test_a_mirror_that_is_gone(world: World, built: BuiltImage) -> None:
 
 
 async def test_everyone_is_gone(world: World) -> None:
-    """One error, and it tells of both."""
+    """One error names both hosts."""
     async with open_registry() as gone, open_registry() as too:
         urls = gone.host, too.host
     place = world.directory / "certs.d" / "registry.test" / "hosts.toml"
@@ -313,7 +315,7 @@ def authority() -> trustme.CA:
 
 @attrs.frozen
 class Secured:
-    """A docker-registry that speaks TLS, with an image in it, and the files to ask it with."""
+    """A docker-registry with TLS and an image, and the files to connect to it."""
 
     registry: DockerRegistry
     ca: Path
@@ -346,14 +348,14 @@ def secured(
 
 
 def by_hosts_toml(secured: Secured, place: Path) -> None:
-    """The files are where they are."""
+    """Write a ``hosts.toml`` with the paths of the files."""
     (place / "hosts.toml").write_text(
         f'ca = "{secured.ca}"\nclient = [["{secured.certificate}", "{secured.key}"]]\n'
     )
 
 
 def by_names(secured: Secured, place: Path) -> None:
-    """They have the names that Docker knows, and there is no other file."""
+    """Link the files under Docker's names, without a ``hosts.toml``."""
     for path in (secured.ca, secured.certificate, secured.key):
         (place / path.name).symlink_to(path)
 
@@ -362,8 +364,8 @@ def by_names(secured: Secured, place: Path) -> None:
 async def test_certificates(
     configure: Callable[[Secured, Path], None], secured: Secured, built: BuiltImage, tmp_path: Path
 ) -> None:
-    """A registry with a certificate of a private authority, which may ask for ours. Its domain is
-    in the name of the directory, the colon written as an underscore.
+    """A registry has a certificate of a private authority, and may require a client certificate.
+    The directory's name has its domain, with an underscore for the colon.
     """
     host = secured.registry.host
     place = tmp_path / "certs.d" / f"{host.replace(':', '_')}_"
@@ -380,7 +382,9 @@ async def test_certificates(
 async def test_certificates_beside_a_client_that_was_given(
     secured: Secured, built: BuiltImage, tmp_path: Path
 ) -> None:
-    """It cannot know of them, and is not asked where they are needed."""
+    """The caller's client does not have the file's certificates, so requests to these hosts use
+    another client.
+    """
     place = tmp_path / "certs.d" / secured.registry.host
     place.mkdir(parents=True)
     by_names(secured, place)
@@ -398,11 +402,11 @@ async def test_certificates_beside_a_client_that_was_given(
 
 @pytest.mark.parametrize("secured", [True], indirect=True)
 async def test_a_certificate_of_ours_is_missing(secured: Secured, tmp_path: Path) -> None:
-    """One error, at once."""
+    """A missing client certificate is one error, at once."""
     place = tmp_path / "certs.d" / secured.registry.host
     place.mkdir(parents=True)
     toml = place / "hosts.toml"
-    # Named, as a registry on loopback that is not need not have a valid certificate.
+    # With ``server``, since a registry on loopback without it need not have a valid certificate.
     toml.write_text(f'server = "https://{secured.registry.host}"\nca = "{secured.ca}"\n')
     async with open_puller(tmp_path / "store", hosts_dir=tmp_path / "certs.d") as puller:
         with pytest.raises(RegistryError, match=r"(?i)certificate required|broke|could not"):
@@ -466,7 +470,9 @@ async def test_our_certificate_is_for_one_host(
 
 
 async def test_credentials_are_not_for_mirrors(world: World, built: BuiltImage) -> None:
-    """A mirror that asks for them gets none of the registry's, and is left for it."""
+    """A mirror that requires a login gets none of the registry's credentials, and the pull
+    continues at the registry.
+    """
     async with open_registry(auth=TokenAuth("us", "secret")) as mirror:
         mirror.add(built, "team/app:1")
         world.configure(mirror.url)
@@ -483,7 +489,7 @@ async def test_credentials_are_not_for_mirrors(world: World, built: BuiltImage) 
 async def test_one_limit_over_all_clients(
     authority: trustme.CA, world: World, built: BuiltImage
 ) -> None:
-    """A request by a client with certificates of its own takes a slot from the others."""
+    """Requests by clients with their own certificates share the slots of the other requests."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     async with open_registry(ssl_context=context) as secured:

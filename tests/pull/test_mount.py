@@ -1,4 +1,4 @@
-"""Mounts: the kernel shows the same files as the view, and nothing stays behind."""
+"""Mounts show the same files as the view, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def need_single_layers() -> None:
 
 @pytest.fixture(params=["by layer", "by page"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to mount, on any kernel that has the new one."""
+    """Test both system calls for mounting on a kernel that has the new one."""
     if request.param == "by page":
 
         def missing(*args: object) -> int:
@@ -67,7 +67,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class Stack:
-    """Trees of layers with one file each, all in ``all/``, and scratch directories."""
+    """Trees of layers with one file each, all of them in ``all/``, and scratch directories."""
 
     def __init__(self, base: Path, count: int) -> None:
         self.scratch = base / "scratch"
@@ -101,15 +101,15 @@ class Stack:
 
 @asynccontextmanager
 async def open_view(store: Path) -> AsyncIterator[RootfsView]:
-    """`LAYERS` in a store."""
+    """Open a view of `LAYERS` in a store."""
     async with open_store(store) as opened:
         yield await opened.rootfs(await fill(opened))
 
 
 @pytest.mark.parametrize("writable", [False, True])
 async def test_kernel_shows_what_the_view_says(tmp_path: Path, way: str, writable: bool) -> None:
-    """File by file, the root's own metadata included."""
-    # Characters that mean something to mount(2), and to /proc/self/mountinfo.
+    """Compare each file, and the root's own metadata."""
+    # Characters with a meaning for mount(2) and for /proc/self/mountinfo.
     async with open_view(tmp_path / "a:b,c\\d=e f\xff") as view:
         entries = await view.walk()
         async with view.mount(writable=writable) as path:
@@ -128,7 +128,7 @@ async def test_kernel_shows_what_the_view_says(tmp_path: Path, way: str, writabl
 @pytest.mark.parametrize("count", [0, 1, 2, 127, 128])
 @pytest.mark.parametrize("writable", [False, True])
 async def test_numbers_of_layers(tmp_path: Path, way: str, count: int, writable: bool) -> None:
-    """Docker's images have at most 127."""
+    """Docker's images have at most 127 layers."""
     async with Stack(tmp_path, count).mount(writable=writable) as path:
         names = {name.name for name in (path / "all").iterdir()} if count else set()
         assert names == {str(number) for number in range(count)}
@@ -161,7 +161,9 @@ async def test_more_layers_than_a_page_takes(tmp_path: Path, way: str) -> None:
 async def test_more_layers_than_a_page_takes_without_privilege(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not their number then, and no other kernel would mount them."""
+    """The missing privilege is the reason, not the number of layers, so the message does not advise
+    another kernel.
+    """
 
     def refuse(overlay: mount._Overlay, target: int) -> int:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -173,7 +175,9 @@ async def test_more_layers_than_a_page_takes_without_privilege(
 
 
 async def test_one_layer_several_times(tmp_path: Path, way: str) -> None:
-    """As empty layers are in many images: the kernel takes each directory once."""
+    """An image may contain the same empty layer several times, but the kernel accepts each
+    directory only once.
+    """
     stack = Stack(tmp_path, 3)
     stack.trees = [stack.trees[number] for number in (0, 1, 0, 2, 1)]
     async with stack.mount() as path:
@@ -241,7 +245,7 @@ async def test_cancelled_before_it_is_mounted(tmp_path: Path) -> None:
 async def test_cancelled_while_it_is_mounted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's work cannot be cancelled. The body runs, up to its first checkpoint."""
+    """The kernel's work cannot be cancelled. The body runs up to its first checkpoint."""
     ready, cancelled = trio.Event(), threading.Event()
     really = mount._mount_by_layer
 
@@ -272,14 +276,14 @@ async def test_cancelled_while_it_is_mounted(
 
 @pytest.mark.parametrize("name", ["given", "a:b,c\\d=e f", "link/given"])
 async def test_target(tmp_path: Path, way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty directory, by any name; it stays when the mount goes."""
+    """An empty directory with any name can be the target, and remains after the mount."""
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     stack = Stack(tmp_path, 2)
     async with stack.mount(name) as path:
         assert path == tmp_path / name
-        monkeypatch.chdir("/")  # the path does not depend on it
+        monkeypatch.chdir("/")  # the path does not depend on the working directory
         assert (path / "all" / "1").read_text() == "all/1"
         assert "root" not in os.listdir(stack.scratch / "0.mount")
     assert not list((tmp_path / name).iterdir())
@@ -313,7 +317,7 @@ async def test_targets_that_are_none(tmp_path: Path) -> None:
 
 
 async def test_file_system_without_attributes(tmp_path: Path) -> None:
-    """Nothing there says which directories are opaque: better no mount than a wrong one."""
+    """No attribute can mark opaque directories there. An error is better than a wrong mount."""
     (tmp_path / "ram").mkdir()
     await trio.run_process(["mount", "-t", "ramfs", "ramfs", tmp_path / "ram"])
     try:
@@ -350,7 +354,7 @@ async def test_what_the_kernel_refuses(
 
 
 async def test_target_that_is_in_use(tmp_path: Path) -> None:
-    """One mount does not hide another."""
+    """A mount cannot hide another mount."""
     (tmp_path / "target").mkdir()
     stack = Stack(tmp_path, 2)
     async with stack.mount(tmp_path / "target"):
@@ -361,7 +365,9 @@ async def test_target_that_is_in_use(tmp_path: Path) -> None:
 
 
 async def test_unmounted_though_it_is_in_use(tmp_path: Path, way: str) -> None:
-    """Open files can be read on; mounts inside go along; one on top of it is not mistaken."""
+    """Open files stay readable, mounts inside are unmounted, and a mount on top is not mistaken for
+    ours.
+    """
     stack = Stack(tmp_path, 2)
     async with stack.mount() as path:
         file = (path / "all" / "0").open()
@@ -373,7 +379,7 @@ async def test_unmounted_though_it_is_in_use(tmp_path: Path, way: str) -> None:
 
 
 async def test_unmounted_where_it_went(tmp_path: Path, way: str) -> None:
-    """A target that was renamed meanwhile."""
+    """The target was renamed during the block."""
     (tmp_path / "parent" / "target").mkdir(parents=True)
     async with Stack(tmp_path, 2).mount(tmp_path / "parent" / "target"):
         (tmp_path / "parent").rename(tmp_path / "elsewhere")
@@ -382,7 +388,7 @@ async def test_unmounted_where_it_went(tmp_path: Path, way: str) -> None:
 
 
 async def test_layers_do_not_speak_to_overlayfs(tmp_path: Path, way: str) -> None:
-    """Should an attribute of overlayfs' own get into a tree, it leads nowhere."""
+    """An attribute of overlayfs in a tree has no effect."""
     stack = Stack(tmp_path, 2)
     below, above = stack.trees
     (below / "fs" / "secret").mkdir()

@@ -1,5 +1,5 @@
-"""Proxies and certificates as users of httpx expect them: by the environment, or by a client of
-their own. The registries have names, which only a resolver of ours knows, and real sockets.
+"""Proxies and certificates from the environment, or from the caller's own httpx client. The
+registries have names that only a resolver of the test knows, and real sockets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BIG = random.Random(3).randbytes(200_000)
 
 
 class Resolver(trio.abc.HostnameResolver):
-    """All names below ``.test`` are this machine."""
+    """Resolves all names below ``.test`` to this machine."""
 
     async def getaddrinfo(self, host, port, family=0, type=0, proto=0, flags=0):
         assert host.endswith(b".test"), host
@@ -65,7 +65,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @attrs.frozen
 class World:
-    """A registry with a name, which wants a login, and a proxy that wants another one."""
+    """A named registry that requires a login, and a proxy that requires another login."""
 
     registry: Registry
     host: str
@@ -130,7 +130,7 @@ async def world(
     auth = BasicAuth(CREDENTIALS.username, CREDENTIALS.password)
     ca = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(ca)
-    trio.socket.set_custom_hostname_resolver(Resolver())  # for this run
+    trio.socket.set_custom_hostname_resolver(Resolver())  # in this process only
     async with (
         open_registry(auth=auth, ssl_context=context) as registry,
         run_proxy(login=LOGIN) as proxy,
@@ -143,7 +143,7 @@ async def world(
 plain = pytest.mark.parametrize("world", ["http"], indirect=True)
 
 
-# By the environment.
+# Settings from the environment.
 
 
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
@@ -164,7 +164,9 @@ async def test_a_proxy_by_the_environment(
 
 @plain
 async def test_a_proxy_for_plain_http(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP_PROXY is for that alone: whether the registry speaks TLS is found out without it."""
+    """HTTP_PROXY is for plain HTTP only. The check whether the registry uses TLS does not use this
+    proxy.
+    """
     monkeypatch.setenv("HTTP_PROXY", world.proxy.url)
     await world.pull(plain_http=True)
     url = f"http://{world.host}/v2/team/app"
@@ -205,8 +207,8 @@ async def test_a_certificate_that_the_environment_does_not_know(
 async def test_a_proxy_that_wants_another_login(
     world: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names it, without the password that it was given. The registry is not told
-    anything.
+    """The error names the proxy, without the password that was sent to it. The registry gets no
+    request.
     """
     scheme = request.node.callspec.params["world"]
     world.canaries.add("someone:canary-wr0ng")
@@ -221,7 +223,7 @@ async def test_a_proxy_that_wants_another_login(
 async def test_a_proxy_that_is_gone(
     world: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody is asked in its place."""
+    """No request is sent without the proxy."""
     scheme = request.node.callspec.params["world"]
     async with run_proxy(login=LOGIN) as gone:
         pass
@@ -235,7 +237,7 @@ async def test_a_proxy_that_is_gone(
 async def test_a_proxy_that_cannot_reach_the_registry(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It closes the connection, as some do, instead of an answer."""
+    """Like some real proxies, it closes the connection in place of an answer."""
 
     async def hangs_up(stream: trio.SocketStream) -> None:
         await stream.receive_some()
@@ -250,14 +252,14 @@ async def test_a_proxy_that_cannot_reach_the_registry(
     assert f"through the proxy {host}: " in str(error)
 
 
-# A client that was given.
+# The caller's own client.
 
 
 async def test_a_client_with_a_proxy_of_its_own(
     world: World, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is used as it is, proxy and certificates and all, and stays open. That of the
-    environment is not asked.
+    """The client is used with its proxy and certificates, and stays open. The environment's proxy
+    is not used.
     """
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -275,7 +277,7 @@ async def test_a_client_with_a_proxy_of_its_own(
 
 
 async def test_a_client_whose_proxy_refuses(world: World, authority: trustme.CA) -> None:
-    """The error names its proxy as well."""
+    """The error names the client's proxy, too."""
     async with httpx.AsyncClient(proxy=f"http://{world.proxy.host}") as client:
         error = await world.fail(client=client)
     assert f"through the proxy {world.proxy.host}: 407 Proxy Authentication" in str(error)

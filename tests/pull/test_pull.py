@@ -66,7 +66,7 @@ async def pull(store: Path, reference: str, **options) -> trio_layers.Image:
 
 
 async def test_sample_image(tmp_path: Path) -> None:
-    """Layers, config and merged files are those of the image."""
+    """Layers, config and merged files are equal to the built image's."""
     built = sample_image()
     events: list[Progress] = []
 
@@ -113,8 +113,8 @@ async def test_pulling_again_downloads_nothing(tmp_path: Path) -> None:
 
 
 async def test_pulling_again_is_one_request_that_is_not_counted(tmp_path: Path) -> None:
-    """HEAD, which Docker Hub does not take for a pull; GET if the tag has moved, or where HEAD
-    is not answered.
+    """The request is a HEAD, which Docker Hub does not count as a pull. A GET follows if the tag
+    has moved, or if HEAD fails.
     """
     newer = build_image([[File("new", b"er")]])
 
@@ -143,7 +143,9 @@ async def test_pulling_again_is_one_request_that_is_not_counted(tmp_path: Path) 
 
 
 async def test_pulls_at_the_same_time_share(tmp_path: Path) -> None:
-    """Four pulls of one image, and one of another with the same base: one download a blob."""
+    """Four pulls of one image, and one of another image with the same base, download each blob
+    once.
+    """
     base = build_layer(BIG)
     one = build_image([base, build_layer([File("one", b"1")])])
     two = build_image([base, build_layer([File("two", b"2")])])
@@ -182,8 +184,8 @@ async def test_index_by_platform(tmp_path: Path) -> None:
 
 
 async def test_policy(tmp_path: Path) -> None:
-    """A missing image is pulled; one that is there is the same image, without a registry, until
-    the newest is asked for.
+    """A missing image is pulled. A stored image needs no registry, until a pull asks for the
+    newest.
     """
     old, new = (build_image([[File("version", text)]]) for text in (b"old", b"new"))
     async with open_registry() as registry:
@@ -283,7 +285,7 @@ async def test_anonymous_token(tmp_path: Path) -> None:
 
 
 class TestBadDays:
-    """A connection that breaks, a server that does not resume: nothing verified comes twice."""
+    """Broken connections and servers that cannot resume: no verified byte is downloaded twice."""
 
     async def test_resumes_where_it_was_cut(self, tmp_path: Path) -> None:
         built = build_image([BIG], compression="none")
@@ -308,7 +310,7 @@ class TestBadDays:
             assert len(image.layers) == 1
 
     async def test_bytes_wrong_in_a_resumed_download(self, tmp_path: Path) -> None:
-        """They are dropped, and another attempt brings the right ones."""
+        """The wrong bytes are dropped, and another attempt brings the right ones."""
         built = build_image([BIG], compression="none")
         [layer] = built.layers
         async with open_registry() as registry:
@@ -356,7 +358,7 @@ class TestBadDays:
 
 
 class Stored:
-    """A store with one image, which nothing that fails may change."""
+    """A store with one image that no failure may change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -386,7 +388,7 @@ async def stored(tmp_path: Path) -> Stored:
 
 
 class TestBadInput:
-    """One typed error that names the thing; the store stays as it was."""
+    """Each input is one typed error that names its subject, and the store stays unchanged."""
 
     @pytest.mark.parametrize("reference", ["UPPER", "a b", "x@sha256:12", "", "http://x/y"])
     async def test_reference(self, stored: Stored, reference: str) -> None:
@@ -431,7 +433,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("part", ["layer", "config", "diff ID"])
     async def test_digest_of_another_algorithm(self, stored: Stored, part: str) -> None:
-        """It is said before any layer is fetched."""
+        """The error comes before any layer is downloaded."""
         built, repository = build_image([BIG]), "library/bad"
         digest = f"sha512:{hashlib.sha512(built.config).hexdigest()}"
         manifest, config = json.loads(built.manifest), built.config

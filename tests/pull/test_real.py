@@ -1,4 +1,4 @@
-"""Against the real thing: docker-registry, filled by skopeo; umoci and overlayfs to compare."""
+"""Pulls from a docker-registry that skopeo filled, compared with umoci and overlayfs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def compare(docker_registry: DockerRegistry, layout: Path, name: str, work
     async with open_puller(work / "store") as puller, puller.pull(reference) as image:
         async with image.rootfs.mount() as path:
             ours = describe(path)
-    # The root's time is nobody's: layers seldom list the root.
+    # The root's time is ignored, since layers seldom list the root.
     ours["."] = attrs.evolve(ours["."], mtime_ns=theirs["."].mtime_ns)
     assert not differences(ours, theirs)
     assert len(ours) > 5
@@ -65,7 +65,9 @@ async def test_sample_image_is_what_umoci_makes_of_it(
 async def test_whiteouts_and_links_over_many_layers(
     docker_registry: DockerRegistry, tmp_path: Path
 ) -> None:
-    """Removed and made again, replaced by other types, implied parents, links that stay."""
+    """Files are removed and made again, change their types, have unlisted parents, and keep their
+    links.
+    """
     layers = [
         [
             Directory(""),
@@ -106,7 +108,7 @@ async def test_whiteouts_and_links_over_many_layers(
 
 
 async def test_schema_2(docker_registry: DockerRegistry, tmp_path: Path) -> None:
-    """The same image, its manifest rewritten to Docker's own media types."""
+    """The same image has a manifest with Docker's own media types."""
     built = sample_image()
     built.write_oci_layout(tmp_path / "layout")
     reference = docker_registry.push(tmp_path / "layout", "compare/docker:1", as_docker=True)
@@ -126,7 +128,7 @@ def size_of(path: Path) -> int:
 
 
 def copy_of_usr(to: Path) -> None:
-    """As much of this machine's ``/usr`` as is sensible in a test, and some rarer things."""
+    """Copy a part of this machine's ``/usr``, and add some rarer files."""
     left = CONTENT_LIMIT
     for directory in sorted(Path("/usr").iterdir()):
         if directory.is_symlink() or not directory.is_dir():
@@ -152,7 +154,7 @@ def copy_of_usr(to: Path) -> None:
 
 
 async def test_real_content(docker_registry: DockerRegistry, tmp_path: Path) -> None:
-    """This machine's own files, split over layers, come out as umoci unpacks them."""
+    """This machine's own files, split over layers, are unpacked as umoci unpacks them."""
     source = tmp_path / "source"
     source.mkdir()
     await trio.to_thread.run_sync(copy_of_usr, source)

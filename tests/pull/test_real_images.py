@@ -1,6 +1,6 @@
-"""Whole images of today's tools: the same files as umoci, podman and containerd show.
+"""Whole images of current tools. umoci, podman and containerd must show the same files.
 
-Three of them: a Debian, one with thousands of small files in a layer of zstd, and one with
+There are three images: a Debian, one with thousands of small files in a layer of zstd, and one with
 whiteouts and links over many layers. podman and containerd show their own overlay mounts.
 """
 
@@ -48,7 +48,7 @@ TYPES = {
 
 @attrs.frozen
 class Pulled:
-    """An image, as it is in our store.
+    """A pulled image in our store.
 
     Attributes:
         name: The name of the image.
@@ -69,7 +69,7 @@ class Pulled:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A disk in memory, up to 1.5 GB large: all of these tools sync their writes."""
+    """Make a disk in memory, up to 1.5 GB large, since all of these tools sync their writes."""
     path = tmp_path_factory.mktemp("real-images")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3g", "tmpfs", path], check=True)
     try:
@@ -166,7 +166,7 @@ def compare(ours: Pulled, theirs: Mapping[str, Node], **root: object) -> None:
 
 
 def test_they_are_what_they_should_be(ours: Pulled) -> None:
-    """The images are worth comparing, and none needs a layer unpacked twice.
+    """The images have the tested features, and none needs a layer unpacked twice.
 
     Today's tools list the directories that lead to their changes.
     """
@@ -195,7 +195,7 @@ def test_they_are_what_they_should_be(ours: Pulled) -> None:
 
 
 def test_view_and_mount_agree(ours: Pulled) -> None:
-    """The listed entries are those that the kernel shows."""
+    """The view lists the same entries as the kernel shows."""
     mounted = {
         path: attrs.evolve(node, content="") if node.type == "file" else node
         for path, node in ours.mounted.items()

@@ -1,6 +1,7 @@
 """Pulls of the same layers in different order, on one store.
 
-None waits for ever, nothing is downloaded twice, and the survivor goes on from the other's bytes.
+No pull waits for ever, no byte is downloaded twice, and a survivor continues from the other pull's
+bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def each_came_once(registry: Registry) -> None:
 @LIMITS
 @pytest.mark.parametrize("stores", [1, 2])
 async def test_two_tasks_that_cross(tmp_path: Path, limit: int, stores: int) -> None:
-    """Two pullers, on one open store and on two of one directory."""
+    """Two pullers share one open store, or have a directory open twice."""
     with trio.fail_after(60):
         async with open_registry() as registry, open_store(tmp_path) as one:
             ab, ba = add_both(registry)
@@ -82,7 +83,7 @@ async def test_two_processes_that_cross(tmp_path: Path, limit: int) -> None:
 
 
 class Events:
-    """A sink, which says when a layer has got to something."""
+    """A sink that can wait for an event of a layer."""
 
     def __init__(self) -> None:
         self.all: list[Progress] = []
@@ -117,7 +118,7 @@ WORDS = [
 
 
 def each_word_in_its_order(events: Events, layer: BuiltLayer) -> None:
-    """The same ones as if nobody else had been there, and counts that never fall."""
+    """Check that the events are those of a pull without others, and that counts never fall."""
     mine = [event for event in events.all if event.id == id_of(layer)]
     order = [WORDS.index(event.action) for event in mine]
     assert order == sorted(order)
@@ -130,7 +131,7 @@ def each_word_in_its_order(events: Events, layer: BuiltLayer) -> None:
 
 
 async def test_who_waits_shows_how_far_the_other_is(tmp_path: Path) -> None:
-    """… and asks for nothing, when all has come that way."""
+    """… and sends no request after the other has downloaded everything."""
     events = Events()
     data = A.content
     with trio.fail_after(60):
@@ -150,7 +151,7 @@ async def test_who_waits_shows_how_far_the_other_is(tmp_path: Path) -> None:
                     for start in range(0, len(data), MIB):
                         end = min(start + MIB, len(data))
                         await stage.write(data[start:end])
-                        if end - start == MIB:  # else it may wait for more before it is written
+                        if end - start == MIB:  # fewer may stay in memory
                             await events.wait_until(id_of(A), "Downloading", end)
                     await stage.finish(lambda count: None)
                     other.release(await stage.commit(None))
@@ -162,7 +163,9 @@ async def test_who_waits_shows_how_far_the_other_is(tmp_path: Path) -> None:
 
 @LIMITS
 async def test_one_process_is_killed_and_the_other_takes_over(tmp_path: Path, limit: int) -> None:
-    """It wants the layers the other way round, and waits for the one that the other has begun."""
+    """The survivor pulls the layers in the opposite order, and waits for the layer that the killed
+    process has begun.
+    """
     events = Events()
     with trio.fail_after(60):
         async with open_registry() as registry:
@@ -180,11 +183,11 @@ async def test_one_process_is_killed_and_the_other_takes_over(tmp_path: Path, li
                         assert image.digest == BA.digest
 
                 nursery.start_soon(pull_other_way_round)
-                # It waits, and shows how far the other is.
+                # The survivor waits, and shows the other's progress.
                 await events.wait_until(id_of(A), "Downloading", STALL - MIB)
                 other.process.kill()
             requests = asked(registry, AB)[A.descriptor.digest]
-            # Bytes on the disk, which come by megabytes, are not requested again.
+            # Bytes on the disk are not requested again. The store writes them in megabytes.
             start = A.descriptor.size - requests[1][1]
             assert STALL - MIB < start <= STALL
             assert requests == [
@@ -196,7 +199,7 @@ async def test_one_process_is_killed_and_the_other_takes_over(tmp_path: Path, li
 
 @LIMITS
 async def test_one_is_cancelled_and_the_other_takes_over(tmp_path: Path, limit: int) -> None:
-    """Not a byte comes twice."""
+    """No byte is downloaded twice."""
     first_events, events = Events(), Events()
     with trio.fail_after(60):
         async with open_registry() as registry:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become 
 
 
 async def test_pull_without_privilege(tmp_path: Path) -> None:
-    """The same entries as root gets, owners and whiteouts included."""
+    """The list has the same entries as for root, including owners and whiteouts."""
     script = Path(__file__).with_name("unprivileged.py")
     # Not in tmp_path, which is for its owner only.
     with tempfile.TemporaryDirectory() as name:

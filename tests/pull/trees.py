@@ -14,7 +14,7 @@ import attrs
 
 @attrs.frozen
 class Node:
-    """One path: all that unpacking decides about it."""
+    """A path with all the properties that unpacking decides."""
 
     type: str
     mode: int
@@ -38,7 +38,7 @@ TYPES = {
 
 
 def describe(root: Path) -> dict[str, Node]:
-    """Every path below ``root``, which itself is the path ``.``."""
+    """Return a node for each path below ``root``, which itself is the path ``.``."""
     found: dict[str, os.stat_result] = {".": root.lstat()}
     for directory, directories, files in os.walk(root):
         for name in directories + files:

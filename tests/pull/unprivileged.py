@@ -1,4 +1,4 @@
-"""A process that gives up root, and pulls an image: run by test_unprivileged."""
+"""A process that gives up root, and pulls an image; test_unprivileged runs it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ async def pull(store: str, reference: str, client: httpx.AsyncClient) -> list[En
 
 if __name__ == "__main__":
     roots, users, reference = sys.argv[1:]
-    # Perhaps only root can start the interpreter, too: it says so, and goes on in threads.
+    # An unprivileged user may be unable to start the interpreter. Then the store logs a warning and
+    # uses threads.
     logging.getLogger("trio_layers").setLevel(logging.ERROR)
     clients = [httpx.AsyncClient(verify=False) for _ in range(3)]
-    # As root first: so all is imported, from where perhaps only root can read.
+    # The first pull runs as root, so that all modules are imported: others may be unable to read
+    # them.
     trio.run(pull, roots, reference, clients[0])
     os.setgroups([])
     os.setgid(65534)

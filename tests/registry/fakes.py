@@ -1,4 +1,4 @@
-"""A network in memory, a registry in it, and a sink: all without sockets and threads."""
+"""An in-memory network, a registry in it, and a sink, all without sockets and threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe(data: bytes, media_type: str = OCI_LAYER) -> Descriptor:
 
 
 class Body(httpx.AsyncByteStream):
-    """A response's body, in chunks; then, perhaps, an error."""
+    """A response's body in chunks, followed by an optional error."""
 
     def __init__(self, chunks: Sequence[bytes], error: Exception | None = None) -> None:
         self.chunks = chunks
@@ -54,7 +54,7 @@ Handler = Callable[[httpx.Request], httpx.Response | Awaitable[httpx.Response]]
 
 
 class Network(httpx.AsyncBaseTransport):
-    """Every host there is. A host that nobody serves refuses connections."""
+    """All hosts. A host without a server refuses connections."""
 
     def __init__(self, **hosts: Handler) -> None:
         self.hosts: dict[str, Handler] = dict(hosts)
@@ -78,7 +78,7 @@ class Network(httpx.AsyncBaseTransport):
         return [str(request.url) for request in self.requests]
 
     def secrets(self, host: str) -> list[str | None]:
-        """The Authorization fields that a host got."""
+        """Return the Authorization fields that a host received."""
         return [
             request.headers.get("Authorization")
             for request in self.requests
@@ -88,7 +88,7 @@ class Network(httpx.AsyncBaseTransport):
 
 @attrs.define(eq=False)
 class FakeRegistry:
-    """Manifests and blobs of one repository, served without any finesse."""
+    """A simple registry with the manifests and blobs of one repository."""
 
     path: str = "team/app"
     manifests: dict[str, tuple[str, bytes]] = attrs.field(factory=dict)
@@ -111,7 +111,7 @@ class FakeRegistry:
     def add_image(
         self, *, tag: str | None = None, layers: Sequence[bytes] = (b"one", b"two"), **config: str
     ) -> Descriptor:
-        """Add an image with these layers; further arguments are members of its config."""
+        """Add an image with these layers. Other arguments are members of its config."""
         diff_ids = [digest_of(b"tar of " + layer) for layer in layers]
         document = {"os": "linux", "architecture": "amd64", **config}
         document["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
@@ -177,7 +177,7 @@ class MemorySink:
 
 
 class Report:
-    """A `trio_layers.abc.ReportProgress` that remembers."""
+    """A `trio_layers.abc.ReportProgress` that records its calls."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int, int]] = []

@@ -35,7 +35,7 @@ USER_BASIC = "Basic " + base64.b64encode(b"user:s3cret").decode()
 
 
 class TokenRegistry:
-    """A registry that wants a Bearer token, and the server that gives it one."""
+    """A registry that requires a Bearer token, and its token server."""
 
     def __init__(self, **answer: object) -> None:
         self.answer: dict[str, object] = {"expires_in": 300, **answer}
@@ -97,21 +97,21 @@ async def test_token_with_credentials() -> None:
 
 
 async def test_credentials_of_another_registry() -> None:
-    """Those for one domain are not for another."""
+    """Credentials for one domain are not used for another."""
     server = TokenRegistry()
     await fetch_once(server.network, {"other.example": USER})
     assert server.network.secrets("tokens.example") == [None]
 
 
 async def test_access_token() -> None:
-    """OAuth2's name for a token is understood as well."""
+    """A token may also have OAuth2's name ``access_token``."""
     server = TokenRegistry(token=None, access_token="t1")
     await fetch_once(server.network)
     assert server.network.secrets("registry.example")[-1] == "Bearer t1"
 
 
 async def test_tokens_are_kept_until_they_expire(autojump_clock: MockClock) -> None:
-    """One token serves all requests of a repository, and is renewed before it ends."""
+    """All requests of a repository share one token, which is renewed before it expires."""
     server = TokenRegistry(expires_in=300)
     async with server.network.client() as http, open_registry_client(client=http) as client:
         for _ in range(3):
@@ -129,7 +129,7 @@ async def test_tokens_are_kept_until_they_expire(autojump_clock: MockClock) -> N
 
 @pytest.mark.parametrize("lifetime", [None, 1, "soon", -5])
 async def test_the_least_lifetime(autojump_clock: MockClock, lifetime: object) -> None:
-    """A token is good for a minute at least, as the specification has it."""
+    """A token lives at least a minute, as the specification says."""
     server = TokenRegistry(expires_in=lifetime)
     async with server.network.client() as http, open_registry_client(client=http) as client:
         await fetch(client)
@@ -162,7 +162,9 @@ async def test_the_greatest_lifetime(autojump_clock: MockClock, lifetime: float)
 
 
 async def test_a_lifetime_that_is_no_number(autojump_clock: MockClock) -> None:
-    """JSON has none, but Python reads it: it counts as the least."""
+    """Python's decoder accepts NaN and Infinity, which JSON forbids. They count as the least
+    lifetime.
+    """
     server = TokenRegistry()
 
     def tokens(request: httpx.Request) -> httpx.Response:
@@ -177,7 +179,7 @@ async def test_a_lifetime_that_is_no_number(autojump_clock: MockClock) -> None:
 
 
 async def test_a_token_that_is_revoked() -> None:
-    """A 401 for a token that should be good: a new one, once."""
+    """After a 401 for an unexpired token, the client gets another one, once."""
     server = TokenRegistry()
     async with server.network.client() as http, open_registry_client(client=http) as client:
         await fetch(client)
@@ -277,7 +279,7 @@ async def test_a_token_takes_no_second_slot() -> None:
 
 
 async def test_basic() -> None:
-    """The registry itself gets the credentials, once it has asked for them."""
+    """The registry itself gets the credentials, after it has asked for them."""
     server = TokenRegistry()
     server.challenge = 'Basic realm="here"'
     server.network.hosts[HOST] = lambda request: (
@@ -296,7 +298,7 @@ async def test_basic() -> None:
 
 @pytest.mark.parametrize("credentials", [None, Credentials("user", "wrong")])
 async def test_wrong_credentials(credentials: Credentials | None) -> None:
-    """Wrong or no credentials: the error gives advice, and nothing is tried in vain."""
+    """With wrong credentials or none, the error gives advice, and no useless request is sent."""
     network = Network(
         **{HOST: lambda request: httpx.Response(401, headers={"WWW-Authenticate": "Basic"})}
     )
@@ -319,7 +321,7 @@ async def test_wrong_credentials(credentials: Credentials | None) -> None:
 async def test_a_token_server_that_refuses(
     status: int, kind: type[RegistryError], final: bool
 ) -> None:
-    """Its error is as the registry's would be, and names it."""
+    """The error is of the same kind as for a registry, and names the token server."""
     server = TokenRegistry()
     server.network.hosts[TOKENS] = lambda request: httpx.Response(status)
     with pytest.raises(RegistryError, match=rf"^tokens\.example answered {status}") as caught:
@@ -373,7 +375,7 @@ async def test_a_scope_that_no_url_can_hold() -> None:
     ],
 )
 async def test_realms_that_are_not_asked(realm: str) -> None:
-    """Neither credentials nor tokens travel without TLS, unless that is allowed."""
+    """No credentials or tokens are sent without TLS, unless plain HTTP is allowed."""
     server = TokenRegistry()
     server.challenge = f'Bearer realm="{realm}"'
     with pytest.raises(AuthenticationError, match="which is no HTTPS URL"):
@@ -382,7 +384,7 @@ async def test_realms_that_are_not_asked(realm: str) -> None:
 
 
 async def test_bearer_is_preferred() -> None:
-    """Where several schemes are offered, the password goes to the token server alone."""
+    """If a challenge offers several schemes, only the token server gets the password."""
     server = TokenRegistry()
     server.challenge = f'Negotiate, Basic realm="x", {server.challenge}'
     await fetch_once(server.network, USER)
@@ -390,7 +392,7 @@ async def test_bearer_is_preferred() -> None:
 
 
 async def test_a_redirect_of_the_token_server() -> None:
-    """The credentials are not sent along."""
+    """The redirect's target does not get the credentials."""
     server = TokenRegistry()
     server.network.hosts[TOKENS] = lambda request: httpx.Response(
         307, headers={"Location": "https://evil.example/"}
@@ -401,7 +403,7 @@ async def test_a_redirect_of_the_token_server() -> None:
 
 
 async def test_no_secret_is_shown() -> None:
-    """Secrets are neither in reprs nor in errors."""
+    """Secrets appear neither in reprs nor in errors."""
     assert repr(USER) == "Credentials(username='user')"
     server = TokenRegistry()
     async with (
@@ -418,7 +420,7 @@ async def test_no_secret_is_shown() -> None:
 async def test_tokens_are_bounded(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Expired ones go when there are many."""
+    """If there are many tokens, expired ones are dropped."""
     monkeypatch.setattr(tokens, "MAX_TOKENS", 10)
     server = TokenRegistry()
     async with server.network.client() as http, open_registry_client(client=http) as client:
@@ -430,7 +432,7 @@ async def test_tokens_are_bounded(
 
 
 async def test_manifests_need_tokens_too() -> None:
-    """The first thing a pull asks for is no exception."""
+    """A pull's first request needs a token, too."""
     server, registry = TokenRegistry(), FakeRegistry()
     registry.add_image(tag="latest")
 
@@ -458,7 +460,7 @@ def test_white_space_in_challenges(blank: str) -> None:
 
 
 def test_challenges_are_read_in_linear_time() -> None:
-    """A hostile header does not take long."""
+    """A hostile header takes little time."""
     for text in (
         'Bearer a="' + "\\" * 100_000,
         "a," * 50_000,
@@ -471,11 +473,11 @@ def test_challenges_are_read_in_linear_time() -> None:
         assert len(parse_challenges([text])) <= 50_000
 
 
-# Credentials that are asked for, and that are no password.
+# Credentials from a function, and credentials other than passwords.
 
 
 class Asked:
-    """A source of credentials, that gives the last ones for ever."""
+    """A source of credentials that returns its last credentials for ever."""
 
     def __init__(self, *answers: Credentials | None) -> None:
         self.answers = list(answers)
@@ -488,7 +490,7 @@ class Asked:
 
 
 class BasicRegistry:
-    """A registry that takes some passwords of ``user``."""
+    """A registry that accepts some passwords of ``user``."""
 
     def __init__(self, *passwords: str) -> None:
         self.good = {Credentials("user", password).basic() for password in passwords}
@@ -501,7 +503,9 @@ class BasicRegistry:
 
 
 async def test_credentials_are_asked_for_when_they_are_wanted() -> None:
-    """Once for a repository, however many want them at a time; never where nobody asks."""
+    """The source is called once for all waiting requests of a repository, and never without a
+    challenge.
+    """
     source = Asked(USER)
     server = BasicRegistry("s3cret")
     network = server.network
@@ -554,7 +558,7 @@ async def test_credentials_that_expire() -> None:
 async def test_credentials_that_never_do(
     answers: list[Credentials | None], asked: int, sent: list[str | None]
 ) -> None:
-    """It ends, with the registry's answer."""
+    """After a few refused credentials, the registry's error is raised."""
     source = Asked(*answers)
     server = BasicRegistry("s3cret")
     with pytest.raises(AuthenticationError, match="may want a login"):
@@ -566,7 +570,7 @@ async def test_credentials_that_never_do(
 
 
 async def test_what_a_source_raises() -> None:
-    """It comes out as it is, and holds no connection."""
+    """The source's error is raised unchanged, and no connection stays in use."""
 
     async def source(repository: str, refused: Credentials | None) -> Credentials | None:
         assert client.statistics().active == 0
@@ -583,7 +587,7 @@ async def test_what_a_source_raises() -> None:
 
 
 class OAuthRegistry(TokenRegistry):
-    """Its token server accepts refresh tokens, and issues the next one with each token.
+    """A registry whose token server accepts refresh tokens. It issues another one with each token.
 
     Attributes:
         post: The status of a POST, in place of the usual one.
@@ -623,7 +627,9 @@ def form_of(request: httpx.Request) -> dict[str, str]:
 
 
 async def test_an_identity_token() -> None:
-    """Distribution's ``spec/auth/oauth.md``: a form, with the scopes in one field."""
+    """The request is a form with all scopes in one field (distribution's
+    ``spec/auth/oauth.md``).
+    """
     server = OAuthRegistry("r+0&x=é")
     server.challenge += ',scope="repository:team/app:pull other:x:y"'
     await fetch_once(server.network, Credentials("user", identity_token="r+0&x=é"))
@@ -641,8 +647,8 @@ async def test_an_identity_token() -> None:
 
 
 async def test_refresh_tokens_that_are_good_once(autojump_clock: MockClock) -> None:
-    """The one that came last is used, by all repositories; also by one that still had the one
-    before, which another has used up meanwhile.
+    """All repositories use the newest refresh token. A task that still has an older, used one
+    repeats its request with the newest.
     """
     server = OAuthRegistry()
     proceed = trio.Event()
@@ -670,7 +676,7 @@ async def test_refresh_tokens_that_are_good_once(autojump_clock: MockClock) -> N
 
 
 async def test_a_refresh_token_that_is_refused(autojump_clock: MockClock) -> None:
-    """The identity token of the login is tried again, and then other credentials."""
+    """Then the login's identity token is tried again, and after it other credentials."""
     server = OAuthRegistry()
     credentials = Credentials("user", "s3cret", identity_token="r0")
     async with (
@@ -689,7 +695,9 @@ async def test_a_refresh_token_that_is_refused(autojump_clock: MockClock) -> Non
 
 
 async def test_a_refresh_token_that_comes_with_a_token(autojump_clock: MockClock) -> None:
-    """It spares the password from then on; those for nobody in particular are not used."""
+    """The refresh token replaces the password from then on. Refresh tokens for anonymous requests
+    are ignored.
+    """
     for credentials, expected in ((USER, [USER_BASIC, "r0"]), (None, ["", ""])):
         server = OAuthRegistry()
         answer = {"expires_in": 300, "refresh_token": "r0"}
@@ -725,7 +733,7 @@ async def test_a_refresh_token_that_comes_with_a_token(autojump_clock: MockClock
 async def test_token_servers_that_know_no_post(
     status: int, credentials: Credentials, basic: str
 ) -> None:
-    """They are asked by GET, with the password, or with the token in its place."""
+    """Such servers are asked by GET, with the password, or with the identity token in its place."""
     server = OAuthRegistry()
     server.post = httpx.Response(status)
     server.network.hosts[TOKENS] = lambda request: (
@@ -739,7 +747,7 @@ async def test_token_servers_that_know_no_post(
 
 @pytest.mark.parametrize("status", [403, 429, 500])
 async def test_token_servers_that_fail_a_post(status: int) -> None:
-    """Any other answer is one: the secret is not sent a second time."""
+    """Any other status is the result: the secret is not sent a second time."""
     server = OAuthRegistry()
     server.post = httpx.Response(status)
     with pytest.raises(RegistryError, match=f"answered {status}"):
@@ -761,7 +769,9 @@ async def test_a_post_is_not_redirected(status: int, target: str) -> None:
 
 
 async def test_a_token_server_that_refuses_what_a_helper_gave(autojump_clock: MockClock) -> None:
-    """Others are asked for, once by all repositories' requests, and the token is got by them."""
+    """The helper is called once more for all repositories, and its new credentials
+    bring the token.
+    """
     server = OAuthRegistry()
 
     async def slow(request: httpx.Request) -> httpx.Response:
@@ -786,8 +796,8 @@ async def test_a_token_server_that_refuses_what_a_helper_gave(autojump_clock: Mo
 
 
 async def test_a_registry_token() -> None:
-    """It is sent as it is, to the registry alone, and no token is got; another one may be had
-    when it expires.
+    """The token is sent as it is, only to the registry, and the token server is not asked. When it
+    expires, the source of credentials is called again.
     """
     server = TokenRegistry()
     server.good = {"first"}
@@ -837,7 +847,7 @@ TROUBLE = (
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trouble", TROUBLE)
 async def test_canaries(kind: str, trouble: str, caplog: pytest.LogCaptureFixture) -> None:
-    """No secret is in a log, an error or a repr, nor with a host that it is not for."""
+    """No secret appears in a log, an error or a repr, or reaches a host that it is not for."""
     canaries = Canaries(caplog, f"user:{CANARY}", f":{CANARY}", "canary-token")
     elsewhere = ["evil.example", "storage.example"]
 
@@ -856,7 +866,7 @@ async def test_canaries(kind: str, trouble: str, caplog: pytest.LogCaptureFixtur
         if trouble == "tokens-redirect":
             return httpx.Response(308, headers={"Location": "https://evil.example/"})
         if trouble == "tokens-echo":
-            # Half an answer, and a secret in an odd place.
+            # A truncated response, with a secret in an odd place.
             return httpx.Response(200, content=b'{"token": "canary-token')
         if trouble.startswith("tokens-"):
             return httpx.Response(int(trouble.removeprefix("tokens-")))
@@ -873,8 +883,8 @@ async def test_canaries(kind: str, trouble: str, caplog: pytest.LogCaptureFixtur
     if trouble == "refused-connection":
         del network.hosts[TOKENS]
     if trouble == "realm-elsewhere":
-        # Whom a registry names as its token server is given the credentials, as in docker; but
-        # no token of another one.
+        # As in docker, a token server gets the credentials of the registry that names it, but no
+        # token of another registry.
         elsewhere.remove("evil.example")
     error: BaseException | None = None
     async with (

@@ -1,4 +1,4 @@
-"""Blobs: written and kept bytes, reports, and errors."""
+"""Downloads of blobs: kept bytes, progress and errors."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ async def fetch(
 
 
 def whole(*chunks: bytes, **headers: str) -> Network:
-    """A registry that sends these chunks for any request."""
+    """Return a registry that sends these chunks for any request."""
     return Network(
         **{HOST: lambda request: httpx.Response(200, headers=headers, stream=Body(chunks))}
     )
 
 
 async def test_progress() -> None:
-    """Bytes of the blob after each chunk, those that were there before among them; then the
-    words.
-    """
+    """The reported count includes earlier bytes. After the last chunk the words follow."""
     report = Report()
 
     def rest(request: httpx.Request) -> httpx.Response:
@@ -64,7 +62,7 @@ async def test_progress() -> None:
 
 
 async def test_nothing_to_fetch() -> None:
-    """A complete or empty blob is only verified. The call is a checkpoint all the same."""
+    """A complete or empty blob is only verified. The call is still a checkpoint."""
     network, report = Network(), Report()
     await fetch(network, MemorySink(CONTENT), report=report)
     await fetch(network, MemorySink(), describe(b""))
@@ -78,7 +76,9 @@ async def test_nothing_to_fetch() -> None:
 
 
 async def test_wrong_bytes_that_were_there_before() -> None:
-    """They may be to blame: the sink is emptied, and another attempt may do better."""
+    """Earlier bytes may be the wrong ones, so the sink is emptied, and another
+    attempt is allowed.
+    """
     sink = MemorySink(b"x" * 1024)
     with pytest.raises(VerificationError, match=VERIFICATION_FAILED) as caught:
         await fetch(Network(), sink)
@@ -92,7 +92,7 @@ async def test_wrong_bytes_that_were_there_before() -> None:
     [(CONTENT[:-1] + b"x",), (CONTENT, b"more"), (CONTENT + b"more",), (CONTENT[:500], CONTENT)],
 )
 async def test_wrong_bytes_in_one_answer(chunks: tuple[bytes, ...]) -> None:
-    """Other ones, or too many: the same would come again."""
+    """If all bytes came in one response, or too many, the error is final."""
     sink, report = MemorySink(), Report()
     with pytest.raises(VerificationError, match=VERIFICATION_FAILED) as caught:
         await fetch(whole(*chunks), sink, report=report)
@@ -102,7 +102,7 @@ async def test_wrong_bytes_in_one_answer(chunks: tuple[bytes, ...]) -> None:
 
 
 async def test_too_much_is_not_read() -> None:
-    """A body that does not end is left at the first chunk that is too much."""
+    """An endless body is not read beyond the first chunk that exceeds the blob's size."""
     bodies: list[Body] = []
 
     def endless(request: httpx.Request) -> httpx.Response:
@@ -119,7 +119,7 @@ async def test_too_much_is_not_read() -> None:
     ["bytes 24-1023/1024x", "bytes 23-1022/1024", "bytes 24-1024/1024", "bytes 24-23/1024", "x"],
 )
 async def test_ranges_that_do_not_fit(content_range: str) -> None:
-    """A range that is placed elsewhere is not used; the whole blob is asked for instead."""
+    """A range at another place is not used, and the whole blob is requested."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         if "Range" not in request.headers:
@@ -133,7 +133,9 @@ async def test_ranges_that_do_not_fit(content_range: str) -> None:
 
 
 async def test_a_registry_that_is_never_done() -> None:
-    """A byte that was not asked for as such, and then no more: started over once, no oftener."""
+    """A server sends one byte outside the requested range, and then no more. The client starts over
+    only once.
+    """
 
     def answer(request: httpx.Request) -> httpx.Response:
         if "Range" in request.headers:
@@ -171,7 +173,7 @@ async def test_a_range_for_each_byte(size: int) -> None:
 
 
 async def test_ranges_of_some_length() -> None:
-    """A registry that gives so much at a time, and no more, is asked as often as it takes."""
+    """A server limits the length of ranges. The client repeats the request as often as needed."""
     content = CONTENT * 2048
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -188,7 +190,7 @@ async def test_ranges_of_some_length() -> None:
 
 @pytest.mark.parametrize("status", [204, 206])
 async def test_an_answer_that_was_not_asked_for(status: int) -> None:
-    """Not the blob, and no range was asked for: the error names the status."""
+    """The response is a range although none was requested. The error names the status."""
     network = Network(**{HOST: lambda request: httpx.Response(status)})
     with pytest.raises(RegistryError, match=f"answered {status} for blob {BLOB.digest}") as caught:
         await fetch(network, MemorySink())
@@ -222,7 +224,7 @@ async def test_a_stall() -> None:
     ("tag", "sent"), [('"strong"', '"strong"'), ('W/"weak"', None), ("bare", None)]
 )
 async def test_entity_tags(tag: str, sent: str | None) -> None:
-    """A strong one is given back with the next range, until the blob is there."""
+    """A strong tag is sent with the next range, until the blob is complete."""
     answers = [
         httpx.Response(200, headers={"ETag": tag}, stream=Body([CONTENT[:500]])),
         httpx.Response(
@@ -244,7 +246,7 @@ async def test_entity_tags(tag: str, sent: str | None) -> None:
 
 
 async def test_a_sink_that_fails() -> None:
-    """Its error comes out as it is, and the connection is let go of."""
+    """The sink's error is raised unchanged, and the connection is free again."""
 
     class FullSink(MemorySink):
         async def write(self, data: bytes) -> None:
@@ -255,11 +257,13 @@ async def test_a_sink_that_fails() -> None:
     with pytest.raises(OSError, match="disk full"):
         await fetch(network, FullSink())
     assert body.closed
-    gc.collect()  # a generator that was left behind would warn
+    gc.collect()  # an abandoned generator would cause a warning
 
 
 async def test_cancelled_in_each_wait() -> None:
-    """While it connects, reads or writes: the sink keeps its bytes, and the slot is free again."""
+    """After a cancellation of connecting, reading or writing, the sink keeps its bytes, and the
+    slot is free.
+    """
 
     class Stuck(httpx.AsyncByteStream):
         def __aiter__(self) -> Stuck:

@@ -1,10 +1,10 @@
-"""The values and the client against recorded behaviour.
+"""The values and the client, compared with recorded behaviour.
 
-The cases are those of `tests/cases/registry`, and those in the directory that ``TRIO_LAYERS_CASES``
-names. `FORMAT.md` beside the files describes them.
+The cases are in `tests/cases/registry`, and in the directory that ``TRIO_LAYERS_CASES`` names.
+`FORMAT.md` beside the files describes them.
 
 The cases in ``found_*.json`` come from a comparison of many generated inputs with the sources of
-those implementations: inputs with another result here, and some of their neighbours.
+those implementations: inputs with another result here, and similar inputs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Case = dict[str, Any]
 
 
 def cases(table: str) -> list[object]:
-    """One pytest item for each case of a table."""
+    """Make one pytest item for each case of a table."""
     items: list[object] = []
     paths = [HERE / f"{table}.json", HERE / f"found_{table}.json"]
     more = os.environ.get("TRIO_LAYERS_CASES")
@@ -70,7 +70,7 @@ def cases(table: str) -> list[object]:
 
 @pytest.mark.parametrize("case", cases("references"))
 def test_reference(case: Case) -> None:
-    """A reference is read, or refused for the reason, that Docker has."""
+    """A reference is accepted as by Docker, or refused for Docker's reason."""
     expected = case["expected"]
     if "error" in expected:
         with pytest.raises(InvalidReference) as caught:
@@ -92,7 +92,7 @@ def test_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("case", cases("platforms"))
 def test_platform(case: Case) -> None:
-    """Specifiers and choices are those of containerd on linux/amd64."""
+    """Specifiers and choices are equal to containerd's on linux/amd64."""
     expected = case["expected"]
     if case["kind"] == "match":
         requested = platform_of(case["requested"])
@@ -113,7 +113,7 @@ def test_platform(case: Case) -> None:
 
 @pytest.fixture(autouse=True)
 def amd64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables were recorded there."""
+    """The tables were recorded on this platform."""
     uname = os.uname_result(("Linux", "host", "6.1", "#1", "x86_64"))
     monkeypatch.setattr(os, "uname", lambda: uname)
 
@@ -142,8 +142,8 @@ def members_of(platform: Platform) -> Case:
 
 @pytest.mark.parametrize("case", cases("manifests"))
 def test_manifest(case: Case) -> None:
-    """A manifest with its config is accepted or refused as the specification has it, and where
-    that is silent as containerd does.
+    """A manifest with its config is accepted or refused as the specification says, or else as by
+    containerd.
     """
     verdict = case["expected"].get("spec", {}).get("verdict")
     containerd = case["expected"]["containerd"]
@@ -201,7 +201,7 @@ def test_challenges(case: Case) -> None:
 
 @pytest.mark.parametrize("case", cases("docker_config"))
 async def test_docker_config(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials are looked for, and helpers asked, as by docker's command line."""
+    """Credentials are looked up, and helpers are called, as by docker's command line."""
     home = Home(tmp_path, monkeypatch)
     home.docker_config.write_text(case["config"])
     if case["env_docker_auth_config"]:
@@ -240,7 +240,7 @@ TOKENS = ("identitytoken", "registrytoken")
 
 
 def as_go_prints(text: str) -> str:
-    """Each byte that is not UTF-8 is a character of its own."""
+    """Replace each byte that is not UTF-8 with a character, as Go prints it."""
     return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -275,7 +275,7 @@ async def test_http_range(case: Case) -> None:
     first, last = attempts[0], attempts[-1]
     ranges = [request.headers.get("Range") for request in network.requests]
     size, have = case["descriptor_size"], len(case["have"])
-    # Where one answer was bad, all is well after it.
+    # A single bad response is followed by good ones.
     alone = len(case["responses"]) == 1 and not case["repeat_last_response"]
     match case["expected"]["spec"]["action"]:
         case "write-then-verify" | "append-then-verify" | "verify-only":
@@ -332,11 +332,11 @@ def range_from(offset: int, size: int) -> str | None:
 
 
 class RangeServer:
-    """Sends a case's responses, then those of a server that does all right.
+    """Sends a case's responses, and then those of a correct server.
 
     Attributes:
-        sent: How much of the blob the first response had.
-        whole: Whether that was from the blob's beginning on.
+        sent: Number of the blob's bytes in the first response.
+        whole: Whether these started at the blob's beginning.
     """
 
     def __init__(self, case: Case) -> None:
@@ -355,7 +355,7 @@ class RangeServer:
         response = self.responses[0] if repeated else self.responses.pop(0)
         headers = httpx.Headers(response["headers"])
         body = response["body"].encode()
-        # An HTTP client reads as much as was announced, and notices if less comes.
+        # An HTTP client reads the announced number of bytes, and notices if fewer come.
         announced = int(headers.get("Content-Length", len(body)))
         error = httpx.RemoteProtocolError("closed early") if len(body) < announced else None
         body = body[:announced]

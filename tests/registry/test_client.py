@@ -1,4 +1,4 @@
-"""From a reference to an image's documents."""
+"""From a reference to an image's manifest and config."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ async def resolve(
 
 
 async def test_image_by_tag() -> None:
-    """A tag that leads to a manifest: manifest and config come, and nothing else."""
+    """For a tag of a manifest, the client requests the manifest and the config, and
+    nothing else.
+    """
     registry = FakeRegistry()
     descriptor = registry.add_image(tag="latest", architecture="s390x")
     network = Network(**{HOST: registry})
@@ -110,7 +112,7 @@ async def test_content_that_a_descriptor_holds() -> None:
 
 
 async def test_index_leads_to_the_platform() -> None:
-    """Of an index's images the one for the platform is taken; by default, the host's."""
+    """The client takes the index's image for the platform, by default for the host's."""
     registry = FakeRegistry()
     arm = registry.add_image(architecture="arm64")
     host = registry.add_image(
@@ -130,7 +132,9 @@ async def test_index_leads_to_the_platform() -> None:
 
 
 async def test_index_in_an_index() -> None:
-    """One may lead to another, but not for ever. The first is the one that is reported."""
+    """An index may lead to another index, within a limit. The reported digest is
+    the first one's.
+    """
     registry = FakeRegistry()
     entry = registry.add_image(architecture="arm64")
     descriptors = [entry]
@@ -163,7 +167,7 @@ async def test_no_image_for_the_platform() -> None:
 
 
 async def test_an_entry_that_does_not_say_its_platform() -> None:
-    """Its config says it, and must fit, also if the platform is only the host's."""
+    """The platform comes from the config, and must match, even if only the host's is wanted."""
     registry = FakeRegistry()
     registry.add_index([as_json(registry.add_image(architecture="plan9"))], tag="latest")
     with pytest.raises(PlatformError, match="but for linux/plan9"):
@@ -171,7 +175,7 @@ async def test_an_entry_that_does_not_say_its_platform() -> None:
 
 
 async def test_docker_hub() -> None:
-    """Docker Hub's registry is elsewhere than its images' names say."""
+    """Docker Hub's registry has another host name than its images."""
     registry = FakeRegistry("library/debian")
     registry.add_image(tag="12")
     network = Network(**{"https://registry-1.docker.io": registry})
@@ -180,7 +184,9 @@ async def test_docker_hub() -> None:
 
 
 async def test_digest_of_the_reference() -> None:
-    """A document by digest matches it, for any media type or digest the registry announces."""
+    """A document by digest must match this digest. The registry's media type and digest do not
+    matter.
+    """
     registry = FakeRegistry()
     descriptor = registry.add_image()
     other = registry.add_image(created="2025-01-01T00:00:00Z")
@@ -193,7 +199,7 @@ async def test_digest_of_the_reference() -> None:
 
 
 async def test_digest_that_the_registry_promised() -> None:
-    """By tag, Docker-Content-Digest is held against the document."""
+    """A document by tag must match Docker-Content-Digest."""
     registry = FakeRegistry()
     registry.add_image(tag="latest")
 
@@ -207,7 +213,7 @@ async def test_digest_that_the_registry_promised() -> None:
 
 
 async def test_a_promise_that_would_rewrite_a_terminal() -> None:
-    """Header fields may hold escapes; errors do not."""
+    """Header fields may contain escape sequences, but errors do not."""
 
     def lying(request: httpx.Request) -> httpx.Response:
         headers = {"Docker-Content-Digest": "sha256:\x1b[2J"}
@@ -218,7 +224,7 @@ async def test_a_promise_that_would_rewrite_a_terminal() -> None:
 
 
 async def test_platforms_in_an_error_are_bounded() -> None:
-    """An index may name any media type."""
+    """An index may contain any media type."""
     registry = FakeRegistry()
     platform = {"os": "linux", "architecture": "a" * 5000}
     registry.add_index([as_json(registry.add_image(), platform=platform)], tag="latest")
@@ -247,7 +253,7 @@ async def test_documents_found_by_descriptor(change: bytes) -> None:
 
 
 async def test_documents_are_bounded() -> None:
-    """An endless manifest is left after 4 MiB, and a descriptor of more is not even asked for."""
+    """An endless manifest is not read beyond 4 MiB, and a larger descriptor is not requested."""
     body = Body([b" " * 2**20] * 100)
 
     def endless(request: httpx.Request) -> httpx.Response:
@@ -268,7 +274,7 @@ async def test_documents_are_bounded() -> None:
 
 
 async def test_a_large_document_is_decoded_off_the_loop() -> None:
-    """One that would hold up all tasks is decoded in a thread, and comes out the same."""
+    """A document that would block the event loop is decoded in a thread, with the same result."""
     registry = FakeRegistry()
     registry.add_image(tag="latest", comment="x" * 100_000)
     threads: list[int] = []
@@ -305,7 +311,7 @@ async def test_a_long_list_of_tags_is_put_together_off_the_loop(
 
 
 async def test_a_reference_by_another_algorithm() -> None:
-    """SHA-512 references are of the grammar, but nothing is asked for by them."""
+    """The grammar allows SHA-512 references, but the client sends no request for them."""
     network = Network()
     with pytest.raises(InvalidDigest):
         await resolve(network, f"{APP.name}@sha512:{'ab' * 64}")
@@ -316,7 +322,7 @@ async def test_a_reference_by_another_algorithm() -> None:
     "domain", ["[:::]", "example.com:99999", "xn--a.example", "my_host.example"]
 )
 async def test_a_domain_that_is_no_host(domain: str) -> None:
-    """The grammar of references lets it through; there is nobody to ask."""
+    """The reference grammar allows this domain, but it is no host name."""
     with pytest.raises(InvalidReference, match="is no host"):
         await resolve(Network(), f"{domain}/app")
 
@@ -385,7 +391,7 @@ async def test_statuses(status: int, kind: type[RegistryError], final: bool) -> 
 async def test_retry_after(
     autojump_clock: MockClock, headers: dict[str, str], seconds: float | None
 ) -> None:
-    """Seconds, or a date by the registry's own clock."""
+    """The field has seconds, or a date by the registry's own clock."""
     network = Network(**{HOST: lambda request: httpx.Response(429, headers=headers)})
     with pytest.raises(RateLimited) as caught:
         await resolve(network)
@@ -394,7 +400,7 @@ async def test_retry_after(
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"errors": [7]}', b"[" * 20_000])
 async def test_an_error_without_a_reason(body: bytes) -> None:
-    """A proxy's page is left out."""
+    """The error does not quote a proxy's HTML page."""
     network = Network(**{HOST: lambda request: httpx.Response(500, content=body)})
     with pytest.raises(RegistryError) as caught:
         await resolve(network)
@@ -402,7 +408,7 @@ async def test_an_error_without_a_reason(body: bytes) -> None:
 
 
 async def test_nobody_there() -> None:
-    """A host that refuses connections is named, and another attempt may do better."""
+    """The error names a host that refuses connections, and is transient."""
     async with Network().client() as http, open_registry_client(client=http) as client:
         message = r"^registry\.example could not be asked for blob sha256:.*: connection refused"
         with pytest.raises(RegistryError, match=message) as caught:
@@ -414,7 +420,9 @@ async def test_nobody_there() -> None:
 
 @pytest.mark.parametrize("domain", ["localhost:5000", "127.0.0.9:5000", "[::1]:5000", "localhost"])
 async def test_loopback_may_be_plain(domain: str) -> None:
-    """This machine is asked over HTTPS, then over plain HTTP, and that is remembered."""
+    """A registry on loopback is asked over HTTPS, then over plain HTTP, and the client remembers
+    that.
+    """
     registry = FakeRegistry()
     registry.add_image(tag="latest")
     network = Network(**{f"http://{domain}": registry})
@@ -440,7 +448,7 @@ async def test_loopback_with_tls() -> None:
 
 
 async def test_plain_http_only_where_it_is_allowed() -> None:
-    """ForeignURL it takes ``plain_http``."""
+    """A registry on another machine is asked over plain HTTP only with ``plain_http``."""
     registry = FakeRegistry()
     registry.add_image(tag="latest")
     network = Network(**{"http://registry.example": registry})
@@ -451,9 +459,7 @@ async def test_plain_http_only_where_it_is_allowed() -> None:
 
 
 async def test_contradictory_options() -> None:
-    """Whether a given client checks certificates is its own affair; nobody needs no
-    connections.
-    """
+    """A given client has its own settings for certificates, and zero connections make no sense."""
     with pytest.raises(ValueError, match="max_connections is 0"):
         async with open_registry_client(max_connections=0):
             pass  # pragma: no cover
@@ -474,7 +480,8 @@ async def test_contradictory_options() -> None:
 async def test_the_password_of_a_proxy_whose_url_is_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str
 ) -> None:
-    """A slash in a password ends the host for a parser, which takes the text before for the port.
+    """A slash in a password ends the host for a URL parser, which then takes the password for the
+    port.
 
     The parser's error quotes that text, and must not be shown.
     """
@@ -488,7 +495,7 @@ async def test_the_password_of_a_proxy_whose_url_is_wrong(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    """As with Docker, requests to this machine use no proxy."""
+    """As with Docker, requests to this machine do not use the proxy."""
     asked: list[str] = []
 
     async def proxy(stream: trio.SocketStream) -> None:
@@ -511,7 +518,9 @@ async def test_no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch, host: 
 
 
 async def test_own_client() -> None:
-    """Without a client there are own ones; repr and statistics show the activity."""
+    """Without a given client, the registry client makes its own. Its repr and statistics show the
+    activity.
+    """
     async with open_registry_client(max_connections=7) as client:
         assert client.statistics().max_connections == 7
         assert repr(client) == ("<RegistryClient: 0 of 7 connections active, 0 requests waiting>")

@@ -29,7 +29,7 @@ BEARER = f'Bearer realm="{TOKENS}/",service="registry.example"'
 BASIC = 'Basic realm="here"'
 USER = Credentials("user", "s3cret")
 
-# Number of requests to a refusing registry that one call may cause.
+# Maximum number of requests to a refusing registry in one call.
 MOST = 3
 
 
@@ -38,7 +38,9 @@ async def fetch(client: RegistryClient) -> None:
 
 
 def wanting(challenge: Callable[[str, int], str]) -> Callable[[httpx.Request], httpx.Response]:
-    """A registry that refuses all, with challenges by the credentials and the number of the try."""
+    """A registry that refuses every request. The challenge depends on the credentials and the
+    number of the request.
+    """
     numbers = count()
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -66,7 +68,7 @@ def giving(status: int = 200, post: int = 200, **more: str) -> Callable[..., htt
 
 
 def renewed(**fields: str) -> CredentialsFor:
-    """Other credentials each time."""
+    """Return other credentials each time."""
     numbers = count()
 
     async def source(repository: str, refused: Credentials | None) -> Credentials:
@@ -157,7 +159,7 @@ DANCES = {
 
 @pytest.mark.parametrize("name", DANCES)
 async def test_a_dance(name: str) -> None:
-    """It ends with one error, that no other attempt is made for."""
+    """The call ends with one final error."""
     dance = DANCES[name]
     network = Network(**{HOST: wanting(dance.challenge), TOKENS: dance.tokens()})
     async with (
@@ -176,7 +178,7 @@ async def test_a_dance(name: str) -> None:
 
 
 async def test_who_wanted_something_else_at_first() -> None:
-    """Basic once, then a token: that is brought."""
+    """The registry first asks for Basic, and then for a token. The client gets the token."""
     network = Network(**{HOST: wanting(lambda sent, n: BEARER if n else BASIC), TOKENS: giving()})
     refuse = network.hosts[HOST]
     network.hosts[HOST] = lambda request: (
@@ -197,7 +199,7 @@ async def test_who_wanted_something_else_at_first() -> None:
 
 
 async def test_many_that_renew_for_one_another(autojump_clock: MockClock) -> None:
-    """Credentials that one task renews are worth a try for others, but not each time."""
+    """A task tries credentials that another task has renewed, but not each time."""
     delays = random.Random(1)
 
     async def answer(request: httpx.Request) -> httpx.Response:
@@ -223,7 +225,7 @@ async def test_many_that_renew_for_one_another(autojump_clock: MockClock) -> Non
 
 
 async def test_who_asks_to_wait_in_between(autojump_clock: MockClock) -> None:
-    """Neither the waits nor the refusals begin anew with the other."""
+    """A wait does not reset the count of refusals, and a refusal does not reset the time waited."""
     numbers = count()
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -239,7 +241,7 @@ async def test_who_asks_to_wait_in_between(autojump_clock: MockClock) -> None:
 
 
 async def test_a_storage_that_refuses_and_a_registry_that_leads_back() -> None:
-    """Redirects have an end of their own, in each of the few requests."""
+    """Redirects have a limit of their own in each of the few requests."""
 
     def registry(request: httpx.Request) -> httpx.Response:
         if "Authorization" in request.headers and request.url.path != "/5":

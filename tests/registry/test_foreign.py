@@ -79,7 +79,7 @@ async def fetch(
     ],
 )
 async def test_urls_come_before_the_registry(media_type: str) -> None:
-    """In their order, and once each; the registry is not asked where one has it."""
+    """URLs are tried in order, once each. If one has the layer, the registry is not asked."""
     network = Network(**{FIRST: lacks, SECOND: sends(), HOST: sends()})
     urls = (f"{FIRST}/a?signature=s", f"{FIRST}/a?signature=s", f"{SECOND}/b", f"{FIRST}/c")
     sink = await fetch(network, foreign(*urls, media_type=media_type))
@@ -94,7 +94,7 @@ async def test_as_bytes_and_piece_by_piece() -> None:
         assert await client.get_blob(APP, layer) == CONTENT
         async with client.open_blob(APP, layer) as chunks:
             assert b"".join([chunk async for chunk in chunks]) == CONTENT
-        with pytest.raises(NotFound):  # by its digest alone it is a blob as any other
+        with pytest.raises(NotFound):  # requested by its digest alone, it is a blob like any other
             await client.get_blob(APP, layer.digest)
     assert network.asked[:4] == [FIRST, SECOND] * 2
 
@@ -108,7 +108,7 @@ async def test_as_bytes_and_piece_by_piece() -> None:
     ],
 )
 async def test_no_other_blob_is_asked_for_elsewhere(media_type: str) -> None:
-    """A manifest must not have us ask whom it likes."""
+    """URLs of other blobs are ignored, since a manifest must not choose our hosts."""
     network = Network(**{FIRST: sends(), HOST: lacks})
     with pytest.raises(NotFound):
         await fetch(network, foreign(FIRST, media_type=media_type))
@@ -117,7 +117,7 @@ async def test_no_other_blob_is_asked_for_elsewhere(media_type: str) -> None:
 
 
 async def test_the_registry_may_have_it_all_the_same() -> None:
-    """After the URLs, or if there are none."""
+    """The registry is asked after the URLs, or if there are none."""
     network = Network(**{FIRST: lacks, HOST: sends()})
     assert (await fetch(network, foreign(FIRST))).data == CONTENT
     assert (await fetch(network, foreign())).data == CONTENT
@@ -126,7 +126,7 @@ async def test_the_registry_may_have_it_all_the_same() -> None:
 
 
 async def test_nobody_has_it() -> None:
-    """The error is the registry's, and names all that were tried. It is final if theirs all are."""
+    """The error is the registry's, and names all hosts. It is final if all errors are final."""
     network = Network(**{FIRST: lacks, HOST: lacks})
     with pytest.raises(NotFound) as caught:
         await fetch(
@@ -147,7 +147,7 @@ async def test_nobody_has_it() -> None:
 
 
 async def test_urls_are_bounded() -> None:
-    """A manifest cannot have us ask at a thousand doors."""
+    """A manifest cannot make the client send a thousand requests."""
     network = Network(**{HOST: sends()})
     await fetch(network, foreign(*(f"https://{n}.example/" for n in range(1000))))
     assert len(network.requests) == MAX_URLS + 1
@@ -158,14 +158,14 @@ async def test_urls_are_bounded() -> None:
     ["ftp://one.example/x", "/v2/x", "", "https://", "https://xn--a/", "https://one.example:99999"],
 )
 async def test_urls_that_are_none(url: str) -> None:
-    """They are passed over, and the error of the registry says so."""
+    """Invalid URLs are skipped, and the registry's error mentions them."""
     network = Network(**{HOST: lacks})
     with pytest.raises(NotFound, match="in the manifest, is not asked for blob"):
         await fetch(network, foreign(url))
     assert {request.url.host for request in network.requests} == {"registry.example"}
 
 
-# Whom a manifest may have us ask.
+# Hosts to which a manifest may lead the client.
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ async def test_plain_http(url: str, reference: str, plain_http: bool, asked: boo
 
 @pytest.mark.parametrize("reference", [str(APP), "localhost:5000/app"])
 async def test_redirects_of_a_url(reference: str) -> None:
-    """It leads to plain HTTP on this machine from this machine only."""
+    """A redirect leads to plain HTTP on this machine only from this machine."""
     local = "http://127.0.0.1:8000"
     network = Network(
         **{
@@ -215,11 +215,12 @@ async def test_redirects_of_a_url(reference: str) -> None:
     assert (f"{local}/secret" in network.asked) is (reference != str(APP))
 
 
-# The header fields of requests to them.
+# The header fields of requests to URLs.
 
 
 async def test_what_a_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A URL gets no credentials of the registry, none in the URL, and no header fields.
+    """A URL's host gets none of the registry's credentials or header fields, and no login of the
+    URL.
 
     The header fields are those that are configured for the registry.
     """
@@ -261,7 +262,7 @@ async def test_what_a_url_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 async def test_a_url_that_lies() -> None:
-    """Its wrong bytes are dropped, and the next URL is asked."""
+    """Wrong bytes of one URL are dropped, and the next URL is asked."""
     wrong = CONTENT[:-1] + b"x"
     network = Network(**{FIRST: sends(wrong), SECOND: sends(CONTENT * 2), HOST: sends()})
     sink = await fetch(network, foreign(FIRST, SECOND))
@@ -278,7 +279,7 @@ async def test_a_url_that_lies() -> None:
 
 
 async def test_one_goes_on_where_the_other_ended() -> None:
-    """By Range: from URL to URL, and from there to the registry."""
+    """The next URL, and then the registry, continue by Range."""
 
     def more(request: httpx.Request) -> httpx.Response:
         assert request.headers["Range"] == "bytes=300-1023"
@@ -297,7 +298,7 @@ async def test_one_goes_on_where_the_other_ended() -> None:
 
 
 async def test_another_attempt() -> None:
-    """Each URL is asked again, however it failed, and gets back its own entity tag alone."""
+    """Each URL is asked again after any failure. It gets its own entity tag only."""
 
     def tagged(tag: str):
         def answer(request: httpx.Request) -> httpx.Response:
@@ -338,7 +339,7 @@ async def test_another_attempt() -> None:
 
 
 async def test_a_registry_that_rests_is_asked_all_the_same() -> None:
-    """A layer that its URLs lack may still be in the registry."""
+    """An unreachable registry is asked again, since the layer may be only there."""
     network = Network(**{FIRST: lacks})
     async with network.client() as http, open_registry_client(client=http) as client:
         with pytest.raises(RegistryError):

@@ -120,8 +120,8 @@ async def test_at_every_step(name: str) -> None:
     async with world.network.client() as http:
         reached = True
         while reached:
-            # Odd and even numbers are the two ends of a step. Every third one is tested of long
-            # calls.
+            # Odd and even numbers are the two ends of a step. Long calls are tested at every third
+            # number.
             step += 1 if name in SHORT else 3
             reached, [ended] = await leave_at(step, CALLS[name], "r.example/team/app", client=http)
             outcomes.add(ended)
@@ -231,7 +231,9 @@ async def test_a_read_that_waits_when_the_block_is_left() -> None:
 
 
 async def test_no_other_attempt_follows() -> None:
-    """Whether a call was under way, in a pause, or came later; or the given client was closed."""
+    """This holds for a call under way, for a call in a pause, for a later call, and after the given
+    client was closed.
+    """
     errors: list[ClientClosed] = []
     world = World()
 

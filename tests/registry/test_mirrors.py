@@ -57,7 +57,7 @@ TWO = f'[host."{M1}"]\n[host."{M2}"]\n'
 
 @pytest.fixture
 def network() -> Network:
-    """An image at the registry and at both mirrors."""
+    """Return a network with an image at the registry and at both mirrors."""
     registry = FakeRegistry()
     registry.add_image(tag="1", layers=[CONTENT])
     return Network(**{UPSTREAM: registry, M1: registry, M2: registry})
@@ -92,7 +92,9 @@ def answering(status: int, **headers: str) -> Handler:
 
 
 def breaking_after(count: int, data: bytes = CONTENT) -> Handler:
-    """Sends so many bytes, from the start or where it was asked, and goes away."""
+    """Return a server that sends this many bytes, from the start or the requested place, and then
+    closes the connection.
+    """
 
     def respond(request: httpx.Request) -> httpx.Response:
         start = int(request.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
@@ -107,8 +109,8 @@ def breaking_after(count: int, data: bytes = CONTENT) -> Handler:
 
 
 async def test_mirrors_come_first_and_are_told_for_whom(network: Network, tmp_path: Path) -> None:
-    """All of an image comes from the first mirror, which is asked with ``ns``; the registry
-    itself never is.
+    """The whole image comes from the first mirror. Its requests contain ``ns``, and the registry is
+    never asked.
     """
     async with opened(network, tmp_path, TWO) as client:
         image = await client.resolve_image(APP, platform=AMD64)
@@ -122,7 +124,9 @@ async def test_mirrors_come_first_and_are_told_for_whom(network: Network, tmp_pa
 
 
 async def test_a_tag_is_resolved_by_those_who_may(network: Network, tmp_path: Path) -> None:
-    """Content by digest comes from a mirror all the same; the registry is not told of itself."""
+    """Content by digest still comes from a mirror. Requests to the registry itself
+    have no ``ns``.
+    """
     toml = f'[host."{M1}"]\ncapabilities = ["pull"]\n'
     async with opened(network, tmp_path, toml) as client:
         image = await client.resolve_image(APP, platform=AMD64)
@@ -143,7 +147,7 @@ async def test_nobody_is_able(network: Network, tmp_path: Path) -> None:
 
 
 async def test_docker_hub_is_itself_under_both_its_names(tmp_path: Path) -> None:
-    """No ``ns``, and its credentials."""
+    """Docker Hub under either name gets no ``ns``, and its own credentials."""
     registry = FakeRegistry("library/debian", blobs={BLOB.digest: CONTENT})
     network = Network(**{"https://registry-1.docker.io": with_basic(registry, "Hub")})
     (tmp_path / "docker.io").mkdir()
@@ -179,7 +183,7 @@ async def test_paths(toml: str, url: str, tmp_path: Path) -> None:
 async def test_whatever_is_wrong_the_next_is_asked(
     status: int | None, what: str, network: Network, tmp_path: Path
 ) -> None:
-    """As in containerd: any status that is no success, and none at all."""
+    """As in containerd, any unsuccessful status and a missing response lead to the next host."""
     if status is None:
         del network.hosts[M1]
     else:
@@ -196,7 +200,7 @@ async def test_whatever_is_wrong_the_next_is_asked(
 async def test_who_cannot_be_reached_has_a_rest(
     network: Network, tmp_path: Path, mock_clock: MockClock
 ) -> None:
-    """It is passed over for a while, then asked again."""
+    """An unreachable host is skipped for a while, and then asked again."""
     there = network.hosts.pop(M1)
     async with opened(network, tmp_path, TWO) as client:
         await fetch(client)
@@ -213,7 +217,7 @@ async def test_who_cannot_be_reached_has_a_rest(
 
 
 async def test_who_does_not_have_it_has_no_rest(network: Network, tmp_path: Path) -> None:
-    """It may well have the next thing."""
+    """A host that lacks one blob may have the next."""
     network.hosts[M1] = answering(404)
     async with opened(network, tmp_path, TWO) as client:
         await fetch(client)
@@ -222,7 +226,7 @@ async def test_who_does_not_have_it_has_no_rest(network: Network, tmp_path: Path
 
 
 async def test_who_has_a_rest_is_better_than_nobody(network: Network, tmp_path: Path) -> None:
-    """If all others are in trouble."""
+    """If all other hosts fail, the skipped host is asked, too."""
     there = network.hosts.pop(M1)
     async with opened(network, tmp_path, f'[host."{M1}"]') as client:
         await fetch(client)
@@ -254,7 +258,7 @@ async def test_all_fail(network: Network, tmp_path: Path) -> None:
 
 
 async def test_all_refuse(network: Network, tmp_path: Path) -> None:
-    """Then no other attempt is worth it."""
+    """The error is final, since another attempt would fail, too."""
     network.hosts |= {M1: answering(404), M2: answering(404), UPSTREAM: answering(401)}
     async with opened(network, tmp_path, TWO) as client:
         with pytest.raises(AuthenticationError) as caught:
@@ -263,7 +267,7 @@ async def test_all_refuse(network: Network, tmp_path: Path) -> None:
 
 
 async def test_a_page_that_is_no_manifest(network: Network, tmp_path: Path) -> None:
-    """A mirror that is a login page by now resolves nothing."""
+    """A mirror that has become a login page resolves nothing."""
     network.hosts[M1] = lambda request: httpx.Response(200, html="<html>", request=request)
     async with opened(network, tmp_path, f'[host."{M1}"]') as client:
         image = await client.resolve_image(APP, platform=AMD64)
@@ -275,7 +279,7 @@ async def test_a_page_that_is_no_manifest(network: Network, tmp_path: Path) -> N
 
 
 async def test_a_lie_costs_a_request(network: Network, tmp_path: Path) -> None:
-    """Documents and blobs by digest: the wrong bytes are never used."""
+    """Wrong bytes of a document or blob by digest are never used."""
     lie = FakeRegistry()
     lie.add_image(tag="1", layers=[CONTENT])
     lie.blobs = {digest: b"x" * len(data) for digest, data in lie.blobs.items()}
@@ -301,11 +305,13 @@ async def test_everybody_lies(network: Network, tmp_path: Path) -> None:
 
 
 async def test_one_goes_on_where_the_other_stopped(network: Network, tmp_path: Path) -> None:
-    """By range, and without the other's entity tag, which would mean something else here."""
+    """The next host continues by range, without the first host's entity tag, which is not valid
+    there.
+    """
     network.hosts |= {M1: breaking_after(30), M2: breaking_after(30), UPSTREAM: breaking_after(99)}
     async with opened(network, tmp_path, TWO) as client:
         sink = MemorySink()
-        # It breaks off after the last byte, too: nobody needs to know.
+        # The connection breaks after the last byte, too, and the client ignores that.
         with pytest.raises(RegistryError, match="broke off"):
             await fetch(client, sink)
         assert sink.data == CONTENT
@@ -317,7 +323,7 @@ async def test_one_goes_on_where_the_other_stopped(network: Network, tmp_path: P
 
 
 async def test_a_lie_that_another_went_on_with(network: Network, tmp_path: Path) -> None:
-    """The source of the wrong bytes is unknown: the present host sends the whole blob."""
+    """The source of the wrong bytes is unknown, so the present host sends the whole blob."""
     network.hosts[M1] = breaking_after(30, b"x" * 100)
 
     def good(request: httpx.Request) -> httpx.Response:
@@ -364,7 +370,7 @@ def with_basic(registry: Handler, user: str) -> Handler:
 async def test_the_registrys_credentials_are_not_for_mirrors(
     network: Network, tmp_path: Path
 ) -> None:
-    """Whether they came with the registry's name or without any."""
+    """This holds for credentials with the registry's name, and for those without a name."""
     us = Credentials("us", "pw")
     network.hosts |= {
         M1: with_basic(network.hosts[M1], "us"),
@@ -379,7 +385,7 @@ async def test_the_registrys_credentials_are_not_for_mirrors(
 
 
 async def test_a_mirrors_own_credentials(network: Network, tmp_path: Path) -> None:
-    """Are given by its own name, with its port, and go nowhere else."""
+    """They are given under the mirror's name, with its port, and reach no other host."""
     network.hosts |= {
         M1: answering(401, **{"WWW-Authenticate": "Basic realm=r"}),
         M2: with_basic(network.hosts[M2], "mirror"),
@@ -394,8 +400,8 @@ async def test_a_mirrors_own_credentials(network: Network, tmp_path: Path) -> No
 async def test_logins_of_docker(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``config.json`` has one for a mirror and one for the registry, by their own names. Each gets
-    its own, by which the mirror lets us in and has nothing; the other mirror gets none.
+    """``config.json`` has a login for a mirror and one for the registry. Each host gets its own
+    login. The first mirror accepts it but lacks the image, and the other mirror gets none.
     """
     home = Home(tmp_path / "home", monkeypatch)
     mirror, us = Credentials("mirror", "pw"), Credentials("us", "pw")
@@ -480,7 +486,7 @@ async def test_an_identity_token_of_a_mirror(network: Network, tmp_path: Path) -
 async def test_a_helper_that_fails_is_an_error(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mirror with client certificates: no other host gets them."""
+    """The error is raised, although another host might not need credentials."""
     home = Home(tmp_path / "home", monkeypatch)
     home.docker_config.write_text(json.dumps({"credHelpers": {"m1.example": "desk"}}))
     home.add_helper("desk", {"!error": "it is locked"})
@@ -494,8 +500,8 @@ async def test_a_helper_that_fails_is_an_error(
 
 
 async def test_tokens_are_for_one_host(network: Network, tmp_path: Path) -> None:
-    """A mirror that names the registry's token server gets a token of its own from there, not
-    the one that our credentials have brought.
+    """A mirror that names the registry's token server gets an anonymous token from there, not the
+    token for our credentials.
     """
     tokens = iter(("for-mirror", "for-registry"))
 
@@ -526,7 +532,7 @@ async def test_tokens_are_for_one_host(network: Network, tmp_path: Path) -> None
 
 
 async def test_a_token_server_without_tls(network: Network, tmp_path: Path) -> None:
-    """May be named by a host that the file has asked without, and by no other."""
+    """Only a host that the file allows over plain HTTP may name such a token server."""
 
     def respond(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/token":
@@ -545,7 +551,7 @@ async def test_a_token_server_without_tls(network: Network, tmp_path: Path) -> N
 
 
 async def test_a_registry_on_this_machine_that_no_file_names(tmp_path: Path) -> None:
-    """It is asked without TLS, as it would be without a directory, and leads to no more of that
+    """The registry is asked without TLS, as without ``hosts_dir``. It cannot lead to plain HTTP
     elsewhere.
     """
     async with open_registry() as registry, open_registry_client(hosts_dir=tmp_path) as client:
@@ -558,12 +564,14 @@ async def test_a_registry_on_this_machine_that_no_file_names(tmp_path: Path) -> 
         for said in ("wants a token .* no HTTPS", "redirects to http://plain.invalid"):
             with pytest.raises(RegistryError, match=said):
                 await client.resolve(reference)
-            client._endpoints._endpoints.clear()  # it has not answered 401 yet
+            client._endpoints._endpoints.clear()  # the registry has not answered 401 yet
         await client.resolve(reference)
 
 
 async def test_header_fields_are_for_one_host(network: Network, tmp_path: Path) -> None:
-    """Those of the file go to that host alone: not to the next, nor where it redirects to."""
+    """The file's header fields go only to their host, not to the next host or a
+    redirect's target.
+    """
     toml = f"""
         [host."{M1}"]
           [host."{M1}".header]
@@ -607,7 +615,7 @@ async def test_header_fields_are_for_one_host(network: Network, tmp_path: Path) 
 async def test_a_broken_file_is_named(
     network: Network, tmp_path: Path, toml: str, message: str
 ) -> None:
-    """Nobody is asked; once it is mended, all is well."""
+    """No host is asked. After the file is corrected, requests succeed."""
     async with opened(network, tmp_path, toml) as client:
         file = tmp_path / "registry.example" / "hosts.toml"
         with pytest.raises(HostsError, match=message) as caught:
@@ -643,7 +651,7 @@ async def test_files_that_cannot_be_read(network: Network, tmp_path: Path) -> No
 
 
 async def test_what_has_no_host_has_no_configuration(network: Network, tmp_path: Path) -> None:
-    """Neither the files of the root, which would be those of no name, nor the default's."""
+    """A name without a host uses neither files in the root of ``hosts_dir`` nor ``_default``."""
     for place in (tmp_path, tmp_path / "_default"):
         place.mkdir(exist_ok=True)
         (place / "hosts.toml").write_text('server = "https://registry.example"\n')
@@ -657,7 +665,7 @@ async def test_what_has_no_host_has_no_configuration(network: Network, tmp_path:
 
 
 def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
-    """The file is named that is to be mended; nobody is asked for a password."""
+    """The error names the file, and the program does not ask for a key's password."""
     authority = trustme.CA()
     issued = authority.issue_cert("client.example")
     certificate, key = tmp_path / "client.cert", tmp_path / "client.key"
@@ -717,7 +725,7 @@ def test_who_is_referred_to_learns_less() -> None:
     ],
 )
 def test_durations(text: str, seconds: float | None) -> None:
-    """They are Go's."""
+    """Durations have Go's syntax."""
     assert parse_duration(text) == seconds
 
 

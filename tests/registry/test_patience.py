@@ -1,4 +1,4 @@
-"""A registry that asks to wait is waited for, within reason."""
+"""The client waits if a registry asks it to, within limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFERENCE = parse_reference("registry.example/library/demo:latest")
 
 
 async def resolved(registry: Registry) -> tuple[float, RegistryClient]:
-    """How long it takes, by the clock that all of it goes by."""
+    """Return the time that a call takes, by the mock clock."""
     registry.add(sample_image(), "library/demo:latest")
     async with (
         httpx.AsyncClient(transport=registry.transport()) as http,

@@ -1,4 +1,6 @@
-"""Beyond images: digests of tags, lists of tags and referrers, documents and blobs as they are."""
+"""Requests other than for images: digests of tags, lists of tags and referrers,
+documents, blobs.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,11 @@ async def test_head_requests_are_authenticated_and_redirected() -> None:
     reference, image, _ = with_referrers(registry)
     async with in_memory(registry) as http, open_registry_client(client=http) as client:
         assert await client.resolve(reference) == image
-    assert [each.method for each in registry.requests] == ["HEAD", "GET", "HEAD"]  # GET: a token
+    assert [each.method for each in registry.requests] == [
+        "HEAD",
+        "GET",
+        "HEAD",
+    ]  # with GET, the first request asks for a token
 
     fake = FakeRegistry()
     fake.add_image(tag="latest")
@@ -177,7 +183,7 @@ async def test_all_tags_come_page_by_page() -> None:
 
 
 def tags_server(pages: Mapping[str, tuple[object, str | None]]) -> Network:
-    """Pages by the value of ``last``, each with its ``Link`` field."""
+    """Return a server with pages by the value of ``last``, each with its ``Link`` field."""
 
     def handler(request: httpx.Request) -> httpx.Response:
         assert request.url.path == "/v2/team/app/tags/list"
@@ -214,7 +220,7 @@ async def tags_of(network: Network) -> tuple[str, ...]:
     ],
 )
 async def test_only_the_query_of_a_link_counts(link: str) -> None:
-    """However it is written, and wherever it leads."""
+    """The host, the path and the spelling of a link do not matter."""
     network = tags_server({"": ({"tags": ["a", "b"]}, link), "b": ({"tags": ["b", "c"]}, None)})
     assert await tags_of(network) == ("a", "b", "c")
 
@@ -268,7 +274,7 @@ async def test_a_link_that_cannot_be_read(link: str) -> None:
     ],
 )
 async def test_a_last_page_that_links_to_itself(link: str) -> None:
-    """The list has all tags, each once."""
+    """The list contains each tag once."""
     pages = {
         "": ({"tags": ["a", "b"]}, "<?last=b&n=2>; rel=next"),
         "b": ({"tags": ["c"]}, link),
@@ -389,7 +395,7 @@ async def test_referrers_by_tag_where_there_is_no_api() -> None:
     registry = Registry(referrers=False)
     reference, image, entries = with_referrers(registry)
     async with in_memory(registry) as http, open_registry_client(client=http) as client:
-        assert await client.referrers(reference) == ()  # nor such a tag
+        assert await client.referrers(reference) == ()  # nor does the registry have the tag
         index = {
             "schemaVersion": 2,
             "mediaType": OCI_INDEX,
@@ -422,7 +428,7 @@ async def test_referrers_by_tag_where_there_is_no_api() -> None:
     ],
 )
 async def test_who_has_the_api(status: int, media_type: str, listed: bool) -> None:
-    """Some servers have a page for every path."""
+    """Some servers answer every path with a page."""
     fake = FakeRegistry()
     image = fake.add_image(tag="latest")
     of_api, of_tag = (build_artifact(text, SBOM).descriptor for text in (b"api", b"tag"))
@@ -459,7 +465,7 @@ async def test_a_failure_is_no_empty_list(status: int) -> None:
 
 
 async def test_referrers_and_tags_are_asked_of_those_who_may_tell(tmp_path: Path) -> None:
-    """A mirror without the API is no reason not to ask the registry."""
+    """If a mirror lacks the API, the registry is still asked."""
     (tmp_path / "registry.test").mkdir()
     hosts = tmp_path / "registry.test" / "hosts.toml"
     hosts.write_text(
@@ -501,7 +507,7 @@ async def test_nobody_may_tell_of_referrers(tmp_path: Path) -> None:
             await client.referrers(f"registry.test/team/app@{image.digest}")
 
 
-# Servers that have a page for every path, and redirects that no URL can be.
+# Servers that answer every path with a page, and redirects to invalid URLs.
 
 
 def with_mirror(directory: Path) -> Path:
@@ -512,7 +518,9 @@ def with_mirror(directory: Path) -> Path:
 
 
 async def test_a_page_is_no_manifest(tmp_path: Path) -> None:
-    """A wrong answer of a mirror leads to the registry; that of the registry is an error."""
+    """After a wrong answer of a mirror the registry is asked. A wrong answer of the registry is an
+    error.
+    """
     fake = FakeRegistry()
     image = fake.add_image(tag="latest")
 
@@ -535,7 +543,7 @@ async def test_a_page_is_no_manifest(tmp_path: Path) -> None:
 
 
 async def test_what_head_says_of_a_known_document_may_be_wrong() -> None:
-    """Then it is asked for as if it were not known."""
+    """Then the document is fetched as if it were not known."""
     fake = FakeRegistry()
     fake.add_image(tag="latest")
 
@@ -655,7 +663,7 @@ async def test_a_blob_piece_by_piece() -> None:
                 assert repr(stream) == f"<BlobChunks: 7 bytes of {blob.digest}>"
             assert client.statistics().active == 0
         async with client.open_blob(APP, blob) as stream:
-            assert await anext(stream) == b"con"  # and leave
+            assert await anext(stream) == b"con"  # leave the block before the body's end
         assert body.closed
         assert client.statistics().active == 0
 
@@ -740,7 +748,7 @@ async def test_references_as_text() -> None:
             await client.resolve_image(APP, platform="linux/amd64/v1/more")
 
 
-# With a login.
+# Requests with a login.
 
 
 @pytest.mark.parametrize("auth", [BasicAuth("user", "password"), TokenAuth("user", "password")])

@@ -1,5 +1,5 @@
-"""A registry that is slow on purpose is given up, in a time that can be told beforehand; one that
-is merely slow is not.
+"""The client gives up a registry that is slow on purpose, after a predictable time, but not one
+that is merely slow.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ Steps = Iterable[tuple[float, int]]
 
 
 class Paced(httpx.AsyncByteStream):
-    """The blob in steps: so many seconds, then so many bytes. It begins where it is asked to, and
-    keeps to no timeout, as if other bytes, which make no chunk, came all the while.
+    """Sends the blob in steps: a pause in seconds, then a number of bytes. It starts at the
+    requested place. It ignores timeouts, like a connection on which bytes arrive that form no
+    chunk.
     """
 
     def __init__(self, steps: Steps, start: int = 0) -> None:
@@ -56,7 +57,7 @@ class Paced(httpx.AsyncByteStream):
 
 
 def paced(*steps: Steps) -> tuple[Network, list[Paced]]:
-    """A registry whose answers go at these paces, one after the other."""
+    """Return a registry that sends its responses at these paces, one after the other."""
     bodies: list[Paced] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -72,7 +73,7 @@ def paced(*steps: Steps) -> tuple[Network, list[Paced]]:
 async def opened(
     network: httpx.AsyncBaseTransport, credentials: Credentials | None = None
 ) -> AsyncIterator[RegistryClient]:
-    """A client that has nothing under way when it is left."""
+    """Open a client that must have nothing under way at the end of the block."""
     async with (
         httpx.AsyncClient(transport=network) as http,
         open_registry_client(client=http, credentials=credentials) as client,
@@ -82,7 +83,7 @@ async def opened(
 
 
 async def given_up(client: RegistryClient, sink: MemorySink) -> float:
-    """When, for a reason that another attempt may not meet."""
+    """Return the time at which the client gives up, with a transient error."""
     began = trio.current_time()
     with pytest.raises(RegistryError, match=r"^registry\.example broke off .*bytes per sec") as it:
         await client.fetch_blob(APP, BLOB, sink, progress=Report())
@@ -95,11 +96,11 @@ async def given_up(client: RegistryClient, sink: MemorySink) -> float:
 @pytest.mark.parametrize(
     ("steps", "seconds", "bytes_there"),
     [
-        # A byte is worth 1/1024 of a second.
+        # Each byte gives the server 1/1024 of a second more.
         (repeat((STALL_LIMIT - 1, 1)), STALL_LIMIT + 1 / KIB, 1),
         (repeat((10, 1)), STALL_LIMIT + 6 / KIB, 6),
         (repeat((1, 100)), STALL_LIMIT + 6600 / KIB, 6600),
-        # A fast beginning is of no use later.
+        # A fast beginning gives no credit for later.
         ([(0, 100 * KIB), *[(59, 1)] * 5], STALL_LIMIT + 1 / KIB, 100 * KIB + 1),
         ([*[(1, 2 * KIB)] * 50, *[(10, 1)] * 10], 50 + STALL_LIMIT + 6 / KIB, 100 * KIB + 6),
         ([(30, 1), (0, 50 * KIB), *[(30, 1)] * 5], 30 + STALL_LIMIT + 2 / KIB, 50 * KIB + 3),
@@ -108,7 +109,9 @@ async def given_up(client: RegistryClient, sink: MemorySink) -> float:
 async def test_a_slow_loris(
     steps: Steps, seconds: float, bytes_there: int, autojump_clock: MockClock
 ) -> None:
-    """A server is given up exactly when it is a stall limit behind; the bytes are kept."""
+    """The client gives up exactly when the server is one stall limit behind, and
+    keeps the bytes.
+    """
     network, bodies = paced(steps)
     sink = MemorySink()
     async with opened(network) as client:
@@ -119,7 +122,7 @@ async def test_a_slow_loris(
 
 
 async def test_it_goes_on_from_there(autojump_clock: MockClock) -> None:
-    """The next attempt asks for the rest."""
+    """The next attempt requests the remaining bytes."""
     network, _ = paced(repeat((59, 1)), repeat((1, 2 * KIB)))
     sink = MemorySink()
     async with opened(network) as client:
@@ -138,16 +141,16 @@ async def test_it_goes_on_from_there(autojump_clock: MockClock) -> None:
     [
         (repeat((1, 2 * KIB)), 100),
         (repeat((0.5, KIB)), 100),
-        # The least rate itself, in any pieces.
+        # Exactly the least rate, in pieces of any size.
         (repeat((1, KIB)), 200),
         (repeat((59, 59 * KIB)), 59 * 4),
-        # Pauses, after which it goes on well, if not at once.
+        # Pauses, after which the server is fast again, at once or slowly.
         ([(59, 1), *repeat((0.125, 2 * KIB), 100)], 59 + 100 / 8),
         ([(59, 1), (1, 50 * KIB), (49, 1), (1, 50 * KIB), (49, 1), (1, 100 * KIB)], 160),
     ],
 )
 async def test_a_slow_registry(steps: Steps, seconds: float, autojump_clock: MockClock) -> None:
-    """It is waited for, also where it pauses."""
+    """The client waits, even through pauses."""
     network, _ = paced(steps)
     sink = MemorySink()
     began = trio.current_time()
@@ -158,7 +161,7 @@ async def test_a_slow_registry(steps: Steps, seconds: float, autojump_clock: Moc
 
 
 async def test_a_slow_consumer(autojump_clock: MockClock) -> None:
-    """Its time is not the server's."""
+    """The consumer's time does not count as the server's."""
 
     class SlowSink(MemorySink):
         async def write(self, data: bytes) -> None:
@@ -174,7 +177,7 @@ async def test_a_slow_consumer(autojump_clock: MockClock) -> None:
 
 
 async def test_silence(autojump_clock: MockClock) -> None:
-    """Bytes that make no chunk are none."""
+    """Bytes that form no chunk count as silence."""
     network, _ = paced([(0, 10), (1e6, 1)])
     sink = MemorySink()
     began = trio.current_time()
@@ -186,7 +189,7 @@ async def test_silence(autojump_clock: MockClock) -> None:
 
 
 def slowly(status: int, **headers: str) -> Callable[[httpx.Request], httpx.Response]:
-    """An answer whose body is a slow loris."""
+    """Return a response with a very slow body."""
     return lambda request: httpx.Response(
         status, headers=headers, stream=Paced(repeat((STALL_LIMIT - 1, 1)))
     )
@@ -194,7 +197,7 @@ def slowly(status: int, **headers: str) -> Callable[[httpx.Request], httpx.Respo
 
 @pytest.mark.parametrize("which", ["manifest", "error", "redirect", "token", "refresh"])
 async def test_small_bodies(which: str, autojump_clock: MockClock) -> None:
-    """Documents, tokens and errors come through the same way."""
+    """Documents, tokens and errors have the same limits."""
     registry, credentials, slow = FakeRegistry(), None, "registry.example"
     registry.add_image(tag="latest")
     network = Network(**{HOST: registry, TOKENS: slowly(200)})
@@ -225,7 +228,9 @@ async def test_small_bodies(which: str, autojump_clock: MockClock) -> None:
 
 
 class Dripping(httpcore.AsyncNetworkStream):
-    """Connected at once; then bytes one by one, each well within every timeout of one step."""
+    """A server that accepts at once and then sends single bytes, each within every timeout of one
+    step.
+    """
 
     def __init__(self, beginning: bytes) -> None:
         self.beginning = beginning
@@ -306,8 +311,8 @@ async def never(request: httpx.Request) -> httpx.Response:
 async def test_an_answer_that_never_begins(
     stall_limit: float, seconds: float, autojump_clock: MockClock
 ) -> None:
-    """It is twice as long as one may take to connect and to begin, each of which has its limit;
-    to connect no longer than a server may be silent.
+    """The client waits for twice the limits for connecting and for the stall together. The limit
+    for connecting is at most the stall limit.
     """
     network = Network(**{HOST: never})
     began = trio.current_time()
@@ -323,7 +328,7 @@ async def test_an_answer_that_never_begins(
 
 @pytest.mark.parametrize("patience", [10, 180])
 async def test_a_cancellation_is_none_of_it(patience: float, autojump_clock: MockClock) -> None:
-    """From outside it goes through, also at the very instant."""
+    """A cancellation from outside is not taken for a timeout, even at the same instant."""
     began = trio.current_time()
     with trio.CancelScope(deadline=began + patience) as scope:
         async with opened(Network(**{HOST: never})) as client:

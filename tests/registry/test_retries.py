@@ -241,7 +241,7 @@ async def test_a_server_that_asks_to_wait(part: str, code: int, autojump_clock: 
         open_registry_client(client=http) as client,
     ):
         if part == "/token":
-            await client.fetch_blob(APP, BLOB, MemorySink())  # this also obeys Retry-After
+            await client.fetch_blob(APP, BLOB, MemorySink())  # this response also obeys Retry-After
         else:
             await client.resolve_image(APP)
     assert flaky.answered[0] - flaky.failed[0] == pytest.approx(30)
@@ -383,7 +383,7 @@ async def test_rounds(
 
 
 async def test_a_mirror_that_asks_to_wait(mirrored: Path, autojump_clock: MockClock) -> None:
-    """The registry's retries are neither later for it, nor fewer."""
+    """The registry's retries are as early and as many as without the mirror."""
     there = FakeRegistry()
     there.add_image(tag="1")
     registry = Flaky(there, status(503), MAX_ATTEMPTS - 1)
@@ -396,7 +396,7 @@ async def test_a_mirror_that_asks_to_wait(mirrored: Path, autojump_clock: MockCl
         assert trio.current_time() < 0.5 + 1 + 2 + 4
         hosts = [request.url.host.partition(".")[0] for request in network.requests]
         assert hosts == ["mirror"] + ["registry"] * MAX_ATTEMPTS
-        # There is nobody else to ask: it is waited for.
+        # There is no other host left, so the client waits.
         network.hosts[HOST] = status(404)
         network.hosts[MIRROR] = Flaky(there, status(429, Retry_After="40"), 1)
         began = trio.current_time()

@@ -1,5 +1,5 @@
-"""Secrets, by each way that they come and with all that goes wrong there: they are seen by the
-server that they are for, and neither by another one, nor in a log, an error or a repr.
+"""Each kind of secret reaches only its own servers, whatever fails, and appears in no log, error or
+repr.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ APP = parse_reference("registry.example/team/app:1")
 CONTENT = b"content"
 BLOB = describe(CONTENT)
 
-# With characters that are quoted in a URL and in a form.
+# With characters that are escaped in URLs and forms.
 PASSWORD = "canary-pa55/+&%word"
 IDENTITY, REFRESH = "canary-1dentity+/=", "canary-refre5h"
 TOKEN, REGISTRY_TOKEN = "canary-t0ken.x-y_z", "canary-reg1stry.token"
@@ -61,7 +61,7 @@ class Way:
         credentials: The credentials of the client.
         scheme: The scheme of the registry's challenge.
         origins: The secrets, passwords with the name, and the origins that may get them.
-        offline: Whether the token server hands out a refresh token.
+        offline: Whether the token server issues a refresh token.
         mirror: Whether there is a mirror that gets header fields.
     """
 
@@ -140,7 +140,7 @@ def content(request: httpx.Request) -> httpx.Response:
 
 
 def echo(status: int, request: httpx.Request) -> httpx.Response:
-    """All that came is in the answer."""
+    """Answer with all that the request contained."""
     came = [str(request.url), *request.headers.values(), request.content.decode()]
     came += [value for values in parse_qs(request.content.decode()).values() for value in values]
     _, _, encoded = request.headers.get("Authorization", "").partition("Basic ")
@@ -152,7 +152,7 @@ def echo(status: int, request: httpx.Request) -> httpx.Response:
 
 
 class World(Network):
-    """All servers, which are as hostile as `trouble` says."""
+    """All servers, with the hostile behaviour that `trouble` names."""
 
     def __init__(self, way: Way, trouble: str) -> None:
         elsewhere = content if trouble in ("redirect", "redirect-login") else self.elsewhere
@@ -282,13 +282,13 @@ async def play(
         canaries.check(client, client.rate_limits, credentials, *errors)
         if trouble == "none":
             canaries.check_objects()
-    # A form with a secret in it is sent nowhere else, other than a question.
+    # Unlike a GET, a form with a secret does not follow a redirect, so these requests fail.
     fine = trouble in FINE and not (trouble == "tokens-redirect" and IDENTITY in way.origins)
     assert [str(error) for error in errors if fine] == []
     assert len(errors) == (0 if fine else 2)
     origins = {**way.origins, f"user:{SIGNATURE}": {STORAGE}, COOKIE: set[str]()}
     if trouble == "realm-elsewhere":
-        # The registry may be its own token server, and is told all that it is for.
+        # The registry may be its own token server, and gets all secrets for itself.
         origins = {secret: allowed | {HOST} for secret, allowed in origins.items()}
     canaries.check_origins(world.requests, origins)
     back = [request for request in world.requests if request.url.path == "/chosen"]
@@ -321,7 +321,7 @@ def canaries(caplog: pytest.LogCaptureFixture) -> Canaries:
 async def test_secrets(
     way: str, trouble: str, home: Home, canaries: Canaries, mock_clock: MockClock, tmp_path: Path
 ) -> None:
-    """Nobody sees one whom it is not for."""
+    """No server gets a secret that is for another one."""
     await play(WAYS[way], trouble, home, canaries, mock_clock, tmp_path)
 
 
@@ -366,7 +366,7 @@ async def test_leaks_are_seen(
 
 
 def planted(how: str, canaries: Canaries) -> None:
-    """Let a secret out, or let it be looked for where it is."""
+    """Leak a secret, or make the checks search where it legitimately is."""
     secret = COOKIE
     log = logging.getLogger("anybody")
     error: Exception = ValueError("harmless")
@@ -421,7 +421,7 @@ def planted(how: str, canaries: Canaries) -> None:
     ],
 )
 def test_canaries_are_seen(how: str, canaries: Canaries) -> None:
-    """Wherever they are."""
+    """The checks find a secret in any place."""
     canaries.add(f"user:{COOKIE}")
     canaries.check(ValueError("harmless"))
     with pytest.raises(AssertionError):
@@ -460,7 +460,7 @@ def test_urls_without_logins(url: str, shown: str) -> None:
 
 
 def test_what_is_cut_is_no_half_secret() -> None:
-    """A long message is cut after the secrets have gone from it."""
+    """Secrets are removed from a long message before it is cut."""
     secret = "s3cret" * 50
     answer = transport.RegistryResponse(
         *("host", 500, httpx.Headers(), False, None),
@@ -478,7 +478,7 @@ async def no_chunks() -> AsyncIterator[bytes]:
         yield each
 
 
-# Secrets of others: in files, in the environment, at a proxy.
+# Secrets in files, in the environment, and for a proxy.
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ async def test_a_broken_file_of_hosts(text: str, tmp_path: Path, canaries: Canar
 
 
 def test_a_host_without_a_header_of_its_own(tmp_path: Path, canaries: Canaries) -> None:
-    """A warning names it, and not its login."""
+    """A warning names the host, but not its login."""
     canaries.add(SIGNATURE)
     directory = tmp_path / APP.domain
     directory.mkdir()
@@ -520,7 +520,7 @@ def test_a_host_without_a_header_of_its_own(tmp_path: Path, canaries: Canaries) 
 
 @pytest.mark.parametrize("kind", ["garbage", "encrypted"])
 def test_a_key_that_cannot_be_used(kind: str, tmp_path: Path, canaries: Canaries) -> None:
-    """The error names the file, and shows nothing of it."""
+    """The error names the file, and quotes nothing of it."""
     canaries.add(SIGNATURE)
     header = "ENCRYPTED PRIVATE KEY" if kind == "encrypted" else "PRIVATE KEY"
     body = base64.b64encode(SIGNATURE.encode() * 10).decode()
@@ -556,7 +556,7 @@ async def test_a_proxy_that_cannot_be_used(
 
 
 async def test_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch, canaries: Canaries) -> None:
-    """It has seen its password, and nobody else does."""
+    """The proxy's password reaches the proxy only."""
     canaries.add(f"user:{SIGNATURE}")
     heard = bytearray()
 
@@ -596,7 +596,7 @@ async def test_secrets_that_are_no_text(code: int, canaries: Canaries) -> None:
         assert base64.b64encode(f"user:{COOKIE}".encode())[:-4].decode() in sent or COOKIE in sent
 
 
-# With sockets: h11's and httpcore's logs, and the files of a process.
+# With sockets: logs of h11 and httpcore, and files of a process.
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -695,7 +695,9 @@ def test_other_requests_keep_their_log(caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize("how", ["--creds", "--authfile"])
 async def test_the_command_line(how: str, home: Home, tmp_path: Path, canaries: Canaries) -> None:
-    """Neither its log nor its store has a secret in it, whether the pull ends well or not."""
+    """Neither the command's log nor its store contains a secret, whether the pull succeeds or
+    fails.
+    """
     canaries.add(f"user:{PASSWORD}")
     store = tmp_path / "store"
     async with open_registry(auth=BasicAuth("user", PASSWORD)) as registry:

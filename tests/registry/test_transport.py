@@ -1,4 +1,4 @@
-"""Slots, redirects, and connections of a real pool."""
+"""Slots, redirects, and the connections of a real pool."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ async def fetch(network: Network, sink: MemorySink | None = None, **options: boo
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_elsewhere(status: int) -> None:
-    """Storage gets the range, but neither the credentials nor the client's own."""
+    """The storage gets the range, but no credentials, and none of the client's own
+    header fields.
+    """
 
     def registry(request: httpx.Request) -> httpx.Response:
         if "Authorization" not in request.headers:
@@ -95,7 +97,7 @@ async def test_a_redirect_within_the_registry() -> None:
 
 
 async def test_a_redirect_to_another_port() -> None:
-    """It is another origin, though the host is the same."""
+    """The same host with another port is another origin."""
 
     def registry(request: httpx.Request) -> httpx.Response:
         if "Authorization" not in request.headers:
@@ -128,7 +130,7 @@ async def test_a_redirect_that_comes_back() -> None:
 
 
 async def test_a_name_and_password_in_a_redirect() -> None:
-    """They are not sent."""
+    """A login in a redirect's URL is not sent."""
 
     def storage(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, stream=Body([CONTENT]))
@@ -141,7 +143,7 @@ async def test_a_name_and_password_in_a_redirect() -> None:
 
 
 async def test_the_clients_own_authorization_goes_nowhere() -> None:
-    """A client that was made for something else keeps its secrets."""
+    """The client's own Authorization field may be for other servers, so it is not sent."""
     network = Network(**{HOST: lambda request: httpx.Response(200, stream=Body([CONTENT]))})
     async with httpx.AsyncClient(
         transport=network, headers={"Authorization": "mine"}, auth=("me", "mine")
@@ -152,7 +154,7 @@ async def test_the_clients_own_authorization_goes_nowhere() -> None:
 
 
 async def test_endless_redirects() -> None:
-    """They end with an error that names the registry."""
+    """The error names the registry."""
     network = Network(**{HOST: lambda request: redirect(str(request.url))})
     with pytest.raises(
         RegistryError, match=r"registry\.example redirects more than 5 times for blob"
@@ -172,7 +174,8 @@ async def test_endless_redirects() -> None:
     ],
 )
 async def test_redirects_that_are_not_followed(location: str) -> None:
-    """No redirect from HTTPS to plain HTTP, unless that is allowed, nor to other schemes.
+    """A redirect from HTTPS to plain HTTP is not followed unless that is allowed, and no redirect
+    to other schemes is.
 
     The error is one readable line.
     """
@@ -185,7 +188,7 @@ async def test_redirects_that_are_not_followed(location: str) -> None:
 
 
 async def test_redirects_to_plain_http_where_it_is_allowed() -> None:
-    """With ``plain_http``."""
+    """``plain_http`` allows redirects to plain HTTP."""
 
     def storage(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, stream=Body([CONTENT]))
@@ -215,7 +218,9 @@ async def test_redirects_to_plain_http_where_it_is_allowed() -> None:
     ],
 )
 async def test_redirects_to_this_machine(origin: str, targets: list[str], followed: bool) -> None:
-    """Its plain HTTP is reached from itself alone, and leads nowhere else without being told."""
+    """Only registries on this machine may redirect to its plain HTTP, and they may not redirect to
+    plain HTTP elsewhere, unless it is allowed.
+    """
     places = [origin, *targets]
     hosts: dict[str, Handler] = {targets[-1]: _content}
     for place, following in itertools.pairwise(places):
@@ -232,7 +237,7 @@ async def test_redirects_to_this_machine(origin: str, targets: list[str], follow
 
 
 async def test_a_storage_that_refuses() -> None:
-    """Its 401 is not the registry's: nobody logs in there."""
+    """A storage's 401 does not cause a login at the registry."""
 
     def storage(request: httpx.Request) -> httpx.Response:
         return httpx.Response(401, headers={"WWW-Authenticate": 'Basic realm="storage"'})
@@ -254,7 +259,7 @@ async def test_logs_have_no_signatures(caplog: pytest.LogCaptureFixture) -> None
 
 
 async def test_the_log_of_others_requests(caplog: pytest.LogCaptureFixture) -> None:
-    """It is httpx's own, also where this library is used."""
+    """Other requests keep httpx's own log, even in a program that uses this library."""
     network = Network(**{HOST: _content})
     with caplog.at_level(logging.INFO, "httpx"):
         await fetch(network)
@@ -264,7 +269,7 @@ async def test_the_log_of_others_requests(caplog: pytest.LogCaptureFixture) -> N
 
 
 async def test_logs_have_no_control_characters(caplog: pytest.LogCaptureFixture) -> None:
-    """The path that somebody redirects to is not logged at all."""
+    """The path of a redirect is not logged."""
     hosts = {HOST: lambda request: redirect(f"{STORAGE}/%1b%5b2J%0aGET"), STORAGE: _content}
     with caplog.at_level(logging.DEBUG, "trio_layers"):
         await fetch(Network(**hosts))
@@ -278,8 +283,8 @@ def _content(request: httpx.Request) -> httpx.Response:
 
 
 async def test_slots() -> None:
-    """No more requests than connections are under way; a body holds its slot until it is
-    closed, and a waiting request can be cancelled.
+    """There are at most as many requests as connections. A body keeps its slot until it is closed,
+    and a waiting request can be cancelled.
     """
     release = trio.Event()
 
@@ -312,7 +317,7 @@ async def test_slots() -> None:
 
 
 async def serve_large(stream: trio.SocketStream) -> None:
-    """An HTTP server of few words: every request gets `LARGE`."""
+    """A minimal HTTP server that answers every request with `LARGE`."""
     async with stream:
         try:
             while await stream.receive_some(65536):
@@ -326,13 +331,13 @@ LARGE = random.Random(1).randbytes(1_000_000)
 
 
 class StormyServer:
-    """A registry over plain HTTP, and a storage over TLS that it redirects to; now and then a
-    connection is closed after an answer.
+    """A registry over plain HTTP that redirects to a storage over TLS. Some connections are closed
+    after a response.
 
     Attributes:
-        connections: How many are open.
-        together: How many requests to wait for before any of them is answered, once.
-        most: How many requests were in work at once.
+        connections: Number of open connections.
+        together: Number of requests to wait for before the first response, once.
+        most: Maximum number of simultaneous requests.
         storage: The storage's port.
     """
 
@@ -347,7 +352,7 @@ class StormyServer:
         self._changed = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[int]) -> None:
-        """Serve; tells the registry's port when that has begun."""
+        """Serve, and report the registry's port at the start."""
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(trio.serve_tcp, self._serve_storage, 0)
             self.storage = listeners[0].socket.getsockname()[1]
@@ -355,7 +360,9 @@ class StormyServer:
             task_status.started(listeners[0].socket.getsockname()[1])
 
     async def wait_connections(self, number: int) -> None:
-        """Until so many are open. A server hears of the end of one a moment later."""
+        """Wait until this many connections are open. A server notices a closed one a
+        moment later.
+        """
         while self.connections != number:
             await self._changed.wait()
 
@@ -381,7 +388,7 @@ class StormyServer:
             self._change()
 
     async def _answer(self, stream: trio.abc.Stream) -> bool:
-        """RegistryResponse a request, if there is one more; whether another may follow."""
+        """Answer the next request, if there is one. Return whether another may follow."""
         request = await stream.receive_some(65536)
         if not request.startswith(b"GET "):
             return False
@@ -418,7 +425,7 @@ STAGES = {
 
 
 async def test_a_certificate_that_is_not_trusted_through_a_proxy() -> None:
-    """It takes no connection away from those that come later."""
+    """The failure costs later requests no connection."""
     theirs, _ = contexts()
     server = StormyServer(theirs, random.Random(1))
     async with trio.open_nursery() as nursery:
@@ -438,7 +445,7 @@ async def test_a_certificate_that_is_not_trusted_through_a_proxy() -> None:
 
 
 def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Plain HTTP is tried for a server on loopback, and where it is allowed."""
+    """Return the TLS contexts of the server and of the client."""
     authority = trustme.CA()
     theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(theirs)
@@ -448,7 +455,7 @@ def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 async def tunnel(stream: trio.SocketStream) -> None:
-    """A proxy for a client that speaks TLS through it."""
+    """Open a proxy for a client that uses TLS through it."""
 
     async def carry(source: trio.SocketStream, sink: trio.SocketStream) -> None:
         async for data in source:
@@ -469,8 +476,8 @@ async def tunnel(stream: trio.SocketStream) -> None:
 
 @pytest.mark.parametrize("proxied", [False, True])
 async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
-    """Wherever that happens, in a handshake too: the only connection there may be is there for the
-    next request, and nothing is left open. httpcore alone loses it.
+    """After a cancellation at any point, even in a handshake, the next request gets the only
+    connection, and no socket stays open. httpcore alone loses the connection.
     """
     theirs, ours = contexts()
     server = StormyServer(theirs, random.Random(1))
@@ -504,8 +511,8 @@ async def test_cancelled_while_a_connection_is_made(proxied: bool) -> None:
 
 
 async def test_a_storm_of_cancellations() -> None:
-    """Of two thousand requests most are cancelled, at any moment there is. They take no connection
-    from those that come later. httpcore alone hangs, whether we queue for it or not.
+    """Most of two thousand requests are cancelled, at any moment. Later requests still get all
+    connections. httpcore alone hangs, with our queue or without.
     """
     rng = random.Random(2)
     theirs, ours = contexts()
@@ -531,7 +538,7 @@ async def test_a_storm_of_cancellations() -> None:
                     if all(name in countdown.frames for name in names):
                         met.update([stage])
 
-            await fetch_once()  # from now on it is known that there is no TLS
+            await fetch_once()  # the client knows now that there is no TLS
             with trio.fail_after(120):
                 for _ in range(40):
                     async with trio.open_nursery() as many:
@@ -545,7 +552,7 @@ async def test_a_storm_of_cancellations() -> None:
             assert all(connection.is_idle() for connection in kept)
             with trio.fail_after(30):
                 await server.wait_connections(len(kept))
-                # All slots are there, and a connection for each.
+                # All slots are free, with a connection for each.
                 server.most, server.together = 0, MOST
                 async with trio.open_nursery() as many:
                     for _ in range(MOST):
@@ -558,8 +565,8 @@ async def test_a_storm_of_cancellations() -> None:
 
 
 async def test_a_body_left_half_way() -> None:
-    """Leaving a body before its end drops the connection, and no generator is left behind for
-    the garbage collector to complain of.
+    """Leaving a body before its end closes the connection, and leaves no generator for the garbage
+    collector to warn of.
     """
 
     class FullSink(MemorySink):
@@ -582,7 +589,7 @@ async def test_a_body_left_half_way() -> None:
 
 
 async def test_a_connection_is_used_again() -> None:
-    """After a challenge and a redirect too, since their bodies are read."""
+    """A connection is also reused after a challenge or a redirect, since their bodies are read."""
     asked: list[tuple[int, bytes]] = []
     connections = 0
 
@@ -621,11 +628,11 @@ async def test_a_connection_is_used_again() -> None:
 
 
 class HurriedServer:
-    """An HTTP server that answers so many requests of each connection, and closes it when one more
-    comes. Its first two requests it answers together.
+    """An HTTP server that answers a limited number of requests per connection, and closes it at the
+    next one. It answers its first two requests together.
 
     Attributes:
-        asked: The connection, by number, and method of each request.
+        asked: The number of the connection and the method of each request.
     """
 
     def __init__(self, answers: int, *, reset: bool) -> None:
@@ -636,7 +643,7 @@ class HurriedServer:
         self._two = trio.Event()
 
     async def start(self, nursery: trio.Nursery) -> str:
-        """Serve until the nursery is cancelled; gives the URL."""
+        """Serve until the nursery is cancelled, and report the URL."""
         listeners = await nursery.start(trio.serve_tcp, self._serve, 0)
         return f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
 
@@ -660,7 +667,9 @@ class HurriedServer:
 
 @pytest.mark.parametrize("reset", [False, True])
 async def test_kept_connections_that_just_end(reset: bool) -> None:
-    """A repeatable request goes to the next connection, until one is new; a login does not."""
+    """A repeatable request goes to the next connection, until it gets a new one. A login is not
+    repeated.
+    """
     server = HurriedServer(1, reset=reset)
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
         url = await server.start(nursery)
@@ -675,7 +684,7 @@ async def test_kept_connections_that_just_end(reset: bool) -> None:
             together.start_soon(ask, "GET")
         server.asked.clear()
         await ask("GET")
-        # The two that were kept, whichever comes first, and a new one, which now is kept.
+        # The two reused connections, in any order, and a new one, which is kept now.
         assert sorted(server.asked) == [(0, "GET"), (1, "GET"), (2, "GET")]
         assert server.asked[2] == (2, "GET")
         server.asked.clear()
@@ -687,7 +696,7 @@ async def test_kept_connections_that_just_end(reset: bool) -> None:
 
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_new_connection_that_just_ends(reset: bool) -> None:
-    """The request is not sent again: this decision is the caller's."""
+    """The request is not repeated, since only the caller can decide that."""
     server = HurriedServer(0, reset=reset)
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as http:
         url = await server.start(nursery)
@@ -698,7 +707,7 @@ async def test_a_new_connection_that_just_ends(reset: bool) -> None:
 
 
 async def test_a_plain_registry_on_loopback() -> None:
-    """A server that does not understand TLS is asked again without it."""
+    """A server that does not understand TLS is asked again without TLS."""
     registry = FakeRegistry()
     registry.add_image(tag="latest")
 
@@ -724,7 +733,7 @@ async def test_a_plain_registry_on_loopback() -> None:
 
 
 async def test_a_certificate_that_is_not_trusted() -> None:
-    """The error says that it is the certificate, though httpx says nothing under trio."""
+    """The error names the certificate as the reason, though httpx has no message under trio."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
     async with (
@@ -738,7 +747,9 @@ async def test_a_certificate_that_is_not_trusted() -> None:
 
 
 async def test_httpx_is_made_to_read_more_at_once() -> None:
-    """It has no option for that: a version that keeps its network backend elsewhere shows here."""
+    """Httpx has no option for the size of a read, so we set it in httpcore. This test fails for a
+    version that moved it.
+    """
     asked: list[int] = []
 
     class Stream(httpcore.AsyncMockStream):

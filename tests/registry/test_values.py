@@ -1,4 +1,4 @@
-"""References, platforms, manifests and configs, where the recorded tables say nothing."""
+"""References, platforms, manifests and configs, beyond the recorded tables."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def config(**members: object) -> bytes:
     ],
 )
 def test_reasons(text: str, reason: str) -> None:
-    """The error says which rule is broken."""
+    """The error names the violated rule."""
     with pytest.raises(InvalidReference) as caught:
         parse_reference(text)
     assert caught.value.reason == reason
 
 
 def test_a_long_reference_is_read_in_no_time() -> None:
-    """The grammar does not backtrack: this would take years if it did."""
+    """The grammar does not backtrack; with backtracking this would take years."""
     for text in ("a-" * 50_000, "a." * 50_000 + "!/x", "x/" + "a__" * 50_000, "-" * 100_000):
         with pytest.raises(InvalidReference):
             parse_reference(text)
@@ -76,13 +76,13 @@ def test_a_long_reference_is_read_in_no_time() -> None:
     ],
 )
 def test_host_platform(monkeypatch: pytest.MonkeyPatch, machine: str, expected: str) -> None:
-    """The kernel's name of the processor becomes Go's."""
+    """The kernel's name for the processor is converted to Go's."""
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "h", "6", "1", machine)))
     assert str(host_platform()) == expected
 
 
 def test_os_options_survive_quoting() -> None:
-    """Characters of a specifier's syntax are quoted in it."""
+    """Characters of the specifier's syntax are quoted."""
     platform = Platform("windows", "amd64", "", "10.0 (a/b)+100%", ("win32k", "x+y"))
     quoted = str(platform).replace(" ", "%20")
     assert parse_platform(quoted) == platform
@@ -90,7 +90,7 @@ def test_os_options_survive_quoting() -> None:
 
 @pytest.mark.parametrize("specifier", ["linux(1%zz)/amd64", "linux/amd64\n", "/amd64"])
 def test_malformed_specifiers(specifier: str) -> None:
-    """The error shows the specifier and the form it should have."""
+    """The error shows the specifier and the right form."""
     with pytest.raises(PlatformError, match=r"^invalid platform .*expected OS, ARCH"):
         parse_platform(specifier)
 
@@ -156,7 +156,7 @@ def test_os_features_must_be_offered() -> None:
 
 
 def test_manifest_members() -> None:
-    """An optional member of a descriptor may be left out, be null, or be there."""
+    """An optional member of a descriptor may be missing, null, or present."""
     layer = as_json(describe(b"x"), urls=["https://a.example/x"], annotations={"k": "v"})
     document = decode_manifest(
         manifest(layers=[layer, as_json(describe(b"y"), urls=None)], annotations={"n": "w"}),
@@ -233,7 +233,7 @@ def test_invalid_manifests(data: bytes, message: str) -> None:
 
 
 def test_a_value_in_an_error_is_cut() -> None:
-    """Megabytes from outside do not end up in a message."""
+    """An error does not quote megabytes of input."""
     with pytest.raises(ManifestError) as caught:
         decode_manifest(manifest(mediaType="x" * 100_000), OCI_MANIFEST)
     assert len(str(caught.value)) < 300
@@ -271,7 +271,7 @@ def test_layers_that_cannot_be_unpacked(layer_type: str, message: str) -> None:
 
 
 def test_index_leaves_out_what_is_no_image() -> None:
-    """Attestations, and manifests of unknown types, are no choice."""
+    """Attestations, and manifests of unknown types, are not chosen."""
     image = as_json(describe(b"image", OCI_MANIFEST), platform={"os": "linux", "architecture": "s"})
     annotations = {"vnd.docker.reference.type": "attestation-manifest"}
     attestation = as_json(describe(b"said", OCI_MANIFEST), annotations=annotations)
@@ -284,7 +284,7 @@ def test_index_leaves_out_what_is_no_image() -> None:
 
 
 def test_config_members() -> None:
-    """All that running it needs is there, and the rest is in ``raw``."""
+    """The values for running the image have attributes, and ``raw`` has everything."""
     data = config(
         variant="v8",
         created="2024-01-01T00:00:00.123456789Z",
@@ -327,7 +327,7 @@ def test_config_members() -> None:
     ],
 )
 def test_invalid_configs(data: bytes, message: str) -> None:
-    """The error says which member is wrong."""
+    """The error names the invalid member."""
     with pytest.raises(ManifestError, match=message):
         decode_config(data)
 
@@ -363,7 +363,7 @@ def test_a_config_without_diff_ids_has_no_layers(rootfs: dict[str, object]) -> N
 
 
 def test_layer_counts_differ() -> None:
-    """Both numbers are named."""
+    """The error has both numbers."""
     document = decode_manifest(manifest(), OCI_MANIFEST)
     assert isinstance(document, Manifest)
     with pytest.raises(ManifestError, match="0 layers, but the image config has 1 diff IDs"):
