@@ -1,7 +1,7 @@
-"""A pytest plugin for runs in which everything is there: a skipped test fails the run.
+"""A pytest plugin for runs with all packages: a skipped test fails the run.
 
-Loaded by ``-p _no_skips``, with this directory on ``PYTHONPATH``. Skips whose reason begins with
-``kernel:`` are let through: no package adds a feature to the kernel.
+``-p _no_skips`` loads it, with this directory on ``PYTHONPATH``. Skips with a reason that begins
+with ``kernel:`` are allowed, since no package adds a feature to the kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class NoSkips:
             self.skipped.append(f"{nodeid}: {reason}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # An expected failure is reported as skipped too.
+        # pytest reports an expected failure as skipped, too.
         if report.skipped and not hasattr(report, "wasxfail"):
             self.note(report.nodeid, report.longrepr)
 

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures for several rooms."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def docker_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
-    """Debian's docker-registry on loopback, one for the whole run: use names of your own."""
+    """Debian's docker-registry on loopback, one for the whole run: use different names in it."""
     with run_docker_registry(tmp_path_factory.mktemp("docker-registry")) as registry:
         yield registry

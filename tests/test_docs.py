@@ -1,4 +1,4 @@
-"""The documentation names files and functions that exist."""
+"""The files and functions that the documentation names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors reach other processes, and each waiting task, with all their details."""
+"""Errors keep all their details in other processes and in other waiting tasks."""
 
 from __future__ import annotations
 

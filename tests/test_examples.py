@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 async def run(name: str, *arguments: str) -> tuple[str, str]:
-    """Run an example; its stdout and stderr."""
+    """Run an example, and return its stdout and stderr."""
     done = await trio.run_process(
         [sys.executable, str(EXAMPLES / name), *arguments],
         env={**os.environ, "PYTHONWARNINGS": "error"},

@@ -145,12 +145,14 @@ HARMLESS_OS = frozenset(
 
 
 def place_of(module: str) -> str:
-    """The part of a module's name that has a level: ``_store.catalog`` is in ``_store``."""
+    """Return the part of a module's name that has a level, such as ``_store`` of
+    ``_store.catalog``.
+    """
     return module.partition(".")[0] or "__init__"
 
 
 def imported(tree: ast.AST, module: str, *, is_package: bool) -> Iterator[str]:
-    """The full names of all modules that a module imports, wherever in it."""
+    """Return the full names of all modules that a module imports, at any place in it."""
     package = [PACKAGE, *module.split(".")] if module != "__init__" else [PACKAGE, ""]
     if not is_package or module == "__init__":
         package.pop()
@@ -178,7 +180,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         if root == PACKAGE:
             there = place_of(rest)
             if there not in LEVELS and here == "__init__":
-                continue  # its own names
+                continue  # a name that the package itself defines
             if there not in LEVELS:
                 there = "__init__"
             if there == here:
@@ -279,7 +281,7 @@ def test_what_is_allowed_is_not_found(module: str, is_package: bool, source: str
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module of the package, without ``trio_layers.``."""
+    """Return a module's dotted name without ``trio_layers.``."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     if parts[-1] == "__init__" and len(parts) > 1:
         parts.pop()
@@ -287,7 +289,9 @@ def name_of(path: Path) -> str:
 
 
 def imports_within_package() -> dict[str, set[str]]:
-    """For each module of the package, the modules that it imports, type checking included."""
+    """Return for each module of the package the modules that it imports, also those for type
+    checking.
+    """
     files = {name_of(path): path for path in modules()}
     graph = {}
     for name, path in files.items():
@@ -309,7 +313,7 @@ def imports_within_package() -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import one another, directly or through others."""
+    """Return the groups of modules that import one another, directly or through others."""
     reachable: dict[str, set[str]] = {}
     for start in graph:
         seen: set[str] = set()

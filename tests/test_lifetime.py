@@ -1,4 +1,4 @@
-"""Lifetimes: open, closing or closed, in any order of leaving tasks."""
+"""Lifetimes are open, closing or closed, and tasks may leave in any order."""
 
 import pytest
 import trio

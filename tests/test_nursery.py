@@ -25,7 +25,7 @@ async def fail_when_stopped(error: BaseException) -> None:
 
 
 async def nested(error: BaseException, *more: BaseException) -> None:
-    """Fail in a nursery of its own, as a library's task may."""
+    """Fail in an inner nursery, as a library's task may."""
     async with trio.open_nursery() as nursery:
         for each in more:
             nursery.start_soon(fail_when_stopped, each)

@@ -17,14 +17,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 MOST = 5
-"""The most of these words in 1,000."""
+"""Maximum number of these words in 1,000."""
 
 PRONOUN = re.compile(r"\b(?:what|who)(?:ever)?\b", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z']+")
 
 
 def texts_of(source: str) -> Iterator[str]:
-    """The docstrings of a module and of its attributes, and its comments."""
+    """Yield the docstrings of a module and of its attributes, and its comments."""
     for node in ast.walk(ast.parse(source)):
         for child in ast.iter_child_nodes(node):
             if (
@@ -39,7 +39,7 @@ def texts_of(source: str) -> Iterator[str]:
 
 
 def count(texts: Iterator[str]) -> tuple[int, int]:
-    """The number of pronouns and of words."""
+    """Return the number of pronouns and of words."""
     pronouns = words = 0
     for text in texts:
         pronouns += len(PRONOUN.findall(text))
@@ -48,7 +48,7 @@ def count(texts: Iterator[str]) -> tuple[int, int]:
 
 
 def rooms() -> dict[str, list[Path]]:
-    """The Python files of each room: a folder, or the files beside the folders."""
+    """Return the Python files of each room: a folder, or the files beside the folders."""
     found: dict[str, list[Path]] = {}
     for base in ("trio_layers", "tests", "benchmarks", "examples"):
         for path in sorted((ROOT / base).rglob("*.py")):

@@ -177,7 +177,7 @@ async def test_every_call_is_a_checkpoint(view: RootfsView) -> None:
 
 
 async def test_open(tmp_path: Path) -> None:
-    """An open file can seek, and is closed with its block."""
+    """A file can seek while its block is open."""
     content = bytes(range(256)) * 1000
     view = view_of(unpack_stack([archive(*LOWER, {"name": "f", "b64": b64(content)})], tmp_path))
     before = os.listdir("/proc/self/fd")

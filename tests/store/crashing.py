@@ -1,4 +1,4 @@
-"""A process that gets as far as it is told, says so, and waits to be killed."""
+"""A process that continues to a given point, reports it, and waits to be killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared tools of the store's tests: layers, streams, and a simple unpacker."""
+"""Helpers for tests of the store: layers, streams, and a simple unpacker."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tar_of(**files: bytes | str) -> bytes:
 
 @attrs.frozen
 class Blob:
-    """A layer as it is downloaded, and its names."""
+    """A layer's blob, with its digest and diff ID."""
 
     data: bytes
     descriptor: Descriptor
@@ -116,8 +116,8 @@ class Stream(trio.abc.ReceiveStream):
 
 
 class TarUnpacker:
-    """Unpacks with `tarfile`. A layer with a file ``needs-lower`` is not whole without its
-    parents; one with ``assumes`` makes an assumption that holds if `assumption` does.
+    """Unpacks with `tarfile`. A layer with a file ``needs-lower`` is incomplete without its
+    parents. A layer with ``assumes`` makes an assumption, which holds if `assumption` is set.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class Watched:
     Attributes:
         began: Number of calls.
         read: Number of bytes read in the last call.
-        reached: A number of bytes, and the event to set when so many are read.
+        reached: A number of read bytes, and the event to set then.
     """
 
     def __init__(self) -> None:
@@ -202,7 +202,7 @@ class Watched:
 async def opened(
     path: Path, unpacker: TarUnpacker | Watched | None = None
 ) -> AsyncIterator[DirectoryStore]:
-    """Open a store with this unpacker, a `TarUnpacker` if none is given, in threads."""
+    """Open a store with this unpacker, or else a `TarUnpacker`, in threads."""
     unpacker = unpacker or TarUnpacker()
     _UNPACKERS.append(unpacker)
     _replace_unpacker()
@@ -230,7 +230,7 @@ def open_with_threads(path: Path) -> AbstractAsyncContextManager[DirectoryStore]
 
 
 async def ingest(store: DirectoryStore, data: bytes) -> Descriptor:
-    """Ingest a blob, from the bytes already received to its end."""
+    """Put a blob into the store, from the bytes already received to its end."""
     descriptor = describe(data)
     async with store.ingest(descriptor) as sink:
         if not sink.committed:
@@ -240,7 +240,7 @@ async def ingest(store: DirectoryStore, data: bytes) -> Descriptor:
 
 
 async def put_sample_image(store: DirectoryStore, reference: str, blob: Blob) -> str:
-    """An image of one layer that other tools can read; the digest of its manifest."""
+    """Put an image of one layer that other tools can read, and return its manifest's digest."""
     config = json.dumps(
         {
             "architecture": "amd64",
@@ -290,7 +290,7 @@ def snapshot(path: Path) -> dict[str, bytes | None]:
 
 
 def visible(path: Path) -> list[str]:
-    """The names of the blobs and trees that are at their places."""
+    """Return the names of visible blobs and trees."""
     return sorted(
         f"{kind}/{name}"
         for kind in ("blobs", "trees")
@@ -305,7 +305,7 @@ def arriving(path: Path) -> list[str]:
 
 @contextmanager
 def mounted_tmpfs(path: Path, options: str = "rw") -> Iterator[None]:
-    """A file system of its own; the test is skipped where mounting is not allowed."""
+    """Mount a tmpfs. Skip the test if mounting is forbidden."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "none", path]
     if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode != 0:

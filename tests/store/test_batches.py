@@ -1,4 +1,4 @@
-"""Blobs that come together, of digests that nobody knew before."""
+"""Blobs that arrive together, with digests that are known only at their end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_only_what_is_committed_is_visible(tmp_path: Path) -> None:
 async def test_they_are_held_before_they_are_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a garbage collection could take them away at once."""
+    """Otherwise a garbage collection could remove them at once."""
     async with opened(tmp_path) as store:
         commit = store._parts.commits.commit
         seen: list[set[str]] = []
@@ -120,7 +120,7 @@ async def test_a_commit_that_fails_shows_none(
                 await batch.commit(digests, lease=lease)
         assert visible(tmp_path) == []
         monkeypatch.undo()
-        # Its state differs from that in the other store.
+        # The blob was stored differently than in the other store.
         await ingest(store, ONE)
 
 

@@ -70,7 +70,7 @@ def file_of(path: Path, kind: str, digest: str) -> Path:
 
 
 class World:
-    """An image that was pulled, by name and by parts."""
+    """A pulled image: its name and its parts."""
 
     def __init__(self, store: DirectoryStore, image: Image) -> None:
         self.path = store.path
@@ -89,7 +89,7 @@ Damage = Callable[[World], object]
 
 
 def flip(path: Path) -> None:
-    """Change one byte, and nothing else that can be seen of it."""
+    """Change one byte, and keep size and times."""
     there = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -98,7 +98,7 @@ def flip(path: Path) -> None:
 
 
 def keeping_times(change: Callable[[Path], object], path: Path) -> None:
-    """Change something in a directory, whose time does not tell."""
+    """Change something in a directory, and restore the directory's times."""
     there = path.parent.stat()
     change(path)
     os.utime(path.parent, ns=(there.st_atime_ns, there.st_mtime_ns))
@@ -282,7 +282,7 @@ async def damage_and_repair(
 async def test_a_damaged_tree_is_made_again(tmp_path: Path, built: Built, name: str) -> None:
     damage, text = TREES[name]
     registry, _ = await damage_and_repair(tmp_path, built, damage, {"tree"}, text)
-    # Of the blob that is there.
+    # The layer's blob is not requested.
     assert not [exchange for exchange in registry.requests if "/blobs/" in exchange.path]
 
 
@@ -322,7 +322,7 @@ async def test_what_a_crash_left_is_no_damage(tmp_path: Path) -> None:
 
 
 async def test_damage_that_goes_meanwhile_is_none(tmp_path: Path, built: Built) -> None:
-    """A blob vanishes under the check: somebody has collected it."""
+    """A collection removes a blob during the check."""
     async with open_registry() as registry:
         reference = registry.add(built, "library/sample:latest")
         async with open_puller(tmp_path) as puller, open_puller(tmp_path) as other:
@@ -376,7 +376,7 @@ async def test_a_repaired_layer_is_not_handed_out(tmp_path: Path, built: Built) 
                 assert await puller.store.get(top) is None
                 with pytest.raises(StoreError):
                     await image.rootfs.read_bytes("/opt/new")
-                # The image is there, as one that is not unpacked.
+                # The image is stored, but not unpacked.
                 [stored] = await puller.store.images()
                 assert stored.chain_id is None
             async with puller.pull(reference, policy="missing") as image:
@@ -384,7 +384,9 @@ async def test_a_repaired_layer_is_not_handed_out(tmp_path: Path, built: Built) 
 
 
 async def test_other_tools_see_an_image_when_all_its_blobs_are_there(tmp_path: Path) -> None:
-    """A layer is not downloaded where it is there from another blob, and others need the blob."""
+    """A pull does not download a layer that the store has from another blob, but other tools need
+    the image's own blob.
+    """
     gzip, zstd = (build_layer(BASE, compression=name) for name in ("gzip", "zstd"))
     assert gzip.diff_id == zstd.diff_id
 

@@ -51,7 +51,7 @@ def rows_of(path: Path) -> dict[str, int]:
 
 
 async def give_back(store: DirectoryStore, *layers: Layer) -> None:
-    """Release layers, and wait until others see it."""
+    """Release layers, and wait until the catalog shows it."""
     for layer in layers:
         store.release(layer)
     await store._parts.leases.drop_idle()
@@ -84,7 +84,7 @@ async def test_an_image_goes_with_its_last_reference(tmp_path: Path) -> None:
         assert collected.blobs == 3
         assert visible(tmp_path) == arriving(tmp_path) == []
         assert rows_of(tmp_path) == dict.fromkeys(rows_of(tmp_path), 0)
-        # All of it is as it was, and can come again.
+        # Everything is as before, and the image can be stored again.
         await put_sample_image(store, "localhost/one:1", ONE)
         assert visible(tmp_path) == before
 
@@ -154,7 +154,7 @@ async def test_what_is_held_stays_with_all_below_it(tmp_path: Path, held: str) -
                 assert (again.parent.tree / "fs" / "base").read_text() == "0"
                 await give_back(store, again)
             else:
-                # Its layer can be made of it at once.
+                # Its layer can be unpacked from it at once.
                 assert await store.get(top.chain_id) is None
                 assert len(visible(tmp_path)) == 2
                 assert rows_of(tmp_path)["trees"] == 1
@@ -202,7 +202,7 @@ async def test_what_is_staged_stays_until_it_is_a_layer(tmp_path: Path) -> None:
 
 
 async def test_a_layer_upon_its_parent_alone_is_not_lost_on_its_way(tmp_path: Path) -> None:
-    """Its tree is there before its row is."""
+    """Between rename and COMMIT, its tree has no row yet."""
     needs = layer_of(**{"needs-lower": "x"})
     async with opened(tmp_path) as store, opened(tmp_path) as other:
         base = await store.register(Stream(BASE.data), None, BASE.descriptor)
@@ -268,7 +268,9 @@ async def test_the_dead_hold_nothing_and_the_living_do(tmp_path: Path) -> None:
 
 
 async def test_what_comes_back_meanwhile_stays(tmp_path: Path) -> None:
-    """Between the rows and the files of a collection, another process brings the layer anew."""
+    """After a collection has deleted the rows, and before it deletes the files, another process
+    stores the layer again.
+    """
     async with opened(tmp_path) as store, opened(tmp_path) as other:
         layer = await store.register(Stream(ONE.data), None, ONE.descriptor)
         store.release(layer)
@@ -310,7 +312,7 @@ async def test_cancelled_it_frees_the_rest_later(tmp_path: Path) -> None:
 
 
 async def test_pulls_and_collections_at_once(tmp_path: Path) -> None:
-    """Each layer is brought, used and given back, over and over, while two stores collect."""
+    """Each layer is stored, used and released many times, while two stores collect."""
     blobs = [layer_of(**{f"file{number}": str(number) * 100}) for number in range(4)]
     running = 0
 

@@ -1,4 +1,4 @@
-"""Blobs: they arrive, are resumed, verified, kept, read."""
+"""Blobs in the store: received, resumed, verified, kept and read."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ async def test_what_could_not_be_cut_off_is_cut_off_before_more_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class File(io.FileIO):
-        """On a disk that is full in the middle of a write, and stays so for a while."""
+        """A file on a disk that becomes full within a write, and stays full for a while."""
 
         room = 1000
 
@@ -367,7 +367,7 @@ async def test_documents_are_put_whole(tmp_path: Path) -> None:
 async def test_a_document_that_is_there_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pull of a stored image syncs no document; a wrong document is refused all the same."""
+    """A pull of a stored image syncs no document, but still refuses a wrong one."""
     async with opened(tmp_path) as store:
         await store.put_blob(DESCRIPTOR, DATA)
         synced: list[Path] = []

@@ -33,7 +33,7 @@ def start(path: Path, what: str) -> subprocess.Popen[str]:
 
 @asynccontextmanager
 async def running(path: Path, what: str) -> AsyncIterator[subprocess.Popen[str]]:
-    """A process that has got so far; it is killed at the end of the block if not before."""
+    """Run a process up to a given point, and kill it at the end of the block."""
     process = start(path, what)
     with process:
         try:
@@ -50,7 +50,7 @@ async def crash(path: Path, what: str) -> None:
 
 
 async def swept(path: Path) -> None:
-    """Wait until a store that is open has swept after the dead: its own file is the last."""
+    """Wait until an open store has removed the files of dead processes."""
     with trio.fail_after(30):
         while len(os.listdir(path / "leases")) > 1:
             await trio.lowlevel.checkpoint()
@@ -147,7 +147,9 @@ async def test_a_process_that_is_interrupted_leaves_as_clean(tmp_path: Path, wha
 
 
 async def test_a_process_that_opened_it_twice_and_another_lose_nothing(tmp_path: Path) -> None:
-    """SQLite's locks are the process's, and lost when it closes any descriptor of the file."""
+    """SQLite's locks belong to the process, and are lost when it closes any
+    descriptor of the file.
+    """
     async with opened(tmp_path) as store:
         async with opened(tmp_path):
             await store.put_blob(describe(b"theirs"), b"theirs")
@@ -163,11 +165,11 @@ async def test_a_process_that_opened_it_twice_and_another_lose_nothing(tmp_path:
 
 
 async def test_leases_that_could_not_be_ended_are_ended_by_the_next(tmp_path: Path) -> None:
-    """Their holder left in peace, and has no file any more."""
+    """The process ended normally, so its file is gone, but its rows remain."""
     async with opened(tmp_path) as store:
         async with store.lease(LAYER.digest):
             with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as other:
-                # As if the disk had failed when they were dropped.
+                # The same state as after a failed deletion of the rows.
                 other.execute("UPDATE leases SET holder = '0123456789abcdef'")
                 other.commit()
     assert [holder for holder, _ in leases_of(tmp_path)] == ["0123456789abcdef"]

@@ -1,4 +1,4 @@
-"""A disk that is full: a typed error, and nothing stored is lost."""
+"""A full disk is a typed error, and nothing stored is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_blob_that_does_not_fit(small_disk: Path) -> None:
         assert await store.read_blob(describe(SMALL).digest) == SMALL
         assert await store.blob(descriptor.digest) is None
         async with store.ingest(descriptor) as sink:
-            # Whole batches only: a batch that was cut off is not counted.
+            # A partly written batch does not count.
             assert sink.offset < len(NOISE)
             assert sink.digest == describe(NOISE[: sink.offset]).digest
             await sink.restart()

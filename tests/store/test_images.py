@@ -1,4 +1,4 @@
-"""Images under their references, the layout other tools read, and leases."""
+"""Images by reference, the OCI layout for other tools, and leases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers: registered, found again, shared, and never half there."""
+"""Layers: registered, found again, shared, and never visible in part."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEEDY = layer_of(**{"needs-lower": "", "other": "thing"})
 
 
 async def register(store: DirectoryStore, *blobs: Blob) -> None:
-    """A stack of layers, references given back."""
+    """Register a stack of layers, and release them."""
     parent = None
     for blob in blobs:
         layer = await store.register(Stream(blob.data), parent, blob.descriptor)
@@ -246,7 +246,7 @@ async def test_a_stream_that_fails_in_its_beginning(tmp_path: Path, data: bytes)
 
 
 async def test_a_stream_that_fails_later_fails_as_itself(tmp_path: Path) -> None:
-    """Also where the error looks like one of our own disk's."""
+    """The stream's error is raised even if it looks like an error of the store's disk."""
     failure = PermissionError(13, "not our disk")
     async with opened(tmp_path) as store:
         with pytest.raises(PermissionError) as caught:

@@ -61,8 +61,8 @@ async def test_a_store_that_is_open_here_without_its_lease_file(tmp_path: Path) 
 
 
 @attrs.frozen
-class ForeignURL:
-    """Files of a holder on another machine, dead or at work."""
+class ForeignProcess:
+    """Files of a process on another machine, dead or alive."""
 
     path: Path
     process: Process
@@ -109,7 +109,7 @@ async def test_a_holder_that_cannot_be_asked(
     if change.get("machine") == "this":
         process = attrs.evolve(process, machine=Process.current().machine)
         stays = not process.machine  # a machine without an ID may be any machine
-    left = ForeignURL(tmp_path, process)
+    left = ForeignProcess(tmp_path, process)
     async with opened(tmp_path) as store:
         left.leave(lease_file=lease_file, age=age)
         assert left.is_left

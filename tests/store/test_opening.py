@@ -1,4 +1,4 @@
-"""Opening: the parts of a store, and directories that are refused and left alone."""
+"""Opening a store: its parts, and directories that are refused and left unchanged."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ async def test_an_older_store_is_brought_to_this_version(tmp_path: Path) -> None
     async with opened(tmp_path) as store:
         assert rows_of(tmp_path, "SELECT * FROM image_blobs") == [(manifest, layer.digest)]
         assert rows_of(tmp_path, "SELECT * FROM leases") == []
-        # The file itself says so, to software that looks without SQLite.
+        # The file header identifies a store to programs without SQLite.
         header = (tmp_path / "catalog.sqlite").read_bytes()[:100]
         assert int.from_bytes(header[60:64]) == 2
         [image] = await store.images()
@@ -386,7 +386,7 @@ async def test_a_sweep_that_fails_harms_nobody(
         monkeypatch.setattr(os, "listdir", fail)
         await store.put_blob(describe(b"data"), b"data")
         async with store._parts.scratch.name("blob") as path:
-            path.touch()  # to be discarded, and swept
+            path.touch()  # the store discards and removes it
         await failed.wait()
         await trio.testing.wait_all_tasks_blocked()
         assert await store.read_blob(describe(b"data").digest) == b"data"

@@ -57,7 +57,7 @@ def ignore(position: int) -> None:
 
 
 async def stage(store: DirectoryStore, blob: Blob, parent: ChainID | None = None) -> DirectoryLayer:
-    """Stage all of a blob, from the bytes already received on."""
+    """Stage a blob, from the bytes already received to its end."""
     async with store.stage(blob.descriptor) as staged:
         if not staged.complete:
             await staged.write(blob.data[staged.offset :])
@@ -115,7 +115,9 @@ async def test_what_is_started_over_is_never_mixed(tmp_path: Path) -> None:
 
 
 async def test_what_is_wrong_with_unverified_bytes_is_not_the_layers_fault(tmp_path: Path) -> None:
-    """The worker has met the damage by then; the next attempt brings the right ones."""
+    """The worker meets the damage before the verification does. The next attempt brings the right
+    bytes.
+    """
     wrong = TOP.data[: 2 * MIB] + bytes(len(TOP.data) - 2 * MIB)
     async with open_with_threads(tmp_path) as store:
         async with store.stage(TOP.descriptor) as staged:
@@ -166,7 +168,9 @@ async def test_left_without_commit_the_bytes_stay_and_nothing_else(tmp_path: Pat
 
 
 async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
-    """At each checkpoint of the whole once: the worker is quiet, and nothing arrives twice."""
+    """The call is cancelled once at each of its checkpoints. The worker stops, and no byte is
+    downloaded twice.
+    """
     async with open_with_threads(tmp_path) as store:
         for deadline in range(1, 200):
             scope = trio.CancelScope()
@@ -195,7 +199,9 @@ async def test_cancelled_anywhere_it_is_resumed(tmp_path: Path) -> None:
 async def test_cancelled_in_a_write_it_lets_nobody_else_write_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread that writes is not to be stopped: until it is through, the file is its own."""
+    """A thread that writes cannot be stopped, so the stage keeps its file until the thread has
+    finished.
+    """
     append, writing, go_on = Partial.append, trio.Event(), threading.Event()
     data = TOP.data[: 2 * MIB]
 
@@ -375,7 +381,9 @@ async def test_two_who_stage_one_layer_share_the_work(tmp_path: Path) -> None:
 
 
 async def test_a_stage_that_waits_for_its_parent_is_in_nobodys_way(tmp_path: Path) -> None:
-    """Two want the same blobs in different orders, and each waits for the other's lower layer."""
+    """Two pulls want the same blobs in different orders, and each waits for the other's lower
+    layer.
+    """
     async with opened(tmp_path) as one, opened(tmp_path) as two:
         done: dict[str, trio.Event] = {name: trio.Event() for name in ("1", "2")}
 
@@ -421,7 +429,7 @@ async def test_a_thousand_that_wait_for_their_parents_hold_nothing(tmp_path: Pat
 
 @pytest.fixture
 def syncs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Records the syncs one by one."""
+    """Record each sync."""
     sync = commits.sync_file_system
     synced: list[Path] = []
 
@@ -498,7 +506,7 @@ async def test_a_plain_tar(tmp_path: Path) -> None:
 async def test_a_commit_waits_for_those_that_are_on_their_way(
     tmp_path: Path, syncs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """… and no longer than until the last of them is there."""
+    """… but no longer than until the last of them is there."""
     monkeypatch.setattr(commits, "_LINGER", 3600)
     sequencer = trio.testing.Sequencer()
     async with open_with_threads(tmp_path) as store:
@@ -555,7 +563,9 @@ async def test_a_cancelled_commit_does_not_wait_for_the_disk(
 
 
 def test_an_attempt_that_was_given_up_is_never_complete() -> None:
-    """Also where that is heard of late, and together with the end of the next."""
+    """This holds even for a late reader that learns at once of the failure and of the next
+    attempt's end.
+    """
     state = ArrivalState()
     state.copy(Snapshot(size=5, attempt=1, complete=True))
     with pytest.raises(StartedOver):
@@ -569,7 +579,7 @@ def test_an_attempt_that_was_given_up_is_never_complete() -> None:
 
 
 def test_bytes_that_are_gone_are_no_end(tmp_path: Path) -> None:
-    """A reader that has not heard of a cut takes the file for no shorter blob."""
+    """A reader that does not know of a truncation does not take the file for a shorter blob."""
     state = ArrivalState()
     state.grow(10)
     (tmp_path / "blob").write_bytes(b"01234")

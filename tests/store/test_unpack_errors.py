@@ -1,4 +1,4 @@
-"""A layer that cannot be unpacked causes a full error, and nothing else."""
+"""A layer that cannot be unpacked causes a complete error message, and nothing else."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def register(store: DirectoryStore, blob: Blob, below: DirectoryLayer | No
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_an_error_names_the_layer_the_entry_and_the_rule(family: str, tmp_path: Path) -> None:
-    """… leaves no tree behind, and the store works as before."""
+    """… and leaves no tree, and the store works as before."""
     data, kind, text = FAMILIES[family]
     blob = blob_of(data)
     async with open_store(tmp_path, limits=LIMITS) as store:
@@ -123,7 +123,7 @@ async def test_an_error_names_the_layer_the_entry_and_the_rule(family: str, tmp_
 
 
 async def test_a_layer_that_nobody_describes_has_no_name(tmp_path: Path) -> None:
-    """Its digest would be known at its end only."""
+    """Its digest is known only after its last byte."""
     async with open_store(tmp_path, limits=LIMITS) as store:
         with pytest.raises(UnpackError, match=r"^'f': damaged") as caught:
             await store.register(Stream(damaged_checksum("f")), None)
@@ -144,7 +144,7 @@ async def test_limits_are_raised_when_a_store_is_opened(tmp_path: Path) -> None:
 
 
 async def test_a_puller_passes_limits_on(tmp_path: Path) -> None:
-    """To the store it opens; one that is open has its own."""
+    """The puller's limits are for a store that it opens. An open store has its own."""
     blob = blob_of(tar({"name": "a/b/c/d"}))
     async with open_puller(tmp_path, limits=LIMITS) as puller:
         with pytest.raises(LimitExceeded, match="max_depth"):

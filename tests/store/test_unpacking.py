@@ -1,4 +1,4 @@
-"""The store with the unpacker it is used with."""
+"""The store with its real unpacker."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ async def test_a_hard_link_to_a_file_below(tmp_path: Path) -> None:
 
 
 async def test_a_tree_that_was_made_upon_nothing_is_not_shared(tmp_path: Path) -> None:
-    """A whiteout is dropped where there is nothing to hide, and not where there is."""
+    """The unpacker drops a whiteout without an entry to hide, so a tree for one parent lacks a
+    whiteout that another needs.
+    """
     whiteout = layer(**{"home__.wh.secret": ""})
     below = layer(member("home", tarfile.DIRTYPE), home__secret="s", home__other="o")
     async with open_with_threads(tmp_path) as store:
@@ -148,7 +150,9 @@ async def test_cancelled_in_the_middle_of_a_file_nothing_is_left_but_its_bytes(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become somebody else")
 def test_without_privilege() -> None:
-    """A store of an unprivileged user; one that root opens, and leaves alone."""
+    """An unprivileged user has a store. Root may open another user's store, and leaves it
+    unchanged.
+    """
     script = Path(__file__).with_name("unprivileged.py")
     # Not in tmp_path, which is for its owner only.
     with tempfile.TemporaryDirectory() as name:

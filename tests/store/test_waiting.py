@@ -1,4 +1,4 @@
-"""A cancelled task waits neither for other processes nor for threads that others hold."""
+"""A cancelled task waits neither for other processes nor for threads of other tasks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DATA: Final = layer_of(file=bytes(5000)).data * 50
 Block = Callable[[DirectoryStore, trio.Event], Awaitable[None]]
 
 LIMIT: Final = 8
-"""Seconds in which all must be over: less than the patience with another process, which is 10."""
+"""Time limit in seconds. It is below the 10 seconds that a call waits for another process."""
 
 
 @asynccontextmanager
 async def held_by_another_process(path: Path) -> AsyncIterator[None]:
-    """Another process has the catalog's write lock for the block."""
+    """Let another process hold the catalog's write lock during the block."""
     command = [sys.executable, "-c", HOLD, path / "catalog.sqlite"]
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -53,7 +53,7 @@ async def held_by_another_process(path: Path) -> AsyncIterator[None]:
 
 @contextmanager
 def no_tokens() -> Iterator[None]:
-    """Others have all tokens of the default limiter, as abandoned look-ups of names do."""
+    """Let other tasks hold all tokens of the default limiter, as abandoned name look-ups do."""
     limiter = trio.to_thread.current_default_thread_limiter()
     holders = [object() for _ in range(int(limiter.available_tokens))]
     for holder in holders:
@@ -123,7 +123,7 @@ async def test_a_cancelled_call_does_not_wait_for_another_process(tmp_path: Path
             with trio.move_on_after(0.2) as scope:
                 await store.put_blob(describe(data), data)
             assert scope.cancelled_caught
-            # Readers need no lock, also while a writer waits.
+            # Readers need no lock, even while a writer waits.
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(store.put_blob, describe(data), data)
                 assert await store.images() == []

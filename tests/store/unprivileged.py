@@ -1,4 +1,4 @@
-"""A process that gives up root, and stores a layer: run by test_unpacking."""
+"""A process that gives up root, and stores a layer; test_unpacking runs it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs cases in children with less privilege: a plain user, and roots of user namespaces.
 
-One child for each way runs all cases it is sent, a line of JSON each. It has imported all it
-needs before it gives up root: the interpreter may be in a directory that only root reads.
+One child for each mode runs all its cases, a line of JSON each. It imports everything before it
+gives up root, since only root may be able to read the interpreter's directory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compares unpacked layers with the recorded results of moby, containerd and umoci.
 
 `tests/cases/layers/FORMAT.md` describes the cases; more come from the directory that
-``TRIO_LAYERS_CASES`` names. Each layer is unpacked alone, and on top of its parent where that is
-called for, so that both ways are used; as root, and by children that are not (`tree.modes`).
+``TRIO_LAYERS_CASES`` names. Each layer is unpacked alone, and also on top of its parent if the
+first way leads to that. The cases run as root, and in children with less privilege (`tree.modes`).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def test_depth_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ids=range(3),
 )
 def test_long_paths_are_refused_as_they_stand(tmp_path: Path, entry: dict) -> None:
-    """No component is looked up first: the cost would be the square of the path's length."""
+    """The length is checked before any look-up, whose cost would be the square of the length."""
     with pytest.raises(LimitExceeded, match=rf"^'{entry['name'][:50]}.*max_path"):
         unpack_blob(archive({"name": "d"}, entry), tmp_path / "t", verified=False)
 
@@ -83,7 +83,7 @@ def test_removals_are_linear(
 
 
 def test_directory_cache_is_bounded(tmp_path: Path) -> None:
-    """However many directories are visited, few stay open, and each is the right one."""
+    """Only a few visited directories stay open, and each path leads to the right one."""
     root = os.open(tmp_path, os.O_RDONLY)
     directories = Directories(root)
     before = len(os.listdir("/proc/self/fd"))

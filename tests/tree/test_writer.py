@@ -333,7 +333,7 @@ def test_list_that_cannot_be_written(
 
 
 def test_errors_of_the_source_come_out(tmp_path: Path) -> None:
-    """Not even an OSError of the check is taken for one of the disk."""
+    """Even an OSError of the source is not taken for an error of the disk."""
     pieces = [archive({"name": "a", "fill": {"byte": 1, "count": 4096}})[:1024]]
     error = OSError(28, "not the disk's")
 

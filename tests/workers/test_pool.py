@@ -1,4 +1,4 @@
-"""Worker processes: their answers, their ends, and threads in their place."""
+"""Worker processes: their results, their deaths, and threads in place of them."""
 
 from __future__ import annotations
 
