@@ -45,9 +45,9 @@ _VERIFIABLE = re.compile(
 
 
 def parse_digest(text: str) -> Digest:
-    """Check that ``text`` is a digest by which something can be stored, and return it.
+    """Check that ``text`` is a digest that the store accepts, and return it.
 
-    Only one by SHA-256 is: it is the one algorithm every registry and every tool speaks.
+    The store accepts SHA-256 only, the one algorithm that every registry and tool supports.
 
     Raises:
         InvalidDigest: if it is not ``sha256:`` followed by 64 lower-case hex digits.
@@ -82,14 +82,14 @@ def digest_of(data: bytes, like: Digest | None = None) -> Digest:
 
 
 def extend_chain(parent: ChainID | None, diff_id: DiffID) -> ChainID:
-    """The chain ID of the layer ``diff_id`` on top of ``parent`` (``None``: on nothing)."""
+    """Return the chain ID of the layer ``diff_id`` on ``parent`` (``None``: on nothing)."""
     if parent is None:
         return ChainID(diff_id)
     return ChainID(digest_of(f"{parent} {diff_id}".encode()))
 
 
 def chain_id(diff_ids: Iterable[DiffID]) -> ChainID | None:
-    """The chain ID of a stack of layers, bottom first; ``None`` for an empty one."""
+    """Return the chain ID of a stack of layers, bottom first; ``None`` for an empty one."""
     chain: ChainID | None = None
     for diff_id in diff_ids:
         chain = extend_chain(chain, diff_id)
@@ -109,13 +109,13 @@ class RootFS:
 
 
 class Verifier:
-    """Counts and hashes bytes as they come by.
+    """Counts and hashes bytes while they arrive.
 
     Args:
         like: A verifiable digest of the algorithm wanted; SHA-256 without.
 
     Attributes:
-        size: How many bytes came by so far.
+        size: Number of bytes so far.
     """
 
     def __init__(self, like: Digest | None = None) -> None:
@@ -129,5 +129,5 @@ class Verifier:
 
     @property
     def digest(self) -> Digest:
-        """The digest of all that came by so far."""
+        """The digest of all bytes so far."""
         return Digest(f"{self._algorithm}:{self._hash.hexdigest()}")

@@ -1,4 +1,4 @@
-"""The errors of the disk as errors of the store."""
+"""Converts errors of the disk to errors of the store."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:
         busy = False
         reason = error.strerror or str(error)
     else:
-        # By the name of the type, so that a program without a database need not load sqlite3.
+        # The type is compared by name, so that a program without a database need not load sqlite3.
         name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
-        # SQLite knows a full disk by itself, except where it is its shared memory that must grow.
+        # SQLite reports a full disk itself, except when its shared memory cannot grow.
         full = name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
-        # Of a kind there are several, told apart by a suffix.
+        # SQLite has several codes of this kind, with different suffixes.
         read_only = name.startswith(("SQLITE_READONLY", "SQLITE_PERM"))
         if name.startswith("SQLITE_CANTOPEN"):
-            # It does not say why: there may also be too many open files.
+            # SQLite does not give the reason, which may also be too many open files.
             full = _is_full(path)
             read_only = not os.access(path if path.is_dir() else path.parent, os.W_OK)
         busy = name.startswith("SQLITE_BUSY")
@@ -69,7 +69,7 @@ def removed_meanwhile(path: Path) -> StoreError:
 
 
 def _is_full(path: Path) -> bool:
-    """Whether no file can be made there for lack of space. No number at all means no limit."""
+    """Whether lack of space prevents a new file there. Missing numbers mean no limit."""
     try:
         there = os.statvfs(path)
     except OSError:

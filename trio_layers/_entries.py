@@ -62,7 +62,7 @@ _NO_XATTRS: Final[Mapping[str, bytes]] = {}
 
 @attrs.frozen(kw_only=True)
 class Entry:
-    """One path of a tree.
+    """An entry of a tree: one path with its metadata.
 
     Attributes:
         path: Path relative to the root, without slashes at its ends; ``b""`` is the root.

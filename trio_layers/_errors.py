@@ -56,7 +56,7 @@ class LayersError(Exception):
     """The root of all errors that trio_layers raises on its own account."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By its fields: the constructor takes other arguments, and may add some text.
+        # The constructor takes other arguments, and may add text, so fields are restored directly.
         return _restored, (type(self), self.args, self.__dict__)
 
     def copy_to_raise(self) -> Self:
@@ -74,7 +74,7 @@ def _restored(kind: type[_E], args: tuple[object, ...], fields: dict[str, object
 
 
 class DoNotRetry(LayersError):
-    """An error that another attempt would end with again.
+    """An error that another attempt cannot avoid.
 
     A layer source raises it, or an error with it as the cause (moby
     ``distribution/xfer/transfer.go``, ``DoNotRetry``).
@@ -154,7 +154,7 @@ class RegistryError(LayersError):
 
 
 class AuthenticationError(RegistryError):
-    """The registry refuses the credentials, or wants some. Log in."""
+    """The registry refuses the credentials, or requires some. Log in."""
 
 
 class CredentialsError(DoNotRetry):

@@ -123,11 +123,11 @@ def sync_file_system(directory: int) -> None:
 
 
 def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
-    """Write a small file so that at any moment there is the old one or the new one, whole.
+    """Write a small file so that readers see either the old file or the whole new one.
 
     Args:
         path: The file.
-        data: All that it shall hold.
+        data: The whole content of the file.
         temporary: A name to write it under first, on the same file system.
     """
     try:
@@ -144,9 +144,9 @@ def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
 
 
 def try_lock(path: Path, *, make: bool = True) -> int | None:
-    """Make and lock a lock file; ``None`` if somebody else holds it.
+    """Make and lock a lock file; ``None`` if another task or process holds the lock.
 
-    The lock is gone when the process is. Give the result to `unlock`.
+    The lock ends with the process. Give the result to `unlock`.
 
     Args:
         path: The file.
@@ -198,8 +198,8 @@ def unlock_written(descriptor: int) -> None:
 
 
 def unlock(path: Path, descriptor: int) -> None:
-    """Remove a lock file, then let go of it."""
-    # One that cannot be removed does no harm: the lock goes with the descriptor.
+    """Remove a lock file, then release the lock."""
+    # A file that stays does no harm, because the lock ends with the descriptor.
     with contextlib.suppress(OSError):
         os.unlink(path)
     os.close(descriptor)
@@ -207,9 +207,9 @@ def unlock(path: Path, descriptor: int) -> None:
 
 @contextmanager
 def lock_directory(path: Path) -> Iterator[None]:
-    """Hold the lock on a directory itself: nothing is written into it.
+    """Hold the lock on a directory itself, without writing into it.
 
-    Runs in a worker thread of trio, and waits for as long as its task is not cancelled.
+    The call runs in a worker thread of trio, and waits until its task is cancelled.
     """
     descriptor = os.open(path, DIRECTORY)
     try:
@@ -236,7 +236,7 @@ def remove_directory(
     Args:
         path: The directory.
         aside: Returns a new path to move a directory to, on the same file system.
-        check_cancelled: Called for each entry; its exception comes out.
+        check_cancelled: Called for each entry. Its exceptions are raised unchanged.
     """
     waiting = [path]
     while waiting:
@@ -251,7 +251,7 @@ def remove_directory(
                 if not is_directory:
                     os.unlink(name, dir_fd=descriptor)
                     continue
-                # Moving a directory rewrites its "..", which takes leave to write it.
+                # Moving a directory rewrites its "..", which requires write permission for it.
                 os.chmod(name, 0o700, dir_fd=descriptor)
                 moved = aside()
                 os.rename(name, moved, src_dir_fd=descriptor)

@@ -15,10 +15,10 @@ __all__ = ["clean_path", "decode_base64", "parse_duration", "split_url", "withou
 
 
 def decode_base64(text: str) -> bytes:
-    """As Go's ``base64.StdEncoding``: with its padding, and no more of it; lines may end in it.
+    """Decode like Go's ``base64.StdEncoding``: padding is required, line breaks are ignored.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the text is not base64.
     """
     text = text.replace("\r", "").replace("\n", "")
     if len(text) % 4:
@@ -30,17 +30,17 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def without_surrogates(text: str) -> str:
-    """A JSON string as ``encoding/json`` has it: with U+FFFD in place of a lone surrogate."""
+    """Replace each lone surrogate of a JSON string by U+FFFD, as ``encoding/json`` does."""
     return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def clean_path(path: str) -> str:
-    """As Go's ``path.Clean``: unlike it, POSIX keeps two slashes at the beginning."""
+    """Normalise a path like Go's ``path.Clean``. POSIX would keep two leading slashes."""
     cleaned = posixpath.normpath(path)
     return cleaned[1:] if cleaned.startswith("//") else cleaned
 
 
-# Go counts nanoseconds, in 63 bits.
+# Go counts nanoseconds in 63 bits.
 _UNITS: Final = {
     "ns": 1,
     "us": 10**3,
@@ -105,7 +105,7 @@ def split_url(url: str) -> tuple[str, str, str]:
     user, _, host = authority.rpartition("@")
     _unquoted(user)
     if not _USER.match(user) or not _HOST.match(host):
-        # Not shown: a password with a slash in it is taken for its port.
+        # The text is not shown: a parser takes a password with a slash in it for the port.
         raise ValueError("it has no host, or no valid one")
     return scheme, host, _unquoted(slash + path)
 

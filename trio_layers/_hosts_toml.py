@@ -1,11 +1,11 @@
-"""containerd's configuration of hosts: ``hosts.toml``, and certificates in Docker's manner.
+"""Reads containerd's configuration of hosts: ``hosts.toml``, and Docker's certificate names.
 
 A directory has one directory for each registry, by its host. The files in it name mirrors, and the
 settings for requests to them. They are read as containerd 2.3 reads them (``docs/hosts.md``, and
 ``core/remotes/docker/config/hosts.go``), with one difference: containerd ignores an unusable file,
 and here it is an error, because its author would not get the wanted settings.
 
-Nothing here waits for a network or looks into certificates: values go in and out.
+This module uses no network, and does not load certificates.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ Table: TypeAlias = Mapping[str, object]
 
 @attrs.frozen
 class Host:
-    """One host that serves the images of a registry.
+    """A host that serves the images of a registry.
 
     Attributes:
         scheme: ``https`` or ``http``.
         host: Host and port, as they are written.
-        path: The beginning of its API's path, not quoted, without a slash at the end.
+        path: The prefix of its API's path, not quoted, without a slash at the end.
         capabilities: The supported ones of ``pull`` (content by its digest), ``resolve`` (tags),
             ``push`` and ``referrers``.
         ca: Files of certificates that are trusted besides the system's.
-        client: Files of a client's certificate and of its key; an empty second: the same file.
+        client: Files of a client's certificate and its key. An empty second name is the same file.
         skip_verify: Whether its certificate may be invalid; ``None`` if the file does not say.
         header: Header fields for each request to it.
-        dial_timeout: Seconds that a connection to it may take; ``None`` if the file does not say.
-        http_fallback: Whether plain HTTP is tried if it does not speak HTTPS.
-        verify: Whether its certificate is checked in the end.
+        dial_timeout: Seconds for connecting to it; ``None`` if the file does not say.
+        http_fallback: Whether plain HTTP is tried if the host does not speak HTTPS.
+        verify: Whether its certificate is checked, all settings considered.
         implied: Whether this is the registry itself, which no file names.
     """
 
@@ -91,7 +91,7 @@ def read_configuration(root: Path, registry: str) -> Configuration:
 
     Args:
         root: The directory of all configurations.
-        registry: The registry's host, with its port if it has one, as it is in references.
+        registry: The registry's host, with its port if references have one.
 
     Raises:
         HostsError: if a file cannot be read or is invalid.
@@ -111,7 +111,7 @@ def _find_directory(root: Path, registry: str) -> Path | None:
     host, colon, port = registry.rpartition(":")
     names = [registry, "_default"]
     if host and colon:
-        names.insert(0, f"{host}_{port}_")  # for file systems that have no colons in names
+        names.insert(0, f"{host}_{port}_")  # for file systems without colons in names
     for name in names:
         path = root / name
         try:
@@ -142,7 +142,7 @@ def _unreadable(path: Path, error: OSError) -> HostsError:
 
 
 def _from_certificates(directory: Path) -> Host:
-    """The registry itself, with the certificates that lie there by Docker's names for them."""
+    """Return the registry itself, with the certificates that lie there under Docker's names."""
     ca: list[str] = []
     client: list[tuple[str, str]] = []
     try:
@@ -160,7 +160,7 @@ def _from_certificates(directory: Path) -> Host:
 
 
 def _completed(host: Host | None, registry: str) -> Host:
-    """The last host is the registry itself if no other is named."""
+    """Add the registry itself as the last host, if the file names no other."""
     if host is None:
         host = Host("", "", "")
     if host.host:
@@ -226,7 +226,8 @@ def _parse(data: bytes, file: Path) -> list[Host]:
     except (ValueError, RecursionError) as error:
         problem = str(error)
     if problem:
-        reader.refuse(f"it is no TOML: {problem}")  # out here: the handled error has the text
+        # Not in the except block, because the handled error has the text.
+        reader.refuse(f"it is no TOML: {problem}")
     top = _fields(document)
     configured: dict[str, Table] = {}
     for name, value in document.items():
@@ -249,7 +250,7 @@ def _place(key: str) -> str:
 
 
 def _fields(table: Table) -> dict[str, object]:
-    """By their names in lower case: go-toml, which containerd reads with, does not mind."""
+    """Return the fields by lower-case names, since containerd's decoder (go-toml) ignores case."""
     return {name.lower(): value for name, value in table.items()}
 
 
@@ -374,7 +375,7 @@ def _api_path(path: str, *, override: bool) -> str:
     return f"{path}/v2"
 
 
-# The parts of TOML in which a table's header cannot occur.
+# The parts of TOML that cannot contain a table's header.
 _TOKEN = re.compile(
     r'''(?P<space>[ \t]+)
     |(?P<end>\r?\n)
@@ -393,7 +394,7 @@ def _hosts_in_order(text: str) -> Iterator[str]:
     This is containerd's order. A host without a header, written on a line of another table, does
     not count. A table that is continued after another one counts again.
     """
-    last = ""  # so one without a name has no place
+    last = ""  # a host without a name has no place in this order
     for header in _table_headers(text):
         keys = _keys_of(header)
         if len(keys) > 1 and keys[0] == "host" and keys[1] != last:
@@ -403,7 +404,7 @@ def _hosts_in_order(text: str) -> Iterator[str]:
 
 def _table_headers(text: str) -> Iterator[str]:
     depth = 0
-    fresh = True  # nothing of a statement has been seen on this line
+    fresh = True  # no part of a statement has occurred on this line
     start: int | None = None
     for token in _TOKEN.finditer(text):
         match token.lastgroup:

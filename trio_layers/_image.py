@@ -32,12 +32,12 @@ _FEW: Final = 256
 
 @attrs.frozen
 class ImageLayer:
-    """One layer of an image.
+    """A layer of an image.
 
     Attributes:
-        descriptor: Its blob: media type, digest, and size in bytes, as the registry has it.
-        diff_id: The digest of its tar, decompressed.
-        chain_id: Names it together with all that is below it.
+        descriptor: The layer's blob: media type, digest, and size in bytes.
+        diff_id: The digest of its uncompressed tar.
+        chain_id: Identifies the layer together with all layers below it.
     """
 
     descriptor: Descriptor
@@ -48,7 +48,7 @@ class ImageLayer:
 def layers_of(
     descriptors: Sequence[Descriptor], diff_ids: Sequence[DiffID]
 ) -> tuple[ImageLayer, ...]:
-    """The layers of a manifest and a config, which have as many of them."""
+    """Return the layers of a manifest and a config that agree on their number."""
     layers = []
     chain: ChainID | None = None
     for descriptor, diff_id in zip(descriptors, diff_ids, strict=True):
@@ -69,10 +69,10 @@ async def off_the_loop(layers: int, work: Callable[[], T]) -> T:
 
 
 def check_storable(digests: Iterable[Digest]) -> None:
-    """Check that the store can keep these digests, before anything is fetched.
+    """Check that the store accepts these digests, before any download.
 
     Raises:
-        ManifestError: if it cannot: a manifest may name digests of other algorithms.
+        ManifestError: if a digest is of another algorithm than SHA-256.
     """
     for digest in digests:
         try:

@@ -200,7 +200,7 @@ class Index:
 
     @property
     def images(self) -> tuple[Descriptor, ...]:
-        """Those of `manifests` that may lead to an image: no attestation, and of a known type."""
+        """The entries that may lead to an image: no attestations, and no unknown types."""
         known = MANIFEST_TYPES + INDEX_TYPES
         return tuple(
             entry
@@ -257,7 +257,7 @@ def decode_manifest(
 
     Raises:
         ManifestError: if it is of another type, larger than `MAX_DOCUMENT_SIZE`, not valid, or
-            says of itself that it is something else.
+            claims to be something else.
     """
     media_type = _plain_type(media_type)
     if media_type.startswith(_SCHEMA_1):
@@ -284,7 +284,7 @@ def _manifest_of(
         refuse(f"{kind}: schemaVersion is {printable_value(version)}, not 2")
     claimed = document.get("mediaType")
     same = isinstance(claimed, str) and _plain_type(claimed) == media_type
-    # Go's readers take an empty one for none.
+    # Go's readers treat an empty media type as a missing one.
     if claimed not in (None, "") and not same:
         refuse(f"{kind}: served as {media_type}, but its mediaType is {printable_value(claimed)}")
     foreign = ("manifests", "fsLayers") if kind == "manifest" else ("layers", "config", "fsLayers")
@@ -306,7 +306,7 @@ def _manifest_of(
 
 
 def check_image(manifest: Manifest) -> None:
-    """Check that a manifest is that of an image whose layers we can unpack.
+    """Check that a manifest describes an image whose layers we can unpack.
 
     Raises:
         ManifestError: if it is an artifact, an attestation, or has a layer of unknown type.
@@ -344,10 +344,10 @@ def is_artifact(manifest: Manifest) -> bool:
 
 
 def check_layer_count(manifest: Manifest, config: ImageConfig) -> None:
-    """Check that manifest and config speak of the same layers, as far as numbers tell.
+    """Check that manifest and config have the same number of layers.
 
     Raises:
-        ManifestError: if not. It names both numbers.
+        ManifestError: if not. The error has both numbers.
     """
     layers, diff_ids = len(manifest.layers), len(config.diff_ids)
     if layers != diff_ids:
@@ -449,7 +449,7 @@ def _platform(value: object, where: str) -> Platform:
         as_text(members.get("os.version"), f"{where}.os.version"),
         as_texts(members.get("os.features"), f"{where}.os.features"),
     )
-    # It is printed.
+    # The platform is printed.
     if not str(platform).isprintable():
         refuse(
             f"{where}: the platform {printable_value(str(platform))} has characters that cannot be "

@@ -1,4 +1,4 @@
-"""A store in memory: for tests, and for things small enough."""
+"""A store in memory, for tests and for small images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK = 64 * 1024
 
 @final
 class MemoryStream(trio.abc.ReceiveStream):
-    """Bytes as a stream.
+    """A stream over bytes.
 
     Cancellation: a read has taken nothing, and a close has closed the stream.
     """
@@ -143,7 +143,7 @@ class MemoryStore:
     def add(
         self, data: bytes, parent: ChainID | None, *, descriptor: Descriptor | None = None
     ) -> MemoryLayer:
-        """Keep a layer, given as its decompressed tar; returned with a reference."""
+        """Keep a layer, given its decompressed tar, and return it with a reference."""
         below = None
         if parent is not None:
             below = self._layers.get(parent)
@@ -229,7 +229,7 @@ class MemoryStage:
 
     @property
     def offset(self) -> int:
-        """How many bytes are there."""
+        """Number of bytes received so far."""
         return len(self._run.arrived.data)
 
     @property
@@ -239,11 +239,11 @@ class MemoryStage:
 
     @property
     def complete(self) -> bool:
-        """Whether all of the blob is there."""
+        """Whether the whole blob has arrived."""
         return self._run.arrived.complete
 
     async def write(self, data: bytes) -> None:
-        """Append. Cancelled, it has appended nothing."""
+        """Append some bytes. After a cancellation, none of them is appended."""
         await trio.lowlevel.checkpoint()
         self._run.arrived.data += data
         self._run.arrived.news.unpark_all()
@@ -256,7 +256,7 @@ class MemoryStage:
         self._run = self._start(Arrived())
 
     async def finish(self, progress: ReportUnpacked) -> None:
-        """All of the blob is there; see `Stage.finish`. Cancelled, it has changed nothing."""
+        """Declare the blob complete; see `Stage.finish`. A cancellation changes nothing."""
         await trio.lowlevel.checkpoint()
         run = self._run
         self._progress = progress
@@ -267,7 +267,7 @@ class MemoryStage:
         self._news.unpark_all()
 
     async def wait_failed(self) -> Exception:
-        """Wait for a failure of a complete blob: only that is certain. See `Stage.wait_failed`."""
+        """Wait for a failure of a complete blob; see `Stage.wait_failed`."""
         await trio.lowlevel.checkpoint()
         while self._run.failure is None or not self.complete:
             await self._news.park()
@@ -333,7 +333,7 @@ class Following(trio.abc.ReceiveStream):
 
 
 async def decompressed(stream: trio.abc.ReceiveStream) -> bytes:
-    """All that a layer's stream holds, decompressed, as a store has to read it."""
+    """Return a layer's whole stream, decompressed."""
     decompressor = Decompressor()
     pieces: list[bytes] = []
     while True:

@@ -1,4 +1,4 @@
-"""A nursery that does not show: errors inside come out alone, not in a group."""
+"""A hidden nursery: an error inside is raised alone, not in a group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["interruption_in", "open_hidden_nursery", "raise_alone"]
 def open_hidden_nursery() -> AbstractAsyncContextManager[trio.Nursery]:
     """Open a nursery like `trio.open_nursery` that callers need not know of.
 
-    An exception of the body comes out unchanged, and so does a single `Exception` of a task. The
+    An exception of the body is raised unchanged, and so is a single `Exception` of a task. The
     group stays if there are several errors, or for a task's `BaseException` that is no `Exception`.
     Cancelled tasks do not count; if there is nothing else, one `trio.Cancelled` comes out. The
     nursery raises `KeyboardInterrupt` and `SystemExit` alone, from the body and from tasks (see

@@ -1,4 +1,4 @@
-"""Platforms: of images, wanted ones, and the choice of the best match.
+"""Platforms: parsing, normalising, and choosing the best match.
 
 The rules are containerd's (``containerd/platforms``: ``platforms.go``, ``database.go``,
 ``compare.go``), whose specifiers are known from ``docker pull --platform``.
@@ -28,7 +28,7 @@ __all__ = [
     "specifier",
 ]
 
-# Layers are unpacked for Linux, wherever this runs.
+# Layers are unpacked for Linux, on any system.
 DEFAULT_OS: Final = "linux"
 
 _OPTION = r"(?:[A-Za-z0-9_.-]|%[0-9A-Fa-f]{2})"
@@ -111,7 +111,7 @@ def parse_platform(specifier: str) -> Platform:
     if rest:
         architecture, variant = _normalize_architecture(*rest)
         if len(rest) == 2 and (architecture, variant) == ("arm64", ""):
-            variant = "v8"  # it was said, so it is shown
+            variant = "v8"  # the user wrote it, so the error shows it
     elif _KNOWN_OS.fullmatch(os_name):
         host = host_platform()
         architecture, variant = host.architecture, host.variant
@@ -135,7 +135,7 @@ def parse_platform(specifier: str) -> Platform:
 
 
 def host_platform() -> Platform:
-    """The platform of this machine's images: Linux on its processor."""
+    """Return the platform of this machine's images: Linux on its processor."""
     machine = os.uname().machine.lower()
     if machine.startswith("armv"):
         return Platform(DEFAULT_OS, "arm", machine[3:5])  # armv6l, armv7l
@@ -146,7 +146,7 @@ def host_platform() -> Platform:
 
 
 def choose(requested: Platform, platforms: Sequence[Platform | None]) -> int | None:
-    """The index of the platform that fits ``requested`` best, ``None`` if none does.
+    """Return the index of the best platform for ``requested``; ``None`` if none fits.
 
     See `order`.
     """

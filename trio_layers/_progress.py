@@ -1,4 +1,4 @@
-"""The events of a pull: one value for each change, by layer."""
+"""The events of a pull: a value for each change of a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Progress", "Status", "retrying"]
 
 
 class Status(enum.StrEnum):
-    """Every action the engine and the registry client report; a countdown is `retrying`'s.
+    """Every action that the engine and the registry client report, except `retrying`'s.
 
     The words are those of docker's client, since people and scripts read them.
     """
@@ -36,7 +36,7 @@ def retrying(seconds: int) -> str:
 
 @attrs.frozen
 class Progress:
-    """One event.
+    """An event of a pull.
 
     Attributes:
         id: The layer's display ID, or the image's reference for events of the whole pull.

@@ -46,11 +46,12 @@ from .abc import BlobSink, ProgressSink, ReportProgress
 __all__ = ["Image", "PullPolicy", "Puller", "PullerStatistics", "open_puller"]
 
 PullPolicy: TypeAlias = Literal["always", "missing", "never"]
-"""When a registry is asked: each time, so that the newest image is had; if the store has no such
+"""When to ask a registry: each time, for the newest image; only if the store has no such
 image; or not at all."""
 
 UNLIMITED_DOWNLOADS: Final = 90
-"""With those for other requests, as many connections as httpx allows if it is not told."""
+"""Downloads at once without a limit. With ten more for other requests, these are as many
+connections as httpx allows by default."""
 
 
 @attrs.frozen(repr=False)
@@ -273,7 +274,7 @@ class Puller:
             reference,
             platform=platform,
             known=self._store.find_document,
-            # Docker Hub does not count those.
+            # Docker Hub does not count HEAD requests.
             head_first=bool(await self._store.images(str(reference))),
             announce=None if progress is None else announce,
         )
@@ -497,7 +498,7 @@ class _RegistryLayer(ImageSource):
     async def download(self, progress: ReportProgress) -> tuple[trio.abc.ReceiveStream, int]:
         digest = self.descriptor.digest
         async with self._store.ingest(self.descriptor) as ingest:
-            if ingest.committed:  # by another pull, or an earlier one that went no further
+            if ingest.committed:  # another pull has brought the blob
                 progress(Status.DOWNLOAD_COMPLETE)
             else:
                 await self._registry.fetch_blob(

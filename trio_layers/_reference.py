@@ -92,10 +92,10 @@ def parse_reference(text: str) -> Reference:
     """Read an image reference as ``docker pull`` does.
 
     A name without a domain is one on Docker Hub, where a name of one component is an official
-    image, in ``library/``. The first component is a domain if it holds a ``.``, a ``:`` or an
-    upper-case letter, or is ``localhost``; where it has a ``_`` too it cannot be one, and the name
-    has no domain, which is found out when its registry is to be asked. With neither tag nor digest
-    the tag is ``latest``.
+    image, in ``library/``. The first component is a domain if it contains a ``.``, a ``:`` or an
+    upper-case letter, or is ``localhost``. If it also contains a ``_``, the reference is valid but
+    its domain is empty, and a request for it is an error. Without a tag and a digest, the tag is
+    ``latest``.
 
     Raises:
         InvalidReference: if it does not follow the grammar. Its ``reason`` is one of
@@ -153,7 +153,7 @@ def _split_domain(text: str) -> tuple[str, str]:
 
 
 def _check_digest(text: str, digest: str) -> None:
-    """The checks of go-digest's ``Digest.Validate``, in its order."""
+    """Make the checks of go-digest's ``Digest.Validate``, in its order."""
     algorithm, _, encoded = digest.partition(":")
     length = HEX_DIGITS.get(algorithm)
     if length is None:

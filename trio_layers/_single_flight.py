@@ -31,11 +31,11 @@ class SingleFlight(Generic[T]):
 
     @property
     def busy(self) -> bool:
-        """Whether somebody fetches it, or waits for that."""
+        """Whether a task fetches the value, or waits for it."""
         return self._lock.locked()
 
     async def get(self, good: Callable[[T], bool], fetch: Callable[[], Awaitable[T]]) -> T:
-        """Return the value, if it is there and good; otherwise fetch a new one.
+        """Return the value if it is still good; otherwise fetch a new one.
 
         One call of ``fetch`` serves all tasks that wait meanwhile, also if it fails with a
         `LayersError`.

@@ -227,7 +227,7 @@ def _file_pieces(path: Path) -> Iterator[bytes]:
 def _decompressed_pieces(blob: Blob, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     decompressor = Decompressor()
     for data in _file_pieces(blob.path):
-        # The decompressor may take much input before it gives output.
+        # The decompressor may read much input before it returns output.
         check_cancelled()
         yield from decompressor.feed(data)
     yield from decompressor.finish()

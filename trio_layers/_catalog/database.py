@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 APPLICATION_ID: Final = 0x746C7972
-"""Marks the file as ours, at byte 68 (SQLite file format, 1.3)."""
+"""Marks the file as a store's catalog, at byte 68 (SQLite file format, 1.3)."""
 
 VERSION: Final = 2
 """The version of the schema and of the store's layout: SQLite's ``user_version``, at byte 60.

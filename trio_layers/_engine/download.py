@@ -41,9 +41,9 @@ async def open_download_manager(
     pulls raise `ManagerClosed`. The block's own exception comes out unchanged.
 
     Args:
-        store: Where layers go.
-        max_concurrent_downloads: How many layers move data at once; 0 means no limit.
-        max_download_attempts: How often a layer is tried before its pulls fail.
+        store: The store for the layers.
+        max_concurrent_downloads: Maximum number of simultaneous downloads; 0 means no limit.
+        max_download_attempts: Number of attempts at a layer before its pulls fail.
         retry_tick: Seconds between two steps of the countdown to another attempt, which has 5
             steps after the first failure, 10 after the second, and so on.
 

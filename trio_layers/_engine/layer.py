@@ -67,7 +67,7 @@ class LayerJob:
         return error
 
     async def _fetch_streamed(self, transfer: Transfer) -> Exception | None:
-        """The store unpacks what was downloaded when the parent is there."""
+        """Download the layer; the store unpacks it once its parent is there."""
         stream, size = await self.retry.run(
             partial(self.source.download, transfer.report), transfer
         )
@@ -75,7 +75,7 @@ class LayerJob:
         transfer.now_inactive()
         reader = LayerReader(stream, size, transfer.report)
         try:
-            # A source may be deaf to a cancellation: then the store is not asked.
+            # A source may ignore a cancellation. Then the store is not called.
             await trio.lowlevel.checkpoint_if_cancelled()
             if self.parent is not None:
                 await self.parent.done.wait()
@@ -89,7 +89,7 @@ class LayerJob:
     async def _fetch_staged(
         self, store: StagingStore, source: StagedSource, transfer: Transfer
     ) -> Exception | None:
-        """The store unpacks what arrives; when the parent is there it has only to be told."""
+        """Download the layer into a stage, which unpacks it, and commit it on its parent."""
         size = source.descriptor.size
 
         def waiting(count: int) -> None:
@@ -116,20 +116,20 @@ class LayerJob:
         return None
 
     async def _receive(self, source: StagedSource, stage: Stage, transfer: Transfer) -> None:
-        """One attempt at a download into a stage."""
+        """Make one attempt at a download into a stage."""
         if stage.complete:
             transfer.report(Status.DOWNLOAD_COMPLETE)
         else:
             await source.download_into(stage, transfer.report)
         transfer.if_cancelled = REGISTRATION_CANCELLED
-        # A source may be deaf to a cancellation: then the store is not asked.
+        # A source may ignore a cancellation. Then the store is not called.
         await trio.lowlevel.checkpoint_if_cancelled()
         await stage.finish(Extraction(source.descriptor.size, transfer.report).unpacked)
 
     async def copy(
         self, original: Transfer, its_source: LayerSource, transfer: Transfer
     ) -> Exception | None:
-        """Register the data of ``original``, a layer further down, once more."""
+        """Register the data of ``original``, a lower layer, once more."""
         transfer.if_cancelled = REGISTRATION_CANCELLED
         assert self.parent is not None
         for other in (self.parent, original):
@@ -192,7 +192,7 @@ def _registration_error(error: Exception) -> RegistrationError | StoreClosed:
 
 
 async def _unless_failed(stage: Stage, do: Callable[[], Awaitable[object]]) -> Exception | None:
-    """Do something, but stop if the stage fails meanwhile: then return what it failed with."""
+    """Await a function, but stop and return the stage's failure if the stage fails meanwhile."""
     failure: Exception | None = None
     try:
         async with open_hidden_nursery() as nursery:
@@ -207,7 +207,7 @@ async def _unless_failed(stage: Stage, do: Callable[[], Awaitable[object]]) -> E
             nursery.cancel_scope.cancel()
             return None
     except Exception:
-        # What was stopped may fail on account of that.
+        # A stopped call may fail because it was stopped.
         if failure is None:
             raise
     return failure

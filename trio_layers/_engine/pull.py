@@ -1,8 +1,8 @@
-"""One pull: which of its layers are there, which are on their way, and in which order it asks.
+"""A pull: which layers the store has, which must be downloaded, and in which order.
 
-A pull asks for its layers bottom first. Those at the bottom that the store has are taken from
-there; each other one becomes a transfer, or joins the transfer of another pull. Downloads run
-side by side; each layer is registered once the one below it is.
+A pull asks for its layers bottom first. It skips the lowest layers that the store has. Each other
+layer becomes a transfer, or joins the transfer of another pull. Downloads run side by side. A layer
+is registered once the layer below it is registered.
 
 A pull requests a bounded number of layers (`WINDOW`) ahead of its lowest unregistered layer. An
 image with 10,000 layers therefore needs no more tasks than an image with `WINDOW` layers, and
@@ -45,7 +45,7 @@ _STRIDE: Final = 256
 
 @final
 class Pull:
-    """One call of `DownloadManager.download`, and the watcher of its transfers."""
+    """A call of `DownloadManager.download`, and the watcher of its transfers."""
 
     def __init__(
         self,
@@ -66,14 +66,15 @@ class Pull:
         # pull copies it later, outside the state change.
         self._failure: Callable[[], Exception] | None = None
         self._result = base
-        # The topmost layer that was there, while the pull has a reference to it.
+        # The topmost layer that the store had, while the pull holds a reference to it.
         self._existing: Layer | None = None
-        # Those it watches, bottom first; those it was the last to watch and that have to stop.
+        # The watched transfers, bottom first; and those that this pull was the last to watch, and
+        # that have to stop.
         self._watched: deque[Transfer] = deque()
         self._stopping: list[Transfer] = []
         # Ended transfers of layers that the image repeats further up.
         self._originals: set[Transfer] = set()
-        # Those that started no transfer of their own, by index: the pull closes them.
+        # The sources that started no transfer, by index. The pull closes them.
         self._unused = dict(enumerate(sources))
 
     # Ctrl-C waits for the next checkpoint of this task or of the program's main task. Sinks are
@@ -112,7 +113,7 @@ class Pull:
         self._transfers.foreign.run()
 
     async def _get_there(self) -> None:
-        await trio.lowlevel.checkpoint()  # a pull that was cancelled before starts no transfer
+        await trio.lowlevel.checkpoint()  # a pull that is already cancelled starts no transfer
         try:
             async with open_hidden_nursery() as self._nursery:
                 try:
@@ -129,7 +130,7 @@ class Pull:
             if self._failure is None:
                 raise
 
-    # How it ends.
+    # The end of the pull.
 
     def transfer_ended(self, transfer: Transfer) -> None:
         if transfer.error is not None:
@@ -150,8 +151,8 @@ class Pull:
 
     @trio.lowlevel.enable_ki_protection
     async def _wind_up(self, scope: trio.CancelScope) -> None:
-        # The tasks that deliver progress are awake by now, and run in this step of the scheduler or
-        # have run. An idle one still gets the last event.
+        # The tasks that deliver progress are awake, and run in this step of the scheduler at the
+        # latest. An idle one still delivers the last event.
         await trio.lowlevel.checkpoint()
         scope.cancel()
 
@@ -179,7 +180,7 @@ class Pull:
                 await trio.lowlevel.checkpoint()
 
     async def _wait_until_stopped(self) -> None:
-        # No timer: a layer that went on writing behind its pull's back would be worse.
+        # There is no deadline: a layer that is written behind its ended pull would be worse.
         with trio.CancelScope(shield=True):
             for transfer in self._stopping:
                 if not transfer.done.is_set():
@@ -190,7 +191,7 @@ class Pull:
         if layer is not None:
             self._transfers.release_later(layer)
 
-    # How it gets there.
+    # The way to the result.
 
     async def _get_all_layers(self) -> None:
         base: ChainID | None = None
@@ -204,10 +205,10 @@ class Pull:
             return
         top = await self._ask_for(len(known), chain, key)
         if top is None:
-            return  # failed meanwhile
+            return  # the pull has failed meanwhile
         await top.done.wait()
         if top.layer is None:
-            return  # failed: transfer_ended was told
+            return  # the transfer failed, and transfer_ended has ended the pull
         self._result = RootFS(self._base.diff_ids + self._diff_ids_down_from(top.layer))
         # The reference to the top layer keeps the layers below.
         self._watched.pop()
@@ -251,7 +252,7 @@ class Pull:
             # pull, and this pull still shares that pull's transfers of the layers above.
             key = _key_on(key, source.key)
             diff_ids.append(diff_id)
-            if self._sink is not None:  # else it is enough that the store was asked
+            if self._sink is not None:  # otherwise the question to the store was a checkpoint
                 await tell(self._sink, Progress(source.id, Status.ALREADY_EXISTS))
             if isinstance(source, DigestRegisterer):
                 source.registered(diff_id)
@@ -363,7 +364,7 @@ class Pull:
     def _diff_ids_down_from(self, top: Layer) -> tuple[DiffID, ...]:
         diff_ids: list[DiffID] = []
         layer: Layer | None = top
-        # As many as the sources: the layers below them are the base.
+        # One round for each source, since the layers below them are the base.
         for _ in self._sources:
             if layer is None:
                 raise LayersError("internal error: too few parent layers")
@@ -371,7 +372,7 @@ class Pull:
             layer = layer.parent
         return tuple(reversed(diff_ids))
 
-    # The reports.
+    # The events.
 
     async def _tell(self, source: LayerSource, action: str) -> None:
         if self._sink is not None:

@@ -1,4 +1,4 @@
-"""The stream that a store reads a layer from, and the progress of unpacking.
+"""The stream from which a store reads a layer, and the progress of unpacking.
 
 The stream is counted, and closed exactly once.
 """
@@ -21,16 +21,16 @@ Report: TypeAlias = Callable[[str, int, int, bool], None]
 
 STEP = 512 * 1024
 INTERVAL = 0.1
-# On a virtual clock two sleeps that should end together may be an ulp apart.
+# On a virtual clock two sleeps with the same end may differ by an ulp.
 SLACK = 1e-6
 
 
 @final
 class Extraction:
-    """Decides which of many counts are reported, as moby's ``pkg/progress/progressreader.go``.
+    """Chooses the counts to report, as moby's ``pkg/progress/progressreader.go`` does.
 
     Args:
-        size: How long the layer is as it was downloaded, in bytes; 0 if not known.
+        size: The layer's size as downloaded, in bytes; 0 if unknown.
         report: Takes the progress.
     """
 
@@ -43,7 +43,7 @@ class Extraction:
         self._all_unpacked = False
 
     def reached(self, count: int) -> None:
-        """So many bytes have been read."""
+        """Count the read bytes so far, and report them if a report is due."""
         if count - self._count_at_step > self._step:
             self._count_at_step = count
             if count != self._size:
@@ -54,11 +54,11 @@ class Extraction:
             self._report(count, last=False)
 
     def ended(self, count: int) -> None:
-        """So many bytes have been read, and no more will be."""
+        """Report the final number of read bytes."""
         self._report(count, last=True)
 
     def unpacked(self, count: int) -> None:
-        """As a stage tells it, of a blob whose size is known for sure."""
+        """Report the position of a stage, for a blob of known size."""
         if count < self._size:
             self.reached(count)
         elif not self._all_unpacked:
@@ -71,15 +71,15 @@ class Extraction:
 
 @final
 class LayerReader(trio.abc.ReceiveStream):
-    """Passes a layer's bytes on as they are.
+    """Passes a layer's bytes on unchanged.
 
-    It closes the stream it reads from as soon as that has ended, has failed, or a read of it
-    was cancelled; `aclose` does it otherwise.
+    It closes its source stream as soon as that has ended or failed, or a read was cancelled.
+    `aclose` closes it otherwise.
 
     Args:
-        stream: The layer as it was downloaded.
-        size: How long it is, in bytes; 0 if not known.
-        report: Takes the progress; ``None`` to report none.
+        stream: The layer as downloaded.
+        size: The stream's length in bytes; 0 if unknown.
+        report: Takes the progress; ``None``: no reports.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Attempts: which errors deserve another, after how long, and the countdown people see."""
+"""Retries: which errors allow another attempt, after which time, and the visible countdown."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 @attrs.frozen
 class RetryPolicy:
-    """How a failing download is tried again.
+    """The rules for retrying a failed download.
 
     Attributes:
-        max_attempts: How often a download is tried at most.
+        max_attempts: Maximum number of attempts at a download.
         tick: Seconds between two steps of the countdown.
     """
 
@@ -39,12 +39,12 @@ class RetryPolicy:
     async def run(self, attempt_once: Callable[[], Awaitable[T]], transfer: Transfer) -> T:
         """Call ``attempt_once`` until it succeeds.
 
-        The slot is kept meanwhile: this is the back-pressure on a registry in trouble.
+        The slot is kept meanwhile, which protects a registry in trouble from more requests.
         """
         attempt = 1
         while True:
             transfer.if_cancelled = CONTEXT_CANCELED
-            # A slot may come in the very tick of a cancellation: then nothing starts.
+            # A slot may come in the same tick as a cancellation. Then no attempt starts.
             await trio.lowlevel.checkpoint_if_cancelled()
             try:
                 return await attempt_once()
@@ -67,7 +67,7 @@ class RetryPolicy:
                     text_of(error),
                 )
             transfer.if_cancelled = "download cancelled during retry delay"
-            # An attempt that was stopped may have raised on account of that.
+            # A stopped attempt may have raised because it was stopped.
             await trio.lowlevel.checkpoint_if_cancelled()
             for ticks_left in range(attempt * 5, 0, -1):
                 transfer.report(retrying(ticks_left))

@@ -26,13 +26,13 @@ class Slots:
 
     trio's limiter serves tasks in the order in which they began to wait, and trio shuffles the
     tasks that begin in one step. Here a slot is requested synchronously, on behalf of its future
-    holder, so the order is that of the decisions. The requester gives the slot back, or leaves the
-    queue, in the moment of its call: nothing here waits.
+    holder, so the order is that of the decisions. The holder gives its slot back, or leaves the
+    queue, in a synchronous call.
     """
 
     def __init__(self, limit: int) -> None:
         self._limiter = trio.CapacityLimiter(_tokens(limit))
-        # A dict that is cheap to take from the front of.
+        # A dict whose first item is cheap to remove.
         self._queue: OrderedDict[SlotHolder, None] = OrderedDict()
 
     @property
@@ -61,14 +61,14 @@ class Slots:
 
     @trio.lowlevel.enable_ki_protection
     def ask(self, holder: SlotHolder) -> bool:
-        """Grant ``holder`` a slot, now or later; tell whether it was now."""
+        """Grant ``holder`` a slot now or later; return whether it was now."""
         self._queue[holder] = None
         self._serve()
         return holder.slot.is_set()
 
     @trio.lowlevel.enable_ki_protection
     def give_back(self, holder: SlotHolder) -> None:
-        """Take the slot from ``holder``, which asked for one, or its place in the queue."""
+        """Take back the slot of ``holder``, or its place in the queue."""
         if holder.slot.is_set():
             self._limiter.release_on_behalf_of(holder)
             self._serve()
@@ -88,5 +88,5 @@ class Slots:
 
 def _tokens(limit: int) -> int | float:
     check_whole("max_concurrent_downloads", limit, least=0)
-    # Zero tokens would be legal for trio, and never serve anyone.
+    # trio allows zero tokens, which would never serve a holder.
     return limit or math.inf

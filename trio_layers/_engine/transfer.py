@@ -48,18 +48,18 @@ collect the tracebacks of all its users.
 
 class Watcher(Protocol):
     def transfer_ended(self, transfer: Transfer) -> None:
-        """Told once, in the step in which the transfer ends. Must not fail."""
+        """Called once, in the step in which the transfer ends. Must not raise."""
         ...
 
 
 def manager_closed() -> ManagerClosed:
-    """A new error for a call on a manager after its block."""
+    """Return a new error for a call on a manager after its block."""
     return ManagerClosed("the download manager was closed")
 
 
 @final
 class Transfer:
-    """One job of the table.
+    """A job of the table: the download or copy of one layer.
 
     Attributes:
         scope: Cancels this transfer and nothing else.
@@ -94,7 +94,7 @@ class Transfer:
         self._builds_on = builds_on
         for other in builds_on:
             other.watch(self)
-        # The latest publication, and its number: two equal ones are two.
+        # The latest report, and its number, which tells equal reports apart.
         self._latest = ("", 0, 0, False)
         self._published = 0
         self._news = trio.lowlevel.ParkingLot()
@@ -138,7 +138,7 @@ class Transfer:
                 todo.extend((other, transfer) for other in reversed(others))
 
     def transfer_ended(self, transfer: Transfer) -> None:
-        """As a watcher of others it waits for their `done` in its task."""
+        """Do nothing: this transfer's task waits for the other's `done`."""
 
     def own_error(self) -> LayersError:
         """Return the transfer's error as a new object, for one waiting pull."""
@@ -154,10 +154,10 @@ class Transfer:
         transfer_error.__cause__ = self.error
         return transfer_error
 
-    # The reports.
+    # The reports of progress.
 
     def report(self, action: str, current: int = 0, total: int = 0, last: bool = False) -> None:
-        """Publish progress. Never waits. Watchers that are slow see the newest only."""
+        """Publish progress without waiting. A slow watcher sees only the newest report."""
         if self.done.is_set():
             return
         self._latest = (action, current, total, last)
@@ -165,10 +165,10 @@ class Transfer:
         self._news.unpark_all()
 
     async def deliver(self, watcher: Watcher, id: str, sink: ProgressSink) -> None:
-        """Hand the latest publication to ``sink``, then later ones as fast as it takes them.
+        """Pass the latest report to ``sink``, and later ones as fast as the sink takes them.
 
-        The call ends when the transfer is done, or the watcher gone, and the last publication is
-        handed over.
+        The call ends when the transfer is done or the watcher has gone, and the last report is
+        delivered.
         """
         seen = 0
         while True:
@@ -182,13 +182,13 @@ class Transfer:
                 return
 
     def wake(self) -> None:
-        """Make `deliver` see that a watcher is gone."""
+        """Make `deliver` notice that a watcher has gone."""
         self._news.unpark_all()
 
     # The work.
 
     def now_inactive(self) -> None:
-        """The data is here: give the slot to the next."""
+        """Give the slot to the next transfer, since the data has arrived."""
         self.inactive.set()
         self._table.slots.give_back(self)
 
@@ -196,7 +196,8 @@ class Transfer:
     # KeyboardInterrupt, and it could arrive between the end of the work and that of the transfer.
     @trio.lowlevel.enable_ki_protection
     async def _run(self, work: Work) -> None:
-        # This stands if the cancellation comes from outside, which only the manager's end does.
+        # This error stands if the cancellation comes from outside: only the manager's end does
+        # that.
         outcome: Exception | None = manager_closed()
         try:
             with self.scope:
@@ -259,7 +260,7 @@ class Transfer:
 
 @final
 class Transfers:
-    """Those that run, by key, and the nursery they run in."""
+    """The running transfers by key, and their nursery."""
 
     def __init__(self, nursery: trio.Nursery, store: LayerStore, slots: Slots) -> None:
         self.store = store
@@ -318,7 +319,7 @@ class Transfers:
 
     @trio.lowlevel.enable_ki_protection
     def close(self) -> None:
-        """Cancel all that run; nothing starts any more."""
+        """Cancel all running transfers, and start no more."""
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
             self._nursery = None

@@ -1,5 +1,5 @@
-"""Where users keep their logins: the files of docker and podman, and credential helpers.
+"""Finds users' logins: the files of docker and podman, and credential helpers.
 
-It reads files and runs programs; the registry client, which does neither, asks it for a
+It reads files and runs programs. The registry client does neither, and asks this room for a
 repository's credentials.
 """

@@ -1,6 +1,6 @@
 """JSON as Go's ``encoding/json`` reads it, for files of Go programs.
 
-Members have names in any case, null stands for nothing, and text after the first value is ignored.
+Member names match in any case, null counts as missing, and text after the first value is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Object:
-    """A JSON object as it was written: a name may be there more than once.
+    """A JSON object that keeps repeated names.
 
     Attributes:
         members: Names and values, in their order.
@@ -63,7 +63,7 @@ def parse_json(data: bytes, *, alone: bool = False) -> Object:
             more = text[end:].lstrip(_SPACE)[:1] not in ("", "]", "}")
             problem = "has more than one JSON object" if alone and more else ""
         if problem:
-            raise ValueError(f"it {problem}")  # out here: the handled error has the text
+            raise ValueError(f"it {problem}")  # not in the except block: its error has the text
     return as_object(document, "it")
 
 
@@ -78,10 +78,10 @@ _DECODER: Final = json.JSONDecoder(
 
 
 def decode_text(values: Iterable[object], subject: str) -> str:
-    """A string, the last of several, of which null is none; empty if there is none.
+    """Return the last of several strings; null and none at all count as empty.
 
     Raises:
-        ValueError: if one is neither.
+        ValueError: if one is neither a string nor null.
     """
     text = ""
     for value in values:
@@ -116,7 +116,7 @@ def decode_mapping(
 
 
 def as_object(value: object, subject: str) -> Object:
-    """An object; null is an empty one.
+    """Return an object; null counts as an empty one.
 
     Raises:
         ValueError: if it is neither.

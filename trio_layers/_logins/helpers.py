@@ -23,9 +23,9 @@ from .documents import decode_text, parse_json
 
 __all__ = ["ask_helper"]
 
-# Seconds. It may have to ask its user for something.
+# Seconds. The helper may have to ask its user.
 HELPER_TIMEOUT: Final = 120.0
-# Bytes. Tokens have some thousands.
+# Bytes. Tokens have a few thousand.
 MAX_ANSWER_SIZE: Final = 1024 * 1024
 
 _NOT_FOUND: Final = "credentials not found in native keychain"
@@ -33,9 +33,9 @@ _TOKEN: Final = "<token>"
 
 
 async def ask_helper(name: str, server: str) -> Credentials:
-    """A server's credentials, by the helper of that name; empty ones if it has none.
+    """Return a server's credentials from a helper; empty ones if it has none.
 
-    Cancelled, the helper is terminated, and killed if that does not help.
+    Cancellation: the helper is terminated, and killed if it does not end.
 
     Raises:
         CredentialsError: if it is not installed, fails, or answers in no way that is known.
@@ -63,8 +63,8 @@ async def ask_helper(name: str, server: str) -> Credentials:
 
 
 def _installed(program: str) -> str | None:
-    # Its name is a part of a file name, not a way to another directory; nor is a program run
-    # because of where this process happens to be.
+    # The name is part of a file name, not a path to another directory. A program is not run because
+    # of this process's working directory.
     path = None if "/" in program or "\0" in program else shutil.which(program)
     return path if path is not None and os.path.isabs(path) else None
 
@@ -85,7 +85,7 @@ async def _run(program: str, path: str, server: str) -> tuple[int, bytes]:
             try:
                 await process.stdin.send_all(server.encode())
             except trio.BrokenResourceError:
-                pass  # it does not want to know
+                pass  # the helper does not read its input
             await process.stdin.aclose()
             output = bytearray()
             async for chunk in process.stdout:
@@ -104,7 +104,7 @@ def _decode(program: str, output: bytes) -> Credentials:
             decode_text(answer.find(name), name) for name in ("ServerURL", "Username", "Secret")
         )
     except ValueError:
-        pass  # the error that is raised for it has not the answer in its context
+        pass  # raised outside the except block, so that its context lacks the helper's output
     if username is None or password is None or not output.strip():
         raise _error(program, "gave no valid answer")
     if username == _TOKEN:

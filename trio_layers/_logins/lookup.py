@@ -28,7 +28,7 @@ __all__ = ["LoginFiles"]
 
 log = logging.getLogger("trio_layers.logins")
 
-# Bytes. That is tens of thousands of logins.
+# Bytes, enough for tens of thousands of logins.
 MAX_FILE_SIZE: Final = 4 * 1024 * 1024
 
 _Find: TypeAlias = Callable[[LoginFile, str], Login]
@@ -40,9 +40,9 @@ class _Source:
     """A login file.
 
     Attributes:
-        path: Where it is.
-        find: How it is searched.
-        required: Whether it has to be there.
+        path: The file's path.
+        find: Finds a login in the parsed file.
+        required: Whether a missing file is an error.
     """
 
     path: str
@@ -51,7 +51,7 @@ class _Source:
     content: SingleFlight[LoginFile] = attrs.field(factory=SingleFlight[LoginFile], init=False)
 
     async def read(self) -> LoginFile:
-        # Reading may hang, as a network's file or a named pipe does.
+        # Reading may hang, for example from a network file system or a named pipe.
         return await trio.to_thread.run_sync(self._read, abandon_on_cancel=True)
 
     def _read(self) -> LoginFile:
@@ -152,7 +152,7 @@ class LoginFiles:
 
 
 def _sources(authfile: str | None) -> Iterator[_Source]:
-    # Podman, other than skopeo, fails if the file that a user names is not there. So do we.
+    # Like podman, and unlike skopeo, fail if the named file does not exist.
     named = authfile or os.environ.get("REGISTRY_AUTH_FILE")
     if named:
         yield _Source(named, find_as_podman, required=True)
@@ -174,6 +174,6 @@ def _environment() -> LoginFile:
     try:
         return parse_environment(text) if text else LoginFile()
     except ValueError as error:
-        # Docker says so and goes on.
+        # Docker warns and continues.
         log.warning("DOCKER_AUTH_CONFIG is not used: %s", error)
         return LoginFile()

@@ -27,10 +27,10 @@ from .transport import Transport
 
 __all__ = ["Access", "Authenticator", "Challenge", "RedirectedAccess", "parse_challenges"]
 
-# Characters. Real ones are a few hundred long; this many are parsed within 100 ms.
+# Characters. Real fields have a few hundred; this many are parsed within 100 ms.
 MAX_FIELD_SIZE: Final = 16 * 1024
-# The refusals of one request, with any challenges. Without the limit, tasks that renew for one
-# another would never end.
+# The maximum number of refusals of one request. Without it, tasks that renew each other's
+# credentials might never end.
 MAX_REFUSALS: Final = 3
 MAX_REPOSITORIES: Final = 1000
 
@@ -304,7 +304,7 @@ class Access:
         registry_token = self._credentials.registry_token
         if registry_token:
             if FIT_FOR_A_HEADER.match(registry_token) is None:
-                # A later refusal by httpx would quote it.
+                # A later error of httpx would quote the secret.
                 domain = self._reference.domain
                 raise CredentialsError(
                     f"the registry token for {domain} is none: it has characters that cannot be "
@@ -322,7 +322,7 @@ class Access:
         return await self._token(challenge)
 
     async def _renew(self) -> bool:
-        """Ask for other credentials in place of those that were refused; whether there are."""
+        """Look for other credentials in place of refused ones; return whether there are any."""
         refused, renewed = self._credentials, self._renewed
         self._renewed = True
         if not refused or renewed:
@@ -377,7 +377,7 @@ class RedirectedAccess:
         return await self._access(there).authorization()
 
     async def refused(self, answer: RegistryResponse) -> bool:
-        """RegistryResponse a 401 of a redirect's target; return whether to ask again.
+        """Answer a 401 of a redirect's target; return whether to ask again.
 
         Raises:
             CredentialsError: as for `Access.authorization`.

@@ -28,8 +28,8 @@ from .response import RegistryResponse
 __all__ = ["BlobChunks", "BlobFetch", "EntityTags", "Open", "write_embedded"]
 
 MAX_TAGS: Final = 1000
-# Bytes. Ranges that are shorter, and are not the end, are given a few times only in an attempt: it
-# would have no end, with an answer for each byte.
+# Bytes. Shorter ranges before the blob's end are continued only a few times in an attempt.
+# Otherwise a server that sends single bytes would never end.
 SHORT: Final = 64 * 1024
 MAX_SHORT: Final = 10
 
@@ -253,7 +253,7 @@ class BlobFetch:
             self._check_length(answer, end)
             self.tags.see(self.descriptor.digest, answer)
         elif sink.offset == 0 or self.started_over:
-            # Twice in one attempt, and it might go on like this for ever.
+            # This is the second time in one attempt, and it might repeat for ever.
             asked = "as a whole" if sink.offset == 0 else f"from byte {sink.offset} on"
             raise RegistryError(
                 f"{answer.host} answered {answer.status} for blob {self.descriptor.digest}, "
@@ -293,7 +293,7 @@ class BlobFetch:
             await self._take(decoder.finish(), end, resumed)
         if sink.offset < end:
             if sink.digest == self.descriptor.digest:
-                # It is all there is: the descriptor has the size wrong.
+                # The response is the whole blob, so the descriptor's size is wrong.
                 raise await self._wrong(resumed=False)
             self._unfit = True
             raise RegistryError(
@@ -348,7 +348,7 @@ class BlobFetch:
 
 
 def _range_end(text: str, offset: int, size: int) -> int | None:
-    """Where a range that continues at ``offset`` ends; ``None`` if the field names another."""
+    """Return the end of a range that continues at ``offset``; ``None`` for any other range."""
     match = _CONTENT_RANGE.match(text.strip())
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""The hosts of a registry's images, and the change to the next after a failure.
+"""The hosts of a registry's images, and the fallback from one to the next.
 
 The hosts are the registry itself, or mirrors first.
 """
@@ -59,7 +59,7 @@ log = logging.getLogger("trio_layers.registry")
 
 # Seconds for which an unreachable host is not asked, if there are others.
 COOLDOWN: Final = 60.0
-# URLs of layers, of which it is known with which entity tag they began.
+# The number of foreign layers' URLs whose entity tags are remembered.
 MAX_ELSEWHERE: Final = 1000
 
 # Statuses with which registries hide a private repository from anonymous requests.
@@ -73,7 +73,7 @@ EndpointT = TypeVar("EndpointT", bound="Endpoint | ForeignURL")
 
 @final
 class Endpoint:
-    """One host that serves the images of one registry.
+    """A host that serves the images of one registry.
 
     Its challenges, tokens and entity tags are for this host alone.
 
@@ -116,16 +116,16 @@ class Endpoint:
         self._rests_until = 0.0
 
     def __repr__(self) -> str:
-        # Not whether it rests: for that there has to be a clock, and so a run of trio's.
+        # The repr leaves out the cooldown, which needs the clock of a trio run.
         return f"<Endpoint {self.name} for {self._upstream or 'itself'}>"
 
     @property
     def trouble(self) -> RegistryError | None:
-        """Why it could not be reached, if that was a moment ago."""
+        """The recent failure to reach the host, or ``None``."""
         return self._trouble if trio.current_time() < self._rests_until else None
 
     def note(self, error: LayersError) -> None:
-        """Remember a failure, if it is one to reach the host: others need not try that again."""
+        """Remember a failure to reach the host, so that other tasks need not try."""
         if isinstance(error, RegistryError) and error.status is None:
             self._trouble = error
             self._rests_until = trio.current_time() + COOLDOWN
@@ -241,7 +241,7 @@ class Endpoint:
             return ()
 
     async def _find_base(self) -> URL:
-        """Where the API is. Remembered once it has answered there."""
+        """Return the base URL of the API. It is remembered after the first success."""
         if self._base is not None:
             return self._base
         first, *plain = self._urls
@@ -306,7 +306,7 @@ class Endpoints:
         domain = reference.domain
         endpoints = self._endpoints.get(domain)
         if endpoints is None:
-            # Another task may have been faster; its endpoints, which may have tokens, count then.
+            # Another task may have read it first. Its endpoints may have tokens, so they are used.
             endpoints = self._endpoints.setdefault(domain, await self._open(reference))
         able = [endpoint for endpoint in endpoints if endpoint.capabilities.issuperset(needed)]
         if not able:
@@ -417,14 +417,14 @@ def _urls_of(host: Host, found: Configuration, *, plain_http: bool) -> tuple[URL
 
 
 _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-# They are about the message itself.
+# These fields describe the message itself.
 _RESERVED: Final = frozenset({"host", "content-length", "transfer-encoding", "connection"})
 
 
 def _headers_of(host: Host, found: Configuration) -> tuple[tuple[bytes, bytes], ...]:
     fields = []
     for name, values in host.header.items():
-        # Values are not shown: they may be secrets.
+        # Header values are not shown, because they may be secrets.
         if not _FIELD_NAME.match(name) or name.lower() in _RESERVED:
             raise HostsError(found.source, f"{name!r} cannot be a header field of one's own")
         for value in values:

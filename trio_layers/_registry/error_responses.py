@@ -1,4 +1,4 @@
-"""Unsuccessful responses as errors."""
+"""Converts unsuccessful responses to errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rate_limit(answer: RegistryResponse) -> RateLimit | None:
 
 
 def _quota(field: str) -> tuple[int | None, int | None]:
-    """``100;w=21600``: a number, and the seconds that it is for."""
+    """Parse ``100;w=21600``: a number of requests, and a window in seconds."""
     match = _QUOTA.match(field)
     if match is None:
         return None, None
@@ -119,14 +119,14 @@ async def read_error(
                 text += f" (it asks to wait for {retry_after:g} seconds)"
             if status == 429 or retry_after is not None:
                 error = RateLimited(text, host=host, status=status, retry_after=retry_after)
-                # To ask all the same would only make it worse.
+                # An earlier request would only make it worse.
                 final = (retry_after or 0) > PATIENCE
     error.transient = status in (408, 429) or status >= 500 or (sent_there and status >= 400)
     return mark_final(error) if final else error
 
 
 def mark_final(error: ErrorT) -> ErrorT:
-    """Mark an error as one that another attempt would end with again."""
+    """Mark an error as one that another attempt cannot avoid."""
     error.__cause__ = DoNotRetry(str(error))
     return error
 
@@ -135,7 +135,7 @@ def _first_error(body: bytes) -> str:
     try:
         document = parse_json(body[:MAX_ERROR_SIZE])
     except ValueError:
-        return ""  # a page of some proxy
+        return ""  # the body is some proxy's page
     errors = document.get("errors") if isinstance(document, dict) else None
     first = errors[0] if isinstance(errors, list) and errors else None
     if not isinstance(first, dict):

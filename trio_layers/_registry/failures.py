@@ -1,4 +1,4 @@
-"""Errors of httpx and of connections as errors of the registry client."""
+"""Converts errors of httpx and of connections to errors of the registry client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def through_proxy(proxy: str | None) -> str:
 
 def request_error(text: str, host: str, error: Exception) -> RegistryError:
     """Return the error for a failed request, with the reason behind ``text``."""
-    # The text of an OpenSSL error is that of its cause: httpx's exception has none.
+    # httpx's exception for an OpenSSL error has no text, but its cause has one.
     texts = [str(error), *(str(each) for each in causes_of(error) if isinstance(each, OSError))]
     reason = next(filter(None, map(printable_line, texts)), type(error).__name__)
     return RegistryError(f"{text}: {reason}", host=host, transient=_may_pass(error))

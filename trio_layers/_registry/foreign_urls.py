@@ -24,12 +24,12 @@ from .transport import Transport
 __all__ = ["MAX_URLS", "ForeignURL"]
 
 MAX_URLS: Final = 8
-"""How many of a layer's URLs are tried."""
+"""Maximum number of URLs to try for a layer."""
 
 
 @final
 class ForeignURL:
-    """One URL of a layer, with the methods of an `Endpoint`, and without credentials.
+    """A URL of a foreign layer, with the methods of an `Endpoint`, and without credentials.
 
     It is never skipped as unreachable: it may be the only place of the layer.
 
@@ -46,7 +46,7 @@ class ForeignURL:
         self._url: URL | None = None
         self.name, self._refused = "a URL", ""
         try:
-            # A name and password in it would be sent.
+            # A user name and password in the URL would be sent.
             url = parse_url(text).copy_with(username=None, password=None)
         except InvalidURL as error:
             self._refused = f"it is none: {printable_line(str(error))}"

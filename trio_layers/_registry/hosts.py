@@ -102,10 +102,10 @@ class HostSettings:
     Attributes:
         origins: The host's origins: scheme, host and port, perhaps with several schemes.
         headers: Header fields for each request.
-        tls: The certificates of the host and of ours; ``None``: the usual ones. Other hosts to
-            which this one refers, for a token or a blob, are verified by the same certificates,
-            but do not get ours.
-        connect_limit: Seconds that a connection to the host may take; ``None``: the usual limit.
+        tls: The trusted and the client certificates; ``None``: the usual ones. Other hosts to
+            which this one refers, for a token or a blob, are verified by the same authorities,
+            but get no client certificate.
+        connect_limit: Seconds for connecting to the host; ``None``: the usual limit.
     """
 
     origins: frozenset[tuple[str, str, int | None]]

@@ -24,7 +24,7 @@ __all__ = ["OpenPage", "Page", "Pages", "decode_tags"]
 
 log = logging.getLogger("trio_layers.registry")
 
-# However long the list: so much of it is read, in bytes, and so many requests are made.
+# The limits for one list of any length: bytes to read, and requests.
 MAX_LIST_SIZE: Final = 64 * 1024 * 1024
 MAX_PAGES: Final = 10_000
 MAX_QUERY: Final = 8 * 1024

@@ -18,7 +18,7 @@ from .http import InvalidURL
 
 __all__ = ["redact_error", "secrets_of", "without_secrets"]
 
-# Characters. A shorter text is a part of too many words.
+# Characters. A shorter text would be a part of too many words.
 MIN_SECRET: Final = 4
 WITHHELD: Final = "[withheld]"
 
@@ -66,7 +66,7 @@ def secrets_of(
 
 
 def without_secrets(text: str, secrets: Iterable[str]) -> str:
-    """A text without them."""
+    """Replace secrets in a text."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, WITHHELD)
     return text
@@ -104,7 +104,7 @@ def redact_error(error: BaseException, secrets: Iterable[str]) -> None:
 def _decode(text: str) -> str:
     try:
         return base64.b64decode(text, validate=True).decode("utf-8", "replace")
-    except ValueError:  # as is binascii.Error
+    except ValueError:  # binascii.Error is a ValueError, too
         return ""
 
 

@@ -1,4 +1,4 @@
-"""TLS for one host: whose certificates are trusted, and which are our own."""
+"""TLS for one host: the trusted certificates, and the client certificates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TLSConfig", "make_context", "trust_nobody"]
 
 @attrs.frozen
 class TLSConfig:
-    """The certificates by which a host is verified, and those that we show it.
+    """The certificates that verify a host, and our own certificates for it.
 
     Attributes:
         ca: Files of certificates that are trusted besides the usual ones.

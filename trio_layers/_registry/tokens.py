@@ -32,11 +32,12 @@ __all__ = ["FIT_FOR_A_HEADER", "Grant", "Tokens"]
 MAX_TOKEN_SIZE: Final = 1024 * 1024
 # Larger answers are decoded in a thread, to keep the event loop responsive.
 INLINE_SIZE: Final = 16 * 1024
-# The specification's default, and the least that it has servers give, for old clients' sake.
+# The specification's default. For the sake of old clients, it is also the least that servers may
+# give.
 MIN_TOKEN_LIFETIME: Final = 60.0
-# One that is good for longer is asked for again all the same.
+# A token with a longer lifetime is still renewed after this time.
 MAX_TOKEN_LIFETIME: Final = 24 * 60 * 60.0
-# A token that would end while a request is on its way is of no use.
+# A token that expires while a request is on its way is useless.
 EXPIRY_MARGIN: Final = 5.0
 MAX_TOKENS: Final = 1000
 CLIENT_ID: Final = "trio-layers"
@@ -81,7 +82,7 @@ class Tokens:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._tokens: dict[Grant, SingleFlight[_Token]] = {}
-        # By realm, service and credentials: one that came with a token is good for any scope.
+        # The key is realm, service and credentials, since a refresh token is valid for any scope.
         self._refresh: dict[Grant, str] = {}
 
     def __len__(self) -> int:
@@ -105,7 +106,7 @@ class Tokens:
         return token.value
 
     def drop(self, grant: Grant, value: str) -> None:
-        """Do not use a token any more: it was refused."""
+        """Forget a token that was refused."""
         kept = self._kept(grant)
         # Another task may have replaced it already.
         if kept.value is not None and kept.value.value == value:
@@ -125,7 +126,7 @@ class Tokens:
             url = parse_url(realm)
             if url.host:
                 shown = f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
-            # They would be sent in place of ours.
+            # httpx would send this login in place of our credentials.
             url = url.copy_with(username=None, password=None)
         except InvalidURL:
             url = URL()
@@ -142,7 +143,7 @@ class Tokens:
         return url
 
     def _kept(self, grant: Grant) -> SingleFlight[_Token]:
-        # Nothing is awaited here: a token that nobody uses yet must not be dropped.
+        # This block has no await, so that a new token is not dropped before its use.
         kept = self._tokens.get(grant)
         if kept is None:
             if len(self._tokens) >= MAX_TOKENS:
@@ -169,7 +170,7 @@ class Tokens:
             except RegistryError as error:
                 if error.status not in _NO_OAUTH:
                     raise
-            # It may have been good for one time: then another task has the next one.
+            # A refresh token may be valid once only. Then another task has the next one.
             if self._refresh.get(anywhere) == refresh:
                 del self._refresh[anywhere]
         if token.refresh is not None and grant.credentials:

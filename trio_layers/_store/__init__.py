@@ -1,4 +1,4 @@
-"""Where layers and blobs are kept: in a directory, or in memory.
+"""The store on disk: durable, visible, shared blobs, trees, layers and images.
 
-This room knows neither registry nor engine. What unpacks a layer is handed to it.
+This room imports neither the registry client nor the engine, and gets its unpacker as an argument.
 """
