@@ -57,13 +57,13 @@ def shown_by(*names: str) -> Callable[[type[MemoryStore]], type[MemoryStore]]:
     return note
 
 
-@shown_by("what_is_not_there_is_none")
+@shown_by("get_returns_none_for_a_missing_layer")
 class InventsLayers(MemoryStore):
     async def get(self, chain_id):
         return await super().get(chain_id) or self.add(b"", None)
 
 
-@shown_by("a_layer_is_named_by_its_tar", "each_compression", "stage_a_layer")
+@shown_by("ids_of_a_layer", "each_compression", "stage_a_layer")
 class NamesTheBlob(MemoryStore):
     """The diff ID is that of the blob, not of the tar inside."""
 
@@ -73,7 +73,7 @@ class NamesTheBlob(MemoryStore):
         return layer
 
 
-@shown_by("layers_stand_on_each_other", "stage_upon_a_parent")
+@shown_by("chain_ids_and_parents", "stage_upon_a_parent")
 class ForgetsParents(MemoryStore):
     def add(self, data, parent, *, descriptor=None):
         layer = super().add(data, parent, descriptor=descriptor)
@@ -81,13 +81,13 @@ class ForgetsParents(MemoryStore):
         return layer
 
 
-@shown_by("an_unknown_parent_is_an_error", "stage_upon_a_parent")
+@shown_by("a_missing_parent_is_an_error", "stage_upon_a_parent")
 class TakesAnyParent(MemoryStore):
     def add(self, data, parent, *, descriptor=None):
         return super().add(data, parent if parent in self.layers else None, descriptor=descriptor)
 
 
-@shown_by("what_is_there_is_returned_as_it_is", "one_layer_is_registered_by_many")
+@shown_by("register_a_stored_layer_again", "simultaneous_registrations_of_one_layer")
 class RegistersOnce(MemoryStore):
     def add(self, data, parent, *, descriptor=None):
         layer = super().add(data, parent, descriptor=descriptor)
@@ -111,7 +111,7 @@ class WantsWholePieces(MemoryStore):
         return await super().register(MemoryStream(bytes(data)), parent, descriptor)
 
 
-@shown_by("where_no_stream_begins")
+@shown_by("invalid_beginning_of_a_stream")
 class HasOneError(MemoryStore):
     async def register(self, stream, parent, descriptor=None):
         try:
@@ -120,7 +120,7 @@ class HasOneError(MemoryStore):
             raise RuntimeError("cannot register") from error
 
 
-@shown_by("what_a_stream_raises_comes_out_as_it_is")
+@shown_by("errors_of_the_stream_are_unchanged")
 class ReadsInANursery(MemoryStore):
     async def register(self, stream, parent, descriptor=None):
         found = []
@@ -133,7 +133,7 @@ class ReadsInANursery(MemoryStore):
         return found[0]
 
 
-@shown_by("what_is_damaged_is_not_stored")
+@shown_by("damaged_streams_are_errors")
 class TakesWhatIsDamaged(MemoryStore):
     async def register(self, stream, parent, descriptor=None):
         try:
@@ -142,7 +142,7 @@ class TakesWhatIsDamaged(MemoryStore):
             return self.add(b"what could be read", parent, descriptor=descriptor)
 
 
-@shown_by("the_stream_is_left_open")
+@shown_by("the_stream_stays_open")
 class ClosesStreams(MemoryStore):
     async def register(self, stream, parent, descriptor=None):
         async with stream:
@@ -204,7 +204,7 @@ class DoesNotGiveWay(MemoryStore):
         return layer
 
 
-@shown_by("a_layer_stays_while_it_is_referred_to")
+@shown_by("references_keep_a_layer")
 class GetsWithoutReference(MemoryStore):
     async def get(self, chain_id):
         layer = await super().get(chain_id)
@@ -213,14 +213,14 @@ class GetsWithoutReference(MemoryStore):
         return layer
 
 
-@shown_by("a_layer_stays_while_it_is_referred_to", "staged_layers_are_held")
+@shown_by("references_keep_a_layer", "staged_layers_are_held")
 class ReleasesAll(MemoryStore):
     def release(self, layer):
         layer.references = 1
         super().release(layer)
 
 
-@shown_by("a_layer_keeps_those_below")
+@shown_by("references_keep_lower_layers")
 class DropsParents(MemoryStore):
     def add(self, data, parent, *, descriptor=None):
         layer = super().add(data, parent, descriptor=descriptor)
@@ -248,7 +248,7 @@ class ForgetsItsData(MemoryStore):
         return layer
 
 
-@shown_by("the_data_can_be_read_by_many")
+@shown_by("simultaneous_readers")
 class GivesItsDataOnce(MemoryStore):
     def add(self, data, parent, *, descriptor=None):
         layer = super().add(data, parent, descriptor=descriptor)
@@ -267,7 +267,7 @@ class Wrapped:
         self.tar_stream = tar_stream
 
 
-@shown_by("many_layers_are_registered_at_once")
+@shown_by("simultaneous_registrations_of_many_layers")
 class IsBusy(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class IsBusy(MemoryStore):
             self.busy.release()
 
 
-@shown_by("one_that_is_cancelled_harms_nobody")
+@shown_by("a_cancelled_registration_affects_no_other")
 class KeepsItsLock(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class ChangesStages(MemoryStore):
         raise NotImplementedError
 
 
-@shown_by("attempts_are_never_mixed", "wrong_bytes_can_be_dropped_later")
+@shown_by("attempts_are_never_mixed", "wrong_bytes_of_an_earlier_stage")
 class MixesAttempts(ChangesStages):
     def change(self, stage):
         async def restart() -> None:
@@ -338,7 +338,7 @@ class ProgressFalls(ChangesStages):
         stage.finish = falling
 
 
-@shown_by("what_arrived_is_resumed", "what_is_complete_is_resumed", "who_waits_takes_over")
+@shown_by("received_bytes_are_resumed", "a_complete_blob_is_resumed", "a_waiting_stage_takes_over")
 class ForgetsAndWaits(MemoryStore):
     """Arrived bytes are dropped, and a second stage of a blob fails instead of waiting."""
 
@@ -359,13 +359,13 @@ class ForgetsAndWaits(MemoryStore):
             self.staged.discard(descriptor.digest)
 
 
-@shown_by("what_is_verified_and_damaged_fails_for_certain")
+@shown_by("damage_in_a_verified_blob")
 class NeverFails(ChangesStages):
     def change(self, stage):
         stage.wait_failed = trio.sleep_forever
 
 
-@shown_by("what_is_not_verified_fails_nothing")
+@shown_by("damage_in_dropped_bytes")
 class FailsTooSoon(ChangesStages):
     def change(self, stage):
         async def wait_failed() -> Exception:
@@ -376,7 +376,7 @@ class FailsTooSoon(ChangesStages):
         stage.wait_failed = wait_failed
 
 
-@shown_by("what_the_block_raises_comes_out_as_it_is")
+@shown_by("errors_of_the_block_are_unchanged")
 class StagesInANursery(MemoryStore):
     @asynccontextmanager
     async def stage(self, descriptor, waiting=None):
@@ -395,7 +395,7 @@ class WaitsDeafly(ChangesStages):
         stage.wait_failed = wait_failed
 
 
-@shown_by("abort_stops")
+@shown_by("leaving_does_not_wait")
 class StopsSlowly(MemoryStore):
     @asynccontextmanager
     async def stage(self, descriptor, waiting=None):
@@ -407,7 +407,7 @@ class StopsSlowly(MemoryStore):
                     await trio.sleep(100)
 
 
-@shown_by("who_waits_is_told_no_more_than_there_can_be")
+@shown_by("reports_to_a_waiting_stage")
 class TellsTooMuch(MemoryStore):
     @asynccontextmanager
     async def stage(self, descriptor, waiting=None):
@@ -417,7 +417,7 @@ class TellsTooMuch(MemoryStore):
             yield stage
 
 
-@shown_by("opposite_orders_do_not_meet")
+@shown_by("opposite_orders_do_not_deadlock")
 class LocksUntilTheLayerIsThere(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
@@ -430,7 +430,7 @@ class LocksUntilTheLayerIsThere(MemoryStore):
                 yield stage
 
 
-@shown_by("many_wait_for_their_parents")
+@shown_by("many_complete_stages_wait")
 class HasRoomForFew(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
@@ -442,7 +442,7 @@ class HasRoomForFew(MemoryStore):
             yield stage
 
 
-@shown_by("two_stage_one_layer", "staged_and_registered_at_once")
+@shown_by("two_stages_of_one_blob", "staged_and_registered_at_once")
 class StagesWithoutReference(ChangesStages):
     def change(self, stage):
         commit = stage.commit
@@ -456,7 +456,7 @@ class StagesWithoutReference(ChangesStages):
         stage.commit = without
 
 
-@shown_by("descriptors", "what_is_not_the_blob_is_not_finished", "stage_again_what_is_there")
+@shown_by("descriptors", "bytes_of_another_blob", "stage_a_stored_blob_again")
 class PromisesTooMuch(MemoryStore):
     """The suite is told that the store verifies descriptors and keeps blobs."""
 

@@ -90,12 +90,12 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
 
     # The identity of layers.
 
-    async def test_what_is_not_there_is_none(self) -> None:
+    async def test_get_returns_none_for_a_missing_layer(self) -> None:
         """`get` returns ``None`` for a layer that was never registered."""
         async with self._open_in_time() as store:
             await self._check_absent(store, make_layer("a"), when="before it is registered")
 
-    async def test_a_layer_is_named_by_its_tar(self) -> None:
+    async def test_ids_of_a_layer(self) -> None:
         """Diff ID, chain ID and parent are right, also in the layer from `get`."""
         async with self._open_in_time() as store:
             built = make_layer("a")
@@ -106,7 +106,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 check_stack(each, built)
                 store.release(each)
 
-    async def test_layers_stand_on_each_other(self) -> None:
+    async def test_chain_ids_and_parents(self) -> None:
         """Chain IDs and parents are right in several stacks on the same base."""
         async with self._open_in_time() as store:
             base, one, two, top = (make_layer(name) for name in ("base", "one", "two", "top"))
@@ -119,7 +119,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 for layer in (*layers, found):
                     store.release(layer)
 
-    async def test_what_is_there_is_returned_as_it_is(self) -> None:
+    async def test_register_a_stored_layer_again(self) -> None:
         """A layer that is registered again, with another compression, is the same layer."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a")
@@ -131,7 +131,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             for layer in (*layers, again):
                 store.release(layer)
 
-    async def test_an_unknown_parent_is_an_error(self) -> None:
+    async def test_a_missing_parent_is_an_error(self) -> None:
         """A layer upon a missing parent is an error, and is not stored."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a")
@@ -169,7 +169,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 check_equal(layer.diff_id, built.diff_id, f"the diff ID from pieces of {piece}")
                 store.release(layer)
 
-    async def test_where_no_stream_begins(self) -> None:
+    async def test_invalid_beginning_of_a_stream(self) -> None:
         """A wrong or unreadable beginning is a `DecompressionError`."""
         async with self._open_in_time() as store:
             built = make_layer("a")
@@ -189,7 +189,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             await self._check_absent(store, built, when="after its stream failed")
             await check_can_register(store, built)
 
-    async def test_what_a_stream_raises_comes_out_as_it_is(self) -> None:
+    async def test_errors_of_the_stream_are_unchanged(self) -> None:
         """The stream's error is raised unchanged, without a group, and nothing is stored."""
         async with self._open_in_time() as store:
             for compression in get_args(Compression):
@@ -202,7 +202,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 await self._check_absent(store, built, when="after its stream failed")
                 await check_can_register(store, built)
 
-    async def test_what_is_damaged_is_not_stored(self) -> None:
+    async def test_damaged_streams_are_errors(self) -> None:
         """A stream that ends early or has wrong bytes is an error."""
         async with self._open_in_time() as store:
             for compression in set(get_args(Compression)) - {"none"}:
@@ -217,7 +217,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                         await store.register(LayerStream(wrong), None)
                     await self._check_absent(store, built, when="though it came damaged")
 
-    async def test_the_stream_is_left_open(self) -> None:
+    async def test_the_stream_stays_open(self) -> None:
         """The store does not close the stream after success, failure or cancellation."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
@@ -300,7 +300,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
 
     # References.
 
-    async def test_a_layer_stays_while_it_is_referred_to(self) -> None:
+    async def test_references_keep_a_layer(self) -> None:
         """Each `get` and `register` adds a reference, and each `release` removes one."""
         async with self._open_in_time() as store:
             built = make_layer("a")
@@ -322,7 +322,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
             await self.collect(store)
             await check_can_register(store, built)
 
-    async def test_a_layer_keeps_those_below(self) -> None:
+    async def test_references_keep_lower_layers(self) -> None:
         """A reference to the top layer, also one from `get`, keeps all layers below."""
         async with self._open_in_time() as store:
             stack = [make_layer(name) for name in ("a", "b", "c")]
@@ -380,7 +380,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 store.release(copy)
             store.release(base)
 
-    async def test_the_data_can_be_read_by_many(self) -> None:
+    async def test_simultaneous_readers(self) -> None:
         """Each stream is independent, and may be closed early."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
@@ -394,7 +394,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
 
     # Concurrency.
 
-    async def test_one_layer_is_registered_by_many(self) -> None:
+    async def test_simultaneous_registrations_of_one_layer(self) -> None:
         """All callers get the same layer, and each gets a reference."""
         async with self._open_in_time() as store:
             base, built = make_layer("base"), make_layer("a", size=100_000)
@@ -416,7 +416,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 check(there, f"a layer with {len(layers)} references is gone")
                 store.release(layers.pop())
 
-    async def test_many_layers_are_registered_at_once(self) -> None:
+    async def test_simultaneous_registrations_of_many_layers(self) -> None:
         """Any number of tasks may use a store at once."""
         async with self._open_in_time() as store:
             base = make_layer("base")
@@ -437,7 +437,7 @@ class StoreSuite(abc.ABC, Generic[StoreT]):
                 for number in range(20):
                     nursery.start_soon(use, number)
 
-    async def test_one_that_is_cancelled_harms_nobody(self) -> None:
+    async def test_a_cancelled_registration_affects_no_other(self) -> None:
         """If a cancelled call did work for others, one of the others does it."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)

@@ -126,7 +126,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             check(told[0] > 0 and told[-1] <= size, f"the progress of a stage is off: {told}")
             store.release(layer)
 
-    async def test_stage_again_what_is_there(self) -> None:
+    async def test_stage_a_stored_blob_again(self) -> None:
         """A stage of a stored blob is complete, and makes the same layer."""
         async with self._open_in_time() as store:
             built = make_layer("a")
@@ -158,7 +158,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             await check_readable(layer, built)
             store.release(layer)
 
-    async def test_what_arrived_is_resumed(self) -> None:
+    async def test_received_bytes_are_resumed(self) -> None:
         """Without a commit, a stage leaves only its bytes, for the next stage."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
@@ -174,7 +174,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             check_stack(layer, built)
             store.release(layer)
 
-    async def test_what_is_complete_is_resumed(self) -> None:
+    async def test_a_complete_blob_is_resumed(self) -> None:
         """A complete blob without a commit is there for the next stage."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
@@ -187,7 +187,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             check_stack(layer, built)
             store.release(layer)
 
-    async def test_wrong_bytes_can_be_dropped_later(self) -> None:
+    async def test_wrong_bytes_of_an_earlier_stage(self) -> None:
         """The digest shows the next stage that the bytes left over are wrong."""
         async with self._open_in_time() as store:
             built, other = make_layer("a", size=100_000), make_layer("other", size=100_000)
@@ -203,7 +203,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
 
     # Failures.
 
-    async def test_what_is_verified_and_damaged_fails_for_certain(self) -> None:
+    async def test_damage_in_a_verified_blob(self) -> None:
         """`Stage.wait_failed` and `Stage.commit` report the same, and nothing is stored."""
         async with self._open_in_time() as store:
             good = blob_of(make_layer("a", size=100_000))
@@ -223,7 +223,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 store, make_layer("a", size=100_000), when="though it is damaged"
             )
 
-    async def test_what_is_not_verified_fails_nothing(self) -> None:
+    async def test_damage_in_dropped_bytes(self) -> None:
         """Damage in bytes before a restart does not fail the stage."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
@@ -245,7 +245,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             check_stack(layer, built)
             store.release(layer)
 
-    async def test_what_is_not_the_blob_is_not_finished(self) -> None:
+    async def test_bytes_of_another_blob(self) -> None:
         """If the store verifies, wrong bytes fail the attempt, and another one can follow."""
         async with self._open_in_time() as store:
             built, other = make_layer("a", size=100_000), make_layer("other", size=100_000)
@@ -261,7 +261,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             check_stack(layer, built)
             store.release(layer)
 
-    async def test_what_the_block_raises_comes_out_as_it_is(self) -> None:
+    async def test_errors_of_the_block_are_unchanged(self) -> None:
         """An error of the block is raised unchanged at each step."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=100_000)
@@ -312,7 +312,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 layer = await finish_stage(stage, built)
             store.release(layer)
 
-    async def test_abort_stops(self) -> None:
+    async def test_leaving_does_not_wait(self) -> None:
         """Leaving a stage does not wait for unpacking or for other stages."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
@@ -336,7 +336,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
 
     # Concurrency.
 
-    async def test_two_stage_one_layer(self) -> None:
+    async def test_two_stages_of_one_blob(self) -> None:
         """Whether one waits, or each has its own: both get the layer."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
@@ -373,7 +373,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 check_stack(layer, built)
                 store.release(layer)
 
-    async def test_who_waits_takes_over(self) -> None:
+    async def test_a_waiting_stage_takes_over(self) -> None:
         """A waiting stage takes over from one that fails with a part of the blob."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
@@ -394,7 +394,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 check_stack(layer, built)
                 store.release(layer)
 
-    async def test_who_waits_is_told_no_more_than_there_can_be(self) -> None:
+    async def test_reports_to_a_waiting_stage(self) -> None:
         """A waiting stage gets reports up to the blob's size, and none after entering."""
         async with self._open_in_time() as store:
             built = make_layer("a", size=3_000_000)
@@ -423,7 +423,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
                 check_stack(layer, built)
                 store.release(layer)
 
-    async def test_opposite_orders_do_not_meet(self) -> None:
+    async def test_opposite_orders_do_not_deadlock(self) -> None:
         """Pulls of [a, b] and [b, a] do not deadlock.
 
         Each stages its upper layer first, and then waits for the other's.
@@ -454,7 +454,7 @@ class StagingStoreSuite(StoreSuite[StagingStoreT]):
             for layer in done:
                 store.release(layer)
 
-    async def test_many_wait_for_their_parents(self) -> None:
+    async def test_many_complete_stages_wait(self) -> None:
         """Complete stages that wait for their parents do not block other stages."""
         async with self._open_in_time() as store:
             base = make_layer("base")
