@@ -54,8 +54,7 @@ from trio_layers._archives import candidates, importing, reading, selecting
 from trio_layers._compression import zstd
 from trio_layers._digest import digest_of
 from trio_layers._manifest import decode_manifest
-from trio_layers._store import images as stored_images
-from trio_layers._store import layout
+from trio_layers._store import images as stored_images, layout
 from trio_layers.testing import build_image, build_index, sample_image
 
 IMAGE = small_image()

@@ -15,12 +15,12 @@ from trio_layers import (
     PullPolicy,
     StoreError,
     VerificationError,
+    _damage as damage,
     export_images,
     import_images,
     open_puller,
     open_store,
 )
-from trio_layers import _damage as damage
 from trio_layers.testing import File, HardLink, build_image, build_layer, open_registry
 
 IMAGE = build_image(

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 from _tools.layer_stacks import Pieces, listed, mounted, on_disk, plant, unpack_blob, unpack_stack
-from _tools.plain_tars import Plain
-from _tools.plain_tars import archive as tar_of
+from _tools.plain_tars import Plain, archive as tar_of
 from cases.layers import maketar
 from pull.mounting import unmount
 from rootfs.exports import LAYER, NOBODY, exported, never, packed

@@ -29,8 +29,7 @@ from pathlib import Path
 import attrs
 from _tools.layer_stacks import listed, on_disk
 from _tools.plain_tars import Plain
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from tree.generated_tars import Archive, archives
 
 from trio_layers._entries import Entry

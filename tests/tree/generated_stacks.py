@@ -21,8 +21,7 @@ import attrs
 import trio
 from _tools.layer_stacks import diff_id, listed, mounted, on_disk, unpack_blob, unpack_stack
 from _tools.plain_tars import archive
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, note, seed, settings, strategies as st
 from store.stores import Blob, Stream, describe, open_with_threads
 
 from trio_layers._entries import Entry

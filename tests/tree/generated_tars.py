@@ -9,8 +9,7 @@ import sys
 
 import attrs
 from cases.layers import maketar
-from hypothesis import note
-from hypothesis import strategies as st
+from hypothesis import note, strategies as st
 from tree.damaged_tars import BLOB_DAMAGE, TAR_DAMAGE, damaged
 
 if sys.version_info >= (3, 14):

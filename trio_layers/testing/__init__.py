@@ -20,7 +20,7 @@ your own store must pass.
         ...  # pull the reference; registry.requests lists the requests
 """
 
-from .._memory import MemoryStore
+from .. import MemoryStore
 from .._util import export_as_public
 from ._auth import BasicAuth, TokenAuth
 from ._faults import (
