@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,10 +14,21 @@ from ._errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 if TYPE_CHECKING:
     import sqlite3
 
-__all__ = ["removed_meanwhile", "store_error"]
+__all__ = ["disk_errors", "removed_meanwhile", "store_error"]
 
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system and SQLite in the block into a `StoreError`."""
+    import sqlite3  # worker processes do without it
+
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise store_error(error, path) from error
 
 
 def store_error(error: OSError | sqlite3.Error, path: Path) -> StoreError:

@@ -7,7 +7,6 @@ import ctypes
 import fcntl
 import functools
 import os
-import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import trio
-
 from ._digest import Digest, parse_digest
-from ._disk_errors import store_error
 from ._errors import StoreError
 
 __all__ = [
     "DIRECTORY",
-    "disk_errors",
     "disk_usage",
     "file_name",
     "file_system_type",
@@ -49,15 +44,6 @@ def file_name(digest: Digest) -> str:
             becomes part of a path.
     """
     return parse_digest(digest).removeprefix("sha256:")
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system and SQLite in the block into a `StoreError`."""
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise store_error(error, path) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -206,10 +192,12 @@ def unlock(path: Path, descriptor: int) -> None:
 
 
 @contextmanager
-def lock_directory(path: Path) -> Iterator[None]:
+def lock_directory(path: Path, check_cancelled: Callable[[], None]) -> Iterator[None]:
     """Hold the lock on a directory itself, without writing into it.
 
-    The call runs in a worker thread of trio, and waits until its task is cancelled.
+    Args:
+        path: The directory.
+        check_cancelled: Called during the wait for the lock. Its exceptions are raised unchanged.
     """
     descriptor = os.open(path, DIRECTORY)
     try:
@@ -218,7 +206,7 @@ def lock_directory(path: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                trio.from_thread.check_cancelled()
+                check_cancelled()
                 time.sleep(0.02)
         yield
     finally:

@@ -16,7 +16,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_layers import Credentials, _cli, _commands
+from trio_layers import CheckReport, Credentials, LoginFiles, _cli
+from trio_layers._commands import opening, pulling
+from trio_layers._commands.table import COMMANDS
 from trio_layers._errors import InvalidReference, NotFound, StoreFull
 from trio_layers._progress import Progress, Status
 
@@ -33,7 +35,6 @@ class FakePuller:
         self.opened: list[tuple[object, dict[str, object]]] = []
         self.pulled: list[tuple[str, object]] = []
         self.trouble: dict[str, BaseException] = {}
-        self.listed: list[SimpleNamespace] = []
 
     @asynccontextmanager
     async def __call__(self, store: object, **options: object) -> AsyncIterator[FakePuller]:
@@ -59,15 +60,15 @@ class FakePuller:
             layers=(LAYER,),
         )
 
-    async def images(self) -> list[SimpleNamespace]:
-        return self.listed
+    async def check(self, *, repair: bool) -> CheckReport:
+        return CheckReport(0, 0, 0, 0, ())
 
 
 @pytest.fixture
 def puller(monkeypatch: pytest.MonkeyPatch) -> FakePuller:
     fake = FakePuller()
-    monkeypatch.setattr(_commands, "open_puller", fake)
-    monkeypatch.setattr(_commands, "open_store", fake)
+    monkeypatch.setattr(pulling, "open_puller", fake)
+    monkeypatch.setattr(opening, "open_store", fake)
     return fake
 
 
@@ -112,7 +113,7 @@ def test_pull_has_careful_defaults(puller: FakePuller) -> None:
     assert _cli.main(["pull", "debian:12", "-q"]) == 0
     [(_, options)] = puller.opened
     logins = options.pop("credentials")
-    assert isinstance(logins, _commands.LoginFiles)
+    assert isinstance(logins, LoginFiles)
     assert logins.authfile is None
     assert options == {
         "plain_http": False,
@@ -198,7 +199,7 @@ def test_a_store_that_cannot_be_opened(
     puller: FakePuller, capsys: pytest.CaptureFixture[str]
 ) -> None:
     puller.trouble["S"] = PermissionError(13, "Permission denied", "S/oci-layout")
-    assert _cli.main(["images", "--store", "S"]) == 1
+    assert _cli.main(["check", "--store", "S"]) == 1
     assert capsys.readouterr() == ("", "trio-layers: S/oci-layout: Permission denied\n")
 
 
@@ -206,7 +207,7 @@ def test_several_errors_at_once_are_a_line_each(
     puller: FakePuller, capsys: pytest.CaptureFixture[str]
 ) -> None:
     puller.trouble["S"] = ExceptionGroup("", [StoreFull("full"), ExceptionGroup("", [OSError()])])
-    assert _cli.main(["images", "--store", "S"]) == 1
+    assert _cli.main(["check", "--store", "S"]) == 1
     assert capsys.readouterr().err == "trio-layers: full\ntrio-layers: OSError\n"
 
 
@@ -231,22 +232,22 @@ def test_a_signal_cancels_and_is_the_exit_code(
 ) -> None:
     left = []
 
-    async def images() -> None:
+    async def check(*, repair: bool) -> None:
         try:
             os.kill(os.getpid(), number)
             await trio.sleep_forever()
         finally:
             left.append(True)
 
-    monkeypatch.setattr(puller, "images", images)
-    assert _cli.main(["images"]) == 128 + number
+    monkeypatch.setattr(puller, "check", check)
+    assert _cli.main(["check"]) == 128 + number
     assert left == [True]
 
 
 def test_the_second_interrupt_does_not_wait(
     puller: FakePuller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def images() -> None:
+    async def check(*, repair: bool) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         try:
             await trio.sleep_forever()
@@ -255,17 +256,17 @@ def test_the_second_interrupt_does_not_wait(
                 signal.raise_signal(signal.SIGINT)
                 await trio.sleep_forever()
 
-    monkeypatch.setattr(puller, "images", images)
+    monkeypatch.setattr(puller, "check", check)
     # Shells start background processes with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert _cli.main(["images"]) == 130
+        assert _cli.main(["check"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_interrupted_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def parser() -> None:
+    def parser(words: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_cli, "_parser", parser)
@@ -300,19 +301,6 @@ def test_nobody_reads_the_result(puller: FakePuller, monkeypatch: pytest.MonkeyP
     assert stdout.closed
 
 
-def test_images(puller: FakePuller, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = SimpleNamespace(digest=DIGEST)
-    puller.listed = [
-        SimpleNamespace(reference="docker.io/a:1", platform="linux/arm64", manifest=manifest),
-        SimpleNamespace(reference="docker.io/b:1", platform=None, manifest=manifest),
-    ]
-    assert _cli.main(["images"]) == 0
-    assert capsys.readouterr() == (
-        f"docker.io/a:1 linux/arm64 {DIGEST}\ndocker.io/b:1 - {DIGEST}\n",
-        "",
-    )
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -345,10 +333,10 @@ def test_help_and_version_leave_with_0(capsys: pytest.CaptureFixture[str]) -> No
     assert _cli.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [command.name for command in _commands.COMMANDS])
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS])
 def test_each_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every argument of every command has a help text without unfilled placeholders."""
-    parser = _cli._parser()
+    parser = _cli._parser([name])
     [commands] = [each for each in parser._actions if isinstance(each, _SubParsersAction)]
     assert [action.dest for action in commands.choices[name]._actions if not action.help] == []
     with pytest.raises(SystemExit):
@@ -402,5 +390,5 @@ def test_default_store(
     for name, value in {"HOME": "/home/me", **environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    assert _cli.main(["images"]) == 0
+    assert _cli.main(["check"]) == 0
     assert puller.opened[0][0] == store

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from trio_layers import _cli, _commands, _stdio
+from trio_layers import _cli
+from trio_layers._commands import asking, logs, messages, storing
 from trio_layers._registry import failures, response, tokens, transport
 from trio_layers.testing import (
     Fault,
@@ -304,7 +305,7 @@ def test_errors_are_fit_to_be_shown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Programs that print an error, or log it, need not escape its text."""
-    for module in (_cli, _commands, _stdio):
+    for module in (asking, logs, messages, storing):
         monkeypatch.setattr(module, "printable", str)
     caplog.set_level(logging.INFO, "httpx")
     assert _cli.main(["pull", "-v", *arguments(tmp_path, hostile)]) == 1
@@ -322,7 +323,7 @@ def test_that_this_is_seen(
     """Without the two functions that replace characters, all of these texts would reach the
     terminal.
     """
-    for module in (_cli, _commands, _stdio):
+    for module in (asking, logs, messages, storing):
         monkeypatch.setattr(module, "printable", str)
     for module in (tokens, transport, response, failures):
         monkeypatch.setattr(module, "printable_line", str)

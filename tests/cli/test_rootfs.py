@@ -19,7 +19,8 @@ import pytest
 import trio
 from pull.mounting import unmount_below
 
-from trio_layers import ExportReport, _cli, _commands, open_puller
+from trio_layers import ExportReport, _cli, open_puller
+from trio_layers._commands import pulling
 from trio_layers.testing import (
     BuiltImage,
     Directory,
@@ -372,7 +373,7 @@ def test_what_could_not_be_set_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Metadata that needs more privilege causes a warning, not a failure."""
-    monkeypatch.setattr(_commands, "open_puller", FakePuller())
+    monkeypatch.setattr(pulling, "open_puller", FakePuller())
     assert _cli.main(["rootfs", "demo", "out"]) == 0
     assert capsys.readouterr() == (
         "",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trio_layers import _files as files
-from trio_layers._catalog import database
+from trio_layers._catalog import connection
 
 TABLES = ("blobs", "trees", "layers", "images", "image_references", "leases")
 
@@ -244,7 +244,7 @@ def _watch_sync(steps: Steps) -> None:
 
 
 def _watch_catalog(steps: Steps) -> None:
-    class Watched(database._Connection):
+    class Watched(connection._Connection):
         def __init__(self, *arguments: object, **options: object) -> None:
             with steps.step("open catalog"):
                 super().__init__(*arguments, **options)
@@ -283,7 +283,7 @@ def _watch_catalog(steps: Steps) -> None:
                 steps.committed(keys_of(self), self.full)
                 return done
 
-    database._Connection = Watched
+    connection._Connection = Watched
 
 
 def keys_of(connection: sqlite3.Connection) -> dict[str, list[str]]:

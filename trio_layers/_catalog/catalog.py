@@ -17,9 +17,9 @@ from typing import Final, TypeVar, TypeVarTuple, final
 
 import trio
 
+from .._disk_errors import disk_errors
 from .._errors import StoreBusy, StoreClosed
-from .._files import disk_errors
-from .database import transaction
+from .connection import transaction
 
 __all__ = ["Catalog", "closed_error", "while_busy"]
 

@@ -24,8 +24,8 @@ import attrs
 import trio
 
 from .._blocks import opens_block
+from .._disk_errors import disk_errors
 from .._errors import MountError
-from .._files import disk_errors
 from .._lifetime import Lifetime, clean_up_in_thread
 from .._paths import open_directory
 from .mount_table import Mark, find_own_mounts, mount_id

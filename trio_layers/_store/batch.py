@@ -14,7 +14,7 @@ from typing import final
 import trio
 
 from .._digest import Digest
-from .._files import disk_errors
+from .._disk_errors import disk_errors
 from .._lifetime import clean_up_in_thread, while_open
 from .._util import construct, made_by
 from .._workers.build import blob_descriptor

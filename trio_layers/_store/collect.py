@@ -22,7 +22,8 @@ import trio
 
 from .._damage import forget_damage
 from .._digest import Digest
-from .._files import disk_errors, disk_usage, file_name, remove_directory, try_lock, unlock
+from .._disk_errors import disk_errors
+from .._files import disk_usage, file_name, remove_directory, try_lock, unlock
 from .._rootfs.mount_table import find_used_trees
 from .parts import StoreParts
 

@@ -18,8 +18,9 @@ import attrs
 import trio
 
 from .._catalog.catalog import Catalog
+from .._disk_errors import disk_errors
 from .._errors import LayersError, StoreError
-from .._files import DIRECTORY, disk_errors, sync_directory, sync_file_system
+from .._files import DIRECTORY, sync_directory, sync_file_system
 from .._nursery import open_hidden_nursery
 
 __all__ = ["Commits", "Job", "open_commits"]

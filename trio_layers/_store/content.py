@@ -18,8 +18,9 @@ import trio
 from .._catalog.rows import StoredBlob, add_blob, find_blob
 from .._damage import damaged, forget_damage, is_whole_blob, note_damage
 from .._digest import Digest, digest_of
+from .._disk_errors import disk_errors
 from .._errors import StoreError, VerificationError
-from .._files import disk_errors, file_name
+from .._files import file_name
 from .._lifetime import Lifetime, clean_up_in_thread
 from .._manifest import Descriptor
 from .._util import construct, made_by

@@ -35,13 +35,14 @@ from .content import BlobStream, Content
 from .images import DOCUMENT_LIMIT, Images
 from .ingest import Ingest, open_ingest
 from .layers import DirectoryLayer, Layers, missing_layer_error, read_tar_size
-from .layout import locate, open_directory, open_to_read
+from .layout import is_index_right, open_directory
 from .leases import Lease, open_lease, open_lease_counts
 from .parts import StoreParts
+from .recognition import locate, open_to_read
 from .scratch import open_scratch
 from .staging import DirectoryStage, Staging
 from .trees import Trees
-from .usage import Meter, StoreUsage
+from .usage import StoreUsage, find_parts, measure
 
 __all__ = ["DirectoryStore", "StoreStatistics", "open_store", "open_with_builder"]
 
@@ -108,8 +109,11 @@ async def open_with_builder(
     """Open a store like `open_store`, with other workers; tests use threads."""
     create = create and not read_only
     root = await trio.to_thread.run_sync(partial(locate, Path(path), create=create))
-    opening = open_to_read if read_only else partial(open_directory, create=create)
-    connection = await while_busy(lambda: trio.to_thread.run_sync(opening, root))
+    check = trio.from_thread.check_cancelled
+    opening = partial(open_directory, create=create, check_cancelled=check)
+    connection = await while_busy(
+        lambda: trio.to_thread.run_sync(open_to_read if read_only else opening, root)
+    )
     catalog = Catalog(connection, root)
     try:
         async with (
@@ -122,7 +126,7 @@ async def open_with_builder(
             lifetime = Lifetime(partial(closed_error, root))
             parts = StoreParts(root, limits, catalog, scratch, commits, leases, builder, lifetime)
             store = construct(DirectoryStore, parts)
-            if not (read_only or await catalog.read(store._images.is_index_right)):
+            if not (read_only or await catalog.read(is_index_right, root)):
                 await catalog.write(store._images.write_index)
             try:
                 yield store
@@ -179,7 +183,6 @@ class DirectoryStore:
         self._images = Images(parts, self._content, self._layers)
         self._staging = Staging(parts, self._content, self._trees, self._put_layer)
         self._collector = Collector(parts)
-        self._meter = Meter(parts, self._content, self._trees)
         self._checker = Checker(
             parts, self._content, self._trees, self._collector, self._images.write_index
         )
@@ -567,7 +570,10 @@ class DirectoryStore:
         The call looks at every file, which takes a while. Files that come or go meanwhile may be
         counted or not.
         """
-        return await self._meter.measure()
+        root = self._parts.root
+        parts = await self._catalog.read(find_parts)
+        check = trio.from_thread.check_cancelled
+        return await trio.to_thread.run_sync(partial(measure, root, parts, check_cancelled=check))
 
     @while_open
     async def check(self, *, repair: bool = False) -> CheckReport:

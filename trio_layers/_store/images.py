@@ -15,21 +15,17 @@ from .._catalog.rows import (
     drop_references,
     find_blob,
     find_image,
-    find_index_rows,
     find_layer,
-    find_layout,
     put_image,
-    set_layout,
 )
-from .._digest import Digest, digest_of
+from .._digest import Digest
 from .._errors import ManifestError, StoreError
-from .._files import replace_file
 from .._manifest import Descriptor, Manifest, decode_manifest
 from .._platform import parse_platform
 from .commits import Job
 from .content import Content
 from .layers import Layers
-from .layout import encode_index
+from .layout import write_index
 from .parts import StoreParts
 
 __all__ = ["DOCUMENT_LIMIT", "Images"]
@@ -48,7 +44,6 @@ class Images:
         self._catalog = parts.catalog
         self._content = content
         self._layers = layers
-        self._index = parts.root / "index.json"
 
     async def put_image(self, image: StoredImage, documents: Mapping[Digest, bytes]) -> None:
         """Point a reference to an image; write nothing if it points there already.
@@ -157,29 +152,10 @@ class Images:
             put.add(image.manifest.digest)
         self.write_index(connection)
 
-    def is_index_right(self, connection: sqlite3.Connection) -> bool:
-        """Return whether ``index.json`` is the file that was written last.
-
-        A crash between the write of the file and the commit leaves a newer file. If another
-        program changed the file, the catalog wins, too.
-        """
-        try:
-            document = self._index.read_bytes()
-        except FileNotFoundError:
-            return False
-        return find_layout(connection) == digest_of(document)
-
     def write_index(self, connection: sqlite3.Connection) -> None:
-        """Bring ``index.json`` up to date, inside the transaction that changes the images.
-
-        The last of several writers therefore sees the rows of all others.
-        """
-        document = encode_index(find_index_rows(connection))
-        digest = digest_of(document)
-        if find_layout(connection) == digest and self.is_index_right(connection):
-            return
-        replace_file(self._index, document, temporary=self._parts.scratch.new("index"))
-        set_layout(connection, digest)
+        """Bring ``index.json`` up to date, inside the transaction that changes the images."""
+        scratch = self._parts.scratch
+        write_index(connection, self._parts.root, partial(scratch.new, "index"))
 
 
 def _layer_blobs(document: bytes, descriptor: Descriptor) -> list[Digest]:

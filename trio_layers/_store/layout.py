@@ -1,4 +1,4 @@
-"""The store's directory: finding, creating and migrating it, and its OCI layout.
+"""The store's directory: opening, creating and migrating it, and its OCI layout.
 
 Blocking, for worker threads. Nothing is written to a directory until its owner, version and
 flavour are known to be right.
@@ -18,22 +18,17 @@ from typing import Final, TypeVarTuple
 
 import attrs
 
-from .._catalog.database import (
-    APPLICATION_ID,
+from .._catalog.connection import (
     VERSION,
-    complete_tables,
     connect,
-    copy_to_memory,
-    create_schema,
-    is_open_here,
-    migrate,
     transaction,
 )
-from .._catalog.rows import IndexRow, StoredImage
-from .._digest import Digest
+from .._catalog.database import complete_tables, create_schema, migrate
+from .._catalog.rows import IndexRow, StoredImage, find_index_rows, find_layout, set_layout
+from .._digest import Digest, digest_of
+from .._disk_errors import disk_errors
 from .._errors import ManifestError, StoreNotFound, UnsupportedStore
 from .._files import (
-    disk_errors,
     file_name,
     file_system_type,
     lock_directory,
@@ -43,8 +38,8 @@ from .._files import (
     unlock,
 )
 from .._manifest import Descriptor, Manifest, decode_manifest
-from .._paths import real_path
 from .._platform import parse_platform
+from .recognition import CATALOG, DIRECTORIES, INDEX, NO_STORE, check_version, has_store
 
 __all__ = [
     "INDEX_ANNOTATION",
@@ -52,23 +47,12 @@ __all__ = [
     "Flavour",
     "encode_index",
     "index_document",
-    "locate",
+    "is_index_right",
     "open_directory",
+    "write_index",
 ]
 
 Ts = TypeVarTuple("Ts")
-
-_CATALOG: Final = "catalog.sqlite"
-_DIRECTORIES: Final = ("blobs", "blobs/sha256", "trees", "trees/sha256", "ingest", "leases")
-_NAMES: Final = {
-    "blobs",
-    "ingest",
-    "leases",
-    "trees",
-    "index.json",
-    "oci-layout",
-    *(_CATALOG + suffix for suffix in ("", "-journal", "-shm", "-wal")),
-}
 
 # OCI image specification, image-layout.md.
 OCI_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
@@ -77,10 +61,6 @@ INDEX_ANNOTATION: Final = "trio-layers.index"
 
 That index is a blob of the layout, and nothing else in the layout points to it.
 """
-
-_NO_STORE: Final = (
-    "there is no store in {}: pull or import an image into it, or name another directory"
-)
 
 _INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 _JSON: Final = json.JSONEncoder(separators=(",", ":"))
@@ -126,43 +106,16 @@ class Flavour:
         )
 
 
-def locate(path: Path, *, create: bool) -> Path:
-    """Return the real path of a store's directory.
-
-    With ``create``, missing directories are made, including parents. Links that another user could
-    have planted are not followed.
-
-    Raises:
-        StoreNotFound: if the directory does not exist and ``create`` is false.
-        UnsupportedStore: if ``path`` is not a directory.
-        StoreError: if the disk fails.
-    """
-    with disk_errors(path):
-        try:
-            return Path(real_path(path, make=0o700 if create else None))
-        except FileNotFoundError:
-            if create:
-                raise
-            raise StoreNotFound(_NO_STORE.format(path)) from None
-        except NotADirectoryError:
-            raise UnsupportedStore(
-                f"{path} is not a directory: choose another path for the store"
-            ) from None
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise UnsupportedStore(f"{path} is not a directory: {error.strerror}") from None
-
-
-def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
+def open_directory(
+    root: Path, *, create: bool = True, check_cancelled: Callable[[], None]
+) -> sqlite3.Connection:
     """Open the store in ``root``, and return its catalog.
-
-    For a worker thread of trio. The wait for another process that creates the store can be
-    cancelled.
 
     Args:
         root: The directory, as from `locate`.
         create: Create a store if the directory has none yet.
+        check_cancelled: Called during the wait for another process that creates the store. Its
+            exceptions are raised unchanged.
 
     Raises:
         StoreNotFound: if the directory has no store and ``create`` is false.
@@ -182,41 +135,8 @@ def open_directory(root: Path, *, create: bool = True) -> sqlite3.Connection:
                 f"{root} is on a file system that other machines may share ({networked}): "
                 "choose a directory on a disk of this machine"
             )
-        with lock_directory(root):
+        with lock_directory(root, check_cancelled):
             return _open_locked(root, create=create)
-
-
-def open_to_read(root: Path) -> sqlite3.Connection:
-    """Open the store in ``root`` for reading, with its catalog in memory.
-
-    The store may be on a read-only file system or belong to another user, if it is readable.
-
-    Raises:
-        StoreNotFound: if there is no store.
-        UnsupportedStore: if the directory has other contents, or a store of another version.
-        StoreError: if the disk fails.
-    """
-    with disk_errors(root):
-        if not _has_store(root):
-            raise StoreNotFound(_NO_STORE.format(root))
-        for name in _DIRECTORIES:
-            if stat.S_ISLNK(os.lstat(root / name).st_mode):
-                raise UnsupportedStore(f"{root} is not a store: {name} in it is a link")
-        connection = copy_to_memory(root / _CATALOG)
-        try:
-            version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-            _check_version(root, version)
-            if not version:
-                raise StoreNotFound(_NO_STORE.format(root))
-            if version < VERSION:
-                raise UnsupportedStore(
-                    f"the store {root} has the older version {version}, and a read-only store "
-                    "cannot be migrated: open it once without read_only"
-                )
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
 
 def index_document(images: Iterable[StoredImage]) -> bytes:
@@ -254,6 +174,37 @@ def encode_index(rows: Iterable[IndexRow]) -> bytes:
     return "".join((head[:-2], "\n", ",\n".join(lines), "\n]}\n")).encode()
 
 
+def is_index_right(connection: sqlite3.Connection, root: Path) -> bool:
+    """Return whether ``index.json`` is the file that was written last.
+
+    A crash between the write of the file and the commit leaves a newer file. If another program
+    changed the file, the catalog wins, too.
+    """
+    try:
+        document = (root / INDEX).read_bytes()
+    except FileNotFoundError:
+        return False
+    return find_layout(connection) == digest_of(document)
+
+
+def write_index(connection: sqlite3.Connection, root: Path, new_name: Callable[[], Path]) -> None:
+    """Bring ``index.json`` up to date, inside the transaction that changes the images.
+
+    The last of several writers therefore sees the rows of all others.
+
+    Args:
+        connection: The catalog, in a transaction.
+        root: The store's directory.
+        new_name: Returns a name to write the file under first.
+    """
+    document = encode_index(find_index_rows(connection))
+    digest = digest_of(document)
+    if find_layout(connection) == digest and is_index_right(connection, root):
+        return
+    replace_file(root / INDEX, document, temporary=new_name())
+    set_layout(connection, digest)
+
+
 def _encode_entry(
     platform: str | None, media_type: str, digest: Digest, size: int, index: Digest | None
 ) -> str:
@@ -285,17 +236,17 @@ def _platform_members(specifier: str) -> dict[str, str]:
 
 
 def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
-    made = _has_store(root)
+    made = has_store(root)
     if not made:
         if not create:
-            raise StoreNotFound(_NO_STORE.format(root))
+            raise StoreNotFound(NO_STORE.format(root))
         _close_new_store(root)
-    connection = connect(root / _CATALOG)
+    connection = connect(root / CATALOG)
     try:
         # Only SQLite knows the version: the file may be behind its log, and a crash during the
         # creation is rolled back only now.
         version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-        _check_version(root, version)
+        check_version(root, version)
         if made and version:
             _check_flavour(root, connection)
             if version < VERSION:
@@ -311,45 +262,6 @@ def _open_locked(root: Path, *, create: bool) -> sqlite3.Connection:
     return connection
 
 
-def _has_store(root: Path) -> bool:
-    """Return whether the directory has a store whose creation was finished.
-
-    Raises:
-        UnsupportedStore: if the directory has other contents, or a store of a newer version.
-    """
-    names = set(os.listdir(root))
-    if not names:
-        return False
-    if is_open_here(root / _CATALOG):
-        return True  # checked when it was opened
-    # SQLite would write files of its own into a directory that may be another program's.
-    try:
-        with open(root / _CATALOG, "rb") as file:
-            header = file.read(100)
-    except FileNotFoundError:
-        header = None
-    if header == b"" and names <= _NAMES:
-        return False
-    if (
-        header is None
-        or not header.startswith(b"SQLite format 3\0")
-        or int.from_bytes(header[68:72]) != APPLICATION_ID
-    ):
-        raise UnsupportedStore(
-            f"{root} is neither empty nor a store: choose a new or empty directory"
-        )
-    _check_version(root, int.from_bytes(header[60:64]))
-    return True
-
-
-def _check_version(root: Path, version: int) -> None:
-    if version > VERSION:
-        raise UnsupportedStore(
-            f"the store {root} has version {version}, and this trio_layers supports stores up to "
-            f"version {VERSION}: use a newer trio_layers"
-        )
-
-
 def _close_new_store(root: Path) -> None:
     """Close a directory to other users before a store is created in it.
 
@@ -359,7 +271,7 @@ def _close_new_store(root: Path) -> None:
         UnsupportedStore: if the directory has a link, or a file of another user.
     """
     _close_to_others(root)
-    _has_store(root)
+    has_store(root)
     for name in os.listdir(root):
         found = os.lstat(root / name)
         if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
@@ -381,10 +293,10 @@ def _create(root: Path, connection: sqlite3.Connection) -> None:
     The tables come last, in one transaction, and mark the store as finished. They are created
     before the catalog is in WAL mode, so that the file itself has the version.
     """
-    for name in _DIRECTORIES:
+    for name in DIRECTORIES:
         (root / name).mkdir(0o700, exist_ok=True)
     replace_file(root / "oci-layout", OCI_LAYOUT, temporary=root / "ingest" / "oci-layout")
-    replace_file(root / "index.json", index_document(()), temporary=root / "ingest" / "index.json")
+    replace_file(root / INDEX, index_document(()), temporary=root / "ingest" / INDEX)
     for name in ("blobs", "trees", "."):
         sync_directory(root / name)
     # A user who may not read the parent directory cannot sync it.

@@ -12,8 +12,9 @@ from typing import Final, final
 import trio
 
 from .._digest import Digest
+from .._disk_errors import disk_errors
 from .._errors import VerificationError
-from .._files import disk_errors, lock_written, unlock_written
+from .._files import lock_written, unlock_written
 from .._manifest import Descriptor
 from .._workers.arrival_state import ArrivalState
 

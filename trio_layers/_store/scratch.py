@@ -33,8 +33,9 @@ import trio
 from .._catalog.catalog import Catalog
 from .._catalog.rows import drop_leases, find_holders
 from .._digest import Digest
+from .._disk_errors import disk_errors
 from .._errors import StoreError, StoreReadOnly
-from .._files import disk_errors, file_name, remove_directory, try_lock, unlock
+from .._files import file_name, remove_directory, try_lock, unlock
 from .._lifetime import clean_up_in_thread
 from .._nursery import open_hidden_nursery
 from .._processes import Fate, Process

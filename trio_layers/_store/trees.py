@@ -32,8 +32,9 @@ from .._catalog.rows import (
 from .._compression import Decompressor
 from .._damage import forget_damage, is_whole_tree
 from .._digest import ChainID, DiffID, Digest, Verifier, extend_chain
+from .._disk_errors import disk_errors
 from .._errors import DecompressionError, UnpackError, VerificationError, text_of
-from .._files import disk_errors, file_name
+from .._files import file_name
 from .._manifest import Descriptor
 from .._rootfs.merged import MergedTree
 from .._tree.unpack import Unpacked, assumptions_hold

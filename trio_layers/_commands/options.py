@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ._registry.credentials import Credentials
+if TYPE_CHECKING:
+    from .._registry.credentials import Credentials
 
 __all__ = [
     "add_image_arguments",
@@ -94,6 +96,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse_credentials(text: str) -> Credentials:
+    from .._registry.credentials import Credentials  # not for commands without a registry
+
     username, colon, password = text.partition(":")
     if not colon:
         import getpass  # rarely needed, so not imported at the start

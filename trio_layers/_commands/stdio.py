@@ -1,4 +1,4 @@
-"""Standard input and output of the command line, and its messages."""
+"""Standard input and output of commands under trio."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Final, final
 
 import trio
 
-from ._errors import LayersError, text_of
-from ._output import write_all, write_text
-from ._printable import printable
+from .._errors import LayersError
+from .._output import write_text
+from .._streams import write_all
+from .messages import error_line, join_line, warning_line
 
 __all__ = [
     "CHUNK",
-    "PROGRAM",
     "Stdin",
     "Stdout",
     "archive_on_stdin",
-    "join_line",
     "print_error",
     "print_line",
     "print_lines",
@@ -29,8 +28,6 @@ __all__ = [
 ]
 
 CHUNK: Final = 1 << 20
-
-PROGRAM: Final = "trio-layers"
 
 
 def tar_on_stdout() -> Stdout:
@@ -110,25 +107,18 @@ async def print_lines(lines: Sequence[str]) -> None:
         await write_text(sys.stdout, "\n".join(lines) + "\n")
 
 
-def join_line(*values: object) -> str:
-    return " ".join(map(str, values))
-
-
 async def print_error(error: BaseException, about: str | None = None) -> None:
-    """Write an error as one line to stderr.
-
-    Parts of its text come from registries, so line breaks and control characters are replaced.
-    """
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    else:
-        text = text_of(error)
-    await print_warning(text, about)
+    """Write an error as one line to stderr."""
+    await _complain(error_line(error, about))
 
 
 async def print_warning(text: str, about: str | None = None) -> None:
-    line = ": ".join(filter(None, (PROGRAM, about, " ".join(text.split()))))
+    """Write a warning as one line to stderr."""
+    await _complain(warning_line(text, about))
+
+
+async def _complain(line: str) -> None:
     try:
-        await write_text(sys.stderr, printable(line) + "\n")
+        await write_text(sys.stderr, line)
     except (OSError, ValueError):
         pass  # stderr is broken, so there is no place for a message
