@@ -159,7 +159,6 @@ if TYPE_CHECKING:
     )
     from ._store.directory import (
         DirectoryStore as DirectoryStore,
-        StoreStatistics as StoreStatistics,
         open_store as open_store,
     )
     from ._store.ingest import (
@@ -174,6 +173,7 @@ if TYPE_CHECKING:
     from ._store.staging import (
         DirectoryStage as DirectoryStage,
     )
+    from ._store.statistics import StoreStatistics as StoreStatistics
     from ._store.usage import (
         ImageUsage as ImageUsage,
         StoreUsage as StoreUsage,
@@ -245,11 +245,12 @@ _SOURCES = {
     "_store.check": ("CheckReport", "Problem"),
     "_store.collect": ("Collected", "MountedTree"),
     "_store.content": ("BlobStream",),
-    "_store.directory": ("DirectoryStore", "StoreStatistics", "open_store"),
+    "_store.directory": ("DirectoryStore", "open_store"),
     "_store.ingest": ("Ingest",),
     "_store.layers": ("DirectoryLayer",),
     "_store.leases": ("Lease",),
     "_store.staging": ("DirectoryStage",),
+    "_store.statistics": ("StoreStatistics",),
     "_store.usage": ("ImageUsage", "StoreUsage"),
     "_tar.limits": ("Limits",),
 }

@@ -38,7 +38,8 @@ from ._registry.http import AsyncClient
 from ._registry.resolving import ResolvedImage
 from ._registry.transport import STALL_LIMIT
 from ._rootfs.view import RootfsView
-from ._store.directory import DirectoryStore, StoreStatistics, open_store
+from ._store.directory import DirectoryStore, open_store
+from ._store.statistics import StoreStatistics
 from ._tar.limits import Limits
 from ._util import construct, made_by
 from .abc import BlobSink, ProgressSink, ReportProgress

@@ -19,7 +19,8 @@ from trio_layers._digest import DiffID, Digest
 from trio_layers._entries import Entry, Summary, parse_entries
 from trio_layers._rootfs.view import MergedTree
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
+from trio_layers._tree.unpack import unpack
+from trio_layers._tree.unpacked import Unpacked, assumptions_hold
 from trio_layers._tree.verify import verify
 
 UNLIMITED = Limits()

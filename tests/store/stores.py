@@ -24,8 +24,9 @@ from trio_layers._rootfs.merged import MergedTree
 from trio_layers._store import trees
 from trio_layers._store.directory import DirectoryStore, open_with_builder
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
-from trio_layers._workers import build
+from trio_layers._tree import unpack as unpacking
+from trio_layers._tree.unpack import unpack
+from trio_layers._tree.unpacked import Unpacked, assumptions_hold
 from trio_layers._workers.threads import Threads
 
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -220,7 +221,7 @@ _UNPACKERS: list[TarUnpacker | Watched] = []
 
 def _replace_unpacker() -> None:
     newest = _UNPACKERS[-1] if _UNPACKERS else None
-    build.unpack = newest.unpack if newest else unpack
+    unpacking.unpack = newest.unpack if newest else unpack
     trees.assumptions_hold = newest.fits if newest else assumptions_hold
 
 

@@ -16,7 +16,7 @@ from store.stores import visible
 from store.test_crashes import crash
 
 from trio_layers import DirectoryStore, Image, StoreError, open_puller
-from trio_layers._store.check import Problem
+from trio_layers._store.check import Checker, Problem
 from trio_layers.testing import (
     Built,
     Directory,
@@ -321,14 +321,16 @@ async def test_what_a_crash_left_is_no_damage(tmp_path: Path) -> None:
         assert visible(tmp_path)
 
 
-async def test_damage_that_goes_meanwhile_is_none(tmp_path: Path, built: Built) -> None:
+async def test_damage_that_goes_meanwhile_is_none(
+    tmp_path: Path, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A collection removes a blob during the check."""
     async with open_registry() as registry:
         reference = registry.add(built, "library/sample:latest")
         async with open_puller(tmp_path) as puller, open_puller(tmp_path) as other:
             async with puller.pull(reference) as image:
                 pass
-            find, calls = puller.store._checker._suspects, 0
+            find, calls = Checker._suspects, 0
 
             async def late(*args: object) -> object:
                 nonlocal calls
@@ -338,7 +340,7 @@ async def test_damage_that_goes_meanwhile_is_none(tmp_path: Path, built: Built) 
                     assert (await other.store.collect()).blobs == 4
                 return await find(*args)  # type: ignore[arg-type]
 
-            puller.store._checker._suspects = late  # type: ignore[assignment, method-assign]
+            monkeypatch.setattr(Checker, "_suspects", late)
             report = await puller.store.check()
             assert report.problems == ()
             assert calls >= 4

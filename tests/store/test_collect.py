@@ -30,7 +30,7 @@ from store.test_crashes import crash, running
 from trio_layers import open_puller
 from trio_layers._errors import VerificationError
 from trio_layers._files import disk_usage
-from trio_layers._store.collect import Collected
+from trio_layers._store.collect import Collected, Collector
 from trio_layers._store.directory import DirectoryStore
 from trio_layers.abc import Layer
 from trio_layers.testing import File, build_image, build_layer, open_registry
@@ -267,7 +267,9 @@ async def test_the_dead_hold_nothing_and_the_living_do(tmp_path: Path) -> None:
         assert visible(tmp_path) == []
 
 
-async def test_what_comes_back_meanwhile_stays(tmp_path: Path) -> None:
+async def test_what_comes_back_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a collection has deleted the rows, and before it deletes the files, another process
     stores the layer again.
     """
@@ -275,7 +277,7 @@ async def test_what_comes_back_meanwhile_stays(tmp_path: Path) -> None:
         layer = await store.register(Stream(ONE.data), None, ONE.descriptor)
         store.release(layer)
         await store.collect(dry_run=True)
-        take = store._collector._take_all
+        take = Collector._take_all
         brought = []
 
         async def late(*args: object) -> object:
@@ -283,7 +285,7 @@ async def test_what_comes_back_meanwhile_stays(tmp_path: Path) -> None:
                 brought.append(await other.register(Stream(ONE.data), None, ONE.descriptor))
             return await take(*args)  # type: ignore[arg-type]
 
-        store._collector._take_all = late  # type: ignore[assignment, method-assign]
+        monkeypatch.setattr(Collector, "_take_all", late)
         collected = await store.collect()
         assert (collected.layers, collected.trees, collected.blobs) == (1, 0, 0)
         assert (brought[0].tree / "fs" / "one").read_text() == "1"
@@ -291,19 +293,21 @@ async def test_what_comes_back_meanwhile_stays(tmp_path: Path) -> None:
         assert len(visible(tmp_path)) == 2
 
 
-async def test_cancelled_it_frees_the_rest_later(tmp_path: Path) -> None:
+async def test_cancelled_it_frees_the_rest_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with opened(tmp_path) as store:
         for number in range(3):
             blob = layer_of(**{f"file{number}": "x" * 5000})
             store.release(await store.register(Stream(blob.data), None, blob.descriptor))
         with trio.CancelScope() as scope:
-            take = store._collector._take_partials
+            take = Collector._take_partials
 
             def cancel(*args: object) -> object:
                 trio.from_thread.run_sync(scope.cancel)
                 return take(*args)  # type: ignore[arg-type]
 
-            store._collector._take_partials = cancel  # type: ignore[assignment, method-assign]
+            monkeypatch.setattr(Collector, "_take_partials", cancel)
             await store.collect()
         assert scope.cancelled_caught
         assert visible(tmp_path) == []

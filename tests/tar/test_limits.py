@@ -20,7 +20,8 @@ from cases.layers import maketar
 
 from trio_layers import LimitExceeded, Limits
 from trio_layers._rootfs.merged import MergedTree
-from trio_layers._tree.unpack import Unpacked, unpack
+from trio_layers._tree.unpack import unpack
+from trio_layers._tree.unpacked import Unpacked
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -37,7 +37,8 @@ from trio_layers._errors import DecompressionError, StoreFull, UnpackError
 from trio_layers._rootfs.merged import MergedTree
 from trio_layers._tar.limits import Limits
 from trio_layers._tar.reader import Member, TarReader
-from trio_layers._tree.unpack import Unpacked, assumptions_hold, unpack
+from trio_layers._tree.unpack import unpack
+from trio_layers._tree.unpacked import Unpacked, assumptions_hold
 
 LIMITS = Limits(max_unpacked_bytes=8 << 20, max_entries=200, max_ratio_from=4 << 20)
 """Limits that stop damaged archives early and allow all undamaged ones."""

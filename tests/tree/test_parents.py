@@ -14,7 +14,8 @@ from trio_layers._entries import Entry
 from trio_layers._errors import LimitExceeded, StoreError, UnpackError
 from trio_layers._rootfs.view import MergedTree
 from trio_layers._tar.limits import Limits
-from trio_layers._tree.unpack import assumptions_hold, unpack
+from trio_layers._tree.unpack import unpack
+from trio_layers._tree.unpacked import assumptions_hold
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 

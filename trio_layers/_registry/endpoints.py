@@ -19,7 +19,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar, final
+from typing import TYPE_CHECKING, Final, TypeVar, final
 from urllib.parse import quote
 
 import attrs
@@ -36,7 +36,6 @@ from .._errors import (
     VerificationError,
     is_final,
 )
-from .._hosts_toml import Configuration, Host, read_configuration
 from .._manifest import Descriptor
 from .._reference import Reference
 from .._single_flight import SingleFlight
@@ -52,6 +51,9 @@ from .response import RegistryResponse
 from .retries import Retries, is_transient
 from .tls import TLSConfig
 from .transport import Method, Transport
+
+if TYPE_CHECKING:
+    from .._hosts_toml import Configuration, Host
 
 __all__ = ["Endpoint", "Endpoints", "try_each"]
 
@@ -342,6 +344,8 @@ class Endpoints:
     async def _open(self, reference: Reference) -> tuple[Endpoint, ...]:
         domain = reference.domain
         if self._hosts_dir is not None and domain:
+            from .._hosts_toml import read_configuration  # not without mirrors
+
             found = await trio.to_thread.run_sync(read_configuration, self._hosts_dir, domain)
             if found.directory is not None:
                 return tuple([await self._configured(host, domain, found) for host in found.hosts])

@@ -1,4 +1,7 @@
-"""The root file system view: asynchronous access to a merged tree."""
+"""The root file system view: asynchronous access to a merged tree.
+
+A method that few programs call imports its module itself, because each module takes milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
-from typing import Final, TypeAlias, final
+from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import trio
 
@@ -18,10 +21,10 @@ from .._entries import Entry, ExportReport
 from .._lifetime import Lifetime, while_open
 from .._util import made_by
 from ..abc import BinaryFile
-from .archive import archive
-from .export import export
 from .merged import MergedTree, path_error
-from .mount import OpenScratch, open_mount
+
+if TYPE_CHECKING:
+    from .mount import OpenScratch
 
 __all__ = ["RootfsView"]
 
@@ -194,6 +197,8 @@ class RootfsView:
             ExportError: if the directory is not empty, or an entry cannot be written there.
             StoreError: if the store is damaged.
         """
+        from .export import export
+
         target = Path(directory)
         return await trio.to_thread.run_sync(
             lambda: export(
@@ -223,6 +228,8 @@ class RootfsView:
             StoreError: if the store is damaged.
             OSError: if too many files are open.
         """
+        from .archive import archive
+
         pieces = archive(self._tree, check_cancelled=trio.from_thread.check_cancelled)
         with closing(pieces):
             # A call per piece: a slow stream does not occupy a worker thread.
@@ -272,6 +279,8 @@ class RootfsView:
                 the kernel refuses the mount for another reason.
             StoreError: if the disk fails.
         """
+        from .mount import open_mount
+
         trees = self._tree.trees
         async with self._lifetime.use(), AsyncExitStack() as entering:
             if self._hold is not None:

@@ -1,4 +1,7 @@
-"""The store on disk: layers, blobs and images in one directory that processes share."""
+"""The store on disk: layers, blobs and images in one directory that processes share.
+
+A method that few programs call imports its module itself, because each module takes milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
-import attrs
 import trio
 
 from .._arguments import check_path
@@ -27,9 +29,6 @@ from .._util import construct, made_by
 from .._workers.build import Builder
 from .._workers.pool import open_workers
 from ..abc import Layer, ReportArrived
-from .batch import Batch, open_batch
-from .check import Checker, CheckReport
-from .collect import Collected, Collector
 from .commits import open_commits
 from .content import BlobStream, Content
 from .images import DOCUMENT_LIMIT, Images
@@ -41,10 +40,16 @@ from .parts import StoreParts
 from .recognition import locate, open_to_read
 from .scratch import open_scratch
 from .staging import DirectoryStage, Staging
+from .statistics import StoreStatistics
 from .trees import Trees
-from .usage import StoreUsage, find_parts, measure
 
-__all__ = ["DirectoryStore", "StoreStatistics", "open_store", "open_with_builder"]
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .check import CheckReport
+    from .collect import Collected
+    from .usage import StoreUsage
+
+__all__ = ["DirectoryStore", "open_store", "open_with_builder"]
 
 _NOTHING: Final[Mapping[Digest, bytes]] = {}
 
@@ -137,24 +142,6 @@ async def open_with_builder(
         await catalog.close()
 
 
-@attrs.frozen
-class StoreStatistics:
-    """The present activity of an open store in this process.
-
-    Attributes:
-        layers: Number of layers with references.
-        references: Number of references that are not released.
-        unpacking: Number of layers that are being unpacked.
-        waiting: Number of layers that wait for an unpacking worker, including layers that gave
-            up their worker because their download is slow.
-    """
-
-    layers: int
-    references: int
-    unpacking: int
-    waiting: int
-
-
 @made_by("open_store")
 @final
 class DirectoryStore:
@@ -182,10 +169,6 @@ class DirectoryStore:
         self._layers = Layers(parts, self._content, self._trees)
         self._images = Images(parts, self._content, self._layers)
         self._staging = Staging(parts, self._content, self._trees, self._put_layer)
-        self._collector = Collector(parts)
-        self._checker = Checker(
-            parts, self._content, self._trees, self._collector, self._images.write_index
-        )
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -367,6 +350,8 @@ class DirectoryStore:
         Raises:
             StoreError: for errors of the disk.
         """
+        from .batch import open_batch
+
         return open_batch(self._content)
 
     @while_open
@@ -558,10 +543,11 @@ class DirectoryStore:
         Args:
             dry_run: Only report the garbage.
         """
+        from .collect import Collector
+
         await self._parts.leases.drop_idle()
-        if dry_run:
-            return await self._collector.find()
-        return await self._collector.remove()
+        collector = Collector(self._parts)
+        return await (collector.find() if dry_run else collector.remove())
 
     @while_open
     async def usage(self) -> StoreUsage:
@@ -570,6 +556,8 @@ class DirectoryStore:
         The call looks at every file, which takes a while. Files that come or go meanwhile may be
         counted or not.
         """
+        from .usage import find_parts, measure
+
         root = self._parts.root
         parts = await self._catalog.read(find_parts)
         check = trio.from_thread.check_cancelled
@@ -595,4 +583,9 @@ class DirectoryStore:
                 in use. The next pull of an image brings back the missing parts only. A broken
                 catalog cannot be repaired.
         """
-        return await self._checker.run(repair=repair)
+        from .check import Checker
+        from .collect import Collector
+
+        parts, collector = self._parts, Collector(self._parts)
+        checker = Checker(parts, self._content, self._trees, collector, self._images.write_index)
+        return await checker.run(repair=repair)

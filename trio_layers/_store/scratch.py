@@ -39,8 +39,6 @@ from .._files import file_name, remove_directory, try_lock, unlock
 from .._lifetime import clean_up_in_thread
 from .._nursery import open_hidden_nursery
 from .._processes import Fate, Process
-from .._rootfs.mount import detach_stale
-from .._rootfs.mount_table import is_mounted
 
 __all__ = ["HeldLock", "Scratch", "Watch", "hold_lock", "open_scratch"]
 
@@ -266,7 +264,7 @@ class Scratch:
 
     def _discard_unused(self, path: Path) -> bool:
         """Discard a mount's directory unless another namespace has a copy of the mount."""
-        return not (path.suffix == ".mount" and is_mounted(path)) and self.discard(path)
+        return not (path.suffix == ".mount" and _is_mounted(path)) and self.discard(path)
 
     async def sweep(self) -> None:
         """Remove all files of this holder.
@@ -403,8 +401,8 @@ class Scratch:
             path = self._ingest / name
             try:
                 if name.endswith(".mount"):
-                    detach_stale(path)
-                    if is_mounted(path):
+                    _detach_stale(path)
+                    if _is_mounted(path):
                         continue  # the mount still uses its mark and written files
                 if path.is_dir() and not path.is_symlink():
                     remove_directory(
@@ -416,3 +414,15 @@ class Scratch:
                     path.unlink()
             except OSError as error:
                 logger.warning("cannot remove %s: %s", path, error)
+
+
+def _is_mounted(path: Path) -> bool:
+    from .._rootfs.mount_table import is_mounted  # most programs mount nothing
+
+    return is_mounted(path)
+
+
+def _detach_stale(path: Path) -> None:
+    from .._rootfs.mount import detach_stale  # most programs find no such mount
+
+    detach_stale(path)

@@ -27,7 +27,7 @@ from .._errors import DecompressionError, UnpackError, VerificationError
 from .._lifetime import while_open
 from .._manifest import Descriptor
 from .._nursery import open_hidden_nursery
-from .._tree.unpack import Unpacked
+from .._tree.unpacked import Unpacked
 from .._util import construct, made_by
 from .._workers.arrival_state import ArrivalState, Recalled, StartedOver, WorkerLost
 from .._workers.build import Arrival, Restarts

@@ -37,7 +37,7 @@ from .._errors import DecompressionError, UnpackError, VerificationError, text_o
 from .._files import file_name
 from .._manifest import Descriptor
 from .._rootfs.merged import MergedTree
-from .._tree.unpack import Unpacked, assumptions_hold
+from .._tree.unpacked import Unpacked, assumptions_hold
 from .._workers.build import BlobReader, blob_descriptor, build
 from .._workers.threads import THREADS
 from .content import Content

@@ -16,7 +16,7 @@ from .._disk_errors import removed_meanwhile, store_error
 from .._errors import DecompressionError, StoreError, UnpackError, VerificationError
 from .._manifest import Descriptor
 from .._tar.limits import Limits
-from .._tree.unpack import Unpacked, unpack
+from .._tree.unpacked import Unpacked
 from .arrival_state import ArrivalState, Follower
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def build(
         VerificationError: if the bytes are not those of ``expected``.
         StoreError: for errors of the disk.
     """
+    from .._tree.unpack import unpack  # a program whose pulls find everything does without it
+
     try:
         target.mkdir(0o700)
         unpacked = unpack(

@@ -24,7 +24,7 @@ import trio
 
 from .._nursery import open_hidden_nursery
 from .._tar.limits import Limits
-from .._tree.unpack import Unpacked
+from .._tree.unpacked import Unpacked
 from .arrival_state import Abandoned, ArrivalState, Recalled
 from .build import Arrival, follow
 

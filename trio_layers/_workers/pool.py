@@ -28,7 +28,7 @@ from .._errors import StoreClosed, WorkerError
 from .._lifetime import Lifetime
 from .._nursery import open_hidden_nursery
 from .._tar.limits import Limits
-from .._tree.unpack import Unpacked
+from .._tree.unpacked import Unpacked
 from .._version import __version__
 from .arrival_state import Abandoned, Recalled, Snapshot, WorkerLost
 from .build import Arrival

@@ -111,6 +111,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         # A long computation should let interactive processes go first.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    from .._tree import unpack  # noqa: F401  needed by the first job, which shall not wait for it
+
     # The loaded modules stay for ever, and jobs make few reference cycles.
     gc.freeze()
     # A library that prints must not disturb the answers.

@@ -9,7 +9,7 @@ from typing import final
 import trio
 
 from .._tar.limits import Limits
-from .._tree.unpack import Unpacked
+from .._tree.unpacked import Unpacked
 from .build import Arrival
 from .lending import Lending, follow_in_thread
 
