@@ -21,11 +21,12 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import attrs
 
-from . import plot
+from . import plot, start
 from .contestants import CONTESTANTS, FLOOR, INFLATE, Contestant, other_containerd, versions
 from .machine import (
     Failed,
@@ -69,6 +70,10 @@ SCENARIOS = {
         "the 8 layers, all but the lowest already there", "large", "latest", "rebased"
     ),
 }
+
+
+START = "start"
+"""The scenario that measures the start of programs, and no pull; see `benchmarks.start`."""
 
 
 @attrs.frozen
@@ -115,6 +120,12 @@ def main() -> None:
     }
     with memory() as directory:
         for scenario in options.only:
+            if scenario == START:
+                figures = start.measure(options.cache, directory, options.rounds)
+                report["start"] = [attrs.asdict(figure) for figure in figures]
+                if options.json is not None:
+                    options.json.write_text(json.dumps(report, indent=1) + "\n")
+                continue
             storage = stock(options.cache, SCENARIOS[scenario].image)
             report["scenarios"][scenario] = {
                 "title": SCENARIOS[scenario].title,
@@ -130,7 +141,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    def names(known: dict[str, object]) -> object:
+    def names(known: Collection[str]) -> object:
         def split(text: str) -> list[str]:
             chosen = [name.strip() for name in text.split(",")]
             for name in chosen:
@@ -144,8 +155,9 @@ def _options() -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("--only", type=names(SCENARIOS), default=list(SCENARIOS), metavar="SCENARIO,…",
-        help=f"scenarios to run: {', '.join(SCENARIOS)}")  # fmt: skip
+    scenarios = [*SCENARIOS, START]
+    add("--only", type=names(scenarios), default=scenarios, metavar="SCENARIO,…",
+        help=f"scenarios to run: {', '.join(scenarios)}")  # fmt: skip
     add("--with", type=names(CONTESTANTS), dest="contestants", metavar="CONTESTANT,…",
         help=f"contestants: {', '.join(CONTESTANTS)}")  # fmt: skip
     add("--containerd", type=Path, action="append", default=[], metavar="DIR",
