@@ -1,4 +1,4 @@
-"""Real images: a Debian by debootstrap, and more layers on it by buildah."""
+"""Real images: a Debian by mmdebstrap, and more layers on it by buildah."""
 
 from __future__ import annotations
 
@@ -101,14 +101,15 @@ def open_buildah(directory: Path) -> Iterator[Buildah]:
 
 
 def make_debian(buildah: Buildah) -> str:
-    """Make a Debian with debootstrap, from this machine's package source."""
+    """Make a Debian with mmdebstrap, from this machine's package source."""
     release = platform.freedesktop_os_release()["VERSION_CODENAME"]
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
     command += ["Created-By: Packages", f"Codename: {release}", "Component: main"]
     mirror = _output(*command).splitlines()[0]
     proxy = _output("apt-config", "shell", "http_proxy", "Acquire::http::Proxy")
     with buildah.layer("scratch", "debian") as root:
-        arguments = [require("debootstrap"), "--variant=minbase", release, str(root), mirror]
+        arguments = [require("mmdebstrap"), "--quiet", "--mode=root", "--variant=minbase"]
+        arguments += [release, str(root), mirror]
         _run(["sh", "-c", f'{proxy} export http_proxy; exec "$@"', "sh", *arguments])
     return "debian"
 

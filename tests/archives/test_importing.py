@@ -54,7 +54,7 @@ from trio_layers._archives import candidates, importing, reading, selecting
 from trio_layers._compression import zstd
 from trio_layers._digest import digest_of
 from trio_layers._manifest import decode_manifest
-from trio_layers._store import images as stored_images, layout
+from trio_layers._store import layout
 from trio_layers.testing import build_image, build_index, sample_image
 
 IMAGE = small_image()
@@ -769,7 +769,8 @@ async def test_names_are_put_at_once(
 ) -> None:
     """One import writes ``index.json`` once; its SQL statements grow linearly with its names."""
     written: list[Path] = []
-    replace = stored_images.replace_file
+
+    replace = layout.replace_file
 
     def replace_file(path: Path, data: bytes, *, temporary: Path) -> None:
         written.append(path)
@@ -777,7 +778,7 @@ async def test_names_are_put_at_once(
 
     statements: list[str] = []
     async with opened(tmp_path) as store:
-        monkeypatch.setattr(stored_images, "replace_file", replace_file)
+        monkeypatch.setattr(layout, "replace_file", replace_file)
         await import_images(store, Stream(tar_of(OCI)), reference="first:1")
         store._parts.catalog._connection.set_trace_callback(statements.append)
         counts = []

@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import attrs
 import pytest
 from cli.test_stuck import SIGNALS, command
 from store.stores import layer_of, opened, put_sample_image
@@ -109,8 +110,10 @@ async def test_verbose_changes_nothing_else(
 async def test_a_reader_that_stops(number: signal.Signals, tmp_path: Path) -> None:
     """The list is larger than a pipe's buffer, so the command blocks until a signal."""
     async with opened(tmp_path) as there:
-        for each in range(700):
-            await put_sample_image(there, f"example.com/{'x' * 100}-{each}:1", layer_of(a="a"))
+        await put_sample_image(there, ONE, layer_of(a="a"))
+        [image] = await there.images()
+        names = [f"example.com/{'x' * 100}-{each}:1" for each in range(700)]
+        await there.put_images([attrs.evolve(image, reference=name) for name in names])
     async with command("images", "--store", str(tmp_path)) as process:
         assert await process.stdout.receive_some(1)
         process.send_signal(number)

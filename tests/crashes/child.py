@@ -37,6 +37,12 @@ from _tools.processes import list_children
 from crashes import failpoints
 
 import trio_layers
+from trio_layers._rootfs import mount  # noqa: F401
+from trio_layers._tree import unpack  # noqa: F401
+
+# The forks would load each part of the library anew.
+for _name in trio_layers.__all__:
+    getattr(trio_layers, _name)
 
 _OUT = threading.Lock()
 

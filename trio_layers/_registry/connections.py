@@ -92,20 +92,17 @@ class Connections:
             NetworkSettingError: if the environment names an unusable proxy or certificate file.
                 Plain HTTP and probes on this machine do not need either, and go without.
         """
-        if tls is None and self._given is not None:
-            return self._given
-        tls = tls or self._usual
+        if tls is None:
+            if self._given is not None:
+                return self._given
+            if is_loopback(url) and (probe or url.scheme == "http"):
+                # Loading the usual certificates takes tens of milliseconds. A server's certificate
+                # that is not trusted tells the probe enough.
+                return self._clients.get((None, None)) or self._keep(None, None, trust_nobody())
+            tls = self._usual
         proxy = self._proxies.find(url)
         client = self._clients.get((tls, proxy))
-        if client is not None:
-            return client
-        try:
-            context = await self._context(tls)
-        except NetworkSettingError:
-            if not (is_loopback(url) and (probe or url.scheme == "http")):
-                raise
-            return self._keep(None, None, trust_nobody())
-        return self._keep(tls, proxy, context)
+        return client or self._keep(tls, proxy, await self._context(tls))
 
     async def _context(self, tls: TLSConfig) -> ssl.SSLContext:
         async with self._making:
