@@ -13,6 +13,7 @@ import attrs
 import pytest
 from cli.test_stuck import SIGNALS, command
 from store.stores import layer_of, opened, put_sample_image
+from store.test_opening import VERSION_1, edit_catalog, rows_of
 from store.test_waiting import held_by_another_process
 
 from trio_layers import _cli
@@ -97,6 +98,13 @@ async def test_a_newer_store_is_left_alone(store: Path, capsys: pytest.CaptureFi
     for name in ("images", "rm"):
         assert run(name, *["one:1"][: name == "rm"], store=store) == 1
         assert "has version 99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [["images"], ["images", "--size"], ["rm", "one:1"]])
+async def test_an_older_store_is_migrated(line: list[str], store: Path) -> None:
+    edit_catalog(store, *VERSION_1.split(";"))
+    assert run(*line, store=store) == 0
+    assert rows_of(store, "PRAGMA user_version") == [(2,)]
 
 
 async def test_verbose_changes_nothing_else(

@@ -1,4 +1,4 @@
-"""What several commands open: the store, for reading, and the display of progress."""
+"""Opens a store for reading, and the display of progress, for several commands."""
 
 from __future__ import annotations
 
