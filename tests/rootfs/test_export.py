@@ -25,6 +25,7 @@ from rootfs.exports import LAYER, NOBODY, exported, never, packed
 from tree.test_cases import CASES, without_times
 
 from trio_layers import ExportError, ExportReport, StoreError
+from trio_layers._damage import forget_damage, is_whole_tree
 from trio_layers._entries import Entry
 from trio_layers._errors import DecompressionError, StoreFull, UnpackError
 from trio_layers._rootfs.archive import archive
@@ -272,14 +273,21 @@ def test_too_many_open_files(
 
 
 def test_a_disk_that_cannot_be_read(view: MergedTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read error while the tar is made is an error of the store."""
+    """A read error while the tar is made is noted as damage, so that a pull replaces the tree."""
 
     def fails(descriptor: int, size: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with monkeypatch.context() as patched, pytest.raises(StoreError, match="Input/output error"):
-        patched.setattr(os, "read", fails)
-        list(archive(view, check_cancelled=lambda: None))
+    def ends(descriptor: int, size: int) -> bytes:
+        return b""
+
+    for read, reason in ((fails, "Input/output error"), (ends, "it ends early")):
+        with monkeypatch.context() as patched, pytest.raises(StoreError, match=reason):
+            patched.setattr(os, "read", read)
+            list(archive(view, check_cancelled=lambda: None))
+        assert [tree for tree in view.trees if not is_whole_tree(tree)] != []
+        for tree in view.trees:
+            forget_damage(tree)
 
 
 def test_too_many_open_files_at_the_target(

@@ -9,7 +9,7 @@ from typing import Final
 from .._entries import Entry
 from .._tar.header_writer import END_OF_ARCHIVE, header, padding
 from .._tar.reader import Member
-from .contents import content_error, open_content
+from .contents import open_content
 from .merged import MergedTree
 
 __all__ = ["archive"]
@@ -43,7 +43,7 @@ def archive(
 def _tar_parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterator[bytes]:
     for entry in tree.walk():
         check_cancelled()
-        member = _tar_member(entry)
+        member = _tar_member(tree, entry)
         yield header(member)
         if not member.size:
             continue
@@ -54,19 +54,19 @@ def _tar_parts(tree: MergedTree, check_cancelled: Callable[[], None]) -> Iterato
                 try:
                     data = os.read(descriptor, min(left, _PIECE))
                 except OSError as error:
-                    raise content_error(entry.path, error.strerror) from error
+                    raise tree.damaged_file(entry.path, error.strerror) from error
                 if not data:
-                    raise content_error(entry.path, "it ends early")
+                    raise tree.damaged_file(entry.path, "it ends early")
                 left -= len(data)
                 yield data
         yield padding(member.size)
     yield END_OF_ARCHIVE
 
 
-def _tar_member(entry: Entry) -> Member:
+def _tar_member(tree: MergedTree, entry: Entry) -> Member:
     kind = entry.type
     if kind == "whiteout" or kind == "socket":
-        raise content_error(entry.path, f"its list of entries contains a {kind}")
+        raise tree.damaged_file(entry.path, f"its list of entries contains a {kind}")
     name = entry.path
     if kind == "dir":
         name = (name or b".") + b"/"

@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .._errors import StoreError
 from .merged import MergedTree
 
-__all__ = ["content_error", "open_content"]
+__all__ = ["open_content"]
 
 
 @contextmanager
@@ -25,11 +24,3 @@ def open_content(tree: MergedTree, path: bytes) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def content_error(path: bytes, reason: str | None) -> StoreError:
-    """Return an error about a file that cannot be copied out of the store."""
-    name = path.decode("utf-8", "backslashreplace")[:256]
-    return StoreError(
-        f"{name!r} cannot be read from the store ({reason}): pull its image again to replace it"
-    )

@@ -24,7 +24,7 @@ from .._errors import ExportError
 from .._paths import open_empty_directory
 from .._tree.directories import Directories, split
 from .._tree.member_entries import is_linux_xattr
-from .contents import content_error, open_content
+from .contents import open_content
 from .merged import MergedTree
 
 __all__ = ["export"]
@@ -364,5 +364,5 @@ class _Writer:
                 os.lseek(into, position, os.SEEK_SET)
                 copied = os.sendfile(into, content, position, size)
             if not copied:
-                raise content_error(path, "it ends early")
+                raise self._tree.damaged_file(path, "it ends early")
             position += copied

@@ -234,9 +234,13 @@ class MergedTree:
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 raise
-            node = self._load_entries().find(path)
-            assert node is not None
-            raise _damaged_file(self.trees[node.tree], path, error.strerror) from error
+            raise self.damaged_file(path, error.strerror) from error
+
+    def damaged_file(self, path: bytes, reason: str | None) -> StoreError:
+        """Note that a file in the list cannot be read, and return an error with its name."""
+        node = self._load_entries().find(path)
+        assert node is not None
+        return _damaged_file(self.trees[node.tree], path, reason)
 
     def links(self, path: bytes) -> tuple[bytes, ...]:
         """Return all names of the file at a path, sorted."""
